@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to Flax parameter trees and back. The only package that imports torch."""

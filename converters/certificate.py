@@ -1,0 +1,92 @@
+"""A certificate that a converted checkpoint computes what the PyTorch one computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import torch
+
+from converters.torch_decoder import TorchDecoder
+from kvjax.config import ModelConfig
+from kvjax.errors import unusable
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.transforms import plain_forward
+from kvjax.task.vocabulary import PAD_ID
+
+RELATIVE_TOLERANCE = 2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Agreement of the two implementations on sample sequences.
+
+    Attributes:
+      num_sequences: how many sequences were compared, at every non-pad position.
+      max_abs_logit: the largest |logit| of the PyTorch side.
+      max_abs_difference: the largest |logit difference|; at most `RELATIVE_TOLERANCE` of `max_abs_logit`.
+      argmax_near_ties: positions whose argmax differs because PyTorch's two largest logits are closer than twice
+        the tolerance. Any other difference of argmax refuses the conversion.
+    """
+
+    num_sequences: int
+    max_abs_logit: float
+    max_abs_difference: float
+    argmax_near_ties: int
+
+
+def certify(
+    state: Mapping[str, np.ndarray],
+    params: Params,
+    model: ModelConfig,
+    tokens_BxT: np.ndarray,
+    *,
+    where: object,
+) -> Certificate:
+    """Returns the parity certificate of a conversion.
+
+    Args:
+      state: the PyTorch tensors, with current names.
+      params: the Flax parameters converted from them.
+      model: the run's recorded model section.
+      tokens_BxT: sample sequences, right-padded.
+      where: the file, for the message.
+
+    Raises:
+      InputError: the two disagree by more than the tolerance.
+    """
+    vocab_size = state["token_embedding.weight"].shape[0]
+    config = DecoderConfig.from_model_config(model, vocab_size, tied="unembedding" not in params)
+    ours = np.asarray(_logits(config)(params, tokens_BxT))
+    with torch.inference_mode():
+        # Built without storage, so that nothing is initialised only to be replaced.
+        with torch.device("meta"):
+            module = TorchDecoder(model, vocab_size)
+        module.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in state.items()}, assign=True)
+        for block in module.blocks:
+            block.attn.head_scale = torch.ones(model.n_heads)
+        theirs = module(torch.from_numpy(np.asarray(tokens_BxT, np.int64))).numpy()
+    real = tokens_BxT != PAD_ID
+    ours, theirs = ours[real], theirs[real]
+    largest, difference = float(np.abs(theirs).max()), float(np.abs(ours - theirs).max())
+    tolerance = RELATIVE_TOLERANCE * largest
+    runner_up, top = np.sort(theirs, axis=-1)[:, -2:].T
+    differs = ours.argmax(-1) != theirs.argmax(-1)
+    near_tie = top - runner_up <= 2 * tolerance
+    # Written so that a NaN on either side fails.
+    if not difference <= tolerance or bool((differs & ~near_tie).any()):
+        raise unusable(
+            where,
+            f"Flax logits within {tolerance:.3g} of PyTorch's, and the same argmax",
+            f"a difference of {difference:.3g} and {int((differs & ~near_tie).sum())} other answers",
+        )
+    return Certificate(len(tokens_BxT), largest, difference, int((differs & near_tie).sum()))
+
+
+@functools.lru_cache(maxsize=8)
+def _logits(config: DecoderConfig):
+    forward = plain_forward(config)
+    return jax.jit(lambda params, tokens: forward(params, tokens)[0])

@@ -1,0 +1,78 @@
+"""From a PyTorch `model_state` to the layer-stacked Flax parameter tree; anything unexpected is named and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from converters.names import LEGACY_MLP, TOKEN_EMBEDDING, UNEMBEDDING, modern_name, torch_names
+from kvjax.config import ModelConfig
+from kvjax.errors import InputError, unusable
+from kvjax.model.decoder import Params
+
+
+def to_flax(
+    state: Mapping[str, np.ndarray], model: ModelConfig, vocab_size: int, *, where: object
+) -> Params:
+    """Returns the Flax parameters of a PyTorch state; a tied unembedding is left out of them.
+
+    Args:
+      state: tensor name -> float32 array, current or legacy MLP names.
+      model: the run's recorded model section.
+      vocab_size: number of tokens of the benchmark.
+      where: the file, for messages.
+
+    Raises:
+      InputError: a tensor is unknown, missing, there twice, of another shape, or holds NaN or infinities.
+    """
+    state = _with_modern_names(state, where)
+    expected = {name: (parameter, layer) for name, parameter, layer in torch_names(model.n_layers)}
+    unknown = [name for name in state if name not in expected]
+    if unknown:
+        raise unusable(where, f"the tensors of a {model.n_layers}-layer decoder", f"unknown {_some(unknown)}")
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise unusable(where, f"the tensors of a {model.n_layers}-layer decoder", f"no {_some(missing)}")
+    for name, (parameter, _) in expected.items():
+        shape = parameter.torch_shape(model, vocab_size)
+        if state[name].shape != shape:
+            raise unusable(where, f"{name} of shape {list(shape)}", list(state[name].shape))
+        if not np.isfinite(state[name]).all():
+            bad = int(np.size(state[name]) - np.isfinite(state[name]).sum())
+            raise unusable(where, f"finite values in {name}", f"{bad} NaN or infinite")
+
+    tied = np.array_equal(state[UNEMBEDDING.torch], state[TOKEN_EMBEDDING.torch])
+    stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
+    params: Params = {}
+    for name, (parameter, _) in expected.items():
+        if parameter is UNEMBEDDING and tied:
+            continue
+        leaf = state[name].T if parameter.transposed else state[name]
+        if parameter.per_layer:
+            stacks.setdefault(parameter.flax, []).append(leaf)
+        else:
+            _put(params, parameter.flax, np.ascontiguousarray(leaf))
+    for path, leaves in stacks.items():
+        _put(params, path, np.stack(leaves))
+    return params
+
+
+def _with_modern_names(state: Mapping[str, np.ndarray], where: object) -> dict[str, np.ndarray]:
+    legacy = [name for name in state if modern_name(name) != name]
+    modern = [name for name in state if any(part in name for part in LEGACY_MLP.values())]
+    if legacy and modern:
+        raise InputError(
+            f"{where}: expected one way of naming the MLP; found a mix of {legacy[0]} and {modern[0]}"
+        )
+    return {modern_name(name): array for name, array in state.items()}
+
+
+def _put(tree: Params, path: tuple[str, ...], leaf: np.ndarray) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = leaf
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,30 @@
+"""From a layer-stacked Flax parameter tree to a PyTorch `model_state`."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import numpy as np
+import torch
+
+from converters.names import TOKEN_EMBEDDING, UNEMBEDDING, torch_names
+from kvjax.model.decoder import Params
+
+
+def to_torch(params: Params) -> dict[str, torch.Tensor]:
+    """Returns the `model_state` of a parameter tree, in the reference trainer's names, shapes and order.
+
+    A tied unembedding is the token embedding's own tensor, as PyTorch saves it.
+    """
+    n_layers = len(params["blocks"]["ln_1"]["scale"])
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter, layer in torch_names(n_layers):
+        if parameter is UNEMBEDDING and "unembedding" not in params:
+            state[name] = state[TOKEN_EMBEDDING.torch]
+            continue
+        leaf = np.asarray(functools.reduce(operator.getitem, parameter.flax, params))
+        leaf = leaf[layer] if parameter.per_layer else leaf
+        leaf = leaf.T if parameter.transposed else leaf
+        state[name] = torch.from_numpy(np.array(leaf, order="C"))  # a copy: the tree may be read-only
+    return state

@@ -1,0 +1,98 @@
+"""Reading and writing `.pt` checkpoints without ever executing what is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvjax.artifacts.files import replace_file
+from kvjax.errors import InputError, unusable
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchCheckpoint:
+    """A `.pt` file's content.
+
+    Attributes:
+      step: the training step it was saved at.
+      state: `model_state`, tensor name -> float32 array, memory-mapped where the file allows.
+      config: `train_spec`, `benchmark_metadata`, …, as the trainer recorded them; empty where it did not.
+      metrics: evaluation results stored with it, by split; often empty.
+    """
+
+    step: int
+    state: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+def read_checkpoint(path: Path) -> TorchCheckpoint:
+    """Returns the content of a checkpoint file, half precision widened to float32.
+
+    Raises:
+      InputError: there is no such file, it is damaged, it would need arbitrary unpickling (nothing of it is
+        executed), or it is not a checkpoint.
+    """
+    document = _load(path)
+    if not isinstance(document, dict) or not isinstance(document.get("model_state"), dict):
+        found = sorted(map(str, document))[:6] if isinstance(document, dict) else type(document).__name__
+        raise unusable(path, "a checkpoint with step and model_state", found)
+    step = document.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise unusable(path, "a step that is a whole number", step)
+    return TorchCheckpoint(
+        step=step,
+        state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
+        config=document.get("config") or {},
+        metrics=document.get("metrics") or {},
+    )
+
+
+def write_checkpoint(
+    path: Path, *, step: int, state: Mapping[str, torch.Tensor], config: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint file in the reference trainer's layout, atomically, without optimizer state."""
+    with replace_file(path) as partial:
+        torch.save(
+            {
+                "step": step,
+                "model_state": dict(state),
+                "optimizer_state": {},
+                "metrics": dict(metrics),
+                "config": dict(config),
+            },
+            partial,
+        )
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise unusable(path, "a PyTorch checkpoint", "no such file")
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+    except pickle.UnpicklingError as error:
+        # The first line says what the pickle asked for; the rest is advice to load it anyway.
+        detail = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
+        raise unusable(path, "a checkpoint of plain tensors that loads without executing anything", detail) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise unusable(path, "a whole PyTorch checkpoint", f"a damaged file ({reason})") from None
+
+
+def _as_float32(path: Path, name: object, tensor: object) -> np.ndarray:
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{path}: expected a tensor for {name}; found {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"{path}: expected float32 or half precision for {name}; found {tensor.dtype}")
+    return tensor.detach().to(torch.float32).numpy()

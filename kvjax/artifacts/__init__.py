@@ -1,0 +1,1 @@
+"""Files: run directories, tables, parameter stores and provenance."""

@@ -1,0 +1,109 @@
+"""Plain files, written whole or not at all: JSON, JSON lines, directories."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kvjax.errors import unusable
+
+
+def read_json(path: Path) -> Any:
+    """Returns the document in a JSON file; raises `InputError` where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise unusable(path, "a JSON file", "no such file") from None
+    except (OSError, ValueError) as error:
+        raise unusable(path, "a JSON file", error) from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Returns the documents of a JSON-lines file; raises `InputError` naming the first bad line."""
+    documents = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    documents.append(json.loads(line))
+                except ValueError as error:
+                    raise unusable(f"{path}:{number}", "a JSON object", error) from None
+    except FileNotFoundError:
+        raise unusable(path, "a JSON-lines file", "no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise unusable(path, "a JSON-lines file", error) from None
+    return documents
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes strict, readable JSON atomically; NaN and infinities are refused."""
+    with replace_file(path) as partial:
+        text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, documents: Iterable[Any]) -> None:
+    """Writes strict JSON, one object a line, atomically."""
+    with replace_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
+        for document in documents:
+            lines.write(json.dumps(document, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; `path` is replaced only when the block ends without an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise unusable(path, "a file that can be written", error) from None
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())  # mkstemp makes it private; results are for sharing
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty directory to fill; `path` is replaced by it only when the block ends without an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise unusable(path, "a directory that can be written", error) from None
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        if path.exists():
+            # The old one goes only after the new one stands in its place.
+            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
+            path.rename(retired)
+            partial.rename(path)
+            shutil.rmtree(retired.parent)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,76 @@
+"""Measured arrays of one checkpoint each: written once, reused only for exactly what they were measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvjax.artifacts.files import replace_file
+
+Arrays = Mapping[str, np.ndarray]
+
+_INFO = "info"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointResult:
+    """What was measured on one checkpoint.
+
+    Attributes:
+      step: its training step.
+      arrays: measured arrays by name.
+      info: provenance: the file and its hash, the certificate, the time it took, the device.
+    """
+
+    step: int
+    arrays: Arrays
+    info: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultStore:
+    """A folder of measured checkpoints, one `.npz` each.
+
+    Attributes:
+      folder: where they lie.
+      identity: what, beside the checkpoint file, a result depends on: hashes and settings. A result of another
+        identity, of a file that has changed since, or that cannot be read is no result.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def load(self, name: str, checkpoint_sha256: str) -> CheckpointResult | None:
+        """Returns the stored result of a checkpoint file, or None where there is none to trust."""
+        try:
+            with np.load(self._path(name), allow_pickle=False) as stored:
+                info = json.loads(str(stored[_INFO]))
+                if info["fingerprint"] != self._fingerprint(checkpoint_sha256):
+                    return None
+                arrays = {key: stored[key] for key in stored.files if key != _INFO}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return CheckpointResult(int(info["step"]), arrays, info)
+
+    def save(
+        self, name: str, checkpoint_sha256: str, step: int, arrays: Arrays, info: Mapping[str, Any]
+    ) -> CheckpointResult:
+        """Writes a result atomically and returns it."""
+        info = {**info, "step": step, "fingerprint": self._fingerprint(checkpoint_sha256)}
+        with replace_file(self._path(name)) as partial, partial.open("wb") as file:
+            np.savez(file, **{_INFO: np.array(json.dumps(info, sort_keys=True))}, **arrays)
+        return CheckpointResult(step, arrays, info)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
+
+    def _fingerprint(self, checkpoint_sha256: str) -> str:
+        document = json.dumps({**self.identity, "checkpoint": checkpoint_sha256}, sort_keys=True)
+        return hashlib.sha256(document.encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""A training run's directory: what a trainer left there, and where the analysis of it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvjax.artifacts.files import read_json, read_json_lines
+from kvjax.config import RunConfig, read_config
+from kvjax.errors import InputError, unusable
+
+_STEP_FILE = re.compile(r"step_(\d+)\.pt")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """A run directory, opened.
+
+    Attributes:
+      path: the directory.
+      config: the part of `run_config.json` that an analysis reads.
+      checkpoints: step -> checkpoint file, in step order.
+    """
+
+    path: Path
+    config: RunConfig
+    checkpoints: Mapping[int, Path]
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """Returns the run in a directory.
+
+        Raises:
+          InputError: there is no run, its config cannot be read, or it holds no step checkpoint.
+        """
+        if not path.is_dir():
+            raise unusable(path, "a run directory", "none")
+        config = read_config(path / "run_config.json", RunConfig)
+        found = {}
+        for file in (path / "checkpoints").glob("step_*.pt"):
+            if match := _STEP_FILE.fullmatch(file.name):
+                found[int(match[1])] = file
+        if not found:
+            raise unusable(path / "checkpoints", "checkpoints step_XXXXXX.pt", "none")
+        return cls(path, config, dict(sorted(found.items())))
+
+    @property
+    def analysis(self) -> Path:
+        """Where everything measured on this run goes."""
+        return self.path / "analysis"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the checkpoint of the run's last step is there."""
+        return max(self.checkpoints) >= self.config.last_checkpoint_step()
+
+    def benchmark_dir(self, override: str | None = None) -> Path:
+        """Returns where the run's benchmark is: the override, or the recorded path, tried from here and from the run.
+
+        Raises:
+          InputError: the recorded directory is in neither place.
+        """
+        if override:
+            return Path(override)
+        recorded = Path(self.config.benchmark_dir)
+        for base in (Path(), self.path, *self.path.resolve().parents):
+            if (base / recorded / "metadata.json").is_file():
+                return base / recorded
+        raise unusable(
+            self.path / "run_config.json",
+            "benchmark_dir to exist (or --benchmark_dir)",
+            f"{recorded}, which does not",
+        )
+
+    def best_checkpoint(self) -> tuple[int, Path]:
+        """Returns the step and file of the best checkpoint, found beside the others whatever path was recorded."""
+        record_path = self.path / "best_checkpoint.json"
+        record = read_json(record_path)
+        try:
+            step, name = int(record["step"]), Path(record["path"]).name
+        except (KeyError, TypeError, ValueError) as error:
+            raise unusable(record_path, "a best checkpoint with path and step", repr(error)) from None
+        file = self.path / "checkpoints" / name
+        if not file.is_file():
+            raise unusable(record_path, f"its checkpoint at {file}", "no such file")
+        return step, file
+
+    @functools.cached_property
+    def metrics(self) -> tuple[Mapping[str, Any], ...]:
+        """The rows of `metrics.jsonl`; none where the trainer wrote none."""
+        path = self.path / "metrics.jsonl"
+        return tuple(read_json_lines(path)) if path.is_file() else ()
+
+    def recorded_evaluations(self) -> list[Mapping[str, Any]]:
+        """Returns the rows of full-split evaluations that the run itself recorded."""
+        return [row for row in self.metrics if row.get("phase") == "eval"]
+
+    def select_steps(self, wanted: str) -> list[int]:
+        """Returns the checkpoint steps a `--steps` flag names: `all`, or steps and ranges `a-b` with commas.
+
+        Raises:
+          InputError: the flag cannot be read, a step has no checkpoint, or a range holds none.
+        """
+        if wanted == "all":
+            return list(self.checkpoints)
+        steps: set[int] = set()
+        for part in wanted.split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            if not match:
+                raise unusable("--steps", "all, or steps and ranges such as 250,1000-4000", wanted)
+            first, last = int(match[1]), int(match[2] or match[1])
+            inside = [step for step in self.checkpoints if first <= step <= last]
+            if not inside:
+                raise unusable(
+                    self.path / "checkpoints", f"a checkpoint for --steps={part.strip()}", self.describe_steps()
+                )
+            steps.update(inside)
+        return sorted(steps)
+
+    def describe_steps(self) -> str:
+        """Returns the checkpoint steps in words: all of few, the ends of many."""
+        steps = list(self.checkpoints)
+        if len(steps) <= 8:
+            return "steps " + ", ".join(map(str, steps))
+        return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+def find_run_dirs(patterns: Iterable[str]) -> list[RunDir]:
+    """Returns the runs that directories or globs name, in order, each once.
+
+    Raises:
+      InputError: a pattern matches nothing, or a directory is no run.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not matches:
+            raise unusable("--run_dirs", f"run directories matching {pattern}", "none")
+        paths.update(dict.fromkeys(Path(match) for match in matches))
+    if not paths:
+        raise InputError("--run_dirs: expected one or more run directories; found none")
+    return [RunDir.open(path) for path in paths]

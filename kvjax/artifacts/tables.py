@@ -1,0 +1,165 @@
+"""The sweep's tables: row schemas, checked on write, and the labelled arrays of the netCDF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from kvjax.artifacts.files import replace_file, write_json_lines
+
+if TYPE_CHECKING:
+    import xarray
+
+SCHEMA_VERSION = 1
+
+Rate = float | None  # None where no event falls into it
+Number = float | None
+ByStage = dict[str, Number]
+
+
+class _Row(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class MarginSummary(_Row):
+    """Distribution of the answer margin over read events, in logits."""
+
+    mean: Number
+    std: Number
+    p10: Number
+    p50: Number
+    p90: Number
+    share_positive: Rate
+
+
+class RankedHead(_Row):
+    layer: int
+    head: int
+    value: Number
+    margin_drop: Number = None
+    query_attention_mean: Number = None
+
+
+class RankedMlp(_Row):
+    layer: int
+    value: Number
+    margin_drop: Number
+
+
+class WriteNorm(_Row):
+    """Mean L2 norm of an MLP's output."""
+
+    prediction: Number
+    support: Number
+
+
+class CheckpointRow(_Row):
+    """One line of `checkpoint_metrics.jsonl` (docs/formats.md); docs/definitions.md says what each number means."""
+
+    schema_version: int
+    run_name: str
+    seed: int
+    step: int
+    answer_accuracy: Rate
+    heldout_answer_accuracy: Rate
+    split_accuracy: dict[str, Rate]
+    split_metrics: dict[str, dict[str, Number]]
+    slice_accuracy: dict[str, dict[str, Rate]]
+    slice_count: dict[str, dict[str, int]]
+    difficulty_accuracy: dict[str, Rate]
+    answer_margin: Number
+    answer_margin_summary: MarginSummary
+    answer_entropy: Number
+    answer_confidence: Number
+    loss: Number
+    token_accuracy: Rate
+    token_role_accuracy: dict[str, Rate]
+    q: Number
+    r: Number
+    w: Number
+    key_selectivity: Number
+    recency_selectivity: Number
+    birth_flags: dict[str, bool | None]
+    lens_answer_accuracy_by_layer: ByStage
+    lens_query_key_accuracy_by_layer: ByStage
+    lens_support_value_accuracy_by_layer: ByStage
+    answer_margin_by_layer: ByStage
+    residual_drift_by_layer: ByStage
+    residual_drift_to_reference_by_layer: ByStage
+    top_heads_by_ablation: list[RankedHead]
+    top_heads_by_localization: list[RankedHead]
+    head_rank_correlation_prev: Number
+    top_mlps_by_ablation: list[RankedMlp]
+    mlp_rank_correlation_prev: Number
+    mlp_write_norm_by_layer: dict[str, WriteNorm]
+    head_turnover: Number
+    mlp_turnover: Number
+    delta_answer_accuracy: Number
+    delta_heldout_answer_accuracy: Number
+    delta_answer_margin: Number
+    delta_answer_entropy: Number
+    delta_answer_confidence: Number
+    delta_loss: Number
+    delta_q: Number
+    delta_r: Number
+    delta_w: Number
+    delta_key_selectivity: Number
+    delta_recency_selectivity: Number
+
+
+class HeadRow(_Row):
+    """One line of `component_candidates/heads.jsonl`."""
+
+    step: int
+    layer: int
+    head: int
+    query_attention_mean: Number
+    support_attention_mean: Number
+    current_value_attention_mean: Number
+    stale_attention_mean: Number
+    binding_attention_mean: Number
+    attention_entropy: Number
+    accuracy_drop: Rate
+    margin_drop: Number
+    delta_accuracy_drop: Number
+    rank: int
+
+
+class MlpRow(_Row):
+    """One line of `component_candidates/mlps.jsonl`."""
+
+    step: int
+    layer: int
+    accuracy_drop: Rate
+    margin_drop: Number
+    write_norm_mean: Number
+    write_norm_support_mean: Number
+    answer_margin_delta_mean: Number
+    delta_accuracy_drop: Number
+    rank: int
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: type[pydantic.BaseModel]) -> None:
+    """Writes rows as JSON lines, atomically, each checked against its schema first."""
+    write_json_lines(path, [schema.model_validate(row).model_dump() for row in rows])
+
+
+def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset]]) -> None:
+    """Writes labelled arrays as one netCDF file, atomically.
+
+    Args:
+      path: the file.
+      groups: (group name, or None for the root; its dataset), the root first.
+    """
+    with replace_file(path) as partial:
+        for index, (group, dataset) in enumerate(groups):
+            compressed = {
+                name: {"zlib": True, "complevel": 1}
+                for name, variable in dataset.data_vars.items()
+                if variable.ndim and variable.dtype.kind in "fiub"
+            }
+            mode = "a" if index else "w"
+            dataset.to_netcdf(partial, mode=mode, group=group, engine="h5netcdf", encoding=compressed)

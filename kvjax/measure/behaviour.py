@@ -1,0 +1,121 @@
+"""Behaviour: what the logits say about the answers and about every other token (docs/definitions.md, section 4)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.task.encoding import (
+    RELATION_CURRENT,
+    RELATION_OLDER,
+    RELATION_OTHER_KEY,
+    RELATION_STALE,
+    TOKEN_ROLES,
+)
+
+SELECTIVITY_FLOOR = 1e-6
+
+
+def answer_margin(
+    logits: jax.Array, answers: jax.Array, value_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the margin of the right answer, and whether it beats every other value token.
+
+    Args:
+      logits: [..., V] at the prediction positions.
+      answers: [...] token ids of the right answers.
+      value_ids: [values] token ids of all values.
+
+    Returns:
+      logit(answer) - max logit of the other value tokens, [...] in logits; and argmax over value tokens == answer.
+    """
+    value_logits = logits[..., value_ids]
+    is_answer = value_ids == answers[..., None]
+    right = jnp.sum(jnp.where(is_answer, value_logits, 0.0), axis=-1)
+    best_other = jnp.max(jnp.where(is_answer, -jnp.inf, value_logits), axis=-1)
+    return right - best_other, value_ids[jnp.argmax(value_logits, axis=-1)] == answers
+
+
+def answer_correct(logits: jax.Array, answers: jax.Array) -> jax.Array:
+    """Returns whether the argmax over the full vocabulary is the answer, bool [...]."""
+    return jnp.argmax(logits, axis=-1) == answers
+
+
+def answer_distribution(logits: jax.Array, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the entropy (nats, full vocabulary) of the prediction and the probability of the answer, [...] each."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(log_probs)
+    entropy = -jnp.sum(probs * log_probs, axis=-1)
+    return entropy, jnp.take_along_axis(probs, answers[..., None], axis=-1)[..., 0]
+
+
+def next_token_sums(
+    logits_BxTxV: jax.Array, tokens_BxT: jax.Array, token_roles_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns per-sequence sums over all non-pad targets.
+
+    Args:
+      logits_BxTxV: at every position; those at t predict token t + 1.
+      tokens_BxT: token ids.
+      token_roles_BxT: index into `TOKEN_ROLES` of each token, negative where it is no target.
+
+    Returns:
+      The summed cross-entropy in nats, [B]; and the number of targets predicted right by role, [B, roles].
+    """
+    log_probs = jax.nn.log_softmax(logits_BxTxV[:, :-1], axis=-1)
+    targets, roles = tokens_BxT[:, 1:], token_roles_BxT[:, 1:]
+    loss = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    right = jnp.argmax(logits_BxTxV[:, :-1], axis=-1) == targets
+    by_role = (roles[..., None] == np.arange(len(TOKEN_ROLES))) & right[..., None]
+    return jnp.sum(jnp.where(roles >= 0, loss, 0.0), axis=1), jnp.sum(by_role, axis=1)
+
+
+def relation_attention(pattern_LxBxHxQxT: jax.Array, relations_BxQxT: jax.Array) -> dict[str, jax.Array]:
+    """Returns each head's attention from p_e to the positions in each relation to the read, [L, B, H, Q] each.
+
+    `current`: the support value and its earlier answers. `stale`: the overwritten value and its answers. `key`: all
+    values and answers of the key read. `value`: all values and answers before p_e.
+    """
+    groups = {
+        "current": (RELATION_CURRENT,),
+        "stale": (RELATION_STALE,),
+        "key": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER),
+        "value": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER, RELATION_OTHER_KEY),
+    }
+    member = jnp.stack([jnp.isin(relations_BxQxT, jnp.array(group)) for group in groups.values()], axis=-1)
+    # A sum of products, not a matmul: each is one pass over the pattern, in full float32 on every device.
+    sums = jnp.sum(pattern_LxBxHxQxT[..., None] * member[None, :, None], axis=-2)
+    return {name: sums[..., index] for index, name in enumerate(groups)}
+
+
+def selectivities(
+    current_LxBxHxQ: jax.Array, key_LxBxHxQ: jax.Array, value_LxBxHxQ: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns key and recency selectivity per read, [B, Q]; NaN where the denominator is below 1e-6.
+
+    Key selectivity is the largest share, over all heads, that values of the key read have in a head's attention to any
+    value; recency selectivity is, for that head, the current value's share of the key's part.
+    """
+    share = jnp.where(
+        value_LxBxHxQ >= SELECTIVITY_FLOOR,
+        key_LxBxHxQ / jnp.maximum(value_LxBxHxQ, SELECTIVITY_FLOOR),
+        -jnp.inf,
+    )
+
+    def heads_last(x_LxBxHxQ: jax.Array) -> jax.Array:
+        layers, batch, heads, reads = x_LxBxHxQ.shape
+        return jnp.moveaxis(x_LxBxHxQ, 0, 1).reshape(batch, layers * heads, reads).swapaxes(1, 2)
+
+    share, key, current = heads_last(share), heads_last(key_LxBxHxQ), heads_last(current_LxBxHxQ)
+    best = jnp.argmax(share, axis=-1)[..., None]
+    key_selectivity = jnp.take_along_axis(share, best, axis=-1)[..., 0]
+    key_part = jnp.take_along_axis(key, best, axis=-1)[..., 0]
+    current_part = jnp.take_along_axis(current, best, axis=-1)[..., 0]
+    defined = jnp.isfinite(key_selectivity)
+    recency = jnp.where(
+        defined & (key_part >= SELECTIVITY_FLOOR),
+        current_part / jnp.maximum(key_part, SELECTIVITY_FLOOR),
+        jnp.nan,
+    )
+    return jnp.where(defined, key_selectivity, jnp.nan), recency

@@ -1,0 +1,57 @@
+"""Heads: where they attend (docs/definitions.md, section 6)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.measure.behaviour import relation_attention
+from kvjax.model.sites import take_positions
+
+# Per head and read: attention from p_e to k_e, to s_e, to the current value and its copies, to the stale value and its
+# copies; attention from s_e to the key token of the same write; entropy of the attention from p_e, in nats.
+ATTENTION_MEASURES = (
+    "query_attention",
+    "support_attention",
+    "current_value_attention",
+    "stale_attention",
+    "binding_attention",
+    "attention_entropy",
+)
+
+
+def attention_per_read(
+    pattern_LxBxHxTxT: jax.Array,
+    prediction_positions_BxQ: jax.Array,
+    support_positions_BxQ: jax.Array,
+    relations_BxQxT: jax.Array,
+) -> dict[str, jax.Array]:
+    """Returns `ATTENTION_MEASURES` and the `key` and `value` groups of `relation_attention`, [L, B, H, Q] each.
+
+    Args:
+      pattern_LxBxHxTxT: attention probabilities, queries on the second last axis.
+      prediction_positions_BxQ, support_positions_BxQ: p_e and s_e.
+      relations_BxQxT: the relation of each position to each read.
+    """
+
+    def rows(positions_BxQ: jax.Array) -> jax.Array:
+        return jax.vmap(lambda pattern: take_positions(pattern, positions_BxQ, 2))(pattern_LxBxHxTxT)
+
+    def entries(rows_LxBxHxQxT: jax.Array, positions_BxQ: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(rows_LxBxHxQxT, positions_BxQ[None, :, None, :, None], axis=-1)[..., 0]
+
+    from_prediction = rows(prediction_positions_BxQ)
+    from_support = rows(support_positions_BxQ)
+    groups = relation_attention(from_prediction, relations_BxQxT)
+    # Filling reads point at position 0, which has none before it.
+    write_key_positions = jnp.maximum(support_positions_BxQ - 1, 0)
+    return {
+        "query_attention": entries(from_prediction, prediction_positions_BxQ),
+        "support_attention": entries(from_prediction, support_positions_BxQ),
+        "current_value_attention": groups["current"],
+        "stale_attention": groups["stale"],
+        "binding_attention": entries(from_support, write_key_positions),
+        "attention_entropy": -jnp.sum(jax.scipy.special.xlogy(from_prediction, from_prediction), axis=-1),
+        "key": groups["key"],
+        "value": groups["value"],
+    }

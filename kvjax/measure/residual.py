@@ -1,0 +1,67 @@
+"""The residual stream: logit lens, lens margins and drift of the mean state (docs/definitions.md, section 5)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.measure.behaviour import answer_margin
+
+
+def lens_sums(
+    prediction_logits_SxBxQxV: jax.Array,
+    support_logits_SxBxQxV: jax.Array,
+    answers_BxQ: jax.Array,
+    keys_BxQ: jax.Array,
+    is_read_BxQ: jax.Array,
+    *,
+    value_ids: jax.Array,
+    key_ids: jax.Array,
+) -> dict[str, jax.Array]:
+    """Returns per-sequence sums of the logit lens at every stage, [S, B] each.
+
+    Args:
+      prediction_logits_SxBxQxV: every stage at p_e (= k_e), through final LayerNorm and unembedding.
+      support_logits_SxBxQxV: every stage at s_e, likewise.
+      answers_BxQ, keys_BxQ: token ids.
+      is_read_BxQ: which reads exist.
+      value_ids, key_ids: the tokens each accuracy is restricted to.
+
+    Returns:
+      `answer_correct` (value tokens at p_e), `query_key_correct` (key tokens at k_e), `support_value_correct` (value
+      tokens at s_e) and `answer_margin` (at p_e).
+    """
+    margin, answer = answer_margin(prediction_logits_SxBxQxV, answers_BxQ[None], value_ids)
+    key_guess = key_ids[jnp.argmax(prediction_logits_SxBxQxV[..., key_ids], axis=-1)]
+    value_guess = value_ids[jnp.argmax(support_logits_SxBxQxV[..., value_ids], axis=-1)]
+    per_read = {
+        "answer_correct": answer,
+        "query_key_correct": key_guess == keys_BxQ,
+        "support_value_correct": value_guess == answers_BxQ,
+        "answer_margin": margin,
+    }
+    return {name: jnp.sum(jnp.where(is_read_BxQ, x, 0), axis=-1) for name, x in per_read.items()}
+
+
+def state_sums(states_SxBxQxD: jax.Array, is_read_BxQ: jax.Array, split_weights_BxZ: jax.Array) -> jax.Array:
+    """Returns the sum of the states over reads, by split: [Z, S, D].
+
+    Args:
+      states_SxBxQxD: every stage at one position of each read.
+      is_read_BxQ: which reads exist.
+      split_weights_BxZ: 1 where sequence B is in split Z, else 0.
+    """
+    per_sequence = jnp.sum(jnp.where(is_read_BxQ[..., None], states_SxBxQxD, 0.0), axis=2)
+    return jnp.einsum("sbd,bz->zsd", per_sequence, split_weights_BxZ, precision="highest")
+
+
+def cosine_drift(sums_SxD: np.ndarray, reference_SxD: np.ndarray) -> np.ndarray:
+    """Returns 1 - cosine between two (sums or means of) states, [S]; NaN where one of them is zero.
+
+    In float64: early stages move by 1e-5 and less between checkpoints.
+    """
+    a, b = np.asarray(sums_SxD, np.float64), np.asarray(reference_SxD, np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 1.0 - np.sum(a * b, axis=-1) / norms

@@ -1,0 +1,1 @@
+"""The decoder, its sites, interventions as data, and the transforms that lift them."""

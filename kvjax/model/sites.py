@@ -1,0 +1,84 @@
+"""Axis letters and the named activations (sites) of the decoder.
+
+Axis letters, used in names and comments everywhere:
+
+  R runs        C checkpoints   K interventions   B sequences   T positions     Q reads of a sequence
+  P the positions that are queried: all T, or the Q prediction positions
+  L layers      H heads         E head width      D model width  F MLP width     S residual stages   V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A named activation.
+
+    Attributes:
+      name: as in a trace or an intervention.
+      axes: its axis letters; a leading L means one activation per layer, stacked.
+      positions: the index, after the layer axis, of the axis that runs over queried positions.
+    """
+
+    name: str
+    axes: str
+    positions: int = 1
+
+    @property
+    def per_layer(self) -> bool:
+        return self.axes.startswith("L")
+
+
+SITES: Mapping[str, Site] = {
+    site.name: site
+    for site in (
+        Site("embedding", "BPD"),
+        Site("pattern", "LBHPT", positions=2),
+        Site("head_z", "LBPHE"),
+        Site("attn_out", "LBPD"),
+        Site("post_attn", "LBPD"),
+        Site("mlp_hidden", "LBPF"),
+        Site("mlp_out", "LBPD"),
+        Site("post_mlp", "LBPD"),
+        Site("final_norm", "BPD"),
+    )
+}
+
+STAGE_SITES = ("embedding", "post_attn", "post_mlp", "final_norm")
+
+# Site name -> activation; per-layer sites are stacked on a leading layer axis.
+Trace = dict[str, jax.Array]
+
+
+def stage_names(n_layers: int) -> tuple[str, ...]:
+    """Returns the 2L + 2 residual stages in order (docs/definitions.md, section 2)."""
+    halves = (f"layer_{layer}_{half}" for layer in range(n_layers) for half in ("post_attn", "post_mlp"))
+    return ("embedding", *halves, "final_norm")
+
+
+def residual_stages(trace: Trace) -> jax.Array:
+    """Returns the residual stages of a trace that holds `STAGE_SITES`, stacked: [S, B, P, D]."""
+    halves = jnp.stack([trace["post_attn"], trace["post_mlp"]], axis=1)  # [L, 2, B, P, D]
+    return jnp.concatenate(
+        [trace["embedding"][None], halves.reshape(-1, *halves.shape[2:]), trace["final_norm"][None]]
+    )
+
+
+def take_positions(x: jax.Array, positions_BxQ: jax.Array, axis: int) -> jax.Array:
+    """Returns `x` at given positions of each sequence.
+
+    Args:
+      x: an array with axis 0 = B and positions on `axis`.
+      positions_BxQ: int32 positions.
+      axis: the position axis of `x`; it has length Q in the result.
+    """
+    index = positions_BxQ.reshape(
+        positions_BxQ.shape[0], *(positions_BxQ.shape[1] if i == axis else 1 for i in range(1, x.ndim))
+    )
+    return jnp.take_along_axis(x, index, axis=axis)

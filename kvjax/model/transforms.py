@@ -1,0 +1,86 @@
+"""Transforms that compose: capture, intervene, and the lifts over interventions and checkpoints.
+
+An analysis is written for one checkpoint and one intervention, as a plain function, and lifted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+
+from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.interventions import CLEAN, Interventions, check_interventions, compose
+from kvjax.model.sites import SITES, Trace
+
+Lift = Literal["map", "vmap"]
+
+
+class Apply(Protocol):
+    """A model: parameters and tokens [B, T] to logits [B, T, V] and the captured activations."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens_BxT: jax.Array,
+        *,
+        edits: Interventions = CLEAN,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, Trace]: ...
+
+
+def plain_forward(config: DecoderConfig) -> Apply:
+    """Returns the plain, unrestarted forward pass: the model itself, and the oracle of every faster path."""
+
+    def apply(params, tokens_BxT, *, edits=CLEAN, capture=()):
+        check_interventions(edits)
+        unknown = set(capture) - set(SITES)
+        if unknown:
+            raise KeyError(f"expected sites among {', '.join(SITES)}; found {', '.join(sorted(unknown))}")
+        return Decoder(config).apply({"params": params}, tokens_BxT, edits, capture)
+
+    return apply
+
+
+def capture(apply: Apply, sites: tuple[str, ...]) -> Apply:
+    """Returns `apply`, which also captures the named sites."""
+
+    @functools.wraps(apply)
+    def captured(params, tokens_BxT, *, edits=CLEAN, capture=()):
+        return apply(params, tokens_BxT, edits=edits, capture=tuple(dict.fromkeys((*sites, *capture))))
+
+    return captured
+
+
+def intervene(apply: Apply, edits: Interventions) -> Apply:
+    """Returns `apply` under `edits`; edits given later, at the call, come after them."""
+    earlier = edits
+
+    @functools.wraps(apply)
+    def intervened(params, tokens_BxT, *, edits=CLEAN, capture=()):
+        return apply(params, tokens_BxT, edits=compose(earlier, edits), capture=capture)
+
+    return intervened
+
+
+def over_interventions(function: Callable[[Any], Any], *, lift: Lift) -> Callable[[Any], Any]:
+    """Returns `function` of one descriptor as a function of K of them, stacked on their leading axis.
+
+    The descriptor is small (layer, head, …); the function builds its `Edit`s from it, so no activation-sized value
+    exists per intervention. `map` runs them one after another in one compiled loop, `vmap` side by side.
+    """
+    return functools.partial(jax.lax.map, function) if lift == "map" else jax.vmap(function)
+
+
+def over_checkpoints(function: Callable[..., Any], *, lift: Lift) -> Callable[..., Any]:
+    """Returns `function(params, *shared)` as a function of parameters stacked on a leading checkpoint axis."""
+
+    def lifted(stacked_params: Params, *shared: Any) -> Any:
+        def one(params: Params) -> Any:
+            return function(params, *shared)
+
+        return jax.lax.map(one, stacked_params) if lift == "map" else jax.vmap(one)(stacked_params)
+
+    return lifted

@@ -1,0 +1,1 @@
+"""The sweep: one compiled program that measures every checkpoint and every ablation, and the tables it fills."""

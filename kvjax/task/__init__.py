@@ -1,0 +1,1 @@
+"""The symbolic key-value task: vocabulary, streams, benchmarks and probe sets."""

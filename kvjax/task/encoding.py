@@ -1,0 +1,191 @@
+"""Records as arrays: what a measurement needs to know of each token and each read, padded and bucketed by length."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from kvjax.errors import InputError
+from kvjax.task.stream import Record, replay
+from kvjax.task.vocabulary import EOS, PAD_ID, READ, WRITE, Vocabulary
+
+# Roles of a token as a prediction target; `<bos>` and padding are never targets.
+TOKEN_ROLES = ("op_write", "key_write", "value_write", "op_read", "key_read", "value_answer", "eos")
+NO_ROLE = -1
+
+# What a position before a read holds, seen from that read. The groups are disjoint.
+RELATION_OTHER = 0  # no value or answer token, or not before the prediction position
+RELATION_CURRENT = 1  # the support value, and earlier answers that copied it
+RELATION_STALE = 2  # the value the support overwrote, and answers that copied that
+RELATION_OLDER = 3  # still older values of the key and their answers
+RELATION_OTHER_KEY = 4  # values and answers of other keys
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodedRecords:
+    """N records as arrays, right-padded to T tokens and Q reads.
+
+    Attributes:
+      tokens: [N, T] int32 ids, `PAD_ID` beyond the end.
+      token_roles: [N, T] int8 index into `TOKEN_ROLES`, `NO_ROLE` where the token is no target.
+      splits: [N] int32 index into the split names the records were encoded with.
+      weights: [N] float32: 1 for a record, 0 for one that only fills a batch.
+      is_read: [N, Q] bool: whether the record has that many reads.
+      prediction_positions: [N, Q] int32 p_e; the read's key token stands there too (k_e = p_e). 0 where there is no read.
+      support_positions: [N, Q] int32 s_e, 0 where there is no read.
+      answers: [N, Q] int32 token id of y_e.
+      keys: [N, Q] int32 token id of the key read.
+      relations: [N, Q, T] int8, one of the `RELATION_…` of each position to each read.
+    """
+
+    tokens: np.ndarray
+    token_roles: np.ndarray
+    splits: np.ndarray
+    weights: np.ndarray
+    is_read: np.ndarray
+    prediction_positions: np.ndarray
+    support_positions: np.ndarray
+    answers: np.ndarray
+    keys: np.ndarray
+    relations: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each record, [N]."""
+        return (self.tokens != PAD_ID).sum(axis=1)
+
+    def take(self, indices: np.ndarray) -> EncodedRecords:
+        """Returns the records at `indices`, cut to the longest of them."""
+        taken = {f.name: getattr(self, f.name)[indices] for f in dataclasses.fields(self)}
+        length = int((taken["tokens"] != PAD_ID).sum(axis=1).max())
+        reads = int(taken["is_read"].sum(axis=1).max())
+        for name in ("tokens", "token_roles"):
+            taken[name] = taken[name][:, :length]
+        for name in ("is_read", "prediction_positions", "support_positions", "answers", "keys"):
+            taken[name] = taken[name][:, :reads]
+        taken["relations"] = taken["relations"][:, :reads, :length]
+        return EncodedRecords(**taken)
+
+
+def encode_records(
+    records: Sequence[Record], vocabulary: Vocabulary, splits: Sequence[str], *, max_seq_len: int
+) -> EncodedRecords:
+    """Returns records as arrays; everything about reads comes from replaying the tokens.
+
+    Raises:
+      InputError: a record is longer than the model's positions, or a token is not in the vocabulary.
+    """
+    longest = max(records, key=lambda record: len(record["tokens"]))
+    length = len(longest["tokens"])
+    if length > max_seq_len:
+        raise InputError(
+            f"{longest['sample_id']}: expected at most max_seq_len {max_seq_len} tokens; found {length}"
+        )
+    replayed = [replay(record["tokens"]) for record in records]
+    shape = (len(records), max(map(len, replayed)))
+    encoded = EncodedRecords(
+        tokens=np.full((len(records), length), PAD_ID, np.int32),
+        token_roles=np.full((len(records), length), NO_ROLE, np.int8),
+        splits=np.array([list(splits).index(record["split"]) for record in records], np.int32),
+        weights=np.ones(len(records), np.float32),
+        is_read=np.zeros(shape, bool),
+        prediction_positions=np.zeros(shape, np.int32),
+        support_positions=np.zeros(shape, np.int32),
+        answers=np.zeros(shape, np.int32),
+        keys=np.zeros(shape, np.int32),
+        relations=np.zeros((*shape, length), np.int8),
+    )
+    role_of = {role: index for index, role in enumerate(TOKEN_ROLES)}
+    for n, (record, reads) in enumerate(zip(records, replayed, strict=True)):
+        tokens = record["tokens"]
+        try:
+            encoded.tokens[n, : len(tokens)] = [vocabulary.id_of[token] for token in tokens]
+        except KeyError as error:
+            raise InputError(
+                f"{record['sample_id']}: expected tokens of the vocabulary; found {error}"
+            ) from None
+        value_positions: list[tuple[int, str]] = []  # of writes and reads, with their key
+        for at in range(1, len(tokens) - 1, 3):
+            names = {
+                WRITE: ("op_write", "key_write", "value_write"),
+                READ: ("op_read", "key_read", "value_answer"),
+            }
+            encoded.token_roles[n, at : at + 3] = [role_of[name] for name in names[tokens[at]]]
+            value_positions.append((at + 2, tokens[at + 1]))
+        assert tokens[-1] == EOS  # `replay` refuses anything else
+        encoded.token_roles[n, len(tokens) - 1] = role_of["eos"]
+        for q, read in enumerate(reads):
+            encoded.is_read[n, q] = True
+            encoded.prediction_positions[n, q] = read.answer_position - 1
+            encoded.support_positions[n, q] = read.support_value_position
+            encoded.answers[n, q] = vocabulary.id_of[read.answer]
+            encoded.keys[n, q] = vocabulary.id_of[read.key]
+            relation = encoded.relations[n, q]
+            for position, key in value_positions:
+                if position < read.answer_position:
+                    relation[position] = RELATION_OLDER if key == read.key else RELATION_OTHER_KEY
+            if read.stale_value_position is not None:
+                relation[[read.stale_value_position, *read.stale_answer_positions]] = RELATION_STALE
+            relation[[read.support_value_position, *read.earlier_answer_positions]] = RELATION_CURRENT
+    return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Records of similar length, in microbatches.
+
+    Attributes:
+      batches: the arrays of `EncodedRecords`, reshaped to [microbatch, B, …]; rows that fill the last microbatches
+        repeat a record with weight 0.
+      indices: [microbatch * B] the row of the original arrays that each row is; -1 for filling.
+    """
+
+    batches: EncodedRecords
+    indices: np.ndarray
+
+
+def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buckets: int = 3) -> list[Bucket]:
+    """Returns the records in at most `max_buckets` length buckets, each cut into equal microbatches.
+
+    The length edges minimise the number of padded tokens; one program is compiled per bucket.
+
+    Args:
+      encoded: the records.
+      tokens_per_batch: about how many tokens a microbatch holds; what stays in cache on a CPU.
+      max_buckets: how many different lengths to pad to.
+    """
+    lengths = encoded.lengths
+    edges = _length_edges(lengths, max_buckets)
+    buckets = []
+    for shorter, edge in itertools.pairwise((0, *edges)):
+        members = np.flatnonzero((lengths > shorter) & (lengths <= edge))
+        members = members[np.argsort(lengths[members], kind="stable")]
+        num_batches = math.ceil(len(members) / max(1, tokens_per_batch // edge))
+        batch_size = math.ceil(len(members) / num_batches)
+        indices = np.full(num_batches * batch_size, -1)
+        indices[: len(members)] = members
+        rows = encoded.take(np.where(indices < 0, members[-1], indices))
+        rows = dataclasses.replace(rows, weights=(indices >= 0).astype(np.float32))
+        batches = jax.tree.map(lambda a, b=batch_size: a.reshape(-1, b, *a.shape[1:]), rows)
+        buckets.append(Bucket(batches, indices))
+    return buckets
+
+
+def _length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:
+    distinct, counts = np.unique(lengths, return_counts=True)
+    best, cost = (int(distinct[-1]),), math.inf
+    for inner in itertools.combinations(distinct[:-1], min(max_buckets, len(distinct)) - 1):
+        edges = np.array([*inner, distinct[-1]])
+        padded = int((edges[np.searchsorted(edges, distinct)] * counts).sum())
+        if padded < cost:
+            best, cost = tuple(int(edge) for edge in edges), padded
+    return best
