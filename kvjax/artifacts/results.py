@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.artifacts.files import replace_file
+from kvjax.artifacts.files import file_sha256, replace_file
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -47,8 +47,7 @@ class ResultStore:
     folder: Path
     identity: Mapping[str, Any]
 
-    def load(self, name: str, checkpoint_sha256: str) -> CheckpointResult | None:
-        """Returns the stored result of a checkpoint file, or None where there is none to trust."""
+    def _load(self, name: str, checkpoint_sha256: str) -> CheckpointResult | None:
         try:
             with np.load(self._path(name), allow_pickle=False) as stored:
                 info = json.loads(str(stored[_INFO]))
@@ -58,6 +57,12 @@ class ResultStore:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
         return CheckpointResult(int(info["step"]), arrays, info)
+
+    def load(self, name: str, checkpoint: Path) -> CheckpointResult | None:
+        """Returns the stored result of a checkpoint file as it is now, or None where there is none to trust."""
+        if not self._path(name).is_file() or not checkpoint.is_file():
+            return None
+        return self._load(name, file_sha256(checkpoint))
 
     def save(
         self, name: str, checkpoint_sha256: str, step: int, arrays: Arrays, info: Mapping[str, Any]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kvjax.config import ModelConfig
@@ -232,3 +234,21 @@ def layer_params(params: Params, layer: jax.Array | int) -> Params:
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), params["blocks"]
     )
+
+
+def stack_params(params: Sequence[Params]) -> Params:
+    """Returns the parameters of several checkpoints of one shape, stacked on a leading axis C.
+
+    Where only some are tied (an untied unembedding may start as a copy of the token embedding), all get one of their
+    own, so that their trees have one structure.
+    """
+    if any("unembedding" in tree for tree in params):
+        params = [untie(tree) for tree in params]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *params)
+
+
+def untie(params: Params) -> Params:
+    """Returns the parameters with an unembedding of their own, equal to the token embedding where they had none."""
+    if "unembedding" in params:
+        return params
+    return {**params, "unembedding": {"kernel": np.asarray(params["token_embedding"]["embedding"]).T}}

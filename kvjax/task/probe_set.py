@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,14 @@ from typing import Any, Literal
 
 import pydantic
 
-from kvjax.artifacts.files import file_sha256, read_json, read_json_lines, write_json, write_json_lines
+from kvjax.artifacts.files import (
+    file_sha256,
+    read_json,
+    read_json_lines,
+    replace_file,
+    write_json,
+    write_json_lines,
+)
 from kvjax.config import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
 from kvjax.errors import unusable
 from kvjax.task.benchmark import Benchmark, check_record
@@ -174,6 +182,26 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     counterfactuals = [record["sample_id"] for record in records if record["counterfactual_of"]]
     sources = dict(zip(counterfactuals, read_json_lines(sources_path(path)), strict=True))
     return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(fit_path(path))), sources)
+
+
+def install_probe_set(probe: ProbeSet, folder: Path, *, replace: bool) -> None:
+    """Copies a probe set into a run's analysis folder, so that later stages and other people find it there.
+
+    Raises:
+      InputError: another probe set lies there, and `replace` is not set.
+    """
+    target = folder / "probe_set.jsonl"
+    if target.exists() and file_sha256(target) == probe.manifest.records_sha256:
+        return
+    if target.exists() and not replace:
+        raise unusable(
+            target, f"the probe set {probe.path} of this sweep (or --overwrite)", "another probe set"
+        )
+    for suffix in (".metadata.json", ".companion.json"):
+        target.with_suffix(suffix).unlink(missing_ok=True)
+    for file in probe.files:
+        with replace_file(folder / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
+            shutil.copyfile(file, partial)
 
 
 def choose_examples(pool: Sequence[Record], count: int, *, seed: str) -> list[Record]:

@@ -1,0 +1,278 @@
+"""The sweep of one or several runs, from run directories to the tables beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from kvjax.artifacts.files import read_json, write_json
+from kvjax.artifacts.provenance import device_description, software_versions
+from kvjax.artifacts.results import CheckpointResult, ResultStore
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.tables import (
+    SCHEMA_VERSION,
+    CheckpointRow,
+    HeadRow,
+    MlpRow,
+    write_datasets,
+    write_rows,
+)
+from kvjax.errors import InputError, unusable
+from kvjax.model.decoder import DecoderConfig
+from kvjax.sweep.dataset import ProbeIndex, build_dataset, build_events
+from kvjax.sweep.rows import checkpoint_rows, head_rows, mlp_rows
+from kvjax.sweep.stream import RESULT_VERSION, LoadCheckpoint, ProbeProgram, SweepLog, SweepSettings, sweep_run
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import EncodedRecords, encode_records
+from kvjax.task.probe_set import ProbeSet, generate_probe_set, install_probe_set, open_probe_set
+
+BEST = "best"  # the result name of the best checkpoint, which may be no step checkpoint
+
+DEFAULT_EXAMPLES_PER_SPLIT = 96
+DEFAULT_FIT_EXAMPLES = 512
+DEFAULT_PROBE_SEED = 17
+
+_CERTIFICATE_SEQUENCES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepReport:
+    """What a sweep of one run left behind.
+
+    Attributes:
+      run: the run.
+      rows: the rows of `checkpoint_metrics.jsonl`.
+      log: what was measured, reused and refused.
+      notes: sentences a reader should know, such as why a field is empty.
+    """
+
+    run: RunDir
+    rows: list[dict[str, Any]]
+    log: SweepLog
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run with its benchmark, probe set and the checkpoint files to measure.
+
+    Attributes:
+      wanted: result name -> (step the file's name states or None, file) of what this sweep measures.
+      reference: result name of the checkpoint that drift is measured to; None where the run has none yet.
+    """
+
+    run: RunDir
+    benchmark: Benchmark
+    probe: ProbeSet
+    encoded: EncodedRecords
+    wanted: Mapping[str, tuple[int | None, Path]]
+    reference: str | None
+
+    @property
+    def certificate_tokens(self) -> np.ndarray:
+        """Sample sequences for parity certificates, spread over the probe set: [B, T]."""
+        spread = np.linspace(0, len(self.encoded) - 1, min(_CERTIFICATE_SEQUENCES, len(self.encoded)))
+        return self.encoded.tokens[spread.astype(int)]
+
+
+def prepare_run(
+    run: RunDir, *, benchmark_dir: str | None, probe_set: str | None, steps: str, reference: str
+) -> PreparedRun:
+    """Returns a run with everything a sweep of it needs, checked; nothing is measured yet.
+
+    Without `probe_set`, the one in the run's analysis folder is used, or made there.
+
+    Raises:
+      InputError: benchmark, probe set, steps or reference cannot be used.
+    """
+    benchmark = Benchmark.open(run.benchmark_dir(benchmark_dir))
+    wanted = {_result_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
+    reference_name = _reference_name(run, reference)
+    if reference_name == BEST:
+        wanted[BEST] = (None, run.best_checkpoint()[1])
+    elif reference_name is not None:
+        step = int(reference_name.removeprefix("step_"))
+        wanted[reference_name] = (step, run.checkpoints[step])
+    own = run.analysis / "probe_set.jsonl"
+    if probe_set is None and not own.exists():
+        probe = generate_probe_set(
+            benchmark,
+            own,
+            examples_per_split=min(DEFAULT_EXAMPLES_PER_SPLIT, *benchmark.split_sizes.values()),
+            fit_examples=DEFAULT_FIT_EXAMPLES,
+            seed=DEFAULT_PROBE_SEED,
+        )
+    else:
+        probe = open_probe_set(Path(probe_set) if probe_set else own, benchmark)
+    encoded = encode_records(
+        probe.records,
+        benchmark.vocabulary,
+        probe.manifest.splits,
+        max_seq_len=run.config.model.max_seq_len,
+    )
+    return PreparedRun(run, benchmark, probe, encoded, wanted, reference_name)
+
+
+def sweep_runs(
+    prepared: Sequence[PreparedRun],
+    loader: Callable[[PreparedRun], LoadCheckpoint],
+    *,
+    settings: SweepSettings,
+    advance: Callable[[int], None],
+) -> list[SweepReport]:
+    """Measures runs one after another and writes their tables; runs of one shape share a compiled program.
+
+    Args:
+      prepared: the runs.
+      loader: for a run, the function that reads, converts and certifies one of its checkpoint files.
+      settings: the sweep's settings.
+      advance: called with the number of checkpoints done.
+
+    Raises:
+      InputError: a run was measured before with other settings, or a checkpoint cannot be used.
+    """
+    programs: dict[Any, ProbeProgram] = {}
+    reports = []
+    for work in prepared:
+        store = _open_store(work, settings)
+        install_probe_set(work.probe, work.run.analysis, replace=settings.overwrite)
+        config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
+        key = (config, work.probe.manifest.content_sha256)
+        if key not in programs:
+            programs[key] = ProbeProgram(
+                config, work.benchmark.vocabulary, work.encoded, len(work.probe.manifest.splits), settings
+            )
+        log = SweepLog()
+        results = sweep_run(
+            work.run,
+            work.wanted,
+            programs[key],
+            store,
+            loader(work),
+            settings=settings,
+            log=log,
+            advance=advance,
+        )
+        reports.append(_publish(work, results, store, settings, log))
+    return reports
+
+
+def _result_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _reference_name(run: RunDir, reference: str) -> str | None:
+    if reference == "final":
+        return _result_name(max(run.checkpoints)) if run.complete else None
+    if reference == BEST:
+        return BEST
+    if not reference.isdecimal():
+        raise unusable("--reference", "final, best or a step", reference)
+    if int(reference) not in run.checkpoints:
+        raise unusable(
+            run.path / "checkpoints", f"a checkpoint for --reference={reference}", run.describe_steps()
+        )
+    return _result_name(int(reference))
+
+
+def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
+    return {
+        "result_version": RESULT_VERSION,
+        "probe_set_sha256": work.probe.manifest.content_sha256,
+        "precision": settings.precision,
+    }
+
+
+def _open_store(work: PreparedRun, settings: SweepSettings) -> ResultStore:
+    identity = _identity(work, settings)
+    record = work.run.analysis / "sweep.json"
+    if record.exists() and not settings.overwrite:
+        before = read_json(record).get("identity")
+        if before != identity:
+            changed = [name for name in identity if (before or {}).get(name) != identity[name]]
+            raise unusable(
+                record, "a sweep with the same settings (or --overwrite)", f"another {' and '.join(changed)}"
+            )
+    return ResultStore(work.run.analysis / "measured", identity)
+
+
+def _publish(
+    work: PreparedRun,
+    results: Mapping[str, CheckpointResult],
+    store: ResultStore,
+    settings: SweepSettings,
+    log: SweepLog,
+) -> SweepReport:
+    """Renders the tables of everything measured on the run so far, each file replaced whole."""
+    run, results = work.run, dict(results)
+    for step, path in run.checkpoints.items():
+        # Steps measured earlier stay in the tables whatever `--steps` this sweep was given.
+        name = _result_name(step)
+        if name not in work.wanted and (earlier := store.load(name, path)) is not None:
+            results[name] = earlier
+    tabled = sorted((r for name, r in results.items() if name != BEST), key=lambda result: result.step)
+    if not tabled:
+        raise InputError(f"{run.path}: expected at least one usable checkpoint; found none")
+    steps = [result.step for result in tabled]
+    arrays = {name: np.stack([result.arrays[name] for result in tabled]) for name in tabled[0].arrays}
+    reference = results.get(work.reference) if work.reference else None
+    index = ProbeIndex.of(
+        work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty
+    )
+    dataset = build_dataset(
+        arrays, steps, index, reference_state=reference and reference.arrays["state/prediction"]
+    )
+    dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
+    rows = checkpoint_rows(
+        dataset,
+        run_name=run.config.run_name,
+        seed=run.config.seed,
+        thresholds=run.config.evaluation.birth_thresholds,
+    )
+    write_rows(run.analysis / "checkpoint_metrics.jsonl", rows, CheckpointRow)
+    candidates = run.analysis / "component_candidates"
+    write_rows(candidates / "heads.jsonl", head_rows(dataset), HeadRow)
+    write_rows(candidates / "mlps.jsonl", mlp_rows(dataset), MlpRow)
+    groups: list[tuple[str | None, xr.Dataset]] = [(None, dataset), ("events", build_events(arrays, steps, index))]
+    write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
+    notes = []
+    if work.reference is None:
+        notes.append(
+            f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
+            f"{run.config.last_checkpoint_step()} steps (name another with --reference)"
+        )
+    write_json(
+        run.analysis / "sweep.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "run_name": run.config.run_name,
+            "identity": _identity(work, settings),
+            "benchmark": {"name": work.benchmark.name, "sha256": work.benchmark.sha256},
+            "probe_set": {
+                "file": "probe_set.jsonl",
+                "given_as": str(work.probe.path),
+                "content_sha256": work.probe.manifest.content_sha256,
+                "fit_sha256": work.probe.manifest.fit_sha256,
+                "num_records": len(work.probe.records),
+            },
+            "precision": settings.precision,
+            "reference": work.reference,
+            "checkpoints": [{"step": result.step, **result.info} for result in tabled],
+            "refused": log.refused,
+            "notes": notes,
+            "versions": software_versions(),
+            "device": device_description(),
+            "timings": {
+                "measured": len(log.measured),
+                "reused": len(log.reused),
+                "first_call_seconds": log.first_call_seconds,
+                "later_call_seconds": log.later_call_seconds,
+            },
+        },
+    )
+    return SweepReport(run, rows, log, notes)

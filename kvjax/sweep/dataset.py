@@ -1,0 +1,317 @@
+"""From measured sums to labelled means: the one place where rates and averages of a sweep are formed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+
+from kvjax.measure.heads import ATTENTION_MEASURES
+from kvjax.measure.residual import cosine_drift
+from kvjax.model.sites import stage_names
+from kvjax.sweep.dynamics import change_from_previous
+from kvjax.task.encoding import NO_ROLE, TOKEN_ROLES, EncodedRecords
+from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
+
+ALL_SPLITS = "all"  # the whole probe set, beside its splits
+
+READ_MEANS = {
+    "answer_accuracy": ("read/correct", "share of reads whose argmax over the vocabulary is the answer", "1"),
+    "answer_margin": ("read/margin", "logit of the answer minus the largest of the other values", "logits"),
+    "answer_entropy": ("read/entropy", "entropy of the prediction over the vocabulary", "nats"),
+    "answer_confidence": ("read/confidence", "probability of the answer", "1"),
+    "q": ("read/q", "largest attention of any head from p_e to the read's key token", "1"),
+    "r": ("read/r", "largest attention of any head from p_e to the support value", "1"),
+    "key_selectivity": ("read/key_selectivity", "largest share of the read key in a head's attention to values", "1"),
+    "recency_selectivity": ("read/recency_selectivity", "that head's share of the current value in the key's part", "1"),
+}  # fmt: skip
+
+LENS_MEANS = {
+    "lens_answer_accuracy": ("lens/answer_correct", "logit lens: answer among values, at p_e", "1"),
+    "lens_query_key_accuracy": ("lens/query_key_correct", "logit lens: read key among keys, at k_e", "1"),
+    "lens_support_value_accuracy": (
+        "lens/support_value_correct",
+        "logit lens: value among values, at s_e",
+        "1",
+    ),
+    "lens_answer_margin": ("lens/answer_margin", "logit lens: answer margin, at p_e", "logits"),
+}
+
+MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeIndex:
+    """What forming means needs to know of the probe set.
+
+    Attributes:
+      sample_ids: of the N records, in order.
+      splits: the split names, in order.
+      encoded: the records as arrays.
+      difficulty: [N] easy or hard.
+      axis_values: axis -> [N, Q] int, the value each read falls under.
+    """
+
+    sample_ids: tuple[str, ...]
+    splits: tuple[str, ...]
+    encoded: EncodedRecords
+    difficulty: np.ndarray
+    axis_values: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[Record],
+        encoded: EncodedRecords,
+        splits: Sequence[str],
+        difficulty: Mapping[str, str],
+    ) -> ProbeIndex:
+        """Returns the index of a probe set's records."""
+        axis_values = {}
+        for axis in (*SEQUENCE_AXES, *EVENT_AXES):
+            values = np.zeros(encoded.is_read.shape, int)
+            for n, record in enumerate(records):
+                events = record["query_events"]
+                values[n, : len(events)] = (
+                    [event[axis] for event in events] if axis in EVENT_AXES else record["axes"][axis]
+                )
+            axis_values[axis] = values
+        return cls(
+            sample_ids=tuple(record["sample_id"] for record in records),
+            splits=tuple(splits),
+            encoded=encoded,
+            difficulty=np.array([difficulty[record["sample_id"]] for record in records]),
+            axis_values=axis_values,
+        )
+
+    def split_weights(self) -> np.ndarray:
+        """Returns which records each of `all` and the splits holds, bool [1 + splits, N]."""
+        own = self.encoded.splits == np.arange(len(self.splits))[:, None]
+        return np.concatenate([np.ones((1, len(self.encoded)), bool), own])
+
+
+def build_dataset(
+    arrays: Mapping[str, np.ndarray],
+    steps: Sequence[int],
+    probe: ProbeIndex,
+    *,
+    reference_state: np.ndarray | None,
+) -> xr.Dataset:
+    """Returns every mean of a sweep, labelled by step, split, stage, layer, head, ….
+
+    Args:
+      arrays: measured sums [C, N, …] by name, as `collect` returns them, for the checkpoints in `steps`.
+      steps: the training steps, ascending.
+      probe: what the records are.
+      reference_state: `state/prediction` [splits, S, D] of the checkpoint drift is also measured to; NaN where None.
+
+    Returns:
+      A dataset; `split` runs over `all` and the splits. Drift is of the mean state at p_e.
+    """
+    in_split = probe.split_weights()
+    is_read = probe.encoded.is_read
+    reads = in_split @ is_read.sum(axis=1)  # [splits]
+    n_layers = arrays["mlp/write_norm"].shape[-1]
+    dataset = xr.Dataset(
+        coords={
+            "step": list(steps),
+            "split": [ALL_SPLITS, *probe.splits],
+            "stage": list(stage_names(n_layers)),
+            "layer": np.arange(n_layers),
+            "head": np.arange(arrays["head/query_attention"].shape[-1]),
+            "ablation": ["zero"],
+            "position_role": ["prediction", "support"],
+            "token_role": list(TOKEN_ROLES),
+            "difficulty": ["easy", "hard"],
+            "margin_statistic": list(MARGIN_STATISTICS),
+        },
+        attrs={"conventions": "means over read events; see docs/definitions.md"},
+    )
+
+    def put(name: str, dims: Sequence[str], values: np.ndarray, long_name: str, units: str) -> None:
+        dataset[name] = (("step", *dims), values, {"long_name": long_name, "units": units})
+
+    def by_split(sums_CxN: np.ndarray) -> np.ndarray:
+        """Returns per-read means by split from per-sequence sums: [C, N, …] to [C, splits, …]."""
+        totals = np.einsum("cn...,zn->cz...", sums_CxN.astype(np.float64), in_split)
+        return totals / reads.reshape(-1, *[1] * (totals.ndim - 2))
+
+    put_count = {"long_name": "number of read events", "units": "events"}
+    dataset["read_count"] = (("split",), reads, put_count)
+    for name, (source, long_name, units) in READ_MEANS.items():
+        put(name, ("split",), _mean_over_reads(arrays[source], in_split, is_read), long_name, units)
+    put(
+        "answer_margin_summary",
+        ("split", "margin_statistic"),
+        _margin_summary(arrays["read/margin"], in_split, is_read),
+        "distribution of the answer margin over reads",
+        "logits",
+    )
+    correct = arrays["read/correct"]
+    difficulty = np.stack([probe.difficulty == tag for tag in ("easy", "hard")])
+    put(
+        "difficulty_accuracy",
+        ("difficulty",),
+        _mean_over_reads(correct, difficulty, is_read),
+        "answer accuracy",
+        "1",
+    )
+    _put_slices(dataset, correct, probe)
+    _put_tokens(put, arrays, probe, in_split)
+    for name, (source, long_name, units) in LENS_MEANS.items():
+        put(name, ("split", "stage"), by_split(arrays[source]), long_name, units)
+
+    for name in ATTENTION_MEASURES:
+        units = "nats" if name == "attention_entropy" else "1"
+        put(
+            f"head_{name}",
+            ("split", "layer", "head"),
+            by_split(arrays[f"head/{name}"]),
+            f"mean {name} of a head",
+            units,
+        )
+    norms = [by_split(arrays[f"mlp/{name}"]) for name in ("write_norm", "write_norm_support")]
+    put(
+        "mlp_write_norm",
+        ("split", "position_role", "layer"),
+        np.stack(norms, 2),
+        "L2 norm of an MLP's output",
+        "1",
+    )
+    margins = dataset["lens_answer_margin"]
+    after, before = (
+        margins.sel(stage=[f"layer_{layer}_{half}" for layer in range(n_layers)]).values
+        for half in ("post_mlp", "post_attn")
+    )
+    put("mlp_answer_margin_delta", ("split", "layer"), after - before, "lens margin an MLP adds", "logits")
+    for kind, dims in (("head", ("layer", "head")), ("mlp", ("layer",))):
+        for measure, clean, units in (("accuracy", "answer_accuracy", "1"), ("margin", "answer_margin", "logits")):
+            source = f"{kind}/zero/{'correct' if measure == 'accuracy' else 'margin'}"
+            ablated = by_split(arrays[source])
+            unablated = dataset[clean].values.reshape(*ablated.shape[:2], *[1] * len(dims))
+            put(
+                f"{kind}_{measure}_drop",
+                ("ablation", "split", *dims),
+                (unablated - ablated)[:, None],
+                f"clean minus ablated answer {measure}",
+                units,
+            )
+        drop = dataset[f"{kind}_accuracy_drop"]
+        put(
+            f"{kind}_accuracy_drop_change",
+            drop.dims[1:],
+            change_from_previous(drop.values),
+            "change from the previous checkpoint",
+            "1",
+        )
+    _put_drift(put, arrays["state/prediction"], reference_state)
+    return dataset
+
+
+def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
+    """Returns the per-read values and per-sequence sums that every mean and interval is made from."""
+    per_sequence = ("step", "sequence")
+    dims = {
+        "read": (*per_sequence, "read"),
+        "token": (*per_sequence, "token_role"),
+        "lens": (*per_sequence, "stage"),
+        "head": (*per_sequence, "layer", "head"),
+        "mlp": (*per_sequence, "layer"),
+    }
+    dataset = xr.Dataset(coords={"step": list(steps), "sequence": list(probe.sample_ids)})
+    dataset["split"] = (("sequence",), np.array(probe.splits)[probe.encoded.splits])
+    dataset["is_read"] = (("sequence", "read"), probe.encoded.is_read)
+    for name, values in arrays.items():
+        kind = name.partition("/")[0]
+        if kind in dims:
+            dataset[name.replace("/", "_")] = (dims[kind][: values.ndim], values)
+    return dataset
+
+
+def _mean_over_reads(values_CxNxQ: np.ndarray, groups_ZxN: np.ndarray, is_read_NxQ: np.ndarray) -> np.ndarray:
+    """Returns the mean over the reads of each group of records, NaN reads left out: [C, Z]; NaN for empty groups."""
+    values = values_CxNxQ.astype(np.float64)
+    counted = is_read_NxQ & ~np.isnan(values)
+    totals = np.einsum("cn,zn->cz", np.where(counted, values, 0.0).sum(axis=-1), groups_ZxN)
+    counts = np.einsum("cn,zn->cz", counted.sum(axis=-1), groups_ZxN)
+    return _ratio(totals, counts)
+
+
+def _margin_summary(margins_CxNxQ: np.ndarray, in_split: np.ndarray, is_read: np.ndarray) -> np.ndarray:
+    summary = np.full((len(margins_CxNxQ), len(in_split), len(MARGIN_STATISTICS)), np.nan)
+    for z, members in enumerate(in_split):
+        margins = margins_CxNxQ[:, is_read & members[:, None]].astype(np.float64)  # [C, events]
+        if not margins.shape[1]:
+            continue
+        summary[:, z] = np.stack(
+            [
+                margins.mean(axis=1),
+                margins.std(axis=1),
+                *np.percentile(margins, [10, 50, 90], axis=1),
+                (margins > 0).mean(axis=1),
+            ],
+            axis=1,
+        )
+    return summary
+
+
+def _put_slices(dataset: xr.Dataset, correct_CxNxQ: np.ndarray, probe: ProbeIndex) -> None:
+    names, counts, accuracies = [], [], []
+    for axis, values in probe.axis_values.items():
+        for value in np.unique(values[probe.encoded.is_read]):
+            member = probe.encoded.is_read & (values == value)
+            names.append(f"{axis}={value}")
+            counts.append(int(member.sum()))
+            accuracies.append(correct_CxNxQ[:, member].mean(axis=1))
+    dataset.coords["axis_value"] = names
+    dataset["slice_accuracy"] = (
+        ("step", "axis_value"),
+        np.stack(accuracies, axis=1),
+        {"long_name": "answer accuracy of the reads with this value of an axis", "units": "1"},
+    )
+    dataset["slice_count"] = (
+        ("axis_value",),
+        counts,
+        {"long_name": "number of read events", "units": "events"},
+    )
+
+
+def _put_tokens(put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_split: np.ndarray) -> None:
+    roles = probe.encoded.token_roles
+    targets = roles[:, 1:] != NO_ROLE
+    role_counts = np.stack([(roles[:, 1:] == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
+    target_counts = in_split @ targets.sum(axis=1)
+    loss = arrays["token/loss"].astype(np.float64) @ in_split.T / target_counts
+    put("loss", ("split",), loss, "cross-entropy of the next token, over non-pad targets", "nats")
+    right = np.einsum("cnr,zn->czr", arrays["token/role_correct"].astype(np.float64), in_split)
+    put(
+        "token_accuracy", ("split",), right.sum(axis=-1) / target_counts, "share of targets predicted right", "1"
+    )
+    put(
+        "token_role_accuracy",
+        ("split", "token_role"),
+        _ratio(right, (in_split @ role_counts)[None]),
+        "share of targets of a role predicted right",
+        "1",
+    )
+
+
+def _put_drift(put, state_sums_CxZxSxD: np.ndarray, reference_ZxSxD: np.ndarray | None) -> None:
+    def with_all(sums: np.ndarray) -> np.ndarray:
+        return np.concatenate([sums.sum(axis=-3, keepdims=True), sums], axis=-3)
+
+    states = with_all(state_sums_CxZxSxD)
+    to_previous = np.full(states.shape[:3], np.nan)
+    to_previous[1:] = cosine_drift(states[1:], states[:-1])
+    to_reference = np.full(states.shape[:3], np.nan)
+    if reference_ZxSxD is not None:
+        to_reference = cosine_drift(states, np.broadcast_to(with_all(reference_ZxSxD), states.shape))
+    meaning = "1 - cosine of the mean state at p_e with that of the"
+    put("residual_drift", ("split", "stage"), to_previous, f"{meaning} previous checkpoint", "1")
+    put("residual_drift_to_reference", ("split", "stage"), to_reference, f"{meaning} reference checkpoint", "1")
+
+
+def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts != 0)
