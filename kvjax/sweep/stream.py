@@ -80,6 +80,8 @@ class ProbeProgram:
         encoded: EncodedRecords,
         num_splits: int,
         settings: SweepSettings,
+        *,
+        ablate: bool = True,
     ):
         plan = plan_chunks(
             settings.checkpoint_batch,
@@ -97,6 +99,7 @@ class ProbeProgram:
             value_ids=tuple(vocabulary.value_ids.tolist()),
             key_ids=tuple(vocabulary.key_ids.tolist()),
             num_splits=num_splits,
+            ablate=ablate,
             interventions=plan.interventions,
             checkpoints=plan.over_checkpoints,
         )

@@ -1,0 +1,201 @@
+"""The sweep of the reference trainer's own run, against what the reference implementation measured on it.
+
+Every rate must agree within two events of its own count, every continuous value within 1e-4 relative + 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import xarray as xr
+
+from tests.reference import golden, unpack_reference_run
+
+ROLE_COUNTS_PER_EVENT = {"write": ("op_write", "key_write", "value_write"), "read": ("op_read", "key_read", "value_answer")}
+STEPS = (250, 1000, 1500, 1750, 2000, 3000, 4000, 6000)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The reference run swept by the command a researcher would type, in a fresh copy."""
+    root = unpack_reference_run(tmp_path_factory.mktemp("reference"))
+    command = [
+        *(sys.executable, "-m", "kvjax.commands.main", "checkpoint-sweep"),
+        *("--run_dirs=reference_run/run", "--benchmark_dir=reference_run/benchmark"),
+        *("--probe_set=reference_run/probe_set.jsonl", "--noprogress"),
+    ]
+    done = subprocess.run(command, cwd=root.parent, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    analysis = root / "run" / "analysis"
+
+    def lines(name):
+        return [json.loads(line) for line in (analysis / name).read_text().splitlines()]
+
+    return {
+        "root": root,
+        "stdout": done.stdout,
+        "records": [json.loads(line) for line in (root / "probe_set.jsonl").read_text().splitlines()],
+        "rows": {row["step"]: row for row in lines("checkpoint_metrics.jsonl")},
+        "heads": {(h["step"], h["layer"], h["head"]): h for h in lines("component_candidates/heads.jsonl")},
+        "mlps": {(m["step"], m["layer"]): m for m in lines("component_candidates/mlps.jsonl")},
+        "dataset": xr.open_dataset(analysis / "checkpoint_metrics.nc", engine="h5netcdf").load(),
+        "sweep": json.loads((analysis / "sweep.json").read_text()),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return golden()
+
+
+def assert_rate(ours, theirs, count, what):
+    assert abs(ours - theirs) * count <= 2 + 1e-6 * count, f"{what}: {ours} against {theirs} of {count} events"
+
+
+def assert_close(ours, theirs, what):
+    assert math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-5), f"{what}: {ours} against {theirs}"
+
+
+def role_counts(records):
+    counts = Counter(eos=len(records))
+    for record in records:
+        for step in record["steps"]:
+            counts.update(ROLE_COUNTS_PER_EVENT[step["op"]])
+    return counts
+
+
+def slice_counts(records):
+    counts = {}
+    for record in records:
+        for event in record["query_events"]:
+            axes = record["axes"] | {k: event[k] for k in ("writes_since_support", "tokens_since_support", "slot_after_write")}
+            for axis, value in axes.items():
+                counts.setdefault(axis, Counter())[str(value)] += 1
+    return counts
+
+
+def test_one_row_for_each_checkpoint_in_step_order(swept):
+    assert tuple(swept["rows"]) == STEPS
+    assert "analysis" in swept["stdout"] and "Next:" in swept["stdout"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_behaviour_of_the_whole_probe_set(swept, expected, step):
+    row, theirs, records = swept["rows"][step], expected[step]["behavior"], swept["records"]
+    reads = theirs["num_examples"]
+    assert reads == sum(len(record["query_events"]) for record in records)
+    assert_rate(row["answer_accuracy"], theirs["answer_accuracy"], reads, "answer_accuracy")
+    for name in ("loss", "q", "r", "w"):
+        assert_close(row[name], theirs[name], name)
+    roles = role_counts(records)
+    assert_rate(row["token_accuracy"], theirs["token_accuracy"], sum(roles.values()), "token_accuracy")
+    assert set(row["token_role_accuracy"]) == set(theirs["token_role_accuracy"])
+    for role, value in theirs["token_role_accuracy"].items():
+        assert_rate(row["token_role_accuracy"][role], value, roles[role], role)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_slices_with_their_counts(swept, expected, step):
+    row, theirs = swept["rows"][step], expected[step]["behavior"]["slice_accuracy"]
+    assert row["slice_count"] == {a: dict(c) for a, c in slice_counts(swept["records"]).items()}
+    assert {a: set(v) for a, v in row["slice_accuracy"].items()} == {a: set(v) for a, v in theirs.items()}
+    for axis, values in theirs.items():
+        for value, accuracy in values.items():
+            count = row["slice_count"][axis][value]
+            assert_rate(row["slice_accuracy"][axis][value], accuracy, count, f"{axis}={value}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_behaviour_of_each_split(swept, expected, step):
+    for split, theirs in expected[step]["split_behavior"].items():
+        ours = swept["dataset"].sel(step=step, split=split)
+        members = [record for record in swept["records"] if record["split"] == split]
+        assert int(ours["read_count"]) == theirs["num_examples"]
+        accuracy = swept["rows"][step]["split_accuracy"][split]
+        assert_rate(accuracy, theirs["answer_accuracy"], theirs["num_examples"], split)
+        assert_close(float(ours["loss"]), theirs["loss"], f"{split} loss")
+        roles = role_counts(members)
+        assert_rate(
+            float(ours["token_accuracy"]), theirs["token_accuracy"], sum(roles.values()), f"{split} token_accuracy"
+        )
+        for role, value in theirs["token_role_accuracy"].items():
+            assert_rate(float(ours["token_role_accuracy"].sel(token_role=role)), value, roles[role], f"{split} {role}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_residual_stream(swept, expected, step):
+    row, theirs = swept["rows"][step], expected[step]["residual_probes"]
+    reads = expected[step]["behavior"]["num_examples"]
+    names = {
+        "answer_probe_accuracy_by_stage": "lens_answer_accuracy_by_layer",
+        "query_probe_accuracy_by_stage": "lens_query_key_accuracy_by_layer",
+        "support_probe_accuracy_by_stage": "lens_support_value_accuracy_by_layer",
+    }
+    for theirs_name, ours_name in names.items():
+        assert set(row[ours_name]) == set(theirs[theirs_name])
+        for stage, value in theirs[theirs_name].items():
+            assert_rate(row[ours_name][stage], value, reads, f"{ours_name} {stage}")
+    for stage, value in theirs["answer_margin_by_stage"].items():
+        assert_close(row["answer_margin_by_layer"][stage], value, f"margin {stage}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_drift_to_the_previous_checkpoint(swept, expected, step):
+    ours = swept["rows"][step]["residual_drift_by_layer"]
+    theirs = expected[step]["prediction_state_drift_by_stage"]
+    if step == STEPS[0]:
+        assert set(ours.values()) == {None}  # the reference writes 0.0 where there is no predecessor
+        return
+    assert expected[step]["previous_step"] == STEPS[STEPS.index(step) - 1]
+    for stage, value in theirs.items():
+        assert_close(ours[stage], value, f"drift {stage}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_heads(swept, expected, step):
+    reads = expected[step]["behavior"]["num_examples"]
+    ablations = expected[step]["head_ablation_top"]
+    localizations = expected[step]["head_localization_top"]
+    assert len(ablations) == len(localizations) == 12
+    for theirs in ablations:
+        ours = swept["heads"][step, theirs["layer"], theirs["head"]]
+        # A drop is the difference of two rates of the same reads.
+        assert_rate(ours["accuracy_drop"], theirs["accuracy_drop"], reads, theirs)
+    for theirs in localizations:
+        ours = swept["heads"][step, theirs["layer"], theirs["head"]]
+        for name in ("query_attention_mean", "support_attention_mean"):
+            assert_close(ours[name], theirs[name], f"{name} {theirs}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_mlps(swept, expected, step):
+    reads = expected[step]["behavior"]["num_examples"]
+    assert len(expected[step]["mlp_ablation_top"]) == len(expected[step]["mlp_write_top"]) == 3
+    for theirs in expected[step]["mlp_ablation_top"]:
+        ours = swept["mlps"][step, theirs["layer"]]
+        assert_rate(ours["accuracy_drop"], theirs["accuracy_drop"], reads, theirs)
+    for theirs in expected[step]["mlp_write_top"]:
+        ours = swept["mlps"][step, theirs["layer"]]
+        for name in ("write_norm_mean", "answer_margin_delta_mean"):
+            assert_close(ours[name], theirs[name], f"{name} {theirs}")
+
+
+def test_every_checkpoint_carries_a_parity_certificate(swept):
+    for checkpoint in swept["sweep"]["checkpoints"]:
+        certificate = checkpoint["certificate"]
+        assert certificate["max_abs_difference"] <= 2e-4 * certificate["max_abs_logit"]
+    assert swept["sweep"]["versions"]["jax"] and swept["sweep"]["precision"] == "highest"
+
+
+def test_what_the_reference_probe_set_lacks_is_built_beside_it(swept):
+    companion = json.loads((swept["root"] / "probe_set.companion.json").read_text())
+    assert companion["num_fit_records"] == 512
+    tags = Counter(companion["difficulty"].values())
+    assert min(tags.values()) >= len(swept["records"]) / 4
+    assert len((swept["root"] / "probe_set.sources.jsonl").read_text().splitlines()) == 96
