@@ -1,18 +1,40 @@
-"""Strict numerics for every test: no silent rank promotion, no NaN that nobody asked for."""
+"""Strict numerics for every test, and the small benchmark and runs that many of them share."""
+
+from __future__ import annotations
+
+import shutil
 
 import jax
 import pytest
+from absl import flags
+
+from tests.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True)
-def _no_progress_of_flags_between_tests():
-    """Command tests share absl's global flags; each starts from the defaults."""
-    from absl import flags
-
+def _fresh_flags():
+    """Commands share absl's global flags; each test starts from the defaults."""
     yield
     for name in list(flags.FLAGS):
         flag = flags.FLAGS[name]
         if flag.present:
             flag.unparse()
+
+
+@pytest.fixture(scope="session")
+def small_benchmark(tmp_path_factory):
+    """A small benchmark directory; tests only read it."""
+    return write_small_benchmark(tmp_path_factory.mktemp("benchmark") / "small")
+
+
+@pytest.fixture(scope="session")
+def _untied_run(tmp_path_factory, small_benchmark):
+    return write_run(tmp_path_factory.mktemp("untied") / "run", small_benchmark)
+
+
+@pytest.fixture
+def small_run(_untied_run, tmp_path):
+    """A copy of a small run, for the test to change."""
+    return shutil.copytree(_untied_run, tmp_path / "run")

@@ -31,7 +31,7 @@ def answer_margin(
       logit(answer) - max logit of the other value tokens, [...] in logits; and argmax over value tokens == answer.
     """
     value_logits = logits[..., value_ids]
-    is_answer = value_ids == answers[..., None]
+    is_answer = answers[..., None] == jnp.expand_dims(value_ids, tuple(range(answers.ndim)))
     right = jnp.sum(jnp.where(is_answer, value_logits, 0.0), axis=-1)
     best_other = jnp.max(jnp.where(is_answer, -jnp.inf, value_logits), axis=-1)
     return right - best_other, value_ids[jnp.argmax(value_logits, axis=-1)] == answers
@@ -67,7 +67,7 @@ def next_token_sums(
     targets, roles = tokens_BxT[:, 1:], token_roles_BxT[:, 1:]
     loss = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
     right = jnp.argmax(logits_BxTxV[:, :-1], axis=-1) == targets
-    by_role = (roles[..., None] == np.arange(len(TOKEN_ROLES))) & right[..., None]
+    by_role = (roles[..., None] == np.arange(len(TOKEN_ROLES))[None, None]) & right[..., None]
     return jnp.sum(jnp.where(roles >= 0, loss, 0.0), axis=1), jnp.sum(by_role, axis=1)
 
 

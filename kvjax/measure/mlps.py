@@ -13,4 +13,4 @@ def write_norm_sums(mlp_out_LxBxQxD: jax.Array, is_read_BxQ: jax.Array) -> jax.A
       mlp_out_LxBxQxD: the MLP outputs at one position of each read.
       is_read_BxQ: which reads exist.
     """
-    return jnp.sum(jnp.where(is_read_BxQ, jnp.linalg.norm(mlp_out_LxBxQxD, axis=-1), 0.0), axis=-1)
+    return jnp.sum(jnp.where(is_read_BxQ[None], jnp.linalg.norm(mlp_out_LxBxQxD, axis=-1), 0.0), axis=-1)

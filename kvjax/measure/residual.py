@@ -37,11 +37,11 @@ def lens_sums(
     value_guess = value_ids[jnp.argmax(support_logits_SxBxQxV[..., value_ids], axis=-1)]
     per_read = {
         "answer_correct": answer,
-        "query_key_correct": key_guess == keys_BxQ,
-        "support_value_correct": value_guess == answers_BxQ,
+        "query_key_correct": key_guess == keys_BxQ[None],
+        "support_value_correct": value_guess == answers_BxQ[None],
         "answer_margin": margin,
     }
-    return {name: jnp.sum(jnp.where(is_read_BxQ, x, 0), axis=-1) for name, x in per_read.items()}
+    return {name: jnp.sum(jnp.where(is_read_BxQ[None], x, 0), axis=-1) for name, x in per_read.items()}
 
 
 def state_sums(states_SxBxQxD: jax.Array, is_read_BxQ: jax.Array, split_weights_BxZ: jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ def state_sums(states_SxBxQxD: jax.Array, is_read_BxQ: jax.Array, split_weights_
       is_read_BxQ: which reads exist.
       split_weights_BxZ: 1 where sequence B is in split Z, else 0.
     """
-    per_sequence = jnp.sum(jnp.where(is_read_BxQ[..., None], states_SxBxQxD, 0.0), axis=2)
+    per_sequence = jnp.sum(jnp.where(is_read_BxQ[None, ..., None], states_SxBxQxD, 0.0), axis=2)
     return jnp.einsum("sbd,bz->zsd", per_sequence, split_weights_BxZ, precision="highest")
 
 

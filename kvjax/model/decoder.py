@@ -68,7 +68,7 @@ def attention_mask(tokens_BxT: jax.Array, positions_BxQ: jax.Array | None = None
     """
     length = tokens_BxT.shape[1]
     queries = jnp.arange(length)[None] if positions_BxQ is None else positions_BxQ
-    causal = queries[:, :, None] >= jnp.arange(length)
+    causal = queries[:, :, None] >= jnp.arange(length)[None, None]
     return (causal & (tokens_BxT != PAD_ID)[:, None, :])[:, None]
 
 
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
         """Returns token plus position embeddings, [B, T, D]."""
-        return self.token_embedding(tokens_BxT) + self.position_embedding(jnp.arange(tokens_BxT.shape[1]))
+        return self.token_embedding(tokens_BxT) + self.position_embedding(jnp.arange(tokens_BxT.shape[1]))[None]
 
     def unembed(self, normed: jax.Array) -> jax.Array:
         """Returns the logits of states the final LayerNorm was applied to, [..., V]."""

@@ -45,7 +45,7 @@ def ablate_head(layer: jax.Array | int, head: jax.Array | int, *, n_layers: int,
       layer, head: which head; may be traced.
       n_layers, n_heads: the model's shape.
     """
-    mask_LxH = (jnp.arange(n_layers) == layer)[:, None] & (jnp.arange(n_heads) == head)
+    mask_LxH = (jnp.arange(n_layers) == layer)[:, None] & (jnp.arange(n_heads) == head)[None]
     return {"head_z": Edit(mask_LxH[:, None, None, :, None], jnp.zeros((1, 1, 1, 1, 1)))}
 
 

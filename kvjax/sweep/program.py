@@ -101,7 +101,7 @@ def measure_batch(program: Program, params: Params, batch: EncodedRecords) -> Su
         "token/role_correct": role_correct,
     }
     for name in heads.ATTENTION_MEASURES:
-        per_sequence = jnp.sum(jnp.where(is_read[:, None], attention[name], 0.0), axis=-1)  # [L, B, H]
+        per_sequence = jnp.sum(jnp.where(is_read[None, :, None], attention[name], 0.0), axis=-1)  # [L, B, H]
         sums[f"head/{name}"] = per_sequence.swapaxes(0, 1)
     sums |= _stage_sums(program, params, clean, batch, value_ids, key_ids)
     if program.ablate:
@@ -141,7 +141,7 @@ def _stage_sums(
         value_ids=value_ids,
         key_ids=key_ids,
     )
-    in_split = (batch.splits[:, None] == np.arange(program.num_splits)) * batch.weights[:, None]
+    in_split = (batch.splits[:, None] == np.arange(program.num_splits)[None]) * batch.weights[:, None]
     mlp_out = clean.trace["mlp_out"]
     return {
         **{f"lens/{name}": x.T for name, x in lens.items()},

@@ -1,0 +1,188 @@
+"""Benchmarks: the rules of a fair test, the same bytes for the same seed, and settings that cannot work."""
+
+import hashlib
+import json
+
+import pytest
+
+from kvjax.config import BenchmarkConfig, find_config, read_config
+from kvjax.errors import InputError
+from kvjax.task.benchmark import Benchmark, check_diagnostics, check_record, generate_benchmark
+from tests.building import read_lines, small_benchmark_config, write_small_benchmark
+
+SPLITS = ("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood", "counterfactual")
+
+
+@pytest.fixture(scope="module")
+def records(small_benchmark):
+    return {split: read_lines(small_benchmark / f"{split}.jsonl") for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def metadata(small_benchmark):
+    return json.loads((small_benchmark / "metadata.json").read_text())
+
+
+def heldout(metadata):
+    return {tuple(pair.split(":")) for pair in metadata["holdout_pairs"]}
+
+
+def test_every_record_replays(records, small_benchmark):
+    vocabulary = Benchmark.open(small_benchmark).vocabulary
+    for split, members in records.items():
+        for record in members:
+            check_record(record, vocabulary, split)
+
+
+def test_every_value_of_a_stream_is_written_once_and_consecutive_writes_change_key(records):
+    for members in records.values():
+        for record in members:
+            values = [write["value"] for write in record["writes"]]
+            keys = [write["key"] for write in record["writes"]]
+            assert len(set(values)) == len(values)
+            assert all(a != b for a, b in zip(keys, keys[1:], strict=False))
+
+
+def test_overwrites_are_spread_evenly(records):
+    for record in records["train"]:
+        keys = [write["key"] for write in record["writes"]]
+        overwrites = [keys.count(key) - 1 for key in set(keys)]
+        assert max(overwrites) - min(overwrites) <= 1
+
+
+def test_reads_ask_only_for_overwritten_keys_within_the_lag(records):
+    for split, members in records.items():
+        lag = (2, 3) if split == "structural_ood" else (1, 2)
+        for record in members:
+            for event in record["query_events"]:
+                assert lag[0] <= event["writes_since_support"] <= lag[1]
+                earlier = record["writes"][: event["support_write_index"]]
+                assert event["key"] in {write["key"] for write in earlier}
+
+
+def test_heldout_pairs_appear_in_their_split_alone(records, metadata):
+    pairs = heldout(metadata)
+    assert len(pairs) == int(4 * 48 * 0.3)
+    for split, members in records.items():
+        used = {(write["key"], write["value"]) in pairs for record in members for write in record["writes"]}
+        assert used == {split == "heldout_pairs"}
+
+
+def test_nothing_repeats_within_or_across_splits(records):
+    sequences = [record["exact_sequence_signature"] for members in records.values() for record in members]
+    assert len(set(sequences)) == len(sequences)
+
+
+def test_a_counterfactual_differs_from_its_source_in_one_supporting_write(records):
+    sources = {record["sample_id"]: record for record in records["test_iid"]}
+    for record in records["counterfactual"]:
+        source, changed = sources[record["counterfactual_of"]], record["changed_write_index"]
+        different = [
+            a["write_index"] for a, b in zip(source["writes"], record["writes"], strict=True) if a["value"] != b["value"]
+        ]
+        assert different == [changed] and source["query_plan"] == record["query_plan"]
+        assert changed in {event["support_write_index"] for event in record["query_events"]}
+        assert len(source["tokens"]) == len(record["tokens"])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, small_benchmark):
+    def digest(folder):
+        files = sorted(folder.iterdir())
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    assert digest(write_small_benchmark(tmp_path / "again")) == digest(small_benchmark)
+    assert digest(write_small_benchmark(tmp_path / "other", seed=4)) != digest(small_benchmark)
+
+
+def generate(tmp_path, **changes):
+    config = BenchmarkConfig.model_validate(small_benchmark_config(**changes))
+    return generate_benchmark(config, tmp_path / "benchmark", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"holdout_answer_pair_fraction": 0.05}, r"at least 4 held-out values for every key .*; found 2"),
+        ({"num_keys": 2}, "num_keys = 2; found max 3"),
+        ({"num_values": 12}, "held-out values"),
+        (
+            {"train": {**small_benchmark_config()["train"], "num_queries": {"min": 3, "max": 9}}},
+            r"train.num_queries: expected at most 5 reads, all that 2 active keys, 6 overwrites",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_fail_first_with_the_numbers_that_do_not_fit(tmp_path, changes, complaint):
+    with pytest.raises(InputError, match=complaint):
+        generate(tmp_path, **changes)
+    assert not (tmp_path / "benchmark").exists()
+
+
+def test_running_out_of_distinct_streams_is_said(tmp_path):
+    tiny = {
+        "num_samples": 2000,
+        "active_keys": {"min": 2, "max": 2},
+        "overwrite_count": {"min": 1, "max": 1},
+        "num_queries": {"min": 1, "max": 1},
+        "query_lag": {"min": 0, "max": 0},
+    }
+    changes = {split: tiny for split in ("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood")}
+    with pytest.raises(InputError, match="2000 distinct streams"):
+        generate(tmp_path, num_keys=2, num_values=8, holdout_answer_pair_fraction=0.5, **changes)
+
+
+def test_a_heuristic_above_the_limit_fails_loudly(tmp_path):
+    with pytest.raises(InputError, match="heuristic most_frequent_value_before_query at or below 0.0"):
+        generate(tmp_path, heuristic_max_accuracy=0.0)
+
+
+def test_diagnostics_with_leaked_pairs_fail(metadata):
+    leaked = json.loads(json.dumps(metadata["diagnostics"]))
+    leaked["holdout_leakage"]["train"]["heldout_pair_uses"] = 1
+    with pytest.raises(InputError, match="train: expected no held-out pairs"):
+        check_diagnostics(leaked, 0.4)
+
+
+def test_an_existing_directory_is_kept_without_overwrite(small_benchmark):
+    config = BenchmarkConfig.model_validate(small_benchmark_config(seed=9))
+    before = (small_benchmark / "metadata.json").read_bytes()
+    with pytest.raises(InputError, match="overwrite"):
+        generate_benchmark(config, small_benchmark, overwrite=False)
+    assert (small_benchmark / "metadata.json").read_bytes() == before
+
+
+def test_overwriting_never_removes_a_directory_that_is_no_benchmark(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    config = BenchmarkConfig.model_validate(small_benchmark_config())
+    with pytest.raises(InputError, match="an earlier benchmark"):
+        generate_benchmark(config, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_shipped_config_holds_the_reference_settings():
+    config = read_config(find_config("symbolic_kv_base", "benchmark"), BenchmarkConfig)
+    assert (config.seed, config.num_keys, config.num_values) == (7, 8, 128)
+    assert config.train.num_samples == 8000 and config.structural_ood.query_lag.max == 3
+
+
+def test_a_config_with_a_misspelt_field_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(small_benchmark_config(num_key=4)))
+    with pytest.raises(InputError, match="num_key"):
+        read_config(path, BenchmarkConfig)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda d: (d / "metadata.json").unlink(), "a benchmark directory"),
+        (lambda d: (d / "metadata.json").write_text("{"), "a JSON file"),
+        (lambda d: (d / "train.jsonl").unlink(), "the records of split train"),
+        (lambda d: (d / "train.jsonl").write_text("{}\n"), "80 records"),
+        (lambda d: (d / "train.jsonl").write_text("{}\n{\n"), r"train.jsonl:2"),
+    ],
+)
+def test_a_damaged_benchmark_is_named(tmp_path, damage, complaint):
+    folder = write_small_benchmark(tmp_path / "benchmark")
+    damage(folder)
+    with pytest.raises(InputError, match=complaint):
+        Benchmark.open(folder).read_split("train")

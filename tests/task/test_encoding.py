@@ -1,0 +1,92 @@
+"""Encoding: positions, roles and relations by hand; buckets lose and repeat nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvjax.errors import InputError
+from kvjax.task.encoding import (
+    RELATION_CURRENT,
+    RELATION_OLDER,
+    RELATION_OTHER,
+    RELATION_OTHER_KEY,
+    RELATION_STALE,
+    TOKEN_ROLES,
+    bucket_by_length,
+    encode_records,
+)
+from kvjax.task.stream import Program, Read, build_record
+from kvjax.task.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary.of_size(3, 30)
+
+
+def record(program, n=0):
+    return build_record(program, VOCABULARY, sample_id=f"a_{n}", split="a", heldout_pairs=frozenset())
+
+
+def test_relations_of_a_stream_written_out():
+    # position:  1 W K00 3 | 4 W K01 6 | 7 W K00 9 | 10 R K00 12 | 13 W K00 15 | 16 R K00 18 | 19 R K00 21
+    program = Program(
+        (("K00", "V000"), ("K01", "V001"), ("K00", "V002"), ("K00", "V003")),
+        (Read(2, "K00", 2), Read(3, "K00", 3), Read(3, "K00", 3)),
+    )
+    encoded = encode_records([record(program)], VOCABULARY, ["a"], max_seq_len=64)
+    relation = encoded.relations[0, 2]
+    assert {position: int(relation[position]) for position in (3, 6, 9, 12, 15, 18)} == {
+        3: RELATION_OLDER,
+        6: RELATION_OTHER_KEY,
+        9: RELATION_STALE,
+        12: RELATION_STALE,  # an answer that copied the stale value
+        15: RELATION_CURRENT,
+        18: RELATION_CURRENT,  # an earlier answer that copied the current value
+    }
+    assert relation[21] == RELATION_OTHER, "the answer itself lies after the prediction"
+    assert encoded.prediction_positions[0].tolist() == [11, 17, 20]
+    assert encoded.support_positions[0].tolist() == [9, 15, 15]
+    assert encoded.answers[0].tolist() == [VOCABULARY.id_of[v] for v in ("V002", "V003", "V003")]
+    roles = [TOKEN_ROLES[role] if role >= 0 else None for role in encoded.token_roles[0]]
+    assert roles[0] is None and roles[-1] == "eos" and roles[10:13] == ["op_read", "key_read", "value_answer"]
+
+
+def programs(num_writes):
+    writes = tuple((f"K{i % 2:02d}", f"V{i:03d}") for i in range(num_writes))
+    return Program(writes, (Read(num_writes - 1, f"K{(num_writes - 1) % 2:02d}", num_writes - 1),))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(2, 20), min_size=1, max_size=40), st.integers(8, 400), st.integers(1, 4)
+)
+def test_buckets_hold_every_record_once_and_mark_what_fills_them(sizes, tokens_per_batch, max_buckets):
+    records = [record(programs(size), n) for n, size in enumerate(sizes)]
+    encoded = encode_records(records, VOCABULARY, ["a"], max_seq_len=96)
+    buckets = bucket_by_length(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+    assert len(buckets) <= max_buckets
+    real = np.concatenate([bucket.indices[bucket.indices >= 0] for bucket in buckets])
+    assert sorted(real.tolist()) == list(range(len(records)))
+    for bucket in buckets:
+        flat = bucket.batches.tokens.reshape(-1, bucket.batches.tokens.shape[-1])
+        for row, index, weight in zip(flat, bucket.indices, bucket.batches.weights.ravel(), strict=True):
+            assert weight == (index >= 0)
+            if index >= 0:
+                length = len(records[index]["tokens"])
+                assert row[:length].tolist() == records[index]["token_ids"] and not row[length:].any()
+
+
+def test_three_edges_pad_less_than_one():
+    sizes = [2] * 20 + [10] * 20 + [20] * 2
+    encoded = encode_records([record(programs(s), n) for n, s in enumerate(sizes)], VOCABULARY, ["a"], max_seq_len=96)
+
+    def padded(buckets):
+        return sum(bucket.batches.tokens.size for bucket in buckets)
+
+    three = bucket_by_length(encoded, tokens_per_batch=100_000)
+    assert padded(three) == sum(encoded.lengths)
+    assert padded(bucket_by_length(encoded, tokens_per_batch=100_000, max_buckets=1)) > padded(three)
+
+
+def test_a_record_longer_than_the_model_is_named():
+    with pytest.raises(InputError, match=r"a_0: expected at most max_seq_len 16 tokens; found"):
+        encode_records([record(programs(10))], VOCABULARY, ["a"], max_seq_len=16)

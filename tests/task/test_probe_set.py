@@ -1,0 +1,189 @@
+"""Probe sets: fixed, covering, immutable, and bound to their benchmark."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from kvjax.errors import InputError
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.probe_set import (
+    COVERED_AXES,
+    assign_difficulty,
+    choose_examples,
+    generate_probe_set,
+    install_probe_set,
+    open_probe_set,
+)
+from tests.building import read_lines, write_small_benchmark
+
+
+def make(benchmark, path, **changes):
+    settings = {"examples_per_split": 10, "fit_examples": 16, "seed": 17} | changes
+    return generate_probe_set(Benchmark.open(benchmark), path, **settings)
+
+
+@pytest.fixture
+def probe(small_benchmark, tmp_path):
+    return make(small_benchmark, tmp_path / "probe.jsonl")
+
+
+def labels(record):
+    return [
+        (axis, record["axes"].get(axis, event.get(axis))) for event in record["query_events"] for axis in COVERED_AXES
+    ]
+
+
+def test_every_split_has_its_examples_and_records_are_the_benchmarks_own(probe, small_benchmark):
+    assert set(probe.manifest.split_counts) == {"validation_iid", "heldout_pairs", "structural_ood", "counterfactual"}
+    for split, count in probe.manifest.split_counts.items():
+        known = {record["sample_id"]: record for record in read_lines(small_benchmark / f"{split}.jsonl")}
+        members = [record for record in probe.records if record["split"] == split]
+        assert count == len(members) == 10 + probe.manifest.added_for_coverage[split]
+        assert all(known[record["sample_id"]] == record for record in members)
+        assert len({record["sample_id"] for record in members}) == len(members)
+
+
+def test_every_value_of_the_covered_axes_has_eight_events_or_all_there_are(probe, small_benchmark):
+    for split in probe.manifest.splits:
+        pool = Counter(x for r in read_lines(small_benchmark / f"{split}.jsonl") for x in labels(r))
+        have = Counter(x for r in probe.records if r["split"] == split for x in labels(r))
+        for label, total in pool.items():
+            assert have[label] >= min(8, total), (split, label)
+
+
+def test_coverage_counts_in_the_metadata_are_counts_of_events(probe):
+    for split, axes in probe.manifest.coverage.items():
+        events = sum(len(record["query_events"]) for record in probe.records if record["split"] == split)
+        assert all(sum(counts.values()) == events for counts in axes.values())
+
+
+def test_rare_signatures_come_first():
+    def fake(n, keys):
+        axes = dict.fromkeys(
+            ("overwrite_count", "num_queries", "total_writes", "mean_query_lag", "max_query_lag", "context_tokens"), 1
+        )
+        event = {"writes_since_support": 1, "tokens_since_support": 3, "slot_after_write": 2}
+        return {"sample_id": f"x_{n}", "axes": {"active_keys": keys, **axes}, "query_events": [event]}
+
+    pool = [fake(n, 2) for n in range(99)] + [fake(99, 3)]
+    chosen = choose_examples(pool, 10, seed="s")
+    assert len(chosen) == 10 and pool[99] in chosen
+    assert chosen == choose_examples(pool, 10, seed="s")
+    assert chosen != choose_examples(pool, 10, seed="t")
+
+
+def test_at_least_a_quarter_is_easy_and_a_quarter_hard_in_every_split(probe):
+    for split in probe.manifest.splits:
+        members = [record for record in probe.records if record["split"] == split]
+        tags = Counter(probe.manifest.difficulty[record["sample_id"]] for record in members)
+        assert min(tags["easy"], tags["hard"]) >= len(members) / 4
+
+
+def test_hard_examples_ask_further_back(probe):
+    tags = assign_difficulty(probe.records)
+
+    def mean_distance(tag):
+        far = [
+            sum(e["tokens_since_support"] for e in r["query_events"]) / len(r["query_events"])
+            for r in probe.records
+            if r["split"] == "validation_iid" and tags[r["sample_id"]] == tag
+        ]
+        return min(far), max(far)
+
+    assert mean_distance("easy")[1] <= mean_distance("hard")[0]
+
+
+def test_counterfactuals_are_paired_with_their_sources(probe):
+    counterfactuals = [record for record in probe.records if record["split"] == "counterfactual"]
+    assert len(counterfactuals) == len(probe.sources)
+    for record in counterfactuals:
+        assert probe.sources[record["sample_id"]]["sample_id"] == record["counterfactual_of"]
+
+
+def test_the_fit_set_is_from_train_and_has_no_repeats(probe, small_benchmark):
+    train = {record["sample_id"] for record in read_lines(small_benchmark / "train.jsonl")}
+    ids = [record["sample_id"] for record in probe.fit_records]
+    assert len(ids) == 16 == len(set(ids)) and set(ids) <= train
+
+
+def test_it_is_written_once(probe, small_benchmark):
+    with pytest.raises(InputError, match="immutable"):
+        make(small_benchmark, probe.path)
+
+
+@pytest.mark.parametrize("name", ["probe.jsonl", "probe.fit.jsonl", "probe.sources.jsonl"])
+def test_an_edited_file_is_refused(probe, small_benchmark, name):
+    path = probe.path.with_name(name)
+    path.write_text(path.read_text().replace("V0", "V1", 1))
+    with pytest.raises(InputError, match="edited"):
+        open_probe_set(probe.path, Benchmark.open(small_benchmark))
+
+
+def test_an_edited_manifest_is_refused(probe, small_benchmark):
+    path = probe.path.with_suffix(".metadata.json")
+    document = json.loads(path.read_text())
+    sample = next(iter(document["difficulty"]))
+    document["difficulty"][sample] = "easy" if document["difficulty"][sample] == "hard" else "hard"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="edited"):
+        open_probe_set(probe.path, Benchmark.open(small_benchmark))
+
+
+def test_another_benchmarks_probe_set_is_refused(probe, tmp_path):
+    other = write_small_benchmark(tmp_path / "other", seed=4)
+    with pytest.raises(InputError, match="another benchmark"):
+        open_probe_set(probe.path, Benchmark.open(other))
+
+
+class TestReferenceProbeSet:
+    """One that the reference tool wrote: records and a metadata file of its own, nothing else."""
+
+    @pytest.fixture
+    def path(self, small_benchmark, tmp_path):
+        records = read_lines(small_benchmark / "validation_iid.jsonl")[:6]
+        records += read_lines(small_benchmark / "counterfactual.jsonl")[:6]
+        path = tmp_path / "given" / "probe_set.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        metadata = {"benchmark_dir": "elsewhere", "examples_per_split": 6, "num_records": 12, "seed": 17}
+        path.with_suffix(".metadata.json").write_text(json.dumps(metadata))
+        return path
+
+    def test_it_is_accepted_as_it_is_and_completed_beside(self, path, small_benchmark):
+        before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+        probe = open_probe_set(path, Benchmark.open(small_benchmark))
+        assert {name: (path.parent / name).read_bytes() for name in before} == before
+        assert len(probe.sources) == 6 and len(probe.fit_records) == 80  # all of a small train split
+        again = open_probe_set(path, Benchmark.open(small_benchmark))
+        assert again.manifest == probe.manifest
+
+    def test_one_edited_before_it_was_seen_is_refused(self, path, small_benchmark):
+        lines = path.read_text().splitlines()
+        lines[3] = lines[3].replace('"W"', '"R"', 1)
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(InputError, match=r"probe_set.jsonl:4: expected a record of the benchmark"):
+            open_probe_set(path, Benchmark.open(small_benchmark))
+
+    def test_one_edited_after_it_was_seen_is_refused(self, path, small_benchmark):
+        open_probe_set(path, Benchmark.open(small_benchmark))
+        path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+        with pytest.raises(InputError, match="edited"):
+            open_probe_set(path, Benchmark.open(small_benchmark))
+
+    def test_a_copy_in_an_analysis_folder_opens_like_the_original(self, path, small_benchmark, tmp_path):
+        benchmark = Benchmark.open(small_benchmark)
+        probe = open_probe_set(path, benchmark)
+        install_probe_set(probe, tmp_path / "analysis", replace=False)
+        copy = open_probe_set(tmp_path / "analysis" / "probe_set.jsonl", benchmark)
+        assert copy.manifest == probe.manifest
+
+
+def test_another_probe_set_is_not_replaced_unasked(probe, small_benchmark, tmp_path):
+    other = make(small_benchmark, tmp_path / "second.jsonl", seed=18)
+    install_probe_set(probe, tmp_path / "analysis", replace=False)
+    with pytest.raises(InputError, match="another probe set"):
+        install_probe_set(other, tmp_path / "analysis", replace=False)
+    install_probe_set(other, tmp_path / "analysis", replace=True)
+    installed = open_probe_set(tmp_path / "analysis" / "probe_set.jsonl", Benchmark.open(small_benchmark))
+    assert installed.manifest.seed == 18

@@ -1,0 +1,100 @@
+"""The architecture: imports go one way, and torch stays in the converters."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each folder uses only those before it.
+ORDER = ("errors", "config", "artifacts", "task", "model", "measure", "sweep", "commands")
+
+
+def imports(path: Path) -> set[str]:
+    """Returns every module a file imports, wherever in it the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def layer_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", modules("kvjax"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts == ("kvjax", "__init__"):
+        assert not imports(path), "importing kvjax must stay instant"
+        return
+    own = ORDER.index(parts[1])
+    for name in imports(path):
+        if name.startswith("kvjax.") and layer_of(name) in ORDER:
+            assert ORDER.index(layer_of(name)) <= own, f"{path} imports {name} of a later layer"
+        if name.split(".")[0] == "converters":
+            assert parts[1] == "commands", f"only commands import converters; {path} imports {name}"
+
+
+def test_every_folder_has_its_place_in_the_order():
+    folders = {path.name for path in (ROOT / "kvjax").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    files = {path.stem for path in (ROOT / "kvjax").glob("*.py")} - {"__init__"}
+    assert folders | files == set(ORDER)
+
+
+@pytest.mark.parametrize("path", modules("kvjax"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_converters_import_torch(path):
+    assert not [name for name in imports(path) if name.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("path", modules("converters"), ids=lambda path: path.name)
+def test_converters_do_not_reach_up_into_commands(path):
+    assert not [name for name in imports(path) if name.startswith("kvjax.commands")]
+
+
+@pytest.mark.parametrize("path", [*modules("kvjax"), *modules("converters")], ids=lambda path: path.stem)
+def test_no_module_reaches_into_anothers_underscore_names(path):
+    ours = [name for name in imports(path) if name.split(".")[0] in ("kvjax", "converters")]
+    assert not [name for name in ours if any(p.startswith("_") and not p.endswith("__") for p in name.split("."))]
+
+
+def test_flax_is_used_in_the_decoder_alone():
+    users = [path.name for path in modules("kvjax") if any(n.split(".")[0] == "flax" for n in imports(path))]
+    assert users == ["decoder.py"]
+
+
+def test_every_package_is_shipped():
+    import tomllib
+
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    present = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for folder in ("kvjax", "converters")
+        for path in modules(folder)
+    }
+    assert set(shipped) == present | {"kvjax.configs"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["checkpoint-sweep", "--help"], ["checkpoint-sweep", "--steps_=1"]])
+def test_help_and_flag_errors_import_nothing_heavy(arguments):
+    code = (
+        "import sys; from kvjax.commands.main import main; main(sys.argv[1:]);"
+        "heavy = {'jax', 'torch', 'numpy', 'scipy', 'xarray', 'pydantic', 'orbax'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
