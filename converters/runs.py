@@ -84,9 +84,7 @@ def convert_run(
     converted: list[ConvertedCheckpoint] = []
     metric_checks: list[MetricCheck] = []
     for step, path in run.checkpoints.items():
-        checkpoint = convert_checkpoint(
-            path, run.config, benchmark.vocabulary, expected_step=step, certify_on=tokens
-        )
+        checkpoint = convert_checkpoint(path, run.config, benchmark.vocabulary, expected_step=step, certify_on=tokens)
         converted.append(checkpoint)
         if checks is not None:
             metric_checks += checks.check(checkpoint)
@@ -162,9 +160,7 @@ def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np
         return None
     records = benchmark.read_split(VERIFY_SPLIT)
     records = records if verify == "all" else records[:_SAMPLE_RECORDS]
-    encoded = encode_records(
-        records, benchmark.vocabulary, [VERIFY_SPLIT], max_seq_len=run.config.model.max_seq_len
-    )
+    encoded = encode_records(records, benchmark.vocabulary, [VERIFY_SPLIT], max_seq_len=run.config.model.max_seq_len)
     return encoded.tokens
 
 

@@ -77,9 +77,7 @@ def convert_checkpoint(
     return ConvertedCheckpoint(path, sha256, checkpoint.step, params, certificate, recorded)
 
 
-def _check_recorded_config(
-    checkpoint: TorchCheckpoint, run: RunConfig, vocabulary: Vocabulary, path: Path
-) -> None:
+def _check_recorded_config(checkpoint: TorchCheckpoint, run: RunConfig, vocabulary: Vocabulary, path: Path) -> None:
     """Checks what the trainer recorded inside the file; a file without such records is judged by its tensors."""
     trained_on = (checkpoint.config.get("benchmark_metadata") or {}).get("vocabulary")
     if trained_on is not None:
@@ -97,7 +95,9 @@ def _check_recorded_config(
         if ours != theirs:
             different = next(name for name in ours if ours[name] != theirs[name])
             raise unusable(
-                path, f"{different} {ours[different]} as in run_config.json", f"{different} {theirs[different]}"
+                path,
+                f"{different} {ours[different]} as in run_config.json",
+                f"{different} {theirs[different]}",
             )
 
 

@@ -12,9 +12,7 @@ from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import Params
 
 
-def to_flax(
-    state: Mapping[str, np.ndarray], model: ModelConfig, vocab_size: int, *, where: object
-) -> Params:
+def to_flax(state: Mapping[str, np.ndarray], model: ModelConfig, vocab_size: int, *, where: object) -> Params:
     """Returns the Flax parameters of a PyTorch state; a tied unembedding is left out of them.
 
     Args:
@@ -62,9 +60,7 @@ def _with_modern_names(state: Mapping[str, np.ndarray], where: object) -> dict[s
     legacy = [name for name in state if modern_name(name) != name]
     modern = [name for name in state if any(part in name for part in LEGACY_MLP.values())]
     if legacy and modern:
-        raise InputError(
-            f"{where}: expected one way of naming the MLP; found a mix of {legacy[0]} and {modern[0]}"
-        )
+        raise InputError(f"{where}: expected one way of naming the MLP; found a mix of {legacy[0]} and {modern[0]}")
     return {modern_name(name): array for name, array in state.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
 
 
 def write_checkpoint(
-    path: Path, *, step: int, state: Mapping[str, torch.Tensor], config: Mapping[str, Any], metrics: Mapping[str, Any]
+    path: Path,
+    *,
+    step: int,
+    state: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
 ) -> None:
     """Writes a checkpoint file in the reference trainer's layout, atomically, without optimizer state."""
     with replace_file(path) as partial:
@@ -75,12 +81,14 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise unusable(path, "a PyTorch checkpoint", "no such file")
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said once, in the error
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
     except pickle.UnpicklingError as error:
         # The first line says what the pickle asked for; the rest is advice to load it anyway.
         detail = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))

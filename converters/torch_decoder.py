@@ -72,9 +72,7 @@ class TorchDecoder(nn.Module):
         self.final_norm = nn.LayerNorm(model.d_model)
         self.lm_head = nn.Linear(model.d_model, vocab_size, bias=False)
 
-    def forward(
-        self, tokens: torch.Tensor, trace: dict[str, list[torch.Tensor]] | None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, trace: dict[str, list[torch.Tensor]] | None = None) -> torch.Tensor:
         """Returns logits [B, T, V]; where `trace` is given, each layer's activations are appended to it by name."""
         key_is_token = tokens != self.pad_id
         x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]

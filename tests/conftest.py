@@ -6,21 +6,10 @@ import shutil
 
 import jax
 import pytest
-from absl import flags
 
 from tests.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_flags():
-    """Commands share absl's global flags; each test starts from the defaults."""
-    yield
-    for name in list(flags.FLAGS):
-        flag = flags.FLAGS[name]
-        if flag.present:
-            flag.unparse()
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +19,12 @@ def small_benchmark(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _untied_run(tmp_path_factory, small_benchmark):
+def untied_run(tmp_path_factory, small_benchmark):
+    """A run directory that tests only read; `small_run` is a copy to change."""
     return write_run(tmp_path_factory.mktemp("untied") / "run", small_benchmark)
 
 
 @pytest.fixture
-def small_run(_untied_run, tmp_path):
+def small_run(untied_run, tmp_path):
     """A copy of a small run, for the test to change."""
-    return shutil.copytree(_untied_run, tmp_path / "run")
+    return shutil.copytree(untied_run, tmp_path / "run")

@@ -82,9 +82,7 @@ def test_every_package_is_shipped():
 
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     present = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for folder in ("kvjax", "converters")
-        for path in modules(folder)
+        ".".join(path.parent.relative_to(ROOT).parts) for folder in ("kvjax", "converters") for path in modules(folder)
     }
     assert set(shipped) == present | {"kvjax.configs"}
 

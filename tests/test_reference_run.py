@@ -17,7 +17,10 @@ import xarray as xr
 
 from tests.reference import golden, unpack_reference_run
 
-ROLE_COUNTS_PER_EVENT = {"write": ("op_write", "key_write", "value_write"), "read": ("op_read", "key_read", "value_answer")}
+ROLE_COUNTS_PER_EVENT = {
+    "write": ("op_write", "key_write", "value_write"),
+    "read": ("op_read", "key_read", "value_answer"),
+}
 STEPS = (250, 1000, 1500, 1750, 2000, 3000, 4000, 6000)
 
 
@@ -74,7 +77,9 @@ def slice_counts(records):
     counts = {}
     for record in records:
         for event in record["query_events"]:
-            axes = record["axes"] | {k: event[k] for k in ("writes_since_support", "tokens_since_support", "slot_after_write")}
+            axes = record["axes"] | {
+                k: event[k] for k in ("writes_since_support", "tokens_since_support", "slot_after_write")
+            }
             for axis, value in axes.items():
                 counts.setdefault(axis, Counter())[str(value)] += 1
     return counts
@@ -122,7 +127,10 @@ def test_behaviour_of_each_split(swept, expected, step):
         assert_close(float(ours["loss"]), theirs["loss"], f"{split} loss")
         roles = role_counts(members)
         assert_rate(
-            float(ours["token_accuracy"]), theirs["token_accuracy"], sum(roles.values()), f"{split} token_accuracy"
+            float(ours["token_accuracy"]),
+            theirs["token_accuracy"],
+            sum(roles.values()),
+            f"{split} token_accuracy",
         )
         for role, value in theirs["token_role_accuracy"].items():
             assert_rate(float(ours["token_role_accuracy"].sel(token_role=role)), value, roles[role], f"{split} {role}")

@@ -45,7 +45,7 @@ def read_json_lines(path: Path) -> list[Any]:
 def write_json(path: Path, document: Any) -> None:
     """Writes strict, readable JSON atomically; NaN and infinities are refused."""
     with replace_file(path) as partial:
-        text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+        text = json.dumps(document, indent=2, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
 
 
@@ -53,7 +53,7 @@ def write_json_lines(path: Path, documents: Iterable[Any]) -> None:
     """Writes strict JSON, one object a line, atomically."""
     with replace_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
         for document in documents:
-            lines.write(json.dumps(document, sort_keys=True, allow_nan=False) + "\n")
+            lines.write(json.dumps(document, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

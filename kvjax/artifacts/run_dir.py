@@ -117,7 +117,9 @@ class RunDir:
             inside = [step for step in self.checkpoints if first <= step <= last]
             if not inside:
                 raise unusable(
-                    self.path / "checkpoints", f"a checkpoint for --steps={part.strip()}", self.describe_steps()
+                    self.path / "checkpoints",
+                    f"a checkpoint for --steps={part.strip()}",
+                    self.describe_steps(),
                 )
             steps.update(inside)
         return sorted(steps)

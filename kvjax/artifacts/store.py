@@ -105,9 +105,7 @@ def read_store(folder: Path) -> ParameterStore:
     try:
         manifest = StoreManifest.model_validate(read_json(folder / _MANIFEST))
     except pydantic.ValidationError as error:
-        raise unusable(
-            folder / _MANIFEST, "the manifest of a parameter store", error.errors()[0]["msg"]
-        ) from None
+        raise unusable(folder / _MANIFEST, "the manifest of a parameter store", error.errors()[0]["msg"]) from None
     try:
         params = orbax.load(folder.resolve() / _PARAMS)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged store

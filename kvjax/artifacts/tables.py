@@ -35,15 +35,27 @@ class MarginSummary(_Row):
     share_positive: Rate
 
 
-class RankedHead(_Row):
+class AblatedHead(_Row):
+    """A head by the accuracy its ablation costs."""
+
     layer: int
     head: int
     value: Number
-    margin_drop: Number = None
-    query_attention_mean: Number = None
+    margin_drop: Number
 
 
-class RankedMlp(_Row):
+class LocalizedHead(_Row):
+    """A head by its attention to the support value."""
+
+    layer: int
+    head: int
+    value: Number
+    query_attention_mean: Number
+
+
+class AblatedMlp(_Row):
+    """An MLP by the accuracy its ablation costs."""
+
     layer: int
     value: Number
     margin_drop: Number
@@ -89,10 +101,10 @@ class CheckpointRow(_Row):
     answer_margin_by_layer: ByStage
     residual_drift_by_layer: ByStage
     residual_drift_to_reference_by_layer: ByStage
-    top_heads_by_ablation: list[RankedHead]
-    top_heads_by_localization: list[RankedHead]
+    top_heads_by_ablation: list[AblatedHead]
+    top_heads_by_localization: list[LocalizedHead]
     head_rank_correlation_prev: Number
-    top_mlps_by_ablation: list[RankedMlp]
+    top_mlps_by_ablation: list[AblatedMlp]
     mlp_rank_correlation_prev: Number
     mlp_write_norm_by_layer: dict[str, WriteNorm]
     head_turnover: Number

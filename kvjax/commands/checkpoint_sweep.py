@@ -9,32 +9,58 @@ from __future__ import annotations
 
 from absl import flags
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("run_dirs", None, "Run directories: a comma list, globs allowed.")
-flags.DEFINE_string("benchmark_dir", None, "The runs' benchmark; by default the one each run's config records.")
+from kvjax.commands import common
+
+FLAGS = flags.FlagValues()
+common.define_run_flags(FLAGS)
 flags.DEFINE_string(
-    "probe_set", None, "Probe set to measure on; by default analysis/probe_set.jsonl, made if absent."
+    "probe_set",
+    None,
+    "Probe set to measure on; by default analysis/probe_set.jsonl, made if absent.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_string("steps", "all", "Checkpoints to measure: all, or steps and ranges such as 250,1000-4000.")
-flags.DEFINE_string("reference", "final", "Checkpoint that drift is also measured to: final, best or a step.")
-flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per device call: auto or a number.")
-flags.DEFINE_float("memory_gb", None, "Accelerator memory that --checkpoint_batch=auto may fill.", lower_bound=0.1)
+flags.DEFINE_string(
+    "steps",
+    "all",
+    "Checkpoints to measure: all, or steps and ranges such as 250,1000-4000.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string(
+    "reference",
+    "final",
+    "Checkpoint that drift is also measured to: final, best or a step.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per device call: auto or a number.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "memory_gb",
+    None,
+    "Accelerator memory that --checkpoint_batch=auto may fill.",
+    lower_bound=0.1,
+    flag_values=FLAGS,
+)
 flags.DEFINE_enum(
     "precision",
     "highest",
     ["highest", "default"],
     "Precision of float32 matrix products; default lets a GPU use TF32.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_bool("skip_bad", False, "List unusable checkpoints and measure the others, instead of stopping.")
-flags.DEFINE_bool("overwrite", False, "Measure again, also where the earlier sweep had other settings.")
-flags.DEFINE_bool("progress", True, "Show a progress bar with the time left.")
+flags.DEFINE_bool(
+    "skip_bad",
+    False,
+    "List unusable checkpoints and measure the others, instead of stopping.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "overwrite", False, "Measure again, also where the earlier sweep had other settings.", flag_values=FLAGS
+)
 
 _SHOWN_ROWS = 24
 
 
 def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
-    from kvjax.commands import common
     from kvjax.sweep.analysis import prepare_run, sweep_runs
     from kvjax.sweep.stream import SweepSettings
 
@@ -53,7 +79,7 @@ def run() -> None:
             steps=FLAGS.steps,
             reference=FLAGS.reference,
         )
-        for run_dir in find_run_dirs(common.required("run_dirs"))
+        for run_dir in find_run_dirs(common.required(FLAGS, "run_dirs"))
     ]
     total = sum(len(work.wanted) for work in prepared)
     with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:

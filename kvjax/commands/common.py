@@ -11,11 +11,23 @@ from absl import flags
 from kvjax.errors import InputError
 
 
-def required(name: str) -> Any:
+def define_run_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that every command over runs has: which runs, their benchmark, and the progress bar."""
+    flags.DEFINE_list("run_dirs", None, "Run directories: a comma list, globs allowed.", flag_values=values)
+    flags.DEFINE_string(
+        "benchmark_dir",
+        None,
+        "The runs' benchmark; by default the one each run's config records.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("progress", True, "Show a progress bar with the time left.", flag_values=values)
+
+
+def required(values: flags.FlagValues, name: str) -> Any:
     """Returns the value of a flag that has no default; raises `InputError` where it was not given."""
-    value = flags.FLAGS[name].value
+    value = values[name].value
     if value in (None, "", []):
-        raise InputError(f"--{name}: expected a value; found none ({flags.FLAGS[name].help})")
+        raise InputError(f"--{name}: expected a value; found none ({values[name].help})")
     return value
 
 
@@ -28,7 +40,7 @@ def progress_bar(total: int, unit: str, *, show: bool) -> Iterator[Callable[[int
         yield bar.update
 
 
-def torch_loader(certify: bool = True) -> Callable[[Any], Callable[..., Any]]:
+def torch_loader() -> Callable[[Any], Callable[..., Any]]:
     """Returns the sweep's loader of PyTorch checkpoints: for a prepared run, a function that reads one file of it."""
     from converters.source import convert_checkpoint
 
@@ -39,7 +51,7 @@ def torch_loader(certify: bool = True) -> Callable[[Any], Callable[..., Any]]:
                 work.run.config,
                 work.benchmark.vocabulary,
                 expected_step=expected_step,
-                certify_on=work.certificate_tokens if certify else None,
+                certify_on=work.certificate_tokens,
             )
 
         return load

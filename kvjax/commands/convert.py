@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from absl import flags
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("run_dirs", None, "Run directories: a comma list, globs allowed.")
-flags.DEFINE_string("benchmark_dir", None, "The runs' benchmark; by default the one each run's config records.")
-flags.DEFINE_enum("to", "flax", ["flax", "torch"], "What to convert to.")
+from kvjax.commands import common
+
+FLAGS = flags.FlagValues()
+common.define_run_flags(FLAGS)
+flags.DEFINE_enum("to", "flax", ["flax", "torch"], "What to convert to.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "verify",
     "sample",
     ["sample", "all", "metrics", "none"],
     "How to check: parity with PyTorch on 16 sequences, on the whole validation split, also the accuracies the run "
     "recorded in metrics.jsonl, or not at all. To torch, anything but none reads every file back.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_bool("progress", True, "Show a progress bar with the time left.")
 
 
 def run() -> None:
     from converters.runs import convert_run, export_run
     from kvjax.artifacts.run_dir import find_run_dirs
-    from kvjax.commands import common
     from kvjax.task.benchmark import Benchmark
 
-    runs = find_run_dirs(common.required("run_dirs"))
+    runs = find_run_dirs(common.required(FLAGS, "run_dirs"))
     total = sum(len(run_dir.checkpoints) for run_dir in runs)
     reports = []
     with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:

@@ -7,23 +7,31 @@ from __future__ import annotations
 
 from absl import flags
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("benchmark_dir", None, "The benchmark to choose from.")
-flags.DEFINE_string("output", None, "The probe set to write, ending in .jsonl; its companions go beside it.")
-flags.DEFINE_integer("examples_per_split", 96, "Probe records per split.", lower_bound=1)
-flags.DEFINE_integer("fit_examples", 512, "Records of the fit set, from the train split.", lower_bound=1)
-flags.DEFINE_integer("seed", 17, "Seed of the choice.")
+from kvjax.commands import common
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("benchmark_dir", None, "The benchmark to choose from.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "output",
+    None,
+    "The probe set to write, ending in .jsonl; its companions go beside it.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("examples_per_split", 96, "Probe records per split.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "fit_examples", 512, "Records of the fit set, from the train split.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_integer("seed", 17, "Seed of the choice.", flag_values=FLAGS)
 
 
 def run() -> None:
     from pathlib import Path
 
-    from kvjax.commands import common
     from kvjax.task.benchmark import Benchmark
     from kvjax.task.probe_set import generate_probe_set
 
-    benchmark = Benchmark.open(Path(common.required("benchmark_dir")))
-    output = Path(common.required("output"))
+    benchmark = Benchmark.open(Path(common.required(FLAGS, "benchmark_dir")))
+    output = Path(common.required(FLAGS, "output"))
     probe = generate_probe_set(
         benchmark,
         output,

@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("kvjax", f"expected a command among {', '.join(COMMANDS)}; found {name}")
     module = importlib.import_module(f"kvjax.commands.{name.replace('-', '_')}")
     if any(flag in ("--help", "-help", "-h", "--helpfull", "--helpshort") for flag in rest):
-        print(f"kvjax {name}: {module.__doc__}\nFlags:\n{_flag_help(module)}")
+        print(f"kvjax {name}: {module.__doc__}\nFlags:\n{_flag_help(module.FLAGS)}")
         return 0
     try:
-        extra = flags.FLAGS([name, *rest])[1:]
+        module.FLAGS.unparse_flags()  # a command may run several times in one process
+        extra = module.FLAGS([name, *rest])[1:]
         if extra:
             raise flags.Error(f"expected flags only; found {extra[0]!r}")
     except flags.Error as error:
@@ -63,11 +64,11 @@ def _overview() -> str:
     )
 
 
-def _flag_help(module) -> str:
+def _flag_help(values: flags.FlagValues) -> str:
     lines = []
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
-        default = flag.default_as_str if flag.default is not None else "none"
-        lines.append(f"  --{flag.name}  (default: {default})\n      {flag.help}")
+    for name in values:
+        default = values[name].default_as_str if values[name].default is not None else "none"
+        lines.append(f"  --{name}  (default: {default})\n      {values[name].help}")
     return "\n".join(lines)
 
 

@@ -17,9 +17,7 @@ from kvjax.task.encoding import (
 SELECTIVITY_FLOOR = 1e-6
 
 
-def answer_margin(
-    logits: jax.Array, answers: jax.Array, value_ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def answer_margin(logits: jax.Array, answers: jax.Array, value_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the margin of the right answer, and whether it beats every other value token.
 
     Args:

@@ -231,9 +231,7 @@ class Decoder(nn.Module):
 
 def layer_params(params: Params, layer: jax.Array | int) -> Params:
     """Returns the parameters of one block, sliced from the stacked ones; `layer` may be traced."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), params["blocks"]
-    )
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), params["blocks"])
 
 
 def stack_params(params: Sequence[Params]) -> Params:

@@ -65,9 +65,7 @@ def stage_names(n_layers: int) -> tuple[str, ...]:
 def residual_stages(trace: Trace) -> jax.Array:
     """Returns the residual stages of a trace that holds `STAGE_SITES`, stacked: [S, B, P, D]."""
     halves = jnp.stack([trace["post_attn"], trace["post_mlp"]], axis=1)  # [L, 2, B, P, D]
-    return jnp.concatenate(
-        [trace["embedding"][None], halves.reshape(-1, *halves.shape[2:]), trace["final_norm"][None]]
-    )
+    return jnp.concatenate([trace["embedding"][None], halves.reshape(-1, *halves.shape[2:]), trace["final_norm"][None]])
 
 
 def take_positions(x: jax.Array, positions_BxQ: jax.Array, axis: int) -> jax.Array:

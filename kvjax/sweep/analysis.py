@@ -26,7 +26,14 @@ from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweep.dataset import ProbeIndex, build_dataset, build_events
 from kvjax.sweep.rows import checkpoint_rows, head_rows, mlp_rows
-from kvjax.sweep.stream import RESULT_VERSION, LoadCheckpoint, ProbeProgram, SweepLog, SweepSettings, sweep_run
+from kvjax.sweep.stream import (
+    RESULT_VERSION,
+    LoadCheckpoint,
+    ProbeProgram,
+    SweepLog,
+    SweepSettings,
+    sweep_run,
+)
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
 from kvjax.task.probe_set import ProbeSet, generate_probe_set, install_probe_set, open_probe_set
@@ -174,9 +181,7 @@ def _reference_name(run: RunDir, reference: str) -> str | None:
     if not reference.isdecimal():
         raise unusable("--reference", "final, best or a step", reference)
     if int(reference) not in run.checkpoints:
-        raise unusable(
-            run.path / "checkpoints", f"a checkpoint for --reference={reference}", run.describe_steps()
-        )
+        raise unusable(run.path / "checkpoints", f"a checkpoint for --reference={reference}", run.describe_steps())
     return _result_name(int(reference))
 
 
@@ -221,12 +226,8 @@ def _publish(
     steps = [result.step for result in tabled]
     arrays = {name: np.stack([result.arrays[name] for result in tabled]) for name in tabled[0].arrays}
     reference = results.get(work.reference) if work.reference else None
-    index = ProbeIndex.of(
-        work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty
-    )
-    dataset = build_dataset(
-        arrays, steps, index, reference_state=reference and reference.arrays["state/prediction"]
-    )
+    index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
+    dataset = build_dataset(arrays, steps, index, reference_state=reference and reference.arrays["state/prediction"])
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
     rows = checkpoint_rows(
         dataset,
@@ -238,7 +239,10 @@ def _publish(
     candidates = run.analysis / "component_candidates"
     write_rows(candidates / "heads.jsonl", head_rows(dataset), HeadRow)
     write_rows(candidates / "mlps.jsonl", mlp_rows(dataset), MlpRow)
-    groups: list[tuple[str | None, xr.Dataset]] = [(None, dataset), ("events", build_events(arrays, steps, index))]
+    groups: list[tuple[str | None, xr.Dataset]] = [
+        (None, dataset),
+        ("events", build_events(arrays, steps, index)),
+    ]
     write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
     notes = []
     if work.reference is None:

@@ -25,7 +25,7 @@ READ_MEANS = {
     "q": ("read/q", "largest attention of any head from p_e to the read's key token", "1"),
     "r": ("read/r", "largest attention of any head from p_e to the support value", "1"),
     "key_selectivity": ("read/key_selectivity", "largest share of the read key in a head's attention to values", "1"),
-    "recency_selectivity": ("read/recency_selectivity", "that head's share of the current value in the key's part", "1"),
+    "recency_selectivity": ("read/recency_selectivity", "share of the current value in that head's key part", "1"),
 }  # fmt: skip
 
 LENS_MEANS = {
@@ -187,7 +187,10 @@ def build_dataset(
     )
     put("mlp_answer_margin_delta", ("split", "layer"), after - before, "lens margin an MLP adds", "logits")
     for kind, dims in (("head", ("layer", "head")), ("mlp", ("layer",))):
-        for measure, clean, units in (("accuracy", "answer_accuracy", "1"), ("margin", "answer_margin", "logits")):
+        for measure, clean, units in (
+            ("accuracy", "answer_accuracy", "1"),
+            ("margin", "answer_margin", "logits"),
+        ):
             source = f"{kind}/zero/{'correct' if measure == 'accuracy' else 'margin'}"
             ablated = by_split(arrays[source])
             unablated = dataset[clean].values.reshape(*ablated.shape[:2], *[1] * len(dims))
@@ -287,7 +290,11 @@ def _put_tokens(put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_spl
     put("loss", ("split",), loss, "cross-entropy of the next token, over non-pad targets", "nats")
     right = np.einsum("cnr,zn->czr", arrays["token/role_correct"].astype(np.float64), in_split)
     put(
-        "token_accuracy", ("split",), right.sum(axis=-1) / target_counts, "share of targets predicted right", "1"
+        "token_accuracy",
+        ("split",),
+        right.sum(axis=-1) / target_counts,
+        "share of targets predicted right",
+        "1",
     )
     put(
         "token_role_accuracy",
@@ -310,7 +317,13 @@ def _put_drift(put, state_sums_CxZxSxD: np.ndarray, reference_ZxSxD: np.ndarray 
         to_reference = cosine_drift(states, np.broadcast_to(with_all(reference_ZxSxD), states.shape))
     meaning = "1 - cosine of the mean state at p_e with that of the"
     put("residual_drift", ("split", "stage"), to_previous, f"{meaning} previous checkpoint", "1")
-    put("residual_drift_to_reference", ("split", "stage"), to_reference, f"{meaning} reference checkpoint", "1")
+    put(
+        "residual_drift_to_reference",
+        ("split", "stage"),
+        to_reference,
+        f"{meaning} reference checkpoint",
+        "1",
+    )
 
 
 def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:

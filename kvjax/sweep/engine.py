@@ -39,9 +39,7 @@ class CleanRun:
     trace: Trace
 
 
-def run_clean(
-    params: Params, config: DecoderConfig, tokens_BxT: jax.Array, capture: tuple[str, ...]
-) -> CleanRun:
+def run_clean(params: Params, config: DecoderConfig, tokens_BxT: jax.Array, capture: tuple[str, ...]) -> CleanRun:
     """Returns the clean pass, every layer at every position, keeping `capture`."""
     logits, trace = plain_forward(config)(params, tokens_BxT, capture=capture)
     return CleanRun(tokens_BxT, logits, trace)
@@ -82,9 +80,7 @@ def restart(
         before = take_positions(before, positions_BxQ, 1) if in_last_layer else before
         resid = Block(config).apply(block_params, before, kept("head_z"), tap, method=Block.from_head_z)
     else:
-        resid = Block(config).apply(
-            block_params, kept("post_attn"), kept("mlp_out"), tap, method=Block.from_mlp_out
-        )
+        resid = Block(config).apply(block_params, kept("post_attn"), kept("mlp_out"), tap, method=Block.from_mlp_out)
     if not in_last_layer:
         resid = _later_blocks(params, config, clean.tokens, resid, edits, layer + 1, positions_BxQ)
     normed = Decoder(config).apply({"params": params}, resid, method=lambda model, x: model.final_norm(x))

@@ -72,7 +72,7 @@ def measure_batch(program: Program, params: Params, batch: EncodedRecords) -> Su
       `read/r`, `read/key_selectivity`, `read/recency_selectivity`.
       Per sequence, summed over its reads or tokens: `token/loss` [B] (nats), `token/role_correct` [B, roles],
       `lens/…` [B, S], `head/<attention measure>` [B, L, H], `mlp/write_norm`, `mlp/write_norm_support` [B, L];
-      with ablations also `head/zero/correct`, `head/zero/margin` [B, L, H], `mlp/zero/correct`, `mlp/zero/margin` [B, L].
+      with ablations also `head/zero/correct`, `head/zero/margin` [B, L, H] and the same of `mlp/zero` [B, L].
       Summed over the batch, by split: `state/prediction` [splits, S, D].
     """
     config, value_ids, key_ids = program.config, jnp.array(program.value_ids), jnp.array(program.key_ids)
@@ -81,9 +81,7 @@ def measure_batch(program: Program, params: Params, batch: EncodedRecords) -> Su
     logits_BxQxV = take_positions(clean.logits, positions, 1)
     margin, _ = behaviour.answer_margin(logits_BxQxV, batch.answers, value_ids)
     entropy, confidence = behaviour.answer_distribution(logits_BxQxV, batch.answers)
-    attention = heads.attention_per_read(
-        clean.trace["pattern"], positions, batch.support_positions, batch.relations
-    )
+    attention = heads.attention_per_read(clean.trace["pattern"], positions, batch.support_positions, batch.relations)
     key_selectivity, recency_selectivity = behaviour.selectivities(
         attention["current_value_attention"], attention["key"], attention["value"]
     )
@@ -159,9 +157,7 @@ def _ablation_sums(
     n_layers, n_heads, last = config.n_layers, config.n_heads, config.n_layers - 1
 
     def answers_under(edits: Interventions, site: RestartSite, layer: jax.Array | int) -> Sums:
-        logits = restart(
-            params, config, clean, edits, site=site, layer=layer, positions_BxQ=batch.prediction_positions
-        )
+        logits = restart(params, config, clean, edits, site=site, layer=layer, positions_BxQ=batch.prediction_positions)
         margin, _ = behaviour.answer_margin(logits, batch.answers, value_ids)
         correct = behaviour.answer_correct(logits, batch.answers)
         per_read = {"correct": correct, "margin": margin}
@@ -188,7 +184,5 @@ def _ablation_sums(
 
     results: dict[str, Any] = {"head": every_layer(heads_of_layer), "mlp": every_layer(mlp_of_layer)}
     return {
-        f"{kind}/zero/{name}": jnp.moveaxis(x, -1, 0)
-        for kind, result in results.items()
-        for name, x in result.items()
+        f"{kind}/zero/{name}": jnp.moveaxis(x, -1, 0) for kind, result in results.items() for name, x in result.items()
     }

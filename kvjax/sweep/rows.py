@@ -38,9 +38,7 @@ DELTAS = (
 Row = dict[str, Any]
 
 
-def checkpoint_rows(
-    dataset: xr.Dataset, *, run_name: str, seed: int, thresholds: BirthThresholds
-) -> list[Row]:
+def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds: BirthThresholds) -> list[Row]:
     """Returns one row per checkpoint, in step order, ready for `CheckpointRow`."""
     whole = dataset.sel(split=ALL_SPLITS)
     splits = [split for split in dataset["split"].values.tolist() if split != ALL_SPLITS]
@@ -111,8 +109,7 @@ def head_rows(dataset: xr.Dataset) -> list[Row]:
     """Returns one row per checkpoint and head, ready for `HeadRow`; ranks are by accuracy drop, from 1."""
     whole = dataset.sel(split=ALL_SPLITS, ablation="zero")
     attention = {
-        name if name == "attention_entropy" else f"{name}_mean": whole[f"head_{name}"]
-        for name in ATTENTION_MEASURES
+        name if name == "attention_entropy" else f"{name}_mean": whole[f"head_{name}"] for name in ATTENTION_MEASURES
     }
     drops = {
         "accuracy_drop": whole["head_accuracy_drop"],
@@ -136,9 +133,7 @@ def mlp_rows(dataset: xr.Dataset) -> list[Row]:
     return _component_rows(dataset["step"].values, ("layer",), columns)
 
 
-def _component_rows(
-    steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[str, xr.DataArray]
-) -> list[Row]:
+def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[str, xr.DataArray]) -> list[Row]:
     """Returns one row per step and component from columns with dimensions (step, *axes)."""
     values = {name: column.transpose("step", *axes).values for name, column in columns.items()}
     rows = []
@@ -147,9 +142,7 @@ def _component_rows(
         rank_of = {component: rank for rank, component in enumerate(order, start=1)}
         for component, index in enumerate(np.ndindex(*values["accuracy_drop"].shape[1:])):
             numbers = {name: _number(column[(c, *index)]) for name, column in values.items()}
-            rows.append(
-                {"step": step, **dict(zip(axes, index, strict=True)), **numbers, "rank": rank_of[component]}
-            )
+            rows.append({"step": step, **dict(zip(axes, index, strict=True)), **numbers, "rank": rank_of[component]})
     return rows
 
 

@@ -110,9 +110,7 @@ class ProbeProgram:
         filled = [*params, *[params[-1]] * (self.chunk - len(params))]
         stacked = stack_params(filled)
         tied = "unembedding" not in stacked
-        program = dataclasses.replace(
-            self._program, config=dataclasses.replace(self._program.config, tied=tied)
-        )
+        program = dataclasses.replace(self._program, config=dataclasses.replace(self._program.config, tied=tied))
         # Every bucket is started before the first is waited for.
         outputs = [measure_checkpoints(program, stacked, batches) for batches in self._batches]
         shape = self._encoded.is_read.shape

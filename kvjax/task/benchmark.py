@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,7 +183,12 @@ def check_record(record: Record, vocabulary: Vocabulary, where: object) -> None:
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         told = [
-            (event["key"], event["answer_value"], event["positions"]["answer"], event["support_positions"]["value"])
+            (
+                event["key"],
+                event["answer_value"],
+                event["positions"]["answer"],
+                event["support_positions"]["value"],
+            )
             for event in record["query_events"]
         ]
     except (KeyError, TypeError) as error:
@@ -201,18 +205,13 @@ def _overlap(splits: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, int]
     result = {}
     for kind, field in _SIGNATURES.items():
         signatures = {split: {record[field] for record in records} for split, records in splits.items()}
-        result[kind] = {
-            f"{a}__{b}": len(signatures[a] & signatures[b]) for a, b in itertools.combinations(splits, 2)
-        }
+        result[kind] = {f"{a}__{b}": len(signatures[a] & signatures[b]) for a, b in itertools.combinations(splits, 2)}
     return result
 
 
 def _repeats(splits: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, int]]:
     return {
-        kind: {
-            split: len(records) - len({record[field] for record in records})
-            for split, records in splits.items()
-        }
+        kind: {split: len(records) - len({record[field] for record in records}) for split, records in splits.items()}
         for kind, field in _SIGNATURES.items()
     }
 
@@ -236,4 +235,3 @@ def _split_facts(records: Sequence[Record]) -> dict[str, int]:
         "min_context_tokens": min(lengths),
         "max_context_tokens": max(lengths),
     }
-

@@ -37,7 +37,7 @@ class EncodedRecords:
       splits: [N] int32 index into the split names the records were encoded with.
       weights: [N] float32: 1 for a record, 0 for one that only fills a batch.
       is_read: [N, Q] bool: whether the record has that many reads.
-      prediction_positions: [N, Q] int32 p_e; the read's key token stands there too (k_e = p_e). 0 where there is no read.
+      prediction_positions: [N, Q] int32 p_e; the read's key token stands there too (k_e = p_e). 0 for no read.
       support_positions: [N, Q] int32 s_e, 0 where there is no read.
       answers: [N, Q] int32 token id of y_e.
       keys: [N, Q] int32 token id of the key read.
@@ -87,9 +87,7 @@ def encode_records(
     longest = max(records, key=lambda record: len(record["tokens"]))
     length = len(longest["tokens"])
     if length > max_seq_len:
-        raise InputError(
-            f"{longest['sample_id']}: expected at most max_seq_len {max_seq_len} tokens; found {length}"
-        )
+        raise InputError(f"{longest['sample_id']}: expected at most max_seq_len {max_seq_len} tokens; found {length}")
     replayed = [replay(record["tokens"]) for record in records]
     shape = (len(records), max(map(len, replayed)))
     encoded = EncodedRecords(
@@ -110,9 +108,7 @@ def encode_records(
         try:
             encoded.tokens[n, : len(tokens)] = [vocabulary.id_of[token] for token in tokens]
         except KeyError as error:
-            raise InputError(
-                f"{record['sample_id']}: expected tokens of the vocabulary; found {error}"
-            ) from None
+            raise InputError(f"{record['sample_id']}: expected tokens of the vocabulary; found {error}") from None
         value_positions: list[tuple[int, str]] = []  # of writes and reads, with their key
         for at in range(1, len(tokens) - 1, 3):
             names = {

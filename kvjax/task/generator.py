@@ -62,15 +62,11 @@ def draw_heldout_pairs(config: BenchmarkConfig, vocabulary: Vocabulary) -> froze
     return frozenset(
         (key, value)
         for key in vocabulary.key_tokens
-        for value in rng.sample(
-            vocabulary.value_tokens, total // config.num_keys + (key in keys_with_one_more)
-        )
+        for value in rng.sample(vocabulary.value_tokens, total // config.num_keys + (key in keys_with_one_more))
     )
 
 
-def _allowed_values(
-    vocabulary: Vocabulary, heldout: frozenset[Pair], *, only_heldout: bool
-) -> dict[str, list[str]]:
+def _allowed_values(vocabulary: Vocabulary, heldout: frozenset[Pair], *, only_heldout: bool) -> dict[str, list[str]]:
     return {
         key: [value for value in vocabulary.value_tokens if ((key, value) in heldout) == only_heldout]
         for key in vocabulary.key_tokens
@@ -102,9 +98,7 @@ def _read_candidates(write_keys: Sequence[str], lag: range) -> list[Read]:
     return candidates
 
 
-def _draw_program(
-    rng: random.Random, split: SplitConfig, allowed: Mapping[str, Sequence[str]]
-) -> Program | None:
+def _draw_program(rng: random.Random, split: SplitConfig, allowed: Mapping[str, Sequence[str]]) -> Program | None:
     """Returns one program, or None where this draw left too few values or read candidates."""
     active = rng.randint(split.active_keys.min, split.active_keys.max)
     overwrites = rng.randint(split.overwrite_count.min, split.overwrite_count.max)
@@ -215,9 +209,7 @@ def _check_settings(config: BenchmarkConfig, vocabulary: Vocabulary, heldout: fr
 def _check_reads_fit(split: str, settings: SplitConfig) -> None:
     """Refuses a setting in which some combination of sizes cannot place the most reads asked for."""
     rng = random.Random(0)
-    for active, overwrites in itertools.product(
-        settings.active_keys.values(), settings.overwrite_count.values()
-    ):
+    for active, overwrites in itertools.product(settings.active_keys.values(), settings.overwrite_count.values()):
         keys = [str(index) for index in range(active)]
         most = max(
             len(_read_candidates(_draw_write_keys(rng, keys, overwrites), settings.query_lag.values()))

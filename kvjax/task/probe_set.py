@@ -128,9 +128,7 @@ def generate_probe_set(
     for split in PROBE_SPLITS:
         pool = benchmark.read_split(split)
         if len(pool) < examples_per_split:
-            raise unusable(
-                f"{benchmark.path}/{split}.jsonl", f"at least {examples_per_split} records", len(pool)
-            )
+            raise unusable(f"{benchmark.path}/{split}.jsonl", f"at least {examples_per_split} records", len(pool))
         chosen = choose_examples(pool, examples_per_split, seed=f"{seed}/{split}")
         added[split] = len(chosen) - examples_per_split
         records += chosen
@@ -175,9 +173,7 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     if _content_sha256(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_path, "the content its own hash names", "an edited file")
     if manifest.benchmark_sha256 != benchmark.sha256:
-        raise unusable(
-            path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark"
-        )
+        raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
     records = read_json_lines(path)
     counterfactuals = [record["sample_id"] for record in records if record["counterfactual_of"]]
     sources = dict(zip(counterfactuals, read_json_lines(sources_path(path)), strict=True))
@@ -194,9 +190,7 @@ def install_probe_set(probe: ProbeSet, folder: Path, *, replace: bool) -> None:
     if target.exists() and file_sha256(target) == probe.manifest.records_sha256:
         return
     if target.exists() and not replace:
-        raise unusable(
-            target, f"the probe set {probe.path} of this sweep (or --overwrite)", "another probe set"
-        )
+        raise unusable(target, f"the probe set {probe.path} of this sweep (or --overwrite)", "another probe set")
     for suffix in (".metadata.json", ".companion.json"):
         target.with_suffix(suffix).unlink(missing_ok=True)
     for file in probe.files:
@@ -284,9 +278,7 @@ def _event_labels(record: Record) -> list[tuple[str, int]]:
     ]
 
 
-def _adopt(
-    path: Path, metadata_path: Path, metadata: Any, manifest_path: Path, benchmark: Benchmark
-) -> None:
+def _adopt(path: Path, metadata_path: Path, metadata: Any, manifest_path: Path, benchmark: Benchmark) -> None:
     """Checks a probe set of the reference tool against the benchmark and writes what it lacks beside it."""
     try:
         seed = int(metadata["seed"])
@@ -306,7 +298,9 @@ def _adopt(
             by_split[split] = {known["sample_id"]: known for known in benchmark.read_split(split)}
         if by_split[split].get(record["sample_id"]) != record:
             raise unusable(
-                where, f"a record of the benchmark in {benchmark.path}", f"{record['sample_id']}, not in it as such"
+                where,
+                f"a record of the benchmark in {benchmark.path}",
+                f"{record['sample_id']}, not in it as such",
             )
         check_record(record, benchmark.vocabulary, where)
     added = dict.fromkeys(by_split, 0)

@@ -148,8 +148,7 @@ def build_record(
         "latent_program_signature": program.signature(),
         "exact_sequence_signature": " ".join(tokens),
         "writes": [
-            {"write_index": index, "key": key, "value": value}
-            for index, (key, value) in enumerate(program.writes)
+            {"write_index": index, "key": key, "value": value} for index, (key, value) in enumerate(program.writes)
         ],
         "query_plan": [
             {
@@ -170,8 +169,7 @@ def program_of(record: Mapping[str, Any]) -> Program:
     return Program(
         writes=tuple((write["key"], write["value"]) for write in record["writes"]),
         reads=tuple(
-            Read(read["slot_after_write"], read["key"], read["support_write_index"])
-            for read in record["query_plan"]
+            Read(read["slot_after_write"], read["key"], read["support_write_index"]) for read in record["query_plan"]
         ),
     )
 
@@ -220,9 +218,7 @@ def replay(tokens: Sequence[str]) -> list[ReplayedRead]:
                 raise InputError(f"expected a write of {key} before its read at position {at}; found none")
             support = history[key][-1]
             if tokens[support] != value:
-                raise InputError(
-                    f"expected the read at position {at} to return {tokens[support]}; found {value}"
-                )
+                raise InputError(f"expected the read at position {at} to return {tokens[support]}; found {value}")
             stale = history[key][-2] if len(history[key]) > 1 else None
             reads.append(
                 ReplayedRead(

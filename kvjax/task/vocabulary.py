@@ -57,9 +57,7 @@ class Vocabulary:
         if len(known) != len(vocabulary.tokens):
             raise unusable(where, "a vocabulary of distinct tokens", "a token listed twice")
         stray = [
-            t
-            for t in (*vocabulary.key_tokens, *vocabulary.value_tokens, PAD, BOS, EOS, WRITE, READ)
-            if t not in known
+            t for t in (*vocabulary.key_tokens, *vocabulary.value_tokens, PAD, BOS, EOS, WRITE, READ) if t not in known
         ]
         if stray:
             raise unusable(where, "every key, value and stream token among the tokens", f"{stray[0]} missing")

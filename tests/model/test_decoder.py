@@ -158,7 +158,8 @@ def test_two_edits_of_one_site_the_later_wins_where_both_apply():
     mask_a = jnp.array([True, True, False]).reshape(1, 1, 3)
     mask_b = jnp.array([False, True, True]).reshape(1, 1, 3)
     both = compose(
-        {"embedding": Edit(mask_a, jnp.full((1, 1, 1), 1.0))}, {"embedding": Edit(mask_b, jnp.full((1, 1, 1), 2.0))}
+        {"embedding": Edit(mask_a, jnp.full((1, 1, 1), 1.0))},
+        {"embedding": Edit(mask_b, jnp.full((1, 1, 1), 2.0))},
     )["embedding"]
     x = jnp.zeros((1, 1, 3))
     assert jnp.where(both.mask, both.value, x).ravel().tolist() == [1.0, 2.0, 2.0]
@@ -205,9 +206,9 @@ def test_checkpoints_of_which_some_are_tied_stack(tokens):
 
 def test_unknown_sites_and_wrong_ranks_are_named(both, tokens):
     _, params, forward = both
-    with pytest.raises(InputError, match="expected a site among .*; found heads"):
+    with pytest.raises(InputError, match=r"expected a site among .*; found heads"):
         intervene(forward, {"heads": Edit(jnp.ones(()), jnp.ones(()))})(params, tokens)
-    with pytest.raises(InputError, match="head_z.mask with axes LBPHE; found rank 1"):
+    with pytest.raises(InputError, match=r"head_z.mask with axes LBPHE; found rank 1"):
         intervene(forward, {"head_z": Edit(jnp.ones(3, bool), jnp.ones((1,) * 5))})(params, tokens)
 
 

@@ -1,6 +1,7 @@
 """Benchmarks: the rules of a fair test, the same bytes for the same seed, and settings that cannot work."""
 
 import hashlib
+import itertools
 import json
 
 import pytest
@@ -40,7 +41,7 @@ def test_every_value_of_a_stream_is_written_once_and_consecutive_writes_change_k
             values = [write["value"] for write in record["writes"]]
             keys = [write["key"] for write in record["writes"]]
             assert len(set(values)) == len(values)
-            assert all(a != b for a, b in zip(keys, keys[1:], strict=False))
+            assert all(a != b for a, b in itertools.pairwise(keys))
 
 
 def test_overwrites_are_spread_evenly(records):
@@ -78,7 +79,9 @@ def test_a_counterfactual_differs_from_its_source_in_one_supporting_write(record
     for record in records["counterfactual"]:
         source, changed = sources[record["counterfactual_of"]], record["changed_write_index"]
         different = [
-            a["write_index"] for a, b in zip(source["writes"], record["writes"], strict=True) if a["value"] != b["value"]
+            a["write_index"]
+            for a, b in zip(source["writes"], record["writes"], strict=True)
+            if a["value"] != b["value"]
         ]
         assert different == [changed] and source["query_plan"] == record["query_plan"]
         assert changed in {event["support_write_index"] for event in record["query_events"]}
@@ -125,20 +128,20 @@ def test_running_out_of_distinct_streams_is_said(tmp_path):
         "num_queries": {"min": 1, "max": 1},
         "query_lag": {"min": 0, "max": 0},
     }
-    changes = {split: tiny for split in ("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood")}
+    changes = dict.fromkeys(("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood"), tiny)
     with pytest.raises(InputError, match="2000 distinct streams"):
         generate(tmp_path, num_keys=2, num_values=8, holdout_answer_pair_fraction=0.5, **changes)
 
 
 def test_a_heuristic_above_the_limit_fails_loudly(tmp_path):
-    with pytest.raises(InputError, match="heuristic most_frequent_value_before_query at or below 0.0"):
+    with pytest.raises(InputError, match=r"heuristic most_frequent_value_before_query at or below 0.0"):
         generate(tmp_path, heuristic_max_accuracy=0.0)
 
 
 def test_diagnostics_with_leaked_pairs_fail(metadata):
     leaked = json.loads(json.dumps(metadata["diagnostics"]))
     leaked["holdout_leakage"]["train"]["heldout_pair_uses"] = 1
-    with pytest.raises(InputError, match="train: expected no held-out pairs"):
+    with pytest.raises(InputError, match=r"train: expected no held-out pairs"):
         check_diagnostics(leaked, 0.4)
 
 

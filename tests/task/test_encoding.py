@@ -56,9 +56,7 @@ def programs(num_writes):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.integers(2, 20), min_size=1, max_size=40), st.integers(8, 400), st.integers(1, 4)
-)
+@given(st.lists(st.integers(2, 20), min_size=1, max_size=40), st.integers(8, 400), st.integers(1, 4))
 def test_buckets_hold_every_record_once_and_mark_what_fills_them(sizes, tokens_per_batch, max_buckets):
     records = [record(programs(size), n) for n, size in enumerate(sizes)]
     encoded = encode_records(records, VOCABULARY, ["a"], max_seq_len=96)

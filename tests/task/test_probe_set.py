@@ -35,7 +35,12 @@ def labels(record):
 
 
 def test_every_split_has_its_examples_and_records_are_the_benchmarks_own(probe, small_benchmark):
-    assert set(probe.manifest.split_counts) == {"validation_iid", "heldout_pairs", "structural_ood", "counterfactual"}
+    assert set(probe.manifest.split_counts) == {
+        "validation_iid",
+        "heldout_pairs",
+        "structural_ood",
+        "counterfactual",
+    }
     for split, count in probe.manifest.split_counts.items():
         known = {record["sample_id"]: record for record in read_lines(small_benchmark / f"{split}.jsonl")}
         members = [record for record in probe.records if record["split"] == split]
@@ -61,7 +66,15 @@ def test_coverage_counts_in_the_metadata_are_counts_of_events(probe):
 def test_rare_signatures_come_first():
     def fake(n, keys):
         axes = dict.fromkeys(
-            ("overwrite_count", "num_queries", "total_writes", "mean_query_lag", "max_query_lag", "context_tokens"), 1
+            (
+                "overwrite_count",
+                "num_queries",
+                "total_writes",
+                "mean_query_lag",
+                "max_query_lag",
+                "context_tokens",
+            ),
+            1,
         )
         event = {"writes_since_support": 1, "tokens_since_support": 3, "slot_after_write": 2}
         return {"sample_id": f"x_{n}", "axes": {"active_keys": keys, **axes}, "query_events": [event]}

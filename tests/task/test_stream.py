@@ -21,7 +21,28 @@ def record(program=PROGRAM):
 
 def test_a_record_written_out_by_hand():
     r = record()
-    assert r["tokens"] == "<bos> W K00 V000 W K01 V001 W K00 V002 W K01 V003 R K00 V002 R K01 V003 <eos>".split()
+    assert r["tokens"] == [
+        "<bos>",
+        "W",
+        "K00",
+        "V000",
+        "W",
+        "K01",
+        "V001",
+        "W",
+        "K00",
+        "V002",
+        "W",
+        "K01",
+        "V003",
+        "R",
+        "K00",
+        "V002",
+        "R",
+        "K01",
+        "V003",
+        "<eos>",
+    ]
     assert r["token_ids"][:4] == [1, 8, 10, 12]
     first = r["query_events"][0]
     assert first["positions"] == {"op": 13, "key": 14, "answer": 15}

@@ -1,0 +1,172 @@
+"""The commands as a person types them: results on success, one line and status 2 on bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvjax.commands.main import COMMANDS, main
+from tests.building import STEPS, read_lines, small_benchmark_config
+from tests.converters.test_conversion import write_malicious
+
+
+def refused(capsys, *arguments):
+    """Runs a command that must refuse; returns its one line."""
+    status = main(list(arguments))
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert status == 2 and len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def sweep_arguments(run, **flags):
+    given = {"run_dirs": run, **flags}
+    return ["checkpoint-sweep", "--noprogress", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def test_from_config_to_rows(tmp_path, capsys, small_run):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(small_benchmark_config()))
+    benchmark, probe = tmp_path / "benchmark", tmp_path / "probe.jsonl"
+    assert main(["generate-benchmark", f"--config={config}", f"--output_dir={benchmark}"]) == 0
+    flags = ["--examples_per_split=8", "--fit_examples=12", f"--output={probe}"]
+    assert main(["generate-probe-set", f"--benchmark_dir={benchmark}", *flags]) == 0
+    arguments = sweep_arguments(small_run, benchmark_dir=benchmark, probe_set=probe)
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"Results in {small_run / 'analysis'}" in printed and "Next:" in printed
+    rows = read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")
+    assert [row["step"] for row in rows] == list(STEPS)
+
+
+def test_convert_both_ways(small_run, capsys):
+    assert main(["convert", f"--run_dirs={small_run}", "--verify=metrics", "--noprogress"]) == 0
+    assert "recorded" in capsys.readouterr().out
+    assert main(["convert", f"--run_dirs={small_run}", "--to=torch", "--noprogress"]) == 0
+    assert len(list((small_run / "analysis" / "exported_torch").glob("*.pt"))) == len(STEPS)
+
+
+def test_several_runs_by_glob(tmp_path, small_run, capsys):
+    shutil.copytree(small_run, tmp_path / "run_b")
+    assert main(sweep_arguments(tmp_path / "run*")) == 0
+    for name in ("run", "run_b"):
+        assert (tmp_path / name / "analysis" / "checkpoint_metrics.nc").is_file()
+
+
+class TestBadInput:
+    """Each of these names the file and the cause, exits with 2, and executes nothing."""
+
+    def test_truncated_checkpoint(self, capsys, small_run):
+        path = small_run / "checkpoints" / "step_000200.pt"
+        path.write_bytes(path.read_bytes()[:3000])
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert str(path) in line and "damaged" in line
+
+    def test_foreign_state_dict(self, capsys, small_run):
+        path = small_run / "checkpoints" / "step_000100.pt"
+        torch.save({"step": 100, "model_state": torch.nn.Linear(3, 3).state_dict()}, path)
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert str(path) in line and "unknown weight, bias" in line
+
+    def test_nan_weights(self, capsys, small_run):
+        path = small_run / "checkpoints" / "step_000300.pt"
+        document = torch.load(path, weights_only=True)
+        document["model_state"]["blocks.1.ff.fc_out.bias"][3] = float("nan")
+        torch.save(document, path)
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert str(path) in line and "blocks.1.ff.fc_out.bias" in line
+
+    def test_malicious_pickle(self, capsys, small_run, tmp_path):
+        path = small_run / "checkpoints" / "step_000100.pt"
+        write_malicious(path, tmp_path / "executed")
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert str(path) in line and not (tmp_path / "executed").exists()
+
+    def test_mismatched_vocabulary(self, capsys, small_run, tmp_path):
+        config = tmp_path / "other.json"
+        config.write_text(json.dumps(small_benchmark_config(num_values=49)))
+        main(["generate-benchmark", f"--config={config}", f"--output_dir={tmp_path / 'other'}"])
+        capsys.readouterr()
+        line = refused(capsys, *sweep_arguments(small_run, benchmark_dir=tmp_path / "other"))
+        assert "step_000100.pt" in line and "vocabulary" in line
+
+    def test_missing_benchmark(self, capsys, small_run):
+        line = refused(capsys, *sweep_arguments(small_run, benchmark_dir=small_run / "nowhere"))
+        assert "nowhere" in line and "a benchmark directory" in line
+
+    def test_recorded_benchmark_that_is_gone(self, capsys, small_run):
+        path = small_run / "run_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_dir": "data/gone"}))
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert "run_config.json" in line and "data/gone" in line and "--benchmark_dir" in line
+
+    def test_missing_run(self, capsys, tmp_path):
+        assert "a run directory" in refused(capsys, *sweep_arguments(tmp_path / "none"))
+        assert "matching" in refused(capsys, *sweep_arguments(tmp_path / "none*"))
+
+    def test_config_field_of_another_type(self, capsys, small_run):
+        path = small_run / "run_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_steps": "many"}))
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert "run_config.json" in line and "num_steps" in line and "many" in line
+
+    @pytest.mark.parametrize(
+        ("flags", "complaint"),
+        [
+            ({"steps": "150"}, "--steps=150"),
+            ({"steps": "soon"}, "250,1000-4000; found soon"),
+            ({"reference": "150"}, "--reference=150"),
+            ({"reference": "last"}, "final, best or a step; found last"),
+            ({"checkpoint_batch": "0"}, "auto or a positive number; found 0"),
+            ({"precision": "high"}, "precision"),
+            ({"no_such_flag": "1"}, "no_such_flag"),
+            ({"probe_set": "none.jsonl"}, "none.jsonl: expected a probe set"),
+        ],
+    )
+    def test_flags(self, capsys, small_run, flags, complaint):
+        assert complaint in refused(capsys, *sweep_arguments(small_run, **flags))
+
+    def test_required_flags_and_stray_words(self, capsys, small_run):
+        assert "--run_dirs: expected a value" in refused(capsys, "checkpoint-sweep")
+        assert "expected flags only; found 'run'" in refused(capsys, "checkpoint-sweep", "run")
+
+    def test_nothing_written_is_lost(self, capsys, small_run):
+        main(sweep_arguments(small_run))
+        analysis = small_run / "analysis"
+        before = {path: path.read_bytes() for path in analysis.rglob("*") if path.is_file()}
+        (small_run / "checkpoints" / "step_000200.pt").write_bytes(b"")
+        capsys.readouterr()
+        refused(capsys, *sweep_arguments(small_run, overwrite="true"))
+        tables = {path: data for path, data in before.items() if path.parent.name != "measured"}
+        assert all(path.read_bytes() == data for path, data in tables.items())
+        assert not list(analysis.rglob(".*")), "no half-written file is left"
+
+
+def test_skip_bad_writes_the_healthy_rows_and_lists_the_rest(small_run, capsys):
+    (small_run / "checkpoints" / "step_000200.pt").write_bytes(b"")
+    assert main(sweep_arguments(small_run, skip_bad="true")) == 0
+    assert "skipped step_000200.pt" in capsys.readouterr().out
+    rows = read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")
+    assert [row["step"] for row in rows] == [100, 300]
+
+
+def test_overview_and_unknown_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+    assert "found nonsense" in refused(capsys, "nonsense")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_explained_with_its_default(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "kvjax.commands.main", command, "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    flags = [line for line in done.stdout.splitlines() if line.startswith("  --")]
+    explained = [line for line in done.stdout.splitlines() if line.startswith("      ")]
+    assert len(flags) == len(explained) >= 3 and all("(default: " in line for line in flags)

@@ -1,0 +1,279 @@
+"""Conversion: exact both ways, certified, and every unusable file named and refused."""
+
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from converters.certificate import certify
+from converters.names import PARAMETERS, torch_names
+from converters.runs import convert_run, export_run
+from converters.source import convert_checkpoint
+from converters.to_flax import to_flax
+from converters.to_torch import to_torch
+from converters.torch_checkpoint import read_checkpoint
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.store import read_store
+from kvjax.config import ModelConfig
+from kvjax.errors import InputError
+from kvjax.task.benchmark import Benchmark
+from tests.building import SMALL_MODEL, STEPS, as_numpy, random_torch_model
+
+VOCAB = 40
+MODEL = ModelConfig.model_validate(SMALL_MODEL)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def module(request):
+    return random_torch_model(SMALL_MODEL, VOCAB, 0, tied=request.param)
+
+
+def convert(state):
+    return to_flax(state, MODEL, VOCAB, where="file.pt")
+
+
+def test_the_name_table_covers_the_whole_state_in_its_order(module):
+    assert [name for name, _, _ in torch_names(MODEL.n_layers)] == list(module.state_dict())
+    for name, parameter, _ in torch_names(MODEL.n_layers):
+        assert parameter.torch_shape(MODEL, VOCAB) == tuple(module.state_dict()[name].shape)
+    assert len({parameter.flax for parameter in PARAMETERS}) == len(PARAMETERS)
+
+
+def test_torch_to_flax_to_torch_is_bit_identical(module):
+    state = module.state_dict()
+    again = to_torch(convert(as_numpy(module)))
+    assert list(again) == list(state)
+    for name, tensor in state.items():
+        assert torch.equal(again[name], tensor) and again[name].dtype == torch.float32
+    same_storage = again["lm_head.weight"].data_ptr() == again["token_embedding.weight"].data_ptr()
+    assert same_storage == torch.equal(state["lm_head.weight"], state["token_embedding.weight"])
+
+
+def test_linears_are_transposed_and_layers_stacked():
+    state = as_numpy(random_torch_model(SMALL_MODEL, VOCAB, 0, tied=False))
+    params = convert(state)
+    np.testing.assert_array_equal(params["blocks"]["mlp"]["fc_in"]["kernel"][2], state["blocks.2.ff.fc_in.weight"].T)
+    np.testing.assert_array_equal(params["unembedding"]["kernel"], state["lm_head.weight"].T)
+
+
+def test_legacy_mlp_names(module):
+    state = as_numpy(module)
+    legacy = {n.replace("ff.fc_in", "ff.net.0").replace("ff.fc_out", "ff.net.2"): a for n, a in state.items()}
+    assert set(legacy) != set(state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, convert(legacy), convert(state)))
+
+
+def altered(state, **changes):
+    return {name: array for name, array in (state | changes).items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: altered(s, **{"blocks.0.attn.q_proj.bias": None}), "no blocks.0.attn.q_proj.bias"),
+        (lambda s: altered(s, **{"lm_head.weight": None}), "no lm_head.weight"),
+        (lambda s: altered(s, extra=np.zeros(3)), "unknown extra"),
+        (lambda s: altered(s, **{"blocks.3.ln_1.weight": np.zeros(24)}), "unknown blocks.3.ln_1.weight"),
+        (
+            lambda s: altered(s, **{"final_norm.bias": np.zeros(25, np.float32)}),
+            r"final_norm.bias of shape \[24\]; found \[25\]",
+        ),
+        (
+            lambda s: altered(s, **{"final_norm.bias": np.full(24, np.nan, np.float32)}),
+            "finite values in final_norm.bias; found 24 NaN",
+        ),
+        (
+            lambda s: altered(s, **{"blocks.0.ff.net.0.weight": s["blocks.0.ff.fc_in.weight"]}),
+            "a mix of blocks.0.ff.net.0.weight and",
+        ),
+    ],
+)
+def test_what_is_not_the_models_state_is_named_and_refused(change, complaint):
+    state = as_numpy(random_torch_model(SMALL_MODEL, VOCAB, 0, tied=False))
+    with pytest.raises(InputError, match=complaint):
+        convert(change(state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(tmp_path, module, dtype):
+    half = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
+    path = tmp_path / "half.pt"
+    torch.save({"step": 3, "model_state": half}, path)
+    state = read_checkpoint(path).state
+    for name, tensor in half.items():
+        assert state[name].dtype == np.float32
+        assert torch.equal(torch.from_numpy(np.array(state[name])), tensor.float())
+
+
+def test_a_file_of_the_format_before_zip_loads(tmp_path, module):
+    path = tmp_path / "old.pt"
+    torch.save({"step": 3, "model_state": module.state_dict()}, path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path).step == 3
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.target,))
+
+
+def write_malicious(path, target):
+    """Writes a zip checkpoint whose pickle would run code."""
+    torch.save({"step": 1, "model_state": {}}, path)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(buffer, "w") as out:
+        for item in source.namelist():
+            data = source.read(item)
+            out.writestr(item, pickle.dumps(Bomb(target)) if item.endswith("data.pkl") else data)
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["zip", "plain pickle"])
+def test_a_malicious_file_is_refused_and_executes_nothing(tmp_path, kind):
+    path, target = tmp_path / "evil.pt", tmp_path / "executed"
+    if kind == "zip":
+        write_malicious(path, target)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(InputError, match=re.escape(str(path))) as caught:
+        read_checkpoint(path)
+    assert not target.exists()
+    assert "\n" not in str(caught.value) and "without executing anything" in str(caught.value)
+    pickle.loads(pickle.dumps(Bomb(target)))
+    assert target.exists(), "the bomb itself works"
+
+
+@pytest.mark.parametrize(
+    ("write", "complaint"),
+    [
+        (lambda p: p.write_bytes(b""), "a whole PyTorch checkpoint"),
+        (lambda p: p.write_bytes(b"not a checkpoint"), "expected a"),
+        (lambda p: torch.save([1, 2], p), "with step and model_state; found list"),
+        (lambda p: torch.save({"step": 1}, p), "with step and model_state"),
+        (
+            lambda p: torch.save({"step": "one", "model_state": {}}, p),
+            "a step that is a whole number; found one",
+        ),
+        (lambda p: torch.save({"step": 1, "model_state": {"a": 3}}, p), "expected a tensor for a; found int"),
+        (
+            lambda p: torch.save({"step": 1, "model_state": {"a": torch.zeros(2, dtype=torch.int64)}}, p),
+            "half precision for a; found torch.int64",
+        ),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_named(tmp_path, write, complaint):
+    path = tmp_path / "file.pt"
+    write(path)
+    with pytest.raises(InputError, match=complaint) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_truncated_file_is_named(tmp_path, module):
+    path = tmp_path / "step.pt"
+    torch.save({"step": 3, "model_state": module.state_dict()}, path)
+    whole = path.read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="a whole PyTorch checkpoint"):
+            read_checkpoint(path)
+
+
+class TestCertificate:
+    tokens = np.random.default_rng(0).integers(1, VOCAB, (4, 15)).astype(np.int32)
+
+    def test_a_faithful_conversion_is_certified(self, module):
+        state = as_numpy(module)
+        certificate = certify(state, convert(state), MODEL, self.tokens, where="file.pt")
+        assert 0 < certificate.max_abs_difference <= 2e-4 * certificate.max_abs_logit
+        assert certificate.num_sequences == 4
+
+    def test_one_changed_weight_is_noticed(self, module):
+        state = as_numpy(module)
+        params = jax.tree.map(np.array, convert(state))
+        params["blocks"]["attn"]["q_proj"]["kernel"][1, 0, :] += 1.0
+        with pytest.raises(InputError, match=r"file.pt: expected Flax logits within"):
+            certify(state, params, MODEL, self.tokens, where="file.pt")
+
+
+@pytest.fixture
+def benchmark(small_benchmark):
+    return Benchmark.open(small_benchmark)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(small_run, benchmark):
+    run = RunDir.open(small_run)
+    path = run.checkpoints[100]
+    document = torch.load(path, weights_only=True)
+    vocabulary = document["config"]["benchmark_metadata"]["vocabulary"]
+    vocabulary["tokens"][-1] = vocabulary["value_tokens"][-1] = "V999"
+    torch.save(document, path)
+    with pytest.raises(InputError, match=r"step_000100.pt: expected a model of the benchmark's vocabulary .*V999"):
+        convert_checkpoint(path, run.config, benchmark.vocabulary)
+
+
+def test_a_checkpoint_of_another_run_is_refused(small_run, benchmark):
+    run = RunDir.open(small_run)
+    path = run.checkpoints[100]
+    document = torch.load(path, weights_only=True)
+    document["config"]["train_spec"]["model"]["n_heads"] = 2  # the tensors would fit all the same
+    torch.save(document, path)
+    with pytest.raises(InputError, match=r"expected n_heads 4 as in run_config.json; found n_heads 2"):
+        convert_checkpoint(path, run.config, benchmark.vocabulary)
+
+
+@pytest.mark.parametrize("verify", ["sample", "all", "metrics", "none"])
+def test_a_run_goes_to_the_store_and_back_bit_by_bit(small_run, benchmark, verify):
+    run = RunDir.open(small_run)
+    report = convert_run(run, benchmark, verify=verify, advance=lambda n: None)
+    assert report.steps == list(STEPS) and (report.largest_difference is None) == (verify == "none")
+    assert len(report.metric_checks) == (len(STEPS) if verify == "metrics" else 0)
+    exported = export_run(run, verify="sample", advance=lambda n: None)
+    for step, path in run.checkpoints.items():
+        original = torch.load(path, weights_only=True)
+        again = torch.load(exported.folder / f"step_{step:06d}.pt", weights_only=True)
+        assert again["step"] == step and again["config"] == original["config"]
+        assert list(again["model_state"]) == list(original["model_state"])
+        assert all(torch.equal(again["model_state"][n], t) for n, t in original["model_state"].items())
+
+
+def test_recorded_accuracies_that_do_not_hold_are_refused(small_run, benchmark):
+    path = small_run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["answer_accuracy"] += 3 / rows[1]["num_examples"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"step_000200.pt: expected the answer_accuracy the run recorded"):
+        convert_run(RunDir.open(small_run), benchmark, verify="metrics", advance=lambda n: None)
+    assert not (small_run / "analysis" / "converted").exists()
+
+
+def test_a_run_that_recorded_nothing_cannot_be_verified_by_metrics(small_run, benchmark):
+    (small_run / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="an evaluation recorded"):
+        convert_run(RunDir.open(small_run), benchmark, verify="metrics", advance=lambda n: None)
+
+
+def test_a_damaged_store_is_refused(small_run, benchmark):
+    run = RunDir.open(small_run)
+    folder = convert_run(run, benchmark, verify="none", advance=lambda n: None).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["params_sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="expected the parameters its manifest names"):
+        read_store(folder)
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "manifest.json":
+            file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(InputError, match="a readable parameter store"):
+        read_store(folder)

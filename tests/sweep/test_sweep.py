@@ -1,0 +1,371 @@
+"""A whole sweep of a small run against the PyTorch oracle, and what sweeping again does."""
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.stats
+import xarray as xr
+
+from converters.source import convert_checkpoint
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.errors import InputError
+from kvjax.model.sites import stage_names
+from kvjax.sweep.analysis import prepare_run, sweep_runs
+from kvjax.sweep.stream import SweepSettings
+from tests.building import SMALL_MODEL, STEPS, read_lines, write_run
+from tests.oracle import load_module, mean, measure
+
+STAGES = stage_names(SMALL_MODEL["n_layers"])
+HEADS = [(layer, head) for layer in range(3) for head in range(4)]
+
+
+def sweep(run, *, steps="all", reference="final", **settings):
+    """Sweeps a run directory as the command does, and returns the report."""
+    prepared = prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps=steps, reference=reference)
+
+    def loader(work):
+        def load(path, step):
+            return convert_checkpoint(
+                path,
+                work.run.config,
+                work.benchmark.vocabulary,
+                expected_step=step,
+                certify_on=work.certificate_tokens,
+            )
+
+        return load
+
+    (report,) = sweep_runs([prepared], loader, settings=SweepSettings(**settings), advance=lambda n: None)
+    return report
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, untied_run):
+    run = shutil.copytree(untied_run, tmp_path_factory.mktemp("swept") / "run")
+    sweep(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def rows(swept):
+    return {row["step"]: row for row in read_lines(swept / "analysis" / "checkpoint_metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def truth(swept, small_benchmark):
+    """step -> what the oracle measures."""
+    vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
+    records = read_lines(swept / "analysis" / "probe_set.jsonl")
+    return {
+        step: measure(
+            load_module(swept / "checkpoints" / f"step_{step:06d}.pt", SMALL_MODEL, len(vocabulary["tokens"])),
+            records,
+            vocabulary,
+        )
+        for step in STEPS
+    }
+
+
+def close(ours, theirs, what=""):
+    if theirs is None or ours is None:
+        assert ours is theirs, what
+    else:
+        assert math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-5), f"{what}: {ours} against {theirs}"
+
+
+def of(reads, field, split=None):
+    return mean([read[field] for read in reads if split in (None, read["split"])])
+
+
+def test_the_oracle_sees_right_answers_and_real_drops(truth):
+    """Guards the comparison itself: with nothing right and nothing dropping it would compare zeros."""
+    for measured in truth.values():
+        assert 0.1 < of(measured["reads"], "correct") < 1.0
+        drops = [sum(r["correct"] - r["ablated"][h]["correct"] for r in measured["reads"]) for h in HEADS]
+        assert len(set(drops)) > 4
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_behaviour(rows, truth, step):
+    row, reads, tokens = rows[step], truth[step]["reads"], truth[step]["tokens"]
+    for ours, theirs in {
+        "answer_accuracy": "correct",
+        "answer_margin": "margin",
+        "w": "margin",
+        "answer_entropy": "entropy",
+        "answer_confidence": "confidence",
+        "q": "q",
+        "r": "r",
+        "key_selectivity": "key_selectivity",
+        "recency_selectivity": "recency_selectivity",
+    }.items():
+        close(row[ours], of(reads, theirs), ours)
+    close(row["heldout_answer_accuracy"], of(reads, "correct", "heldout_pairs"))
+    close(row["loss"], mean([token["loss"] for token in tokens]), "loss")
+    close(row["token_accuracy"], mean([token["right"] for token in tokens]), "token_accuracy")
+    for role, accuracy in row["token_role_accuracy"].items():
+        close(accuracy, mean([token["right"] for token in tokens if token["role"] == role]), role)
+    for split, accuracy in row["split_accuracy"].items():
+        close(accuracy, of(reads, "correct", split), split)
+        for ours, theirs in {"q": "q", "r": "r", "w": "margin", "key_selectivity": "key_selectivity"}.items():
+            close(row["split_metrics"][split][ours], of(reads, theirs, split), f"{split} {ours}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_slices_difficulty_and_margin_summary(rows, truth, swept, step):
+    row, reads = rows[step], truth[step]["reads"]
+    for axis, values in row["slice_accuracy"].items():
+        assert row["slice_count"][axis] == Counter(str(read["axes"][axis]) for read in reads)
+        for value, accuracy in values.items():
+            close(
+                accuracy,
+                mean([r["correct"] for r in reads if str(r["axes"][axis]) == value]),
+                f"{axis}={value}",
+            )
+    tags = json.loads((swept / "analysis" / "probe_set.metadata.json").read_text())["difficulty"]
+    for tag in ("easy", "hard"):
+        close(
+            row["difficulty_accuracy"][tag],
+            mean([r["correct"] for r in reads if tags[r["sample_id"]] == tag]),
+        )
+    margins = [read["margin"] for read in reads]
+    summary = row["answer_margin_summary"]
+    close(summary["std"], float(np.std(margins)))
+    for name, share in (("p10", 10), ("p50", 50), ("p90", 90)):
+        close(summary[name], float(np.percentile(margins, share)), name)
+    close(summary["share_positive"], mean([m > 0 for m in margins]))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_logit_lens(rows, truth, step):
+    row, reads = rows[step], truth[step]["reads"]
+    for ours, theirs in {
+        "lens_answer_accuracy_by_layer": "lens_answer",
+        "lens_query_key_accuracy_by_layer": "lens_key",
+        "lens_support_value_accuracy_by_layer": "lens_support",
+        "answer_margin_by_layer": "lens_margin",
+    }.items():
+        assert tuple(row[ours]) == STAGES
+        for stage, value in row[ours].items():
+            close(value, mean([read[theirs][stage] for read in reads]), f"{ours} {stage}")
+
+
+def mean_state(measured, stage):
+    return np.mean([read["state"][stage] for read in measured["reads"]], axis=0)
+
+
+def drift(a, b):
+    return 1 - float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_drift(rows, truth):
+    for before, step in zip((None, *STEPS), STEPS, strict=False):
+        for stage in STAGES:
+            here = mean_state(truth[step], stage)
+            expected = None if before is None else drift(here, mean_state(truth[before], stage))
+            close(rows[step]["residual_drift_by_layer"][stage], expected, stage)
+            final = drift(here, mean_state(truth[STEPS[-1]], stage))
+            close(rows[step]["residual_drift_to_reference_by_layer"][stage], final, stage)
+
+
+def drops(measured, components, field):
+    reads = measured["reads"]
+    return {c: mean([float(r[field]) - float(r["ablated"][c][field]) for r in reads]) for c in components}
+
+
+def test_heads(swept, truth):
+    table = read_lines(swept / "analysis" / "component_candidates" / "heads.jsonl")
+    assert [(row["step"], row["layer"], row["head"]) for row in table] == [(s, *h) for s in STEPS for h in HEADS]
+    accuracy = {step: drops(truth[step], HEADS, "correct") for step in STEPS}
+    for row in table:
+        head, step = (row["layer"], row["head"]), row["step"]
+        close(row["accuracy_drop"], accuracy[step][head], f"{step} {head}")
+        close(row["margin_drop"], drops(truth[step], [head], "margin")[head], f"{step} {head}")
+        for name in (
+            "query_attention",
+            "support_attention",
+            "current_value_attention",
+            "stale_attention",
+            "binding_attention",
+        ):
+            expected = mean([read["attention"][head][name] for read in truth[step]["reads"]])
+            close(row[f"{name}_mean"], expected, f"{name} {head}")
+        entropy = mean([read["attention"][head]["attention_entropy"] for read in truth[step]["reads"]])
+        close(row["attention_entropy"], entropy)
+        previous = STEPS[STEPS.index(step) - 1] if step != STEPS[0] else None
+        change = None if previous is None else accuracy[step][head] - accuracy[previous][head]
+        close(row["delta_accuracy_drop"], change)
+        ahead = [h for h in HEADS if (-accuracy[step][h], h) < (-accuracy[step][head], head)]
+        assert row["rank"] == len(ahead) + 1
+
+
+def test_mlps(swept, truth):
+    for row in read_lines(swept / "analysis" / "component_candidates" / "mlps.jsonl"):
+        layer, reads = row["layer"], truth[row["step"]]["reads"]
+        close(row["accuracy_drop"], drops(truth[row["step"]], [(layer,)], "correct")[layer,])
+        close(row["margin_drop"], drops(truth[row["step"]], [(layer,)], "margin")[layer,])
+        close(row["write_norm_mean"], mean([read["write_norm"][layer] for read in reads]))
+        close(row["write_norm_support_mean"], mean([read["write_norm_support"][layer] for read in reads]))
+        added = [
+            r["lens_margin"][f"layer_{layer}_post_mlp"] - r["lens_margin"][f"layer_{layer}_post_attn"] for r in reads
+        ]
+        close(row["answer_margin_delta_mean"], mean(added))
+
+
+def test_order_and_turnover_of_components(rows, truth):
+    first = rows[STEPS[0]]
+    for name in ("head_rank_correlation_prev", "mlp_rank_correlation_prev", "head_turnover", "mlp_turnover"):
+        assert first[name] is None
+    for before, step in itertools.pairwise(STEPS):
+        a, b = (drops(truth[s], HEADS, "correct") for s in (before, step))
+        ranks = [scipy.stats.rankdata(list(x.values())) for x in (a, b)]
+        close(rows[step]["head_rank_correlation_prev"], float(np.corrcoef(*ranks)[0, 1]))
+        tops = [set(sorted(HEADS, key=lambda h, x=x: (-x[h], h))[:3]) for x in (a, b)]  # 12 heads // 4
+        close(rows[step]["head_turnover"], 1 - len(tops[0] & tops[1]) / len(tops[0] | tops[1]))
+        top = rows[step]["top_heads_by_ablation"]
+        expected = sorted(HEADS, key=lambda h, b=b: (-b[h], h))[:8]
+        assert [(head["layer"], head["head"]) for head in top] == expected
+        close(top[0]["value"], b[expected[0]])
+
+
+def test_deltas_and_birth_flags(rows, truth):
+    names = [name.removeprefix("delta_") for name in rows[STEPS[0]] if name.startswith("delta_")]
+    assert len(names) == 11
+    for before, step in zip((None, *STEPS), STEPS, strict=False):
+        for name in names:
+            expected = None if before is None else rows[step][name] - rows[before][name]
+            close(rows[step][f"delta_{name}"], expected, name)
+        reads = truth[step]["reads"]
+        assert rows[step]["birth_flags"] == {
+            "answer_accuracy": of(reads, "correct", "validation_iid") >= 0.05,
+            "q": of(reads, "q", "validation_iid") >= 0.2,
+            "r": of(reads, "r", "validation_iid") >= 0.99,
+            "w": of(reads, "margin", "validation_iid") >= -100.0,
+        }
+
+
+def test_the_netcdf_holds_the_rows_and_what_they_are_made_from(swept, rows):
+    path = swept / "analysis" / "checkpoint_metrics.nc"
+    dataset = xr.open_dataset(path, engine="h5netcdf")
+    events = xr.open_dataset(path, group="events", engine="h5netcdf")
+    assert dataset["step"].values.tolist() == list(STEPS)
+    for step in STEPS:
+        whole = dataset.sel(step=step, split="all")
+        assert float(whole["answer_accuracy"]) == rows[step]["answer_accuracy"]
+        right = events["read_correct"].sel(step=step).values[events["is_read"].values.astype(bool)]
+        close(float(right.mean()), rows[step]["answer_accuracy"])
+        counts = int(events["is_read"].sum())
+        head = events["head_zero_correct"].sel(step=step).sum("sequence") / counts
+        close(float(whole["answer_accuracy"] - head[1, 2]), float(whole["head_accuracy_drop"][0, 1, 2]))
+    for name, variable in dataset.data_vars.items():
+        assert {"long_name", "units"} <= variable.attrs.keys(), name
+
+
+def test_sweeping_again_reuses_everything_and_changes_nothing(small_run):
+    first = sweep(small_run)
+    second = sweep(small_run)
+    assert (first.log.measured, first.log.reused) == (list(STEPS), [])
+    assert (second.log.measured, second.log.reused) == ([], list(STEPS))
+    assert first.rows == second.rows
+
+
+def test_steps_are_measured_in_any_order_and_earlier_ones_stay_in_the_table(small_run):
+    whole = sweep(small_run, overwrite=True).rows
+    for file in (small_run / "analysis" / "measured").iterdir():
+        file.unlink()
+    only_last = sweep(small_run, steps="300")
+    assert [row["step"] for row in only_last.rows] == [300]
+    assert only_last.rows[0]["delta_answer_accuracy"] is None, "no predecessor was measured"
+    assert sweep(small_run, steps="100-200").rows == whole
+
+
+@pytest.mark.parametrize("batch", ["1", "2", "5"])
+def test_rows_do_not_depend_on_the_checkpoint_batch(small_run, batch, rows):
+    ours = {row["step"]: row for row in sweep(small_run, checkpoint_batch=batch).rows}
+
+    def compare(a, b):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                compare(a[key], b[key])
+        elif isinstance(a, list):
+            for x, y in zip(a, b, strict=True):
+                compare(x, y)
+        elif isinstance(a, float):
+            assert math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6)
+        else:
+            assert a == b
+
+    compare(ours, rows)
+
+
+def test_a_replaced_checkpoint_or_a_damaged_result_is_measured_again(small_run):
+    sweep(small_run)
+    (small_run / "analysis" / "measured" / "step_000100.npz").write_bytes(b"damaged")
+    files = small_run / "checkpoints"
+    (files / "step_000200.pt").write_bytes((files / "best.pt").read_bytes())
+    with pytest.raises(InputError, match=r"step_000200.pt: expected the checkpoint of step 200; found step 300"):
+        sweep(small_run)
+    (files / "step_000200.pt").unlink()
+    assert sweep(small_run).log.measured == []  # the damaged one was measured before the other was refused
+
+
+def test_other_settings_do_not_replace_earlier_results_unasked(small_run):
+    rows = sweep(small_run).rows
+    with pytest.raises(
+        InputError, match=r"sweep.json: expected a sweep with the same settings .*; found another precision"
+    ):
+        sweep(small_run, precision="default")
+    assert read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl") == rows
+    assert sweep(small_run, precision="default", overwrite=True).log.measured == list(STEPS)
+
+
+def test_drift_to_the_final_checkpoint_is_null_while_the_run_is_incomplete(small_run):
+    (small_run / "checkpoints" / "step_000300.pt").unlink()
+    report = sweep(small_run)
+    assert {v for row in report.rows for v in row["residual_drift_to_reference_by_layer"].values()} == {None}
+    assert any("null" in note for note in report.notes)
+    named = sweep(small_run, reference="200")
+    assert named.rows[0]["residual_drift_to_reference_by_layer"]["final_norm"] > 1e-4
+    assert abs(named.rows[1]["residual_drift_to_reference_by_layer"]["final_norm"]) < 1e-9
+
+
+def test_the_best_checkpoint_as_reference(small_run):
+    best, final = sweep(small_run, reference="best"), sweep(small_run, reference="final")
+    for a, b in zip(best.rows, final.rows, strict=True):  # the small run's best checkpoint is its last
+        for stage in STAGES:
+            close(
+                a["residual_drift_to_reference_by_layer"][stage],
+                b["residual_drift_to_reference_by_layer"][stage],
+            )
+
+
+def test_bad_checkpoints_are_skipped_and_listed_when_asked(small_run, rows):
+    path = small_run / "checkpoints" / "step_000200.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"step_000200.pt: expected a whole PyTorch checkpoint"):
+        sweep(small_run)
+    report = sweep(small_run, skip_bad=True)
+    assert list(report.log.refused) == ["step_000200.pt"]
+    assert [row["step"] for row in report.rows] == [100, 300]
+    for row in report.rows:
+        assert row["answer_accuracy"] == rows[row["step"]]["answer_accuracy"]
+        assert row["top_heads_by_ablation"] == rows[row["step"]]["top_heads_by_ablation"]
+    assert json.loads((small_run / "analysis" / "sweep.json").read_text())["refused"].keys() == {"step_000200.pt"}
+
+
+def test_tied_and_untied_runs_together(tmp_path, small_benchmark, small_run):
+    tied = write_run(tmp_path / "tied", small_benchmark, tied=True)
+    for run in (tied, small_run):
+        assert [row["step"] for row in sweep(run).rows] == list(STEPS)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SweepSettings().precision = "default"
