@@ -1,0 +1,1 @@
+"""What people use today, measured beside kvjax in the same process."""

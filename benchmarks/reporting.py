@@ -1,0 +1,56 @@
+"""What benchmark scripts share: timing, the machine in words, and results as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.artifacts.files import write_json
+from kvjax.artifacts.provenance import device_description, software_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Returns the median wall-clock seconds of a call; its result is waited for."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
+    """Returns the rate of a large float32 matrix product at highest precision: the machine's practical peak."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    product(a).block_until_ready()
+    return 2 * size**3 / median_seconds(lambda: product(a), repeats) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """Returns the device, the cores this process may use, and the versions of what ran."""
+    return {
+        "device": device_description(),
+        "cores": len(os.sched_getaffinity(0)),
+        "matmul_2048_float32_gflops": round(matmul_gflops(), 1),
+        "versions": software_versions(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Writes a benchmark's JSON and returns its path."""
+    device = result["machine"]["device"]
+    path = RESULTS / f"{name}_{device['backend']}_{result['machine']['cores']}cores.json"
+    write_json(path, result)
+    return path

@@ -1,0 +1,76 @@
+"""Measures on arrays small enough to work out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.measure.behaviour import (
+    answer_correct,
+    answer_distribution,
+    answer_margin,
+    next_token_sums,
+    relation_attention,
+    selectivities,
+)
+from kvjax.measure.mlps import write_norm_sums
+from kvjax.measure.residual import cosine_drift
+from kvjax.task.encoding import TOKEN_ROLES
+
+VALUES = jnp.array([2, 3, 4])
+
+
+def test_margin_is_against_the_best_other_value_only():
+    logits = jnp.array([[9.0, 0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 2.0, 5.0, 1.0]])
+    margin, right = answer_margin(logits, jnp.array([3, 2]), VALUES)
+    assert margin.tolist() == [3.0, -3.0] and right.tolist() == [True, False]
+
+
+def test_accuracy_is_over_the_full_vocabulary():
+    logits = jnp.array([[9.0, 0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 2.0, 5.0, 1.0]])
+    assert answer_correct(logits, jnp.array([3, 3])).tolist() == [False, True]
+
+
+def test_a_uniform_prediction_has_the_entropy_of_its_support():
+    entropy, confidence = answer_distribution(jnp.zeros((1, 8)), jnp.array([5]))
+    np.testing.assert_allclose(entropy, np.log(8), rtol=1e-6)
+    np.testing.assert_allclose(confidence, 1 / 8, rtol=1e-6)
+
+
+def test_padding_and_the_first_token_are_no_targets():
+    logits = jnp.zeros((1, 4, 5)).at[0, 0, 3].set(100.0)  # sure of token 3 after the first position
+    tokens, roles = jnp.array([[1, 3, 2, 0]]), jnp.array([[-1, 2, 6, -1]])
+    loss, right = next_token_sums(logits, tokens, roles)
+    np.testing.assert_allclose(loss, [0.0 + np.log(5)], rtol=1e-5)
+    assert right.tolist() == [[0, 0, 1, 0, 0, 0, 0]] and len(TOKEN_ROLES) == 7
+
+
+def test_selectivities_by_hand():
+    # Two heads of one layer, one read. Relations: current, stale, older, other key, none.
+    pattern = jnp.array([[0.3, 0.2, 0.1, 0.2, 0.2], [0.1, 0.1, 0.0, 0.6, 0.2]]).reshape(1, 1, 2, 1, 5)
+    groups = relation_attention(pattern, jnp.array([1, 2, 3, 4, 0]).reshape(1, 1, 5))
+    np.testing.assert_allclose(groups["key"].ravel(), [0.6, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(groups["value"].ravel(), [0.8, 0.8], rtol=1e-6)
+    key, recency = selectivities(groups["current"], groups["key"], groups["value"])
+    np.testing.assert_allclose(key, [[0.75]], rtol=1e-6)  # the first head's 0.6 / 0.8
+    np.testing.assert_allclose(recency, [[0.5]], rtol=1e-6)  # its 0.3 / 0.6
+
+
+def test_selectivities_without_attention_to_any_value_do_not_exist():
+    nothing = jnp.zeros((1, 1, 2, 1))
+    key, recency = selectivities(nothing, nothing, nothing)
+    assert np.isnan(key).all() and np.isnan(recency).all()
+    some = jnp.full((1, 1, 2, 1), 0.5)
+    key, recency = selectivities(nothing, nothing, some)
+    assert key.tolist() == [[0.0]] and np.isnan(recency).all(), "no part of the key to share"
+
+
+def test_drift_of_parallel_opposite_and_missing_states():
+    a = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    b = np.array([[3.0, 0.0], [-2.0, -2.0], [1.0, 0.0]])
+    drift = cosine_drift(a, b)
+    np.testing.assert_allclose(drift[:2], [0.0, 2.0], atol=1e-12)
+    assert np.isnan(drift[2])
+
+
+def test_write_norms_count_real_reads_only():
+    out = jnp.array([[[[3.0, 4.0], [6.0, 8.0]]]])  # one layer, one sequence, two reads
+    assert write_norm_sums(out, jnp.array([[True, False]])).tolist() == [[5.0]]
