@@ -184,12 +184,12 @@ class _MetricVerifier:
                 num_examples = int(row["num_examples"])
             except (KeyError, TypeError, ValueError) as error:
                 raise unusable(where, "split, answer_accuracy and num_examples", repr(error)) from None
-            counted = self._evaluator.answers(checkpoint.params, split, max_records=limit)
+            counted = self._evaluator.evaluate(checkpoint.params, split, max_records=limit)
             if counted.total != num_examples:
                 raise unusable(where, f"the {counted.total} read events of {split}", num_examples)
             if abs(recorded * counted.total - counted.correct) > _EVENTS_OF_TOLERANCE:
                 raise InputError(
                     f"{checkpoint.path}: expected the answer_accuracy the run recorded for {split}, {recorded:.6f}; "
-                    f"found {counted.accuracy:.6f} over {counted.total} reads"
+                    f"found {counted.answer_accuracy:.6f} over {counted.total} reads"
                 )
-            yield MetricCheck(checkpoint.step, split, recorded, counted.accuracy, counted.total)
+            yield MetricCheck(checkpoint.step, split, recorded, counted.answer_accuracy, counted.total)

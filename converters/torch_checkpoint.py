@@ -25,12 +25,14 @@ class TorchCheckpoint:
       state: `model_state`, tensor name -> float32 array, memory-mapped where the file allows.
       config: `train_spec`, `benchmark_metadata`, …, as the trainer recorded them; empty where it did not.
       metrics: evaluation results stored with it, by split; often empty.
+      optimizer_state: as PyTorch's optimiser saved it; empty where it did not.
     """
 
     step: int
     state: Mapping[str, np.ndarray]
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    optimizer_state: Mapping[str, Any]
 
 
 def read_checkpoint(path: Path) -> TorchCheckpoint:
@@ -52,6 +54,7 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
         state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
         config=document.get("config") or {},
         metrics=document.get("metrics") or {},
+        optimizer_state=document.get("optimizer_state") or {},
     )
 
 
@@ -62,14 +65,15 @@ def write_checkpoint(
     state: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    optimizer_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint file in the reference trainer's layout, atomically, without optimizer state."""
+    """Writes a checkpoint file in the reference trainer's layout, atomically."""
     with replace_file(path) as partial:
         torch.save(
             {
                 "step": step,
                 "model_state": dict(state),
-                "optimizer_state": {},
+                "optimizer_state": dict(optimizer_state or {}),
                 "metrics": dict(metrics),
                 "config": dict(config),
             },

@@ -16,15 +16,11 @@ import pydantic
 from kvjax.errors import InputError, unusable
 
 
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True)
 
 
-class _Recorded(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
-
-
-class IntRange(_Strict):
+class IntRange(_Section):
     """An inclusive range of integers, drawn from uniformly."""
 
     min: int = pydantic.Field(ge=0)
@@ -40,7 +36,7 @@ class IntRange(_Strict):
         return range(self.min, self.max + 1)
 
 
-class SplitConfig(_Strict):
+class SplitConfig(_Section):
     """How the streams of one split are drawn.
 
     `overwrite_count` writes follow the first write of each active key; `query_lag` bounds the number of writes between
@@ -61,7 +57,7 @@ class SplitConfig(_Strict):
         return self
 
 
-class CounterfactualConfig(_Strict):
+class CounterfactualConfig(_Section):
     """The split of `source_split` records with one supporting write's value changed."""
 
     num_samples: int = pydantic.Field(ge=1)
@@ -73,7 +69,7 @@ COUNTERFACTUAL_SPLIT = "counterfactual"
 HELDOUT_SPLIT = "heldout_pairs"
 
 
-class BenchmarkConfig(_Strict):
+class BenchmarkConfig(_Section):
     """A symbolic key-value benchmark (docs/formats.md, "Benchmark directory")."""
 
     benchmark_type: Literal["symbolic_kv_stream"]
@@ -96,7 +92,7 @@ class BenchmarkConfig(_Strict):
         return getattr(self, name)
 
 
-class ModelConfig(_Recorded):
+class ModelConfig(_Section):
     """The transformer's shape, as a run records it."""
 
     d_model: int = pydantic.Field(ge=1)
@@ -113,7 +109,7 @@ class ModelConfig(_Recorded):
         return self
 
 
-class BirthThresholds(_Recorded):
+class BirthThresholds(_Section):
     """A metric is born where its `validation_iid` value reaches its threshold."""
 
     answer_accuracy: float
@@ -122,7 +118,7 @@ class BirthThresholds(_Recorded):
     w: float
 
 
-class EvaluationConfig(_Recorded):
+class EvaluationConfig(_Section):
     """What a run evaluated while it trained."""
 
     batch_size: int = pydantic.Field(ge=1)
@@ -131,7 +127,7 @@ class EvaluationConfig(_Recorded):
     birth_thresholds: BirthThresholds
 
 
-class RunConfig(_Recorded):
+class RunConfig(_Section):
     """The part of a training run's `run_config.json` that an analysis reads."""
 
     run_name: str
@@ -147,11 +143,97 @@ class RunConfig(_Recorded):
         return self.num_steps // self.checkpoint_every_steps * self.checkpoint_every_steps
 
 
+class InitializedModelConfig(ModelConfig):
+    """The transformer's shape, and how its weights start: PyTorch's defaults times `init_scale`."""
+
+    init_scale: float = pydantic.Field(default=1.0, gt=0.0)
+
+    @pydantic.field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout != 0.0:
+            raise ValueError("the trainer has no dropout; expected 0.0")
+        return dropout
+
+
+class ScheduleConfig(_Section):
+    """The learning rate after the warm-up. A cosine decay runs from `decay_start_step` (default: the end of the
+    warm-up) to `decay_end_step` (default: the last step), down to `min_learning_rate` (default: 0)."""
+
+    kind: Literal["constant", "cosine_decay"] = "constant"
+    decay_start_step: int | None = None
+    decay_end_step: int | None = None
+    min_learning_rate: float | None = None
+
+
+class OptimizationConfig(_Section):
+    """AdamW as PyTorch defines it, with clipping by global norm (none where `grad_clip_norm` is null)."""
+
+    learning_rate: float = pydantic.Field(gt=0.0)
+    weight_decay: float = pydantic.Field(ge=0.0)
+    beta1: float = pydantic.Field(ge=0.0, lt=1.0)
+    beta2: float = pydantic.Field(ge=0.0, lt=1.0)
+    grad_clip_norm: float | None = pydantic.Field(default=None, gt=0.0)
+    warmup_steps: int = pydantic.Field(default=0, ge=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class TrainingEvaluationConfig(EvaluationConfig):
+    """What is evaluated while training. The `max_analysis_batches` and `analysis_splits` of older configs are accepted;
+    analyses are the sweep's."""
+
+    max_analysis_batches: int | None = None
+    analysis_splits: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _tracks_something(self) -> TrainingEvaluationConfig:
+        if not self.tracked_splits:
+            raise ValueError("tracked_splits names no split")
+        return self
+
+
+class CheckpointingConfig(_Section):
+    """Which checkpoints are kept, and what makes one the best."""
+
+    save_step_checkpoints: bool = True
+    save_best_checkpoint: bool = True
+    best_checkpoint_split: str
+    best_checkpoint_metric: Literal["answer_accuracy", "token_accuracy", "loss"] = "answer_accuracy"
+    best_checkpoint_maximize: bool = True
+
+
+class TrainConfig(RunConfig):
+    """A training run. `device` and `num_workers` are accepted from older configs; JAX picks the device."""
+
+    device: str = "auto"
+    output_dir: str
+    batch_size: int = pydantic.Field(ge=1)
+    log_every_steps: int = pydantic.Field(ge=1)
+    eval_every_steps: int = pydantic.Field(ge=1)
+    num_workers: int = 0
+    model: InitializedModelConfig
+    optimization: OptimizationConfig
+    evaluation: TrainingEvaluationConfig
+    checkpointing: CheckpointingConfig
+
+    @pydantic.model_validator(mode="after")
+    def _best_is_tracked(self) -> TrainConfig:
+        split = self.checkpointing.best_checkpoint_split
+        if self.checkpointing.save_best_checkpoint and split not in self.evaluation.tracked_splits:
+            raise ValueError(f"best_checkpoint_split {split} is not among evaluation.tracked_splits")
+        return self
+
+
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 
-def read_config(path: Path, schema: type[Config]) -> Config:
+def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> Config:
     """Returns the config in a JSON file, validated.
+
+    Args:
+      path: the file.
+      schema: what it must fit.
+      recorded: the file is a run's record of itself, perhaps another trainer's: fields unknown here are left alone.
 
     Raises:
       InputError: the file is missing, is not JSON, or does not fit the schema.
@@ -163,7 +245,7 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     except (OSError, ValueError) as error:
         raise unusable(path, f"a {schema.__name__} JSON file", error) from None
     try:
-        return schema.model_validate(document)
+        return schema.model_validate(document, extra="ignore" if recorded else "forbid")
     except pydantic.ValidationError as error:
         raise InputError(f"{path}: {_first_problem(error)}") from None
 

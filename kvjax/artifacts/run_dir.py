@@ -36,17 +36,15 @@ class RunDir:
         """Returns the run in a directory.
 
         Raises:
-          InputError: there is no run, its config cannot be read, or it holds no step checkpoint.
+          InputError: there is no run, or its config cannot be read.
         """
         if not path.is_dir():
             raise unusable(path, "a run directory", "none")
-        config = read_config(path / "run_config.json", RunConfig)
+        config = read_config(path / "run_config.json", RunConfig, recorded=True)
         found = {}
         for file in (path / "checkpoints").glob("step_*.pt"):
             if match := _STEP_FILE.fullmatch(file.name):
                 found[int(match[1])] = file
-        if not found:
-            raise unusable(path / "checkpoints", "checkpoints step_XXXXXX.pt", "none")
         return cls(path, config, dict(sorted(found.items())))
 
     @property
@@ -57,7 +55,7 @@ class RunDir:
     @property
     def complete(self) -> bool:
         """Whether the checkpoint of the run's last step is there."""
-        return max(self.checkpoints) >= self.config.last_checkpoint_step()
+        return max(self.checkpoints, default=0) >= self.config.last_checkpoint_step()
 
     def benchmark_dir(self, override: str | None = None) -> Path:
         """Returns where the run's benchmark is: the override, or the recorded path, tried from here and from the run.
@@ -96,6 +94,22 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         return tuple(read_json_lines(path)) if path.is_file() else ()
 
+    def checkpoint_named(self, name: str) -> tuple[int, Path]:
+        """Returns the step and file of the checkpoint that `best`, `final` or a step number names.
+
+        Raises:
+          InputError: it is none of these, or there is no such checkpoint.
+        """
+        if name == "best":
+            return self.best_checkpoint()
+        (step,) = [max(self.select_steps("all"))] if name == "final" else self._one_step(name)
+        return step, self.checkpoints[step]
+
+    def _one_step(self, name: str) -> list[int]:
+        if not name.isdecimal():
+            raise unusable("--checkpoint", "best, final or a step", name)
+        return self.select_steps(name)
+
     def recorded_evaluations(self) -> list[Mapping[str, Any]]:
         """Returns the rows of full-split evaluations that the run itself recorded."""
         return [row for row in self.metrics if row.get("phase") == "eval"]
@@ -104,8 +118,10 @@ class RunDir:
         """Returns the checkpoint steps a `--steps` flag names: `all`, or steps and ranges `a-b` with commas.
 
         Raises:
-          InputError: the flag cannot be read, a step has no checkpoint, or a range holds none.
+          InputError: the run has no step checkpoints, the flag cannot be read, or it names none of them.
         """
+        if not self.checkpoints:
+            raise unusable(self.path / "checkpoints", "checkpoints step_XXXXXX.pt", "none")
         if wanted == "all":
             return list(self.checkpoints)
         steps: set[int] = set()

@@ -31,6 +31,16 @@ def required(values: flags.FlagValues, name: str) -> Any:
     return value
 
 
+def integers(name: str, values: list[str] | None) -> list[int] | None:
+    """Returns a list flag's whole numbers, each once; None where it was not given; raises `InputError` for others."""
+    if values is None:
+        return None
+    bad = [value for value in values if not value.strip().isdecimal()]
+    if bad or not values or len({int(value) for value in values}) != len(values):
+        raise InputError(f"--{name}: expected different whole numbers, such as 7,11,13; found {','.join(values)}")
+    return [int(value) for value in values]
+
+
 @contextmanager
 def progress_bar(total: int, unit: str, *, show: bool) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of items done; shows the time left on standard error."""

@@ -1,0 +1,156 @@
+"""The training loop over segments of steps: what is logged, evaluated and saved when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.config import TrainConfig
+from kvjax.errors import InputError
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.sweep.evaluation import SplitEvaluator
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import encode_records
+from kvjax.train.schedule import adam_moments
+from kvjax.train.trainer import (
+    StepMetrics,
+    TrainProgram,
+    TrainState,
+    batch_indices,
+    initial_params,
+    plan_training,
+    train_segment,
+)
+
+TRAIN_SPLIT = "train"
+
+Row = dict[str, Any]
+
+
+class RunRecorder(Protocol):
+    """Where one seed's training goes: rows as they come, and states worth saving."""
+
+    def log(self, row: Row) -> None:
+        """Takes a row of `metrics.jsonl`."""
+
+    def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
+        """Takes the state after `step`, as numpy trees, with the step's evaluations by split, if it had any."""
+
+
+class Training:
+    """Several seeds of one config on one benchmark, trained together.
+
+    Raises:
+      InputError: the benchmark lacks a tracked split, or its records are longer than the model.
+    """
+
+    def __init__(self, config: TrainConfig, benchmark: Benchmark, seeds: Sequence[int]):
+        missing = [split for split in config.evaluation.tracked_splits if split not in benchmark.split_sizes]
+        if missing:
+            raise InputError(f"{benchmark.path}: expected the tracked split {missing[0]}; found none")
+        self.config = config
+        self.seeds = tuple(seeds)
+        self.decoder = DecoderConfig.from_model_config(config.model, len(benchmark.vocabulary.tokens))
+        encoded = encode_records(
+            benchmark.read_split(TRAIN_SPLIT),
+            benchmark.vocabulary,
+            [TRAIN_SPLIT],
+            max_seq_len=config.model.max_seq_len,
+        )
+        self._tokens = jax.device_put(encoded.tokens)
+        self.program: TrainProgram = plan_training(
+            self.decoder,
+            config.optimization,
+            num_steps=config.num_steps,
+            batch_size=config.batch_size,
+            length=encoded.tokens.shape[1],
+            backend=jax.default_backend(),
+        )
+        self._evaluator = SplitEvaluator(self.decoder, benchmark)
+
+    def initial_states(self) -> list[TrainState]:
+        """Returns each seed's state before its first step."""
+        states = []
+        for seed in self.seeds:
+            params = initial_params(self.config.model, self.decoder, seed)
+            states.append(TrainState(params, self.program.optimizer.init(params)))
+        return states
+
+    def run(
+        self,
+        states: Sequence[TrainState],
+        recorders: Sequence[RunRecorder],
+        *,
+        done_steps: int = 0,
+        advance: Callable[[int], None],
+    ) -> list[TrainState]:
+        """Trains from after `done_steps` to the last step, and returns the final states.
+
+        Args:
+          states: each seed's state after `done_steps`.
+          recorders: each seed's recorder.
+          done_steps: steps taken already.
+          advance: called with the number of steps done.
+        """
+        config = self.config
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        # Every segment has the same length, so that one program serves all but a last, odd one.
+        segment = math.gcd(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
+        while done_steps < config.num_steps:
+            steps = min(segment - done_steps % segment, config.num_steps - done_steps)
+            indices = self._batches(done_steps + 1, steps)
+            stacked, metrics = train_segment(
+                self.program, stacked, self._tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
+            )
+            metrics = jax.device_get(metrics)
+            for index, recorder in enumerate(recorders):
+                self._log(recorder, metrics, index, done_steps + 1)
+            done_steps += steps
+            self._evaluate_and_save(stacked, recorders, done_steps)
+            advance(steps)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(len(self.seeds))]
+
+    def _batches(self, first_step: int, steps: int) -> np.ndarray:
+        return np.stack(
+            [
+                batch_indices(seed, first_step, steps, num_records=len(self._tokens), batch_size=self.config.batch_size)
+                for seed in self.seeds
+            ]
+        )
+
+    def _log(self, recorder: RunRecorder, metrics: StepMetrics, index: int, first_step: int) -> None:
+        for offset in range(metrics.loss.shape[1]):
+            step = first_step + offset
+            if step == 1 or step % self.config.log_every_steps == 0:
+                values = {
+                    name: float(getattr(metrics, name)[index, offset])
+                    for name in ("loss", "token_accuracy", "grad_norm", "learning_rate")
+                }
+                if not math.isfinite(values["loss"]):
+                    raise InputError(
+                        f"seed {self.seeds[index]}: expected a finite loss; found {values['loss']} at step {step} "
+                        "(a lower learning rate may help)"
+                    )
+                recorder.log({"phase": "train", "step": step, **values})
+
+    def _evaluate_and_save(self, stacked: TrainState, recorders: Sequence[RunRecorder], step: int) -> None:
+        config = self.config
+        evaluates = step % config.eval_every_steps == 0 or step == config.num_steps
+        saves = step % config.checkpoint_every_steps == 0
+        if not (evaluates or saves):
+            return
+        limit = config.evaluation.max_eval_batches and config.evaluation.max_eval_batches * config.evaluation.batch_size
+        for index, recorder in enumerate(recorders):
+            state = jax.device_get(jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+            evaluations = {}
+            if evaluates:
+                for split in config.evaluation.tracked_splits:
+                    evaluation = self._evaluator.evaluate(state.params, split, max_records=limit)
+                    evaluations[split] = {"phase": "eval", "split": split, "step": step, **evaluation.to_row()}
+                    recorder.log(evaluations[split])
+            recorder.save(step, state.params, *adam_moments(state.optimizer), evaluations)

@@ -1,0 +1,217 @@
+"""Training many seeds as one program: a scanned segment of steps, lifted over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kvjax.config import InitializedModelConfig, OptimizationConfig
+from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.transforms import Lift
+from kvjax.task.vocabulary import PAD_ID
+from kvjax.train.schedule import learning_rate, make_optimizer
+
+CPU_TOKENS_PER_MICROBATCH = 900
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters and optimiser state; with several seeds, every leaf has a leading seed axis R."""
+
+    params: Params
+    optimizer: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What each step of a segment measured on its own batch, before its update: [R, steps] each.
+
+    Attributes:
+      loss: mean cross-entropy over non-pad next tokens, in nats.
+      token_accuracy: share of them predicted right.
+      grad_norm: global norm of the gradient before clipping.
+      learning_rate: of the step.
+    """
+
+    loss: jax.Array
+    token_accuracy: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """What the compiled training segment is made for; hashable.
+
+    Attributes:
+      config: the model's shape.
+      optimization: the optimiser's settings.
+      num_steps: of the whole run.
+      microbatches: how many equal parts of a batch the gradient is summed over; they stay in cache on a CPU.
+      lift: how seeds are run, `map` (one after another) or `vmap`.
+    """
+
+    config: DecoderConfig
+    optimization: OptimizationConfig
+    num_steps: int
+    microbatches: int
+    lift: Lift
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.optimization, self.num_steps)
+
+
+def plan_training(
+    config: DecoderConfig,
+    optimization: OptimizationConfig,
+    *,
+    num_steps: int,
+    batch_size: int,
+    length: int,
+    backend: str,
+) -> TrainProgram:
+    """Returns how to train on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere."""
+    microbatches = 1
+    if backend == "cpu":
+        wanted = max(1, round(batch_size * length / CPU_TOKENS_PER_MICROBATCH))
+        divisors = [parts for parts in range(1, batch_size + 1) if batch_size % parts == 0]
+        microbatches = min(divisors, key=lambda parts: abs(math.log(parts / wanted)))
+    return TrainProgram(config, optimization, num_steps, microbatches, "map" if backend == "cpu" else "vmap")
+
+
+def initial_params(model: InitializedModelConfig, config: DecoderConfig, seed: int) -> Params:
+    """Returns freshly drawn parameters with PyTorch's default distributions, times `init_scale`.
+
+    Embeddings are N(0, 1), linear weights and biases U(±1/√fan_in); LayerNorms start at 1 and 0, unscaled.
+    """
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    flat, structure = jax.tree.flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(flat))
+    fan_in = {
+        "/".join(part.key for part in path[:-1]): leaf.shape[-2] for path, leaf in flat if path[-1].key == "kernel"
+    }
+
+    def draw(key: jax.Array, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name, parent = path[-1].key, "/".join(part.key for part in path[:-1])
+        if name == "embedding":
+            return model.init_scale * jax.random.normal(key, leaf.shape)
+        if parent in fan_in:
+            bound = fan_in[parent] ** -0.5
+            return model.init_scale * jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
+        return jnp.ones(leaf.shape) if name == "scale" else jnp.zeros(leaf.shape)
+
+    leaves = [draw(key, path, leaf) for key, (path, leaf) in zip(keys, flat, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def batch_indices(seed: int, first_step: int, steps: int, *, num_records: int, batch_size: int) -> np.ndarray:
+    """Returns which records each step trains on, [steps, batch_size]; -1 fills the partial last batch of an epoch.
+
+    Every epoch visits every record once, in an order drawn from (seed, epoch) alone, so that a resumed run sees the
+    batches the uninterrupted one would have seen.
+
+    Args:
+      seed: the run's seed.
+      first_step: 1-based number of the first step.
+      steps: how many steps.
+      num_records: size of the training split.
+      batch_size: records per step.
+    """
+    per_epoch = math.ceil(num_records / batch_size)
+    rows = np.full((steps, batch_size), -1, np.int32)
+    order, drawn_epoch = np.empty(0, np.int64), -1
+    for row, step in enumerate(range(first_step - 1, first_step - 1 + steps)):
+        epoch, batch = divmod(step, per_epoch)
+        if epoch != drawn_epoch:
+            order, drawn_epoch = np.random.default_rng([seed, epoch]).permutation(num_records), epoch
+        members = order[batch * batch_size : (batch + 1) * batch_size]
+        rows[row, : len(members)] = members
+    return rows
+
+
+def loss_sums(config: DecoderConfig, params: Params, tokens_BxT: jax.Array, weights_B: jax.Array) -> tuple:
+    """Returns (summed cross-entropy, number right) over the non-pad next tokens of records with weight 1."""
+    logits, _ = Decoder(config).apply({"params": params}, tokens_BxT)
+    targets = tokens_BxT[:, 1:]
+    counted = (targets != PAD_ID) & (weights_B[:, None] > 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
+    right = (jnp.argmax(logits[:, :-1], axis=-1) == targets) & counted
+    return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(right)
+
+
+def train_step(
+    program: TrainProgram, state: TrainState, tokens_NxT: jax.Array, indices_B: jax.Array, step: jax.Array
+) -> tuple[TrainState, StepMetrics]:
+    """Returns the state after one step, and what the step measured.
+
+    Args:
+      program: the static settings.
+      state: of one seed.
+      tokens_NxT: the training split.
+      indices_B: the step's records, negative where the batch is not full.
+      step: 1-based.
+    """
+    weights = (indices_B >= 0).astype(jnp.float32)
+    batch = tokens_NxT[jnp.maximum(indices_B, 0)]
+    num_targets = jnp.sum((batch[:, 1:] != PAD_ID) * weights[:, None])
+    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, program.config), has_aux=True)
+
+    def parts(x: jax.Array) -> jax.Array:
+        return x.reshape(program.microbatches, -1, *x.shape[1:])
+
+    def add_microbatch(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(state.params, *part)), None
+
+    # Sums over microbatches, divided once: the mean over the batch's targets, whichever microbatch they fell into.
+    zero = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, state.params))
+    ((loss, right), grads), _ = jax.lax.scan(add_microbatch, zero, (parts(batch), parts(weights)))
+    grads = jax.tree.map(lambda leaf: leaf / num_targets, grads)
+    updates, optimizer_state = program.optimizer.update(grads, state.optimizer, state.params)
+    metrics = StepMetrics(
+        loss=loss / num_targets,
+        token_accuracy=right / num_targets,
+        grad_norm=optax.global_norm(grads),
+        learning_rate=learning_rate(program.optimization, step, program.num_steps),
+    )
+    return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_segment(
+    program: TrainProgram,
+    states: TrainState,
+    tokens_NxT: jax.Array,
+    indices_RxKxB: jax.Array,
+    first_step: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+    """Returns every seed's state after a segment of steps, and the metrics of each step, [R, steps].
+
+    Args:
+      program: the static settings.
+      states: with a leading seed axis R.
+      tokens_NxT: the training split, shared by all seeds.
+      indices_RxKxB: each seed's batches.
+      first_step: 1-based number of the first step.
+    """
+
+    def one_seed(state_and_indices: tuple[TrainState, jax.Array]) -> tuple[TrainState, StepMetrics]:
+        state, indices_KxB = state_and_indices
+        steps = first_step + jnp.arange(indices_KxB.shape[0])
+
+        def body(state: TrainState, x: tuple[jax.Array, jax.Array]) -> tuple[TrainState, StepMetrics]:
+            return train_step(program, state, tokens_NxT, *x)
+
+        return jax.lax.scan(body, state, (indices_KxB, steps))
+
+    lifted = functools.partial(jax.lax.map, one_seed) if program.lift == "map" else jax.vmap(one_seed)
+    return lifted((states, indices_RxKxB))
