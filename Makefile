@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint format clean
+.PHONY: setup quickstart test lint format clean
 
 setup: $(VENV)/.installed
 
@@ -11,6 +11,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+quickstart: setup
+	$(BIN)/kvjax quickstart --output_dir=quickstart
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

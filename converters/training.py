@@ -18,7 +18,7 @@ from converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.artifacts.files import read_json, replace_directory, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.config import TrainConfig
+from kvjax.config import CheckpointingConfig, TrainConfig, read_config
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
 from kvjax.task.benchmark import METADATA_FILE, Benchmark
@@ -97,6 +97,27 @@ def train_runs(
     return [TrainedRun(r.path, r.config.seed, r.last_evaluations) for r in recorders]
 
 
+def train_missing_runs(
+    runs: Mapping[Path, TrainConfig], benchmark: Benchmark, *, advance: Callable[[int], None]
+) -> None:
+    """Trains what is not trained yet: nothing where all runs are finished, from the latest common checkpoint where
+    all have begun, from the start otherwise.
+
+    Raises:
+      InputError: a run directory holds a run of another config.
+    """
+    begun = [path for path in runs if (path / "run_config.json").is_file()]
+    for path in begun:
+        recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
+        if recorded != runs[path]:
+            raise unusable(path, "a run of this config (or another --output_dir)", "a run of another config")
+    if all((path / "summary.json").is_file() for path in runs):
+        advance(next(iter(runs.values())).num_steps)
+        return
+    resume = len(begun) == len(runs) and bool(set.intersection(*(set(_resumable(path)) for path in runs)))
+    train_runs(runs, benchmark, resume=resume, overwrite=True, advance=advance)
+
+
 def _claim(path: Path, overwrite: bool) -> None:
     if path.exists() and any(path.iterdir()):
         if not overwrite:
@@ -142,6 +163,16 @@ def _read_state(path: Path, training: Training) -> TrainState:
     return TrainState(params, restore_adam(training.program.optimizer, params, count=moments.count, mu=mu, nu=nu))
 
 
+def is_better(candidate: Row, best: Row | None, checkpointing: CheckpointingConfig) -> bool:
+    """Whether a later evaluation beats the best so far; ties go to the lower loss, then to the earlier step."""
+    if best is None:
+        return True
+    sign = 1.0 if checkpointing.best_checkpoint_maximize else -1.0
+    metric = checkpointing.best_checkpoint_metric
+    ahead, behind = sign * candidate[metric], sign * best[metric]
+    return ahead > behind or (ahead == behind and candidate["loss"] < best["loss"])
+
+
 class _Recorder:
     """One run directory while it is being trained."""
 
@@ -171,7 +202,7 @@ class _Recorder:
             self._write(f"step_{step:06d}.pt", step, params, AdamMoments(step, mu, nu), evaluations)
         if checkpointing.save_best_checkpoint and evaluations:
             candidate = evaluations[checkpointing.best_checkpoint_split]
-            if self._better(candidate, self._best):
+            if is_better(candidate, self._best, checkpointing):
                 self._best = candidate
                 self._write(BEST_FILE, step, params, AdamMoments(step, mu, nu), evaluations)
                 write_json(self.path / "best_checkpoint.json", self._best_record())
@@ -200,18 +231,8 @@ class _Recorder:
         for row in rows:
             if row.get("phase") == "eval":
                 self.last_evaluations[row["split"]] = row
-                if row["split"] == split and self._better(row, self._best):
+                if row["split"] == split and is_better(row, self._best, self.config.checkpointing):
                     self._best = row
-
-    def _better(self, candidate: Row, best: Row | None) -> bool:
-        """Whether a later evaluation beats the best so far; ties go to the lower loss, then to the earlier step."""
-        if best is None:
-            return True
-        checkpointing = self.config.checkpointing
-        sign = 1.0 if checkpointing.best_checkpoint_maximize else -1.0
-        metric = checkpointing.best_checkpoint_metric
-        ahead, behind = sign * candidate[metric], sign * best[metric]
-        return ahead > behind or (ahead == behind and candidate["loss"] < best["loss"])
 
     def _best_record(self) -> Row:
         checkpointing = self.config.checkpointing

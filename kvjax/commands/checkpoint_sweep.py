@@ -10,6 +10,7 @@ from __future__ import annotations
 from absl import flags
 
 from kvjax.commands import common
+from kvjax.commands.printing import print_sweep_report
 
 FLAGS = flags.FlagValues()
 common.define_run_flags(FLAGS)
@@ -56,8 +57,6 @@ flags.DEFINE_bool(
     "overwrite", False, "Measure again, also where the earlier sweep had other settings.", flag_values=FLAGS
 )
 
-_SHOWN_ROWS = 24
-
 
 def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
@@ -85,34 +84,6 @@ def run() -> None:
     with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:
         reports = sweep_runs(prepared, common.torch_loader(), settings=settings, advance=advance)
     for report in reports:
-        _print_report(report)
-
-
-def _print_report(report) -> None:
-    config = report.run.config
-    print(f"\n{config.run_name} (seed {config.seed})")
-    print("   step  accuracy  held-out    margin      r   loss  heads by accuracy drop")
-    rows = report.rows
-    hidden = len(rows) - _SHOWN_ROWS
-    for row in rows if hidden <= 0 else rows[: _SHOWN_ROWS // 2] + rows[-_SHOWN_ROWS // 2 :]:
-        heads = "  ".join(f"L{h['layer']}H{h['head']} {h['value']:.3f}" for h in row["top_heads_by_ablation"][:3])
-        print(
-            f"{row['step']:>7} {_cell(row['answer_accuracy'], '9.3f')} {_cell(row['heldout_answer_accuracy'], '9.3f')} "
-            f"{_cell(row['answer_margin'], '9.2f')} {_cell(row['r'], '6.3f')} {_cell(row['loss'], '6.3f')}  {heads}"
-        )
-    if hidden > 0:
-        print(f"  ({hidden} checkpoints between are in the table)")
-    for file, reason in report.log.refused.items():
-        print(f"skipped {file}: {reason}")
-    for note in report.notes:
-        print(f"note: {note}")
-    log, analysis = report.log, report.run.analysis
-    print(
-        f"{len(log.measured)} measured, {len(log.reused)} reused, {len(log.refused)} skipped. Results in {analysis}: "
-        f"rows in checkpoint_metrics.jsonl, arrays in checkpoint_metrics.nc."
-    )
-    print(f"Next: xarray.open_dataset('{analysis}/checkpoint_metrics.nc') (README, \"Reading the results\").")
-
-
-def _cell(value: float | None, form: str) -> str:
-    return format(value, form) if value is not None else "-".rjust(int(form.partition(".")[0]))
+        print_sweep_report(report)
+    example = reports[0].run.analysis / "checkpoint_metrics.nc"
+    print(f"Next: xarray.open_dataset('{example}') (README, \"Reading the results\").")

@@ -14,10 +14,13 @@ from kvjax.errors import InputError, one_line
 
 # Command -> what it does, in the order a study runs them.
 COMMANDS = {
+    "quickstart": "see a lookup mechanism form: small benchmark, two seeds, sweep, figures",
     "generate-benchmark": "draw a key-value benchmark from a config, with its fairness checks",
     "train": "train a decoder on a benchmark, many seeds as one program",
     "generate-probe-set": "choose the fixed records that every checkpoint is measured on",
     "convert": "convert PyTorch checkpoints to Flax parameters, or back, with a parity certificate",
+    "evaluate": "evaluate a checkpoint of each run on full splits",
+    "select-reference": "rank runs by their best checkpoint and select the reference",
     "checkpoint-sweep": "measure every checkpoint of one or several runs",
 }
 

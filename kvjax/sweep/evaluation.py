@@ -86,8 +86,15 @@ class SplitEvaluator:
         records = self._benchmark.read_split(split)[:max_records]
         vocabulary = self._benchmark.vocabulary
         encoded = encode_records(records, vocabulary, [split], max_seq_len=self._config.max_seq_len)
+        # One length for all: splits of one shape then share a program, and compiling outweighs some padding.
         program = ProbeProgram(
-            self._config, vocabulary, encoded, num_splits=1, settings=SweepSettings(checkpoint_batch="1"), ablate=False
+            self._config,
+            vocabulary,
+            encoded,
+            num_splits=1,
+            settings=SweepSettings(checkpoint_batch="1"),
+            ablate=False,
+            max_buckets=1,
         )
         no_tags = dict.fromkeys((record["sample_id"] for record in records), "")
         return program, ProbeIndex.of(records, encoded, [split], no_tags)

@@ -82,6 +82,7 @@ class ProbeProgram:
         settings: SweepSettings,
         *,
         ablate: bool = True,
+        max_buckets: int = 3,
     ):
         plan = plan_chunks(
             settings.checkpoint_batch,
@@ -92,7 +93,7 @@ class ProbeProgram:
         )
         self.chunk = plan.checkpoints
         self._encoded = encoded
-        self._buckets = bucket_by_length(encoded, tokens_per_batch=plan.tokens_per_batch)
+        self._buckets = bucket_by_length(encoded, tokens_per_batch=plan.tokens_per_batch, max_buckets=max_buckets)
         self._batches = [jax.device_put(bucket.batches) for bucket in self._buckets]
         self._program = Program(
             config=dataclasses.replace(config, precision=settings.precision),

@@ -1,0 +1,66 @@
+"""See a lookup mechanism form: draw a small benchmark, train two seeds, measure every checkpoint, draw the figures.
+
+Takes a few minutes on two CPU cores. Run again, it goes on where it stopped and repeats nothing that is there.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from kvjax.commands import common
+from kvjax.commands.printing import print_sweep_report
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("output_dir", "quickstart", "Where everything goes.", flag_values=FLAGS)
+flags.DEFINE_list("seeds", ["7", "11"], "Seeds to train.", flag_values=FLAGS)
+flags.DEFINE_bool("progress", True, "Show progress bars with the time left.", flag_values=FLAGS)
+
+
+def run() -> None:
+    from pathlib import Path
+
+    import xarray as xr
+
+    from converters.training import run_directories, train_missing_runs
+    from kvjax.artifacts.run_dir import RunDir
+    from kvjax.config import BenchmarkConfig, TrainConfig, find_config, read_config
+    from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
+    from kvjax.sweep.analysis import prepare_run, sweep_runs
+    from kvjax.sweep.stream import SweepSettings
+    from kvjax.task.benchmark import Benchmark, generate_benchmark
+
+    output = Path(FLAGS.output_dir)
+    benchmark_dir = output / "benchmark"
+    if not benchmark_dir.exists():
+        print("1/4  drawing the benchmark: 4 keys, 48 values, reads return the latest write", flush=True)
+        settings = read_config(find_config("symbolic_kv_quickstart", "benchmark"), BenchmarkConfig)
+        generate_benchmark(settings, benchmark_dir, overwrite=False)
+    benchmark = Benchmark.open(benchmark_dir)
+
+    config = read_config(find_config("symbolic_kv_quickstart", "train"), TrainConfig)
+    config = config.model_copy(update={"benchmark_dir": str(benchmark_dir.resolve())})
+    runs = run_directories(config, common.integers("seeds", FLAGS.seeds), str(output / "runs"))
+    print(f"2/4  training {len(runs)} seeds, {config.num_steps} steps each, as one program", flush=True)
+    with common.progress_bar(config.num_steps, "steps", show=FLAGS.progress) as advance:
+        train_missing_runs(runs, benchmark, advance=advance)
+
+    print("3/4  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated", flush=True)
+    prepared = [
+        prepare_run(RunDir.open(path), benchmark_dir=None, probe_set=None, steps="all", reference="final")
+        for path in runs
+    ]
+    total = sum(len(work.wanted) for work in prepared)
+    with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:
+        reports = sweep_runs(prepared, common.torch_loader(), settings=SweepSettings(), advance=advance)
+    for report in reports:
+        print_sweep_report(report)
+
+    print("\n4/4  drawing figures")
+    swept = [xr.open_dataset(path / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf") for path in runs]
+    figures = output / "figures"
+    for name, figure in (
+        ("trajectories", trajectory_figure(swept)),
+        ("head_ablations", head_ablation_figure(swept)),
+    ):
+        print("     " + ", ".join(map(str, save_figure(figure, figures, name))))
+    print(f"Look at {figures / 'trajectories.png'} first. Next: kvjax evaluate --run_dirs='{output}/runs/*'")

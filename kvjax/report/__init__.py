@@ -1,0 +1,1 @@
+"""What people look at: figures drawn from a sweep's labelled means."""

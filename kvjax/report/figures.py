@@ -1,0 +1,108 @@
+"""Static figures of a sweep: trajectories of behaviour and attention, and head ablations over training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import xarray as xr
+
+from kvjax.artifacts.files import replace_file
+from kvjax.sweep.dataset import ALL_SPLITS
+
+matplotlib.use("Agg")  # figures are files; no display is needed
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito), one per split.
+SPLIT_COLOURS = {
+    "validation_iid": "#0072B2",
+    "heldout_pairs": "#D55E00",
+    "structural_ood": "#009E73",
+    "counterfactual": "#CC79A7",
+}
+_OTHER_COLOUR = "#555555"
+_FORMATS = ("png", "svg")
+
+
+def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
+    """Returns accuracy per split, answer margin, and r with the selectivities over training, one row per run."""
+    figure, axes = plt.subplots(
+        len(runs), 3, figsize=(13, 3.1 * len(runs)), squeeze=False, sharex=True, constrained_layout=True
+    )
+    for row, run in zip(axes, runs, strict=True):
+        splits = [split for split in run["split"].values.tolist() if split != ALL_SPLITS]
+        for split in splits:
+            colour = SPLIT_COLOURS.get(split, _OTHER_COLOUR)
+            here = run.sel(split=split)
+            _line(row[0], here["answer_accuracy"], split, colour)
+            _line(row[1], here["answer_margin"], split, colour)
+        shown = run.sel(split="validation_iid" if "validation_iid" in splits else ALL_SPLITS)
+        for name, label, colour in (
+            ("r", "r: attention to the support", "#0072B2"),
+            ("key_selectivity", "key selectivity", "#E69F00"),
+            ("recency_selectivity", "recency selectivity", "#009E73"),
+        ):
+            _line(row[2], shown[name], label, colour)
+        row[0].set_ylabel(f"{_title(run)}\nanswer accuracy")
+        row[0].set_ylim(-0.03, 1.03)
+        row[1].set_ylabel("answer margin (logits)")
+        row[1].axhline(0.0, color="black", linewidth=0.6)
+        row[2].set_ylabel(f"attention ({shown['split'].values!s})")
+        row[2].set_ylim(-0.03, 1.03)
+    for axis, title in zip(axes[0], ("Answer accuracy", "Answer margin", "Attention to the answer"), strict=True):
+        axis.set_title(title, fontsize=11)
+    for axis in axes[-1]:
+        axis.set_xlabel("training step")
+    for axis in (axes[0][0], axes[0][2]):
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
+    return figure
+
+
+def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
+    """Returns, for each run, a map of the accuracy every head's zero ablation costs at every checkpoint."""
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(1.5 + 5.2 * len(runs), 4.2), squeeze=False, constrained_layout=True
+    )
+    drops = [run["head_accuracy_drop"].sel(split=ALL_SPLITS, ablation="zero") for run in runs]
+    limit = max(0.05, *(float(np.abs(drop).max()) for drop in drops))
+    for axis, run, drop in zip(axes[0], runs, drops, strict=True):
+        layers, heads = run.sizes["layer"], run.sizes["head"]
+        grid = drop.transpose("layer", "head", "step").values.reshape(layers * heads, -1)
+        image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.set_yticks(range(layers * heads), [f"L{i // heads}H{i % heads}" for i in range(layers * heads)])
+        steps = run["step"].values
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(7, len(steps))).astype(int))
+        axis.set_xticks(shown, steps[shown])
+        for boundary in range(1, layers):
+            axis.axhline(boundary * heads - 0.5, color="black", linewidth=0.8)
+        axis.set_xlabel("training step")
+        axis.set_title(_title(run), fontsize=11)
+    figure.colorbar(image, ax=axes[0].tolist(), label="answer accuracy lost when the head is zeroed")
+    return figure
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes a figure as PNG and SVG, each file replaced whole, and returns the paths."""
+    paths = []
+    for form in _FORMATS:
+        path = folder / f"{name}.{form}"
+        with replace_file(path) as partial:
+            figure.savefig(partial, format=form, dpi=150)
+        paths.append(path)
+    plt.close(figure)
+    return paths
+
+
+def _line(axis: Axes, values: xr.DataArray, label: str, colour: str) -> None:
+    axis.plot(
+        values["step"].values, values.values, label=label, color=colour, linewidth=1.6, marker="o", markersize=2.5
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _title(run: xr.Dataset) -> str:
+    return f"seed {run.attrs['seed']}"

@@ -1,0 +1,150 @@
+"""The trainer against PyTorch's AdamW, its data order, its schedules and its initial weights."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from converters.to_torch import to_torch
+from converters.torch_decoder import TorchDecoder
+from kvjax.config import InitializedModelConfig, OptimizationConfig
+from kvjax.model.decoder import DecoderConfig
+from kvjax.train.schedule import learning_rate
+from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
+from tests.building import SMALL_MODEL
+
+VOCAB, RECORDS, BATCH, LENGTH = 30, 21, 8, 14
+MODEL = InitializedModelConfig.model_validate(SMALL_MODEL)
+CONFIG = DecoderConfig.from_model_config(MODEL, VOCAB)
+CONSTANT = OptimizationConfig(
+    learning_rate=3e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip_norm=1.0, warmup_steps=5
+)
+COSINE = CONSTANT.model_copy(
+    update={
+        "schedule": CONSTANT.schedule.model_copy(
+            update={"kind": "cosine_decay", "decay_start_step": 8, "decay_end_step": 16, "min_learning_rate": 1e-4}
+        )
+    }
+)
+
+
+def by_hand(optimization, step):
+    """The learning rate of a 1-based step, in plain Python."""
+    warmup = min(1.0, step / optimization.warmup_steps)
+    schedule = optimization.schedule
+    if schedule.kind == "constant" or step < schedule.decay_start_step:
+        return optimization.learning_rate * warmup
+    progress = min(1.0, (step - schedule.decay_start_step) / (schedule.decay_end_step - schedule.decay_start_step))
+    floor = schedule.min_learning_rate
+    return floor + (optimization.learning_rate - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, VOCAB, (RECORDS, LENGTH)).astype(np.int32)
+    for row in range(RECORDS):
+        tokens[row, rng.integers(5, LENGTH + 1) :] = 0
+    return tokens
+
+
+def torch_losses(params, tokens, indices, optimization):
+    """Trains in PyTorch, batches padded to their own longest record; returns losses, gradient norms and the module."""
+    module = TorchDecoder(MODEL, VOCAB)
+    module.lm_head.weight = module.token_embedding.weight
+    module.load_state_dict(to_torch(params))
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=optimization.learning_rate,
+        betas=(optimization.beta1, optimization.beta2),
+        weight_decay=optimization.weight_decay,
+    )
+    losses, norms = [], []
+    for step, rows in enumerate(indices, start=1):
+        optimizer.param_groups[0]["lr"] = by_hand(optimization, step)
+        batch = tokens[rows[rows >= 0]]
+        batch = torch.tensor(batch[:, : (batch != 0).sum(1).max()], dtype=torch.long)
+        logits = module(batch)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), optimization.grad_clip_norm)))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms, module
+
+
+@pytest.mark.parametrize("optimization", [CONSTANT, COSINE], ids=["constant", "cosine"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # microbatches and mapped seeds, or whole batches and vmapped ones
+def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend):
+    seeds = (3, 4)
+    program = plan_training(
+        CONFIG,
+        optimization,
+        num_steps=20,
+        batch_size=BATCH,
+        length=450 if backend == "cpu" else LENGTH,
+        backend=backend,
+    )
+    assert (program.microbatches > 1) == (backend == "cpu")
+    params = [initial_params(MODEL, CONFIG, seed) for seed in seeds]
+    draw = functools.partial(batch_indices, num_records=RECORDS, batch_size=BATCH)
+    indices = np.stack([draw(seed, 1, 20) for seed in seeds])
+    theirs = [torch_losses(p, tokens, i, optimization) for p, i in zip(params, indices, strict=True)]
+    states = [TrainState(p, program.optimizer.init(p)) for p in params]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    state, metrics = train_segment(program, stacked, tokens, indices, jnp.asarray(1))
+    for r, (losses, norms, module) in enumerate(theirs):
+        np.testing.assert_allclose(metrics.loss[r], losses, rtol=1e-4)
+        np.testing.assert_allclose(metrics.grad_norm[r], norms, rtol=1e-3)
+        final = to_torch(jax.tree.map(lambda leaf, r=r: np.asarray(leaf[r]), state.params))
+        for name, tensor in module.state_dict().items():
+            if name.endswith("k_proj.bias"):
+                continue  # attention does not depend on it: its gradient is rounding noise, which Adam makes full steps
+            np.testing.assert_allclose(final[name], tensor, rtol=1e-2, atol=2e-4, err_msg=name)
+        rates = [by_hand(optimization, step) for step in range(1, 21)]
+        np.testing.assert_allclose(metrics.learning_rate[r], rates, rtol=1e-5)
+
+
+def test_schedules_by_hand():
+    assert np.isclose(learning_rate(CONSTANT, 1, 100), 3e-3 / 5)
+    assert np.isclose(learning_rate(CONSTANT, 100, 100), 3e-3)
+    assert np.isclose(learning_rate(COSINE, 12, 100), 1e-4 + (3e-3 - 1e-4) / 2)
+    assert np.isclose(learning_rate(COSINE, 50, 100), 1e-4)
+
+
+def test_every_epoch_visits_every_record_once_and_keeps_its_partial_batch():
+    rows = batch_indices(5, 1, 9, num_records=RECORDS, batch_size=BATCH)  # three epochs of 8, 8 and 5
+    for epoch in range(3):
+        seen = rows[3 * epoch : 3 * epoch + 3]
+        assert sorted(seen[seen >= 0]) == list(range(RECORDS))
+        assert (seen[2] >= 0).sum() == 5
+    assert not np.array_equal(rows[:3], rows[3:6])
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    whole = batch_indices(5, 1, 20, num_records=RECORDS, batch_size=BATCH)
+    np.testing.assert_array_equal(batch_indices(5, 12, 9, num_records=RECORDS, batch_size=BATCH), whole[11:])
+    assert not np.array_equal(batch_indices(6, 1, 20, num_records=RECORDS, batch_size=BATCH), whole)
+
+
+def test_initial_weights_follow_pytorchs_defaults():
+    wide = InitializedModelConfig.model_validate(
+        SMALL_MODEL | {"d_model": 64, "d_ff": 256, "max_seq_len": 200, "init_scale": 2.0}
+    )
+    config = DecoderConfig.from_model_config(wide, 300)
+    state = to_torch(initial_params(wide, config, 0))
+    for name, bound in (("attn.q_proj", 64**-0.5), ("ff.fc_in", 64**-0.5), ("ff.fc_out", 256**-0.5)):
+        for kind in ("weight", "bias"):
+            drawn = np.concatenate([state[f"blocks.{i}.{name}.{kind}"].numpy().ravel() for i in range(3)])
+            assert np.abs(drawn).max() <= 2 * bound
+            assert np.isclose(drawn.std(), 2 * bound / 3**0.5, rtol=0.15), (name, kind)
+    assert np.isclose(state["token_embedding.weight"].std(), 2.0, rtol=0.05)
+    assert (state["final_norm.weight"] == 1).all() and (state["blocks.1.ln_1.bias"] == 0).all()
+    torch.testing.assert_close(state["lm_head.weight"], state["token_embedding.weight"])
+    other = to_torch(initial_params(wide, config, 1))
+    assert not torch.equal(other["token_embedding.weight"], state["token_embedding.weight"])
