@@ -115,9 +115,7 @@ def _inputs(scratch: Path) -> tuple[Vocabulary, EncodedRecords, int, ModelConfig
 
         def read(index: int):
             step, path = files[index]
-            return convert_checkpoint(
-                path, run.config, benchmark.vocabulary, expected_step=step, certify_on=encoded.tokens[::24]
-            )
+            return convert_checkpoint(path, run.config, benchmark, expected_step=step, certify_on=encoded.tokens[::24])
 
         params = read(-1).params  # compiles the certificate
         weights = f"{run.config.run_name}, step {files[-1][0]}"

@@ -37,6 +37,11 @@ class Certificate:
     max_abs_difference: float
     argmax_near_ties: int
 
+    @property
+    def relative_difference(self) -> float:
+        """The largest difference as a share of the largest |logit|; 0 where all logits are 0."""
+        return self.max_abs_difference / self.max_abs_logit if self.max_abs_logit else 0.0
+
 
 def certify(
     state: Mapping[str, np.ndarray],

@@ -46,7 +46,7 @@ class CheckpointEvaluator:
         if missing:
             raise unusable("--splits", f"splits of {benchmark.path} ({', '.join(benchmark.split_sizes)})", missing[0])
         step, path = run.checkpoint_named(checkpoint)
-        converted = convert_checkpoint(path, run.config, benchmark.vocabulary, expected_step=step)
+        converted = convert_checkpoint(path, run.config, benchmark, expected_step=step)
         config = DecoderConfig.from_model_config(run.config.model, len(benchmark.vocabulary.tokens))
         key = (benchmark.path.resolve(), config)
         evaluator = self._evaluators.setdefault(key, SplitEvaluator(config, benchmark))

@@ -84,7 +84,7 @@ def convert_run(
     converted: list[ConvertedCheckpoint] = []
     metric_checks: list[MetricCheck] = []
     for step, path in run.checkpoints.items():
-        checkpoint = convert_checkpoint(path, run.config, benchmark.vocabulary, expected_step=step, certify_on=tokens)
+        checkpoint = convert_checkpoint(path, run.config, benchmark, expected_step=step, certify_on=tokens)
         converted.append(checkpoint)
         if checks is not None:
             metric_checks += checks.check(checkpoint)
@@ -118,7 +118,7 @@ def convert_run(
     return ConversionReport(
         folder=folder,
         steps=[checkpoint.step for checkpoint in converted],
-        largest_difference=max((c.max_abs_difference / c.max_abs_logit for c in certificates), default=None),
+        largest_difference=max((c.relative_difference for c in certificates), default=None),
         near_ties=sum(c.argmax_near_ties for c in certificates),
         metric_checks=metric_checks,
     )
@@ -187,7 +187,8 @@ class _MetricVerifier:
             counted = self._evaluator.evaluate(checkpoint.params, split, max_records=limit)
             if counted.total != num_examples:
                 raise unusable(where, f"the {counted.total} read events of {split}", num_examples)
-            if abs(recorded * counted.total - counted.correct) > _EVENTS_OF_TOLERANCE:
+            # Written so that a recorded NaN fails.
+            if not abs(recorded * counted.total - counted.correct) <= _EVENTS_OF_TOLERANCE:
                 raise InputError(
                     f"{checkpoint.path}: expected the answer_accuracy the run recorded for {split}, {recorded:.6f}; "
                     f"found {counted.answer_accuracy:.6f} over {counted.total} reads"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import numpy as np
 from converters.certificate import Certificate, certify
 from converters.names import modern_name
 from converters.to_flax import to_flax
-from converters.torch_checkpoint import TorchCheckpoint, read_checkpoint
+from converters.torch_checkpoint import TorchCheckpoint, read_checkpoint, section
 from kvjax.artifacts.files import file_sha256
 from kvjax.config import RunConfig
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
+from kvjax.task.benchmark import Benchmark
 from kvjax.task.vocabulary import Vocabulary
 
 
@@ -29,7 +31,8 @@ class ConvertedCheckpoint:
       step: the training step.
       params: the Flax tree.
       certificate: parity with PyTorch, where one was asked for.
-      recorded: what the file holds beside tensors: `config` and `metrics`.
+      recorded: what the file holds beside tensors: `config` and `metrics`, as JSON has them.
+      notes: what a reader should know of it, such as that it was trained on another benchmark.
     """
 
     path: Path
@@ -38,12 +41,13 @@ class ConvertedCheckpoint:
     params: Params
     certificate: Certificate | None
     recorded: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def convert_checkpoint(
     path: Path,
     run: RunConfig,
-    vocabulary: Vocabulary,
+    benchmark: Benchmark,
     *,
     expected_step: int | None = None,
     certify_on: np.ndarray | None = None,
@@ -53,7 +57,8 @@ def convert_checkpoint(
     Args:
       path: the `.pt` file.
       run: the run's config.
-      vocabulary: the benchmark's tokens; a checkpoint trained on others is refused.
+      benchmark: what it is to be measured on; a checkpoint of another vocabulary is refused, one trained on another
+        benchmark of the same vocabulary is noted.
       expected_step: the step its name states.
       certify_on: sample sequences [B, T] for the parity certificate; none is made where None.
 
@@ -66,39 +71,47 @@ def convert_checkpoint(
     checkpoint = read_checkpoint(path)
     if expected_step is not None and checkpoint.step != expected_step:
         raise unusable(path, f"the checkpoint of step {expected_step}", f"step {checkpoint.step}")
-    _check_recorded_config(checkpoint, run, vocabulary, path)
-    vocab_size = len(vocabulary.tokens)
+    notes = _check_recorded_config(checkpoint, run, benchmark, path)
+    vocab_size = len(benchmark.vocabulary.tokens)
     params = to_flax(checkpoint.state, run.model, vocab_size, where=path)
     certificate = None
     if certify_on is not None:
         state = {modern_name(name): array for name, array in checkpoint.state.items()}
         certificate = certify(state, params, run.model, certify_on, where=path)
-    recorded = {"config": dict(checkpoint.config), "metrics": dict(checkpoint.metrics)}
-    return ConvertedCheckpoint(path, sha256, checkpoint.step, params, certificate, recorded)
+    try:
+        document = {"config": dict(checkpoint.config), "metrics": dict(checkpoint.metrics)}
+        recorded = json.loads(json.dumps(document, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise unusable(path, "config and metrics that JSON can hold", error) from None
+    return ConvertedCheckpoint(path, sha256, checkpoint.step, params, certificate, recorded, notes)
 
 
-def _check_recorded_config(checkpoint: TorchCheckpoint, run: RunConfig, vocabulary: Vocabulary, path: Path) -> None:
+def _check_recorded_config(
+    checkpoint: TorchCheckpoint, run: RunConfig, benchmark: Benchmark, path: Path
+) -> tuple[str, ...]:
     """Checks what the trainer recorded inside the file; a file without such records is judged by its tensors."""
-    trained_on = (checkpoint.config.get("benchmark_metadata") or {}).get("vocabulary")
-    if trained_on is not None:
-        recorded = Vocabulary.from_metadata(trained_on, path)
-        if recorded != vocabulary:
-            raise unusable(
-                path,
-                f"a model of the benchmark's vocabulary ({_describe(vocabulary)})",
-                f"one of another ({_describe(recorded)})",
-            )
-    spec = (checkpoint.config.get("train_spec") or {}).get("model")
-    if spec is not None:
-        ours = run.model.model_dump(exclude={"dropout"})
-        theirs = {name: spec.get(name) for name in ours}
-        if ours != theirs:
-            different = next(name for name in ours if ours[name] != theirs[name])
-            raise unusable(
-                path,
-                f"{different} {ours[different]} as in run_config.json",
-                f"{different} {theirs[different]}",
-            )
+    spec = section(section(checkpoint.config, "train_spec", path), "model", path)
+    ours = run.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"})
+    for name, value in ours.items():
+        if spec and spec.get(name) != value:
+            raise unusable(path, f"{name} {value} as in run_config.json", f"{name} {spec.get(name)}")
+    trained_on = section(checkpoint.config, "benchmark_metadata", path)
+    if "vocabulary" not in trained_on:
+        return ()
+    recorded = Vocabulary.from_metadata(trained_on["vocabulary"], path)
+    if recorded != benchmark.vocabulary:
+        raise unusable(
+            path,
+            f"a model of the benchmark's vocabulary ({_describe(benchmark.vocabulary)})",
+            f"one of another ({_describe(recorded)})",
+        )
+    pairs = trained_on.get("holdout_pairs")
+    if isinstance(pairs, list) and set(map(str, pairs)) != benchmark.holdout_pairs:
+        return (
+            f"trained on another benchmark than {benchmark.path}: its held-out pairs differ, so that accuracy on "
+            "heldout_pairs does not measure generalisation",
+        )
+    return ()
 
 
 def _describe(vocabulary: Vocabulary) -> str:

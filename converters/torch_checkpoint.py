@@ -52,10 +52,20 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
     return TorchCheckpoint(
         step=step,
         state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
-        config=document.get("config") or {},
-        metrics=document.get("metrics") or {},
-        optimizer_state=document.get("optimizer_state") or {},
+        config=section(document, "config", path),
+        metrics=section(document, "metrics", path),
+        optimizer_state=section(document, "optimizer_state", path),
     )
+
+
+def section(document: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:
+    """Returns a part of a document that is a mapping, empty where absent; raises `InputError` for another kind."""
+    part = document.get(name)
+    if part is None:
+        return {}
+    if not isinstance(part, dict):
+        raise unusable(where, f"{name} to be a mapping", type(part).__name__)
+    return part
 
 
 def write_checkpoint(
@@ -97,7 +107,7 @@ def _load(path: Path) -> Any:
         # The first line says what the pickle asked for; the rest is advice to load it anyway.
         detail = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise unusable(path, "a checkpoint of plain tensors that loads without executing anything", detail) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise unusable(path, "a whole PyTorch checkpoint", f"a damaged file ({reason})") from None
 
@@ -107,4 +117,7 @@ def _as_float32(path: Path, name: object, tensor: object) -> np.ndarray:
         raise InputError(f"{path}: expected a tensor for {name}; found {type(tensor).__name__}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"{path}: expected float32 or half precision for {name}; found {tensor.dtype}")
-    return tensor.detach().to(torch.float32).numpy()
+    try:
+        return tensor.detach().to(torch.float32).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, or without storage
+        raise unusable(path, f"a dense tensor for {name}", error) from None

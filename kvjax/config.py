@@ -122,7 +122,7 @@ class EvaluationConfig(_Section):
     """What a run evaluated while it trained."""
 
     batch_size: int = pydantic.Field(ge=1)
-    max_eval_batches: int | None = None
+    max_eval_batches: int | None = pydantic.Field(default=None, ge=1)
     tracked_splits: tuple[str, ...] = ()
     birth_thresholds: BirthThresholds
 
@@ -131,7 +131,7 @@ class RunConfig(_Section):
     """The part of a training run's `run_config.json` that an analysis reads."""
 
     run_name: str
-    seed: int
+    seed: int = pydantic.Field(ge=0, lt=2**63)
     benchmark_dir: str
     num_steps: int = pydantic.Field(ge=1)
     checkpoint_every_steps: int = pydantic.Field(ge=1)
@@ -242,7 +242,7 @@ def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> 
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise unusable(path, f"a {schema.__name__} JSON file", "no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise unusable(path, f"a {schema.__name__} JSON file", error) from None
     try:
         return schema.model_validate(document, extra="ignore" if recorded else "forbid")

@@ -73,7 +73,7 @@ def attention_of_read(patterns: list[torch.Tensor], read: dict[str, Any]) -> dic
                 "query_attention": float(row[read["predict"]]),
                 "support_attention": float(row[read["support"]]),
                 "current_value_attention": float(sum(row[p] for p in read["current"])),
-                "stale_attention": float(sum(row[p] for p in read["stale"])),
+                "stale_attention": float(sum(row[p] for p in read["stale"])) if read["stale"] else None,
                 "binding_attention": float(rows[read["support"]][read["support"] - 1]),
                 "attention_entropy": -sum(float(p) * math.log(float(p)) for p in row if p > 0),
                 "of_key": float(sum(row[p] for p in read["of_key"])),
@@ -142,6 +142,9 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
                     ),
                     "attention": attention,
                     "state": {stage: x[at].numpy().astype(np.float64) for stage, (x, _) in stages.items()},
+                    "support_state": {
+                        stage: x[read["support"]].numpy().astype(np.float64) for stage, (x, _) in stages.items()
+                    },
                     "lens_answer": {s: best(x[at], value_ids) == answer for s, (_, x) in stages.items()},
                     "lens_key": {s: best(x[at], key_ids) == key for s, (_, x) in stages.items()},
                     "lens_support": {s: best(x[read["support"]], value_ids) == answer for s, (_, x) in stages.items()},

@@ -21,6 +21,7 @@ ROLE_COUNTS_PER_EVENT = {
     "write": ("op_write", "key_write", "value_write"),
     "read": ("op_read", "key_read", "value_answer"),
 }
+EVENT_AXES = ("writes_since_support", "tokens_since_support", "slot_after_write")
 STEPS = (250, 1000, 1500, 1750, 2000, 3000, 4000, 6000)
 
 
@@ -48,6 +49,7 @@ def swept(tmp_path_factory):
         "heads": {(h["step"], h["layer"], h["head"]): h for h in lines("component_candidates/heads.jsonl")},
         "mlps": {(m["step"], m["layer"]): m for m in lines("component_candidates/mlps.jsonl")},
         "dataset": xr.open_dataset(analysis / "checkpoint_metrics.nc", engine="h5netcdf").load(),
+        "events": xr.open_dataset(analysis / "checkpoint_metrics.nc", group="events", engine="h5netcdf").load(),
         "sweep": json.loads((analysis / "sweep.json").read_text()),
     }
 
@@ -77,9 +79,7 @@ def slice_counts(records):
     counts = {}
     for record in records:
         for event in record["query_events"]:
-            axes = record["axes"] | {
-                k: event[k] for k in ("writes_since_support", "tokens_since_support", "slot_after_write")
-            }
+            axes = record["axes"] | {k: event[k] for k in EVENT_AXES}
             for axis, value in axes.items():
                 counts.setdefault(axis, Counter())[str(value)] += 1
     return counts
@@ -116,6 +116,20 @@ def test_slices_with_their_counts(swept, expected, step):
             assert_rate(row["slice_accuracy"][axis][value], accuracy, count, f"{axis}={value}")
 
 
+def assert_slices(events, members, slices, split):
+    """Compares a split's slices, formed here from the stored right answers."""
+    right = {}
+    for record in members:
+        answers = events["read_correct"].sel(sequence=record["sample_id"]).values.astype(bool)
+        for event, answer in zip(record["query_events"], answers, strict=False):
+            axes = record["axes"] | {k: event[k] for k in EVENT_AXES}
+            for axis, value in axes.items():
+                right.setdefault((axis, str(value)), []).append(answer)
+    assert set(right) == {(axis, value) for axis, values in slices.items() for value in values}
+    for (axis, value), answers in right.items():
+        assert_rate(sum(answers) / len(answers), slices[axis][value], len(answers), f"{split} {axis}={value}")
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_behaviour_of_each_split(swept, expected, step):
     for split, theirs in expected[step]["split_behavior"].items():
@@ -125,6 +139,7 @@ def test_behaviour_of_each_split(swept, expected, step):
         accuracy = swept["rows"][step]["split_accuracy"][split]
         assert_rate(accuracy, theirs["answer_accuracy"], theirs["num_examples"], split)
         assert_close(float(ours["loss"]), theirs["loss"], f"{split} loss")
+        assert_slices(swept["events"].sel(step=step), members, theirs["slice_accuracy"], split)
         roles = role_counts(members)
         assert_rate(
             float(ours["token_accuracy"]),

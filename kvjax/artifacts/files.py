@@ -21,7 +21,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise unusable(path, "a JSON file", "no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise unusable(path, "a JSON file", error) from None
 
 
@@ -33,7 +33,7 @@ def read_json_lines(path: Path) -> list[Any]:
             for number, line in enumerate(lines, start=1):
                 try:
                     documents.append(json.loads(line))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise unusable(f"{path}:{number}", "a JSON object", error) from None
     except FileNotFoundError:
         raise unusable(path, "a JSON-lines file", "no such file") from None
@@ -69,7 +69,10 @@ def replace_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o666 & ~_umask())  # mkstemp makes it private; results are for sharing
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError as error:
+            raise unusable(path, "a file that can be written", error) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -77,6 +80,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """Yields an empty directory to fill; `path` is replaced by it only when the block ends without an error."""
+    path = path.resolve()  # `.` has no name to put another directory beside
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -89,8 +93,13 @@ def replace_directory(path: Path) -> Iterator[Path]:
             # The old one goes only after the new one stands in its place.
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
             path.rename(retired)
-            partial.rename(path)
-            shutil.rmtree(retired.parent)
+            try:
+                partial.rename(path)
+            except OSError:
+                retired.rename(path)
+                raise
+            finally:
+                shutil.rmtree(retired.parent)
         else:
             partial.rename(path)
     finally:
@@ -99,8 +108,11 @@ def replace_directory(path: Path) -> Iterator[Path]:
 
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unusable(path, "a file that can be read", error) from None
 
 
 def _umask() -> int:

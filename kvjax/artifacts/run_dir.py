@@ -44,7 +44,10 @@ class RunDir:
         found = {}
         for file in (path / "checkpoints").glob("step_*.pt"):
             if match := _STEP_FILE.fullmatch(file.name):
-                found[int(match[1])] = file
+                step = int(match[1])
+                if step in found:
+                    raise unusable(file, f"one checkpoint of step {step}", f"{found[step].name} as well")
+                found[step] = file
         return cls(path, config, dict(sorted(found.items())))
 
     @property
@@ -81,7 +84,7 @@ class RunDir:
         record = read_json(record_path)
         try:
             step, name = int(record["step"]), Path(record["path"]).name
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise unusable(record_path, "a best checkpoint with path and step", repr(error)) from None
         file = self.path / "checkpoints" / name
         if not file.is_file():
@@ -92,7 +95,11 @@ class RunDir:
     def metrics(self) -> tuple[Mapping[str, Any], ...]:
         """The rows of `metrics.jsonl`; none where the trainer wrote none."""
         path = self.path / "metrics.jsonl"
-        return tuple(read_json_lines(path)) if path.is_file() else ()
+        rows = read_json_lines(path) if path.is_file() else []
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise unusable(f"{path}:{number}", "a JSON object", type(row).__name__)
+        return tuple(rows)
 
     def checkpoint_named(self, name: str) -> tuple[int, Path]:
         """Returns the step and file of the checkpoint that `best`, `final` or a step number names.
@@ -155,7 +162,7 @@ def find_run_dirs(patterns: Iterable[str]) -> list[RunDir]:
       InputError: a pattern matches nothing, or a directory is no run.
     """
     paths: dict[Path, None] = {}
-    for pattern in patterns:
+    for pattern in filter(None, patterns):
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not matches:
             raise unusable("--run_dirs", f"run directories matching {pattern}", "none")

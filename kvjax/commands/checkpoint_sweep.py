@@ -60,6 +60,7 @@ flags.DEFINE_bool(
 
 def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
+    from kvjax.errors import InputError
     from kvjax.sweep.analysis import prepare_run, sweep_runs
     from kvjax.sweep.stream import SweepSettings
 
@@ -85,5 +86,9 @@ def run() -> None:
         reports = sweep_runs(prepared, common.torch_loader(), settings=settings, advance=advance)
     for report in reports:
         print_sweep_report(report)
+    useless = [report for report in reports if not report.rows]
+    if useless:
+        reason = next(iter(useless[0].log.refused.values()))
+        raise InputError(f"{useless[0].run.path}: expected at least one usable checkpoint; found none ({reason})")
     example = reports[0].run.analysis / "checkpoint_metrics.nc"
     print(f"Next: xarray.open_dataset('{example}') (README, \"Reading the results\").")

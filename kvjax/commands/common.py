@@ -59,7 +59,7 @@ def torch_loader() -> Callable[[Any], Callable[..., Any]]:
             return convert_checkpoint(
                 path,
                 work.run.config,
-                work.benchmark.vocabulary,
+                work.benchmark,
                 expected_step=expected_step,
                 certify_on=work.certificate_tokens,
             )

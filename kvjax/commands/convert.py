@@ -51,8 +51,9 @@ def run() -> None:
                 f"({check.num_events} reads)"
             )
     runs_flag = ",".join(str(run_dir.path) for run_dir in runs)
+    benchmark_flag = f" --benchmark_dir={FLAGS.benchmark_dir}" if FLAGS.benchmark_dir else ""
     print(
-        f"Next: kvjax checkpoint-sweep --run_dirs={runs_flag}"
+        f"Next: kvjax checkpoint-sweep --run_dirs={runs_flag}{benchmark_flag}"
         if FLAGS.to == "flax"
         else "Next: torch.load any of them."
     )

@@ -53,7 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module.run()
     except InputError as error:
-        return _fail(f"kvjax {name}", str(error))
+        return _fail(f"kvjax {name}", " ".join(str(error).split()))
+    except BrokenPipeError:
+        return 0  # whoever read the output has read enough
+    except (OSError, UnicodeError, RecursionError) as error:
+        # What no reader or writer foresaw of a file or its content: still one line.
+        return _fail(f"kvjax {name}", one_line(error))
     except KeyboardInterrupt:
         return _fail(f"kvjax {name}", "interrupted; what was measured is kept", status=130)
     return 0

@@ -10,6 +10,8 @@ _SHOWN_ROWS = 24
 def print_sweep_report(report: Any) -> None:
     """Prints a run's table, what was skipped and noted, and where the results are."""
     config, rows = report.run.config, report.rows
+    if not rows:
+        return
     print(f"\n{config.run_name} (seed {config.seed})")
     print("   step  accuracy  held-out    margin      r   loss  heads by accuracy drop")
     hidden = len(rows) - _SHOWN_ROWS

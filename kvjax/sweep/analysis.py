@@ -22,7 +22,7 @@ from kvjax.artifacts.tables import (
     write_datasets,
     write_rows,
 )
-from kvjax.errors import InputError, unusable
+from kvjax.errors import unusable
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweep.dataset import ProbeIndex, build_dataset, build_events
 from kvjax.sweep.rows import checkpoint_rows, head_rows, mlp_rows
@@ -36,13 +36,9 @@ from kvjax.sweep.stream import (
 )
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
-from kvjax.task.probe_set import ProbeSet, generate_probe_set, install_probe_set, open_probe_set
+from kvjax.task.probe_set import ProbeSet, check_installable, install_probe_set, open_probe_set, own_probe_set
 
 BEST = "best"  # the result name of the best checkpoint, which may be no step checkpoint
-
-DEFAULT_EXAMPLES_PER_SPLIT = 96
-DEFAULT_FIT_EXAMPLES = 512
-DEFAULT_PROBE_SEED = 17
 
 _CERTIFICATE_SEQUENCES = 16
 
@@ -53,7 +49,7 @@ class SweepReport:
 
     Attributes:
       run: the run.
-      rows: the rows of `checkpoint_metrics.jsonl`.
+      rows: the rows of `checkpoint_metrics.jsonl`; none, and no tables, where no checkpoint could be used.
       log: what was measured, reused and refused.
       notes: sentences a reader should know, such as why a field is empty.
     """
@@ -105,17 +101,8 @@ def prepare_run(
     elif reference_name is not None:
         step = int(reference_name.removeprefix("step_"))
         wanted[reference_name] = (step, run.checkpoints[step])
-    own = run.analysis / "probe_set.jsonl"
-    if probe_set is None and not own.exists():
-        probe = generate_probe_set(
-            benchmark,
-            own,
-            examples_per_split=min(DEFAULT_EXAMPLES_PER_SPLIT, *benchmark.split_sizes.values()),
-            fit_examples=DEFAULT_FIT_EXAMPLES,
-            seed=DEFAULT_PROBE_SEED,
-        )
-    else:
-        probe = open_probe_set(Path(probe_set) if probe_set else own, benchmark)
+    given = Path(probe_set) if probe_set else None
+    probe = open_probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
     encoded = encode_records(
         probe.records,
         benchmark.vocabulary,
@@ -147,7 +134,8 @@ def sweep_runs(
     reports = []
     for work in prepared:
         store = _open_store(work, settings)
-        install_probe_set(work.probe, work.run.analysis, replace=settings.overwrite)
+        if not settings.overwrite:
+            check_installable(work.probe, work.run.analysis)
         config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
         key = (config, work.probe.manifest.content_sha256)
         if key not in programs:
@@ -190,6 +178,7 @@ def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
         "result_version": RESULT_VERSION,
         "probe_set_sha256": work.probe.manifest.content_sha256,
         "precision": settings.precision,
+        "model": work.run.config.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"}),
     }
 
 
@@ -197,9 +186,11 @@ def _open_store(work: PreparedRun, settings: SweepSettings) -> ResultStore:
     identity = _identity(work, settings)
     record = work.run.analysis / "sweep.json"
     if record.exists() and not settings.overwrite:
-        before = read_json(record).get("identity")
+        document = read_json(record)
+        before = document.get("identity") if isinstance(document, dict) else None
         if before != identity:
-            changed = [name for name in identity if (before or {}).get(name) != identity[name]]
+            before = before if isinstance(before, dict) else {}
+            changed = [name for name in identity if before.get(name) != identity[name]]
             raise unusable(
                 record, "a sweep with the same settings (or --overwrite)", f"another {' and '.join(changed)}"
             )
@@ -222,12 +213,13 @@ def _publish(
             results[name] = earlier
     tabled = sorted((r for name, r in results.items() if name != BEST), key=lambda result: result.step)
     if not tabled:
-        raise InputError(f"{run.path}: expected at least one usable checkpoint; found none")
+        return SweepReport(run, [], log, [])
+    install_probe_set(work.probe, run.analysis)
     steps = [result.step for result in tabled]
     arrays = {name: np.stack([result.arrays[name] for result in tabled]) for name in tabled[0].arrays}
     reference = results.get(work.reference) if work.reference else None
     index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
-    dataset = build_dataset(arrays, steps, index, reference_state=reference and reference.arrays["state/prediction"])
+    dataset = build_dataset(arrays, steps, index, reference=reference and reference.arrays)
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
     rows = checkpoint_rows(
         dataset,
@@ -244,7 +236,9 @@ def _publish(
         ("events", build_events(arrays, steps, index)),
     ]
     write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
-    notes = []
+    notes = list(dict.fromkeys(note for result in tabled for note in result.info["notes"]))
+    if work.reference is not None and reference is None:
+        notes.append(f"drift to the reference is null: {work.reference} could not be used")
     if work.reference is None:
         notes.append(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "

@@ -12,7 +12,7 @@ from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.measure.residual import cosine_drift
 from kvjax.model.sites import stage_names
 from kvjax.sweep.dynamics import change_from_previous
-from kvjax.task.encoding import NO_ROLE, TOKEN_ROLES, EncodedRecords
+from kvjax.task.encoding import NO_ROLE, RELATION_STALE, TOKEN_ROLES, EncodedRecords
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
 
 ALL_SPLITS = "all"  # the whole probe set, beside its splits
@@ -38,6 +38,8 @@ LENS_MEANS = {
     ),
     "lens_answer_margin": ("lens/answer_margin", "logit lens: answer margin, at p_e", "logits"),
 }
+
+POSITION_ROLES = ("prediction", "support")  # p_e and s_e
 
 MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
 
@@ -97,7 +99,7 @@ def build_dataset(
     steps: Sequence[int],
     probe: ProbeIndex,
     *,
-    reference_state: np.ndarray | None,
+    reference: Mapping[str, np.ndarray] | None,
 ) -> xr.Dataset:
     """Returns every mean of a sweep, labelled by step, split, stage, layer, head, ….
 
@@ -105,10 +107,10 @@ def build_dataset(
       arrays: measured sums [C, N, …] by name, as `collect` returns them, for the checkpoints in `steps`.
       steps: the training steps, ascending.
       probe: what the records are.
-      reference_state: `state/prediction` [splits, S, D] of the checkpoint drift is also measured to; NaN where None.
+      reference: the arrays of the checkpoint that drift is also measured to; that drift is NaN where None.
 
     Returns:
-      A dataset; `split` runs over `all` and the splits. Drift is of the mean state at p_e.
+      A dataset; `split` runs over `all` and the splits. Drift is of the mean state at p_e and at s_e.
     """
     in_split = probe.split_weights()
     is_read = probe.encoded.is_read
@@ -122,7 +124,7 @@ def build_dataset(
             "layer": np.arange(n_layers),
             "head": np.arange(arrays["head/query_attention"].shape[-1]),
             "ablation": ["zero"],
-            "position_role": ["prediction", "support"],
+            "position_role": list(POSITION_ROLES),
             "token_role": list(TOKEN_ROLES),
             "difficulty": ["easy", "hard"],
             "margin_statistic": list(MARGIN_STATISTICS),
@@ -133,15 +135,18 @@ def build_dataset(
     def put(name: str, dims: Sequence[str], values: np.ndarray, long_name: str, units: str) -> None:
         dataset[name] = (("step", *dims), values, {"long_name": long_name, "units": units})
 
-    def by_split(sums_CxN: np.ndarray) -> np.ndarray:
+    def by_split(sums_CxN: np.ndarray, counts: np.ndarray = reads) -> np.ndarray:
         """Returns per-read means by split from per-sequence sums: [C, N, …] to [C, splits, …]."""
         totals = np.einsum("cn...,zn->cz...", sums_CxN.astype(np.float64), in_split)
-        return totals / reads.reshape(-1, *[1] * (totals.ndim - 2))
+        return _ratio(totals, np.broadcast_to(counts.reshape(-1, *[1] * (totals.ndim - 2)), totals.shape))
 
     put_count = {"long_name": "number of read events", "units": "events"}
     dataset["read_count"] = (("split",), reads, put_count)
     for name, (source, long_name, units) in READ_MEANS.items():
-        put(name, ("split",), _mean_over_reads(arrays[source], in_split, is_read), long_name, units)
+        means, counts = _mean_over_reads(arrays[source], in_split, is_read)
+        put(name, ("split",), means, long_name, units)
+        if name.endswith("selectivity"):
+            put(f"{name}_count", ("split",), counts, f"number of reads whose {name} is defined", "events")
     put(
         "answer_margin_summary",
         ("split", "margin_statistic"),
@@ -154,21 +159,25 @@ def build_dataset(
     put(
         "difficulty_accuracy",
         ("difficulty",),
-        _mean_over_reads(correct, difficulty, is_read),
+        _mean_over_reads(correct, difficulty, is_read)[0],
         "answer accuracy",
         "1",
     )
+    dataset["difficulty_count"] = (("difficulty",), difficulty @ is_read.sum(axis=1), put_count)
     _put_slices(dataset, correct, probe)
-    _put_tokens(put, arrays, probe, in_split)
+    _put_tokens(dataset, put, arrays, probe, in_split)
     for name, (source, long_name, units) in LENS_MEANS.items():
         put(name, ("split", "stage"), by_split(arrays[source]), long_name, units)
 
+    with_stale = in_split @ (probe.encoded.relations == RELATION_STALE).any(axis=2).sum(axis=1)
     for name in ATTENTION_MEASURES:
         units = "nats" if name == "attention_entropy" else "1"
+        # A read whose support overwrote nothing has no stale value to attend to.
+        counted = with_stale if name == "stale_attention" else reads
         put(
             f"head_{name}",
             ("split", "layer", "head"),
-            by_split(arrays[f"head/{name}"]),
+            by_split(arrays[f"head/{name}"], counted),
             f"mean {name} of a head",
             units,
         )
@@ -209,7 +218,7 @@ def build_dataset(
             "change from the previous checkpoint",
             "1",
         )
-    _put_drift(put, arrays["state/prediction"], reference_state)
+    _put_drift(put, arrays, reference)
     return dataset
 
 
@@ -228,18 +237,25 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
     dataset["is_read"] = (("sequence", "read"), probe.encoded.is_read)
     for name, values in arrays.items():
         kind = name.partition("/")[0]
+        if kind == "read" and values.dtype != bool:
+            values = np.where(probe.encoded.is_read, values, np.nan)  # positions that are no read hold no value
         if kind in dims:
             dataset[name.replace("/", "_")] = (dims[kind][: values.ndim], values)
     return dataset
 
 
-def _mean_over_reads(values_CxNxQ: np.ndarray, groups_ZxN: np.ndarray, is_read_NxQ: np.ndarray) -> np.ndarray:
-    """Returns the mean over the reads of each group of records, NaN reads left out: [C, Z]; NaN for empty groups."""
+def _mean_over_reads(
+    values_CxNxQ: np.ndarray, groups_ZxN: np.ndarray, is_read_NxQ: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean over the reads of each group of records, and their number, [C, Z] each.
+
+    Reads whose value is NaN are left out; the mean of none is NaN.
+    """
     values = values_CxNxQ.astype(np.float64)
     counted = is_read_NxQ & ~np.isnan(values)
     totals = np.einsum("cn,zn->cz", np.where(counted, values, 0.0).sum(axis=-1), groups_ZxN)
     counts = np.einsum("cn,zn->cz", counted.sum(axis=-1), groups_ZxN)
-    return _ratio(totals, counts)
+    return _ratio(totals, counts), counts
 
 
 def _margin_summary(margins_CxNxQ: np.ndarray, in_split: np.ndarray, is_read: np.ndarray) -> np.ndarray:
@@ -281,11 +297,18 @@ def _put_slices(dataset: xr.Dataset, correct_CxNxQ: np.ndarray, probe: ProbeInde
     )
 
 
-def _put_tokens(put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_split: np.ndarray) -> None:
+def _put_tokens(
+    dataset: xr.Dataset, put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_split: np.ndarray
+) -> None:
     roles = probe.encoded.token_roles
     targets = roles[:, 1:] != NO_ROLE
     role_counts = np.stack([(roles[:, 1:] == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
     target_counts = in_split @ targets.sum(axis=1)
+    dataset["token_role_count"] = (
+        ("split", "token_role"),
+        in_split @ role_counts,
+        {"long_name": "number of targets of a role", "units": "tokens"},
+    )
     loss = arrays["token/loss"].astype(np.float64) @ in_split.T / target_counts
     put("loss", ("split",), loss, "cross-entropy of the next token, over non-pad targets", "nats")
     right = np.einsum("cnr,zn->czr", arrays["token/role_correct"].astype(np.float64), in_split)
@@ -299,31 +322,34 @@ def _put_tokens(put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_spl
     put(
         "token_role_accuracy",
         ("split", "token_role"),
-        _ratio(right, (in_split @ role_counts)[None]),
+        _ratio(right, np.broadcast_to(in_split @ role_counts, right.shape)),
         "share of targets of a role predicted right",
         "1",
     )
 
 
-def _put_drift(put, state_sums_CxZxSxD: np.ndarray, reference_ZxSxD: np.ndarray | None) -> None:
-    def with_all(sums: np.ndarray) -> np.ndarray:
-        return np.concatenate([sums.sum(axis=-3, keepdims=True), sums], axis=-3)
+def _put_drift(put, arrays: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray] | None) -> None:
+    def with_all(state_sums_xZxSxD: np.ndarray) -> np.ndarray:
+        return np.concatenate([state_sums_xZxSxD.sum(axis=-3, keepdims=True), state_sums_xZxSxD], axis=-3)
 
-    states = with_all(state_sums_CxZxSxD)
-    to_previous = np.full(states.shape[:3], np.nan)
-    to_previous[1:] = cosine_drift(states[1:], states[:-1])
-    to_reference = np.full(states.shape[:3], np.nan)
-    if reference_ZxSxD is not None:
-        to_reference = cosine_drift(states, np.broadcast_to(with_all(reference_ZxSxD), states.shape))
-    meaning = "1 - cosine of the mean state at p_e with that of the"
-    put("residual_drift", ("split", "stage"), to_previous, f"{meaning} previous checkpoint", "1")
-    put(
-        "residual_drift_to_reference",
-        ("split", "stage"),
-        to_reference,
-        f"{meaning} reference checkpoint",
-        "1",
-    )
+    to_previous, to_reference = [], []
+    for role in POSITION_ROLES:
+        states = with_all(arrays[f"state/{role}"])  # [C, splits, S, D]
+        missing = np.full(states.shape[:3], np.nan)
+        previous = missing.copy()
+        previous[1:] = cosine_drift(states[1:], states[:-1])
+        to_previous.append(previous)
+        if reference is None:
+            to_reference.append(missing)
+        else:
+            to_reference.append(cosine_drift(states, with_all(reference[f"state/{role}"])[None]))
+    dims = ("split", "position_role", "stage")
+    for name, values, other in (
+        ("residual_drift", to_previous, "previous"),
+        ("residual_drift_to_reference", to_reference, "reference"),
+    ):
+        meaning = f"1 - cosine of the mean state at p_e or s_e with that of the {other} checkpoint"
+        put(name, dims, np.stack(values, axis=2), meaning, "1")
 
 
 def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 
+from kvjax.errors import InputError
 from kvjax.model.decoder import Block, Decoder, DecoderConfig, Params, attention_mask, layer_params
 from kvjax.model.interventions import Interventions, editing_tap
 from kvjax.model.sites import Trace, take_positions
@@ -61,11 +62,16 @@ def restart(
       params: of the checkpoint the clean run came from.
       config: the model's shape.
       clean: the clean run.
-      edits: the interventions; none may lie before the restart.
+      edits: the interventions; whatever they name in earlier layers, or earlier in this one, stays clean.
       site: the earliest site edited.
       layer: its layer. A Python number may name any layer; a traced one must lie before the last.
       positions_BxQ: the positions read.
+
+    Raises:
+      InputError: an edit names the embedding, which lies before every restart.
     """
+    if "embedding" in edits:
+        raise InputError(f"restart at {site}: expected edits after it; found one of embedding")
     in_last_layer = isinstance(layer, int) and layer == config.n_layers - 1
     here = positions_BxQ if in_last_layer else None
     tap = editing_tap(edits, layer, here)

@@ -73,7 +73,7 @@ def measure_batch(program: Program, params: Params, batch: EncodedRecords) -> Su
       Per sequence, summed over its reads or tokens: `token/loss` [B] (nats), `token/role_correct` [B, roles],
       `lens/…` [B, S], `head/<attention measure>` [B, L, H], `mlp/write_norm`, `mlp/write_norm_support` [B, L];
       with ablations also `head/zero/correct`, `head/zero/margin` [B, L, H] and the same of `mlp/zero` [B, L].
-      Summed over the batch, by split: `state/prediction` [splits, S, D].
+      Summed over the batch, by split: `state/prediction`, `state/support` [splits, S, D].
     """
     config, value_ids, key_ids = program.config, jnp.array(program.value_ids), jnp.array(program.key_ids)
     clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
@@ -144,6 +144,7 @@ def _stage_sums(
     return {
         **{f"lens/{name}": x.T for name, x in lens.items()},
         "state/prediction": residual.state_sums(at_prediction, batch.is_read, in_split),
+        "state/support": residual.state_sums(at_support, batch.is_read, in_split),
         "mlp/write_norm": mlps.write_norm_sums(at(mlp_out, batch.prediction_positions), batch.is_read).T,
         "mlp/write_norm_support": mlps.write_norm_sums(at(mlp_out, batch.support_positions), batch.is_read).T,
     }

@@ -64,6 +64,7 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
     rows = []
     for c, step in enumerate(dataset["step"].values.tolist()):
         now, here = dataset.isel(step=c), whole.isel(step=c)
+        prediction = here.sel(position_role="prediction")
         zero, norms = here.sel(ablation="zero"), here["mlp_write_norm"]
         rows.append(
             {
@@ -84,8 +85,8 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
                 "lens_query_key_accuracy_by_layer": _labelled(here["lens_query_key_accuracy"]),
                 "lens_support_value_accuracy_by_layer": _labelled(here["lens_support_value_accuracy"]),
                 "answer_margin_by_layer": _labelled(here["lens_answer_margin"]),
-                "residual_drift_by_layer": _labelled(here["residual_drift"]),
-                "residual_drift_to_reference_by_layer": _labelled(here["residual_drift_to_reference"]),
+                "residual_drift_by_layer": _labelled(prediction["residual_drift"]),
+                "residual_drift_to_reference_by_layer": _labelled(prediction["residual_drift_to_reference"]),
                 "top_heads_by_ablation": _top(
                     ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
                 ),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from kvjax.artifacts.provenance import device_description
+from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
@@ -24,7 +24,7 @@ from kvjax.task.encoding import EncodedRecords, bucket_by_length
 from kvjax.task.vocabulary import Vocabulary
 
 # Raised whenever a measure changes, so that results of the older one are measured anew.
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 class LoadedCheckpoint(Protocol):
@@ -34,6 +34,7 @@ class LoadedCheckpoint(Protocol):
     sha256: str
     params: Params
     certificate: Any
+    notes: tuple[str, ...]
 
 
 # (checkpoint file, the step its name states or None) -> the checkpoint, converted and certified.
@@ -156,7 +157,7 @@ def sweep_run(
             log.reused.append(stored.step)
             advance(1)
 
-    device = device_description()
+    device, versions = device_description(), software_versions()
     for chunk in _chunks(_load_ahead(pending, files, load, settings, log, advance), program.chunk):
         start = time.perf_counter()
         measured = program.measure([checkpoint.params for _, checkpoint in chunk])
@@ -172,6 +173,9 @@ def sweep_run(
                 "certificate": dataclasses.asdict(checkpoint.certificate),
                 "device": device,
                 "precision": settings.precision,
+                "versions": versions,
+                "notes": list(checkpoint.notes),
+                "seconds": seconds / len(chunk),
             }
             results[name] = store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)
             log.measured.append(checkpoint.step)

@@ -14,7 +14,7 @@ from kvjax.artifacts.files import read_json, read_json_lines, replace_directory,
 from kvjax.config import HELDOUT_SPLIT, BenchmarkConfig
 from kvjax.errors import InputError, unusable
 from kvjax.task.generator import Pair, draw_benchmark
-from kvjax.task.stream import Record, replay
+from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record, replay
 from kvjax.task.vocabulary import Vocabulary
 
 BENCHMARK_TYPE = "symbolic_kv_stream"
@@ -30,6 +30,7 @@ class Benchmark:
       name: the benchmark's name.
       vocabulary: its tokens.
       split_sizes: number of records by split.
+      holdout_pairs: the held-out "key:value" pairs.
       sha256: hash of `metadata.json`, which names this benchmark in everything built from it.
     """
 
@@ -37,6 +38,7 @@ class Benchmark:
     name: str
     vocabulary: Vocabulary
     split_sizes: Mapping[str, int]
+    holdout_pairs: frozenset[str]
     sha256: str
 
     @classmethod
@@ -57,13 +59,18 @@ class Benchmark:
             vocabulary = metadata["vocabulary"]
             sizes = {split: int(facts["num_samples"]) for split, facts in metadata["splits"].items()}
             name = str(metadata["name"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise unusable(metadata_path, "name, vocabulary and splits with num_samples", repr(error)) from None
+            holdout_pairs = frozenset(metadata["holdout_pairs"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            expected = "name, vocabulary, holdout_pairs and splits with num_samples"
+            raise unusable(metadata_path, expected, repr(error)) from None
+        if not sizes:
+            raise unusable(metadata_path, "at least one split", "none")
         return cls(
             path=path,
             name=name,
             vocabulary=Vocabulary.from_metadata(vocabulary, metadata_path),
             split_sizes=sizes,
+            holdout_pairs=holdout_pairs,
             sha256=hashlib.sha256(metadata_path.read_bytes()).hexdigest(),
         )
 
@@ -79,6 +86,8 @@ class Benchmark:
         records = read_json_lines(path)
         if len(records) != self.split_sizes[split]:
             raise unusable(path, f"{self.split_sizes[split]} records (metadata.json)", len(records))
+        for number, record in enumerate(records, start=1):
+            check_record_fields(record, f"{path}:{number}")
         return records
 
 
@@ -91,9 +100,10 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
     Raises:
       InputError: the directory is taken, the settings cannot work, or a check does not hold.
     """
-    if output_dir.exists() and not overwrite:
+    taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
+    if taken and not overwrite:
         raise unusable(output_dir, "a directory to create (or --overwrite)", "an existing one")
-    if overwrite and output_dir.exists() and not (output_dir / METADATA_FILE).is_file():
+    if taken and not (output_dir / METADATA_FILE).is_file():
         raise unusable(output_dir, "an earlier benchmark to overwrite", f"a path without {METADATA_FILE}")
     vocabulary, heldout, splits = draw_benchmark(config)
     diagnostics = {
@@ -171,9 +181,36 @@ def check_diagnostics(diagnostics: Mapping[str, Any], heuristic_limit: float) ->
             )
 
 
+def check_record_fields(record: Any, where: object) -> None:
+    """Raises `InputError` unless a document has the fields every use of a record reads, of the right kinds."""
+    kinds = {
+        "sample_id": str,
+        "split": str,
+        "tokens": list,
+        "token_ids": list,
+        "axes": dict,
+        "writes": list,
+        "query_plan": list,
+        "query_events": list,
+        "exact_sequence_signature": str,
+    }
+    if not isinstance(record, dict):
+        raise unusable(where, "a benchmark record", type(record).__name__)
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            raise unusable(where, f"a benchmark record with a {kind.__name__} {name}", type(record.get(name)).__name__)
+    missing = [axis for axis in SEQUENCE_AXES if not isinstance(record["axes"].get(axis), int)]
+    if missing or not record["query_events"]:
+        raise unusable(where, "a benchmark record with axes and query_events", f"no {(missing or ['query_events'])[0]}")
+    for event in record["query_events"]:
+        if not isinstance(event, dict) or not all(isinstance(event.get(axis), int) for axis in EVENT_AXES):
+            raise unusable(where, f"query_events with {', '.join(EVENT_AXES)}", "another one")
+
+
 def check_record(record: Record, vocabulary: Vocabulary, where: object) -> None:
     """Raises `InputError` unless a record's ids and read events are what replaying its tokens gives."""
-    name = f"{where}: {record.get('sample_id', 'a record')}"
+    check_record_fields(record, where)
+    name = f"{where}: {record['sample_id']}"
     try:
         ids = [vocabulary.id_of[token] for token in record["tokens"]]
         if ids != record["token_ids"]:

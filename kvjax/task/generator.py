@@ -167,7 +167,10 @@ def _draw_counterfactuals(
         for _ in range(_ATTEMPTS):
             changed = rng.choice(program.reads).support_write_index
             key, _ = program.writes[changed]
-            value = rng.choice([value for value in allowed[key] if value not in used])
+            free = [value for value in allowed[key] if value not in used]
+            if not free:
+                continue  # this key's values are all in the stream; another supporting write may have some left
+            value = rng.choice(free)
             writes = (*program.writes[:changed], (key, value), *program.writes[changed + 1 :])
             altered = Program(writes, program.reads)
             if altered.signature() not in seen_signatures:

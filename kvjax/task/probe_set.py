@@ -35,13 +35,18 @@ from kvjax.artifacts.files import (
 )
 from kvjax.config import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
 from kvjax.errors import unusable
-from kvjax.task.benchmark import Benchmark, check_record
+from kvjax.task.benchmark import Benchmark, check_record, check_record_fields
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
 
 PROBE_SPLITS = ("validation_iid", HELDOUT_SPLIT, "structural_ood", COUNTERFACTUAL_SPLIT)
 FIT_SPLIT = "train"
 COVERED_AXES = ("active_keys", *EVENT_AXES)
 EVENTS_PER_VALUE = 8
+
+PROBE_SET_FILE = "probe_set.jsonl"  # in a run's analysis folder
+DEFAULT_EXAMPLES_PER_SPLIT = 96
+DEFAULT_FIT_EXAMPLES = 512
+DEFAULT_SEED = 17
 SCHEMA_VERSION = 1
 
 DIFFICULTY_RULE = (
@@ -95,10 +100,20 @@ class ProbeSet:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that make it up, those of the reference tool included."""
-        extra = (self.path.with_suffix(".metadata.json"), self.path.with_suffix(".companion.json"))
-        present = tuple(path for path in extra if path.is_file())
+        """The files that make it up, the reference tool's metadata included, the manifest last."""
+        manifests = (manifest_path(self.path), companion_path(self.path))
+        present = tuple(path for path in manifests if path.is_file())
         return (self.path, fit_path(self.path), sources_path(self.path), *present)
+
+
+def manifest_path(path: Path) -> Path:
+    """Returns where the metadata of the probe set at `path` lies: its manifest, or the reference tool's own."""
+    return path.with_suffix(".metadata.json")
+
+
+def companion_path(path: Path) -> Path:
+    """Returns where the manifest of the reference tool's probe set at `path` lies."""
+    return path.with_suffix(".companion.json")
 
 
 def fit_path(path: Path) -> Path:
@@ -120,7 +135,7 @@ def generate_probe_set(
       InputError: the path is taken, or the benchmark lacks a split or has too few records in it.
     """
     _check_suffix(path)
-    taken = [p for p in (path, path.with_suffix(".metadata.json"), fit_path(path)) if p.exists()]
+    taken = [p for p in (path, manifest_path(path), fit_path(path), sources_path(path)) if p.exists()]
     if taken:
         raise unusable(taken[0], "a path to create (probe sets are immutable; choose another name)", "a file")
     records: list[Record] = []
@@ -134,8 +149,29 @@ def generate_probe_set(
         records += chosen
     for record in records:
         check_record(record, benchmark.vocabulary, benchmark.path)
+    companions = _choose_companions(benchmark, records, seed, fit_examples)
     write_json_lines(path, records)
-    _complete(path, path.with_suffix(".metadata.json"), benchmark, records, seed, fit_examples, added)
+    _complete(path, manifest_path(path), benchmark, records, companions, seed, added)
+    return open_probe_set(path, benchmark)
+
+
+def own_probe_set(folder: Path, benchmark: Benchmark) -> ProbeSet:
+    """Returns the probe set of an analysis folder, made there with the default settings if it has none yet.
+
+    Files that an interrupted run left there without their manifest are no probe set, and are made anew.
+    """
+    path = folder / PROBE_SET_FILE
+    if not _is_complete(path):
+        for file in (path, fit_path(path), sources_path(path)):
+            file.unlink(missing_ok=True)
+        smallest = min((benchmark.split_sizes.get(split, 0) for split in PROBE_SPLITS), default=0)
+        return generate_probe_set(
+            benchmark,
+            path,
+            examples_per_split=max(1, min(DEFAULT_EXAMPLES_PER_SPLIT, smallest)),
+            fit_examples=DEFAULT_FIT_EXAMPLES,
+            seed=DEFAULT_SEED,
+        )
     return open_probe_set(path, benchmark)
 
 
@@ -146,21 +182,19 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
       InputError: a file is missing or was edited, or the set was built from another benchmark.
     """
     _check_suffix(path)
-    metadata_path = path.with_suffix(".metadata.json")
     if not path.is_file():
         raise unusable(path, "a probe set", "no such file")
-    metadata = read_json(metadata_path)
-    if isinstance(metadata, dict) and "kvjax_probe_set" in metadata:
-        manifest_path = metadata_path
-    else:
-        manifest_path = path.with_suffix(".companion.json")
-        if not manifest_path.exists():
-            _adopt(path, metadata_path, metadata, manifest_path, benchmark)
-        metadata = read_json(manifest_path)
+    manifest_file = manifest_path(path)
+    metadata = read_json(manifest_file)
+    if not (isinstance(metadata, dict) and "kvjax_probe_set" in metadata):
+        manifest_file = companion_path(path)
+        if not manifest_file.exists():
+            _adopt(path, metadata, manifest_file, benchmark)
+        metadata = read_json(manifest_file)
     try:
         manifest = Manifest.model_validate(metadata)
     except pydantic.ValidationError as error:
-        raise unusable(manifest_path, "the manifest of a probe set", error.errors()[0]["msg"]) from None
+        raise unusable(manifest_file, "the manifest of a probe set", error.errors()[0]["msg"]) from None
     for file, recorded in (
         (path, manifest.records_sha256),
         (fit_path(path), manifest.fit_sha256),
@@ -169,9 +203,9 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
         if not file.is_file():
             raise unusable(file, "a file of the probe set", "no such file")
         if file_sha256(file) != recorded:
-            raise unusable(file, f"the content hashed in {manifest_path.name}", "an edited file")
+            raise unusable(file, f"the content hashed in {manifest_file.name}", "an edited file")
     if _content_sha256(manifest.model_dump()) != manifest.content_sha256:
-        raise unusable(manifest_path, "the content its own hash names", "an edited file")
+        raise unusable(manifest_file, "the content its own hash names", "an edited file")
     if manifest.benchmark_sha256 != benchmark.sha256:
         raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
     records = read_json_lines(path)
@@ -180,19 +214,23 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(fit_path(path))), sources)
 
 
-def install_probe_set(probe: ProbeSet, folder: Path, *, replace: bool) -> None:
+def check_installable(probe: ProbeSet, folder: Path) -> None:
+    """Raises `InputError` where an analysis folder holds another probe set than the given one."""
+    target = folder / PROBE_SET_FILE
+    if _is_complete(target) and _installed_sha256(target) != probe.manifest.content_sha256:
+        raise unusable(target, f"the probe set {probe.path} of this sweep (or --overwrite)", "another probe set")
+
+
+def install_probe_set(probe: ProbeSet, folder: Path) -> None:
     """Copies a probe set into a run's analysis folder, so that later stages and other people find it there.
 
-    Raises:
-      InputError: another probe set lies there, and `replace` is not set.
+    Its manifest goes last: files without one are no probe set.
     """
-    target = folder / "probe_set.jsonl"
-    if target.exists() and file_sha256(target) == probe.manifest.records_sha256:
+    target = folder / PROBE_SET_FILE
+    if _is_complete(target) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
-    if target.exists() and not replace:
-        raise unusable(target, f"the probe set {probe.path} of this sweep (or --overwrite)", "another probe set")
-    for suffix in (".metadata.json", ".companion.json"):
-        target.with_suffix(suffix).unlink(missing_ok=True)
+    for stale in (manifest_path(target), companion_path(target)):
+        stale.unlink(missing_ok=True)
     for file in probe.files:
         with replace_file(folder / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
             shutil.copyfile(file, partial)
@@ -278,49 +316,70 @@ def _event_labels(record: Record) -> list[tuple[str, int]]:
     ]
 
 
-def _adopt(path: Path, metadata_path: Path, metadata: Any, manifest_path: Path, benchmark: Benchmark) -> None:
+def _is_complete(path: Path) -> bool:
+    return path.is_file() and (manifest_path(path).is_file() or companion_path(path).is_file())
+
+
+def _installed_sha256(path: Path) -> str | None:
+    for file in (companion_path(path), manifest_path(path)):
+        document = read_json(file) if file.is_file() else None
+        if isinstance(document, dict) and "content_sha256" in document:
+            return document["content_sha256"]
+    return None
+
+
+def _adopt(path: Path, metadata: Any, companion: Path, benchmark: Benchmark) -> None:
     """Checks a probe set of the reference tool against the benchmark and writes what it lacks beside it."""
     try:
         seed = int(metadata["seed"])
         num_records = int(metadata["num_records"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise unusable(metadata_path, "the metadata of a probe set (seed, num_records)", repr(error)) from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise unusable(manifest_path(path), "the metadata of a probe set (seed, num_records)", repr(error)) from None
     records = read_json_lines(path)
     if len(records) != num_records:
-        raise unusable(path, f"{num_records} records ({metadata_path.name})", len(records))
+        raise unusable(path, f"{num_records} records ({manifest_path(path).name})", len(records))
     by_split: dict[str, dict[str, Record]] = {}
     for number, record in enumerate(records, start=1):
         where = f"{path}:{number}"
-        if not isinstance(record, dict) or not {"split", "sample_id", "query_events"} <= record.keys():
-            raise unusable(where, "a benchmark record", "an object without split, sample_id and query_events")
+        check_record_fields(record, where)
         split = record["split"]
         if split not in by_split:
             by_split[split] = {known["sample_id"]: known for known in benchmark.read_split(split)}
-        if by_split[split].get(record["sample_id"]) != record:
-            raise unusable(
-                where,
-                f"a record of the benchmark in {benchmark.path}",
-                f"{record['sample_id']}, not in it as such",
-            )
+        # Taken out as it is found, so that a record that stands there twice is refused the second time.
+        if by_split[split].pop(record["sample_id"], None) != record:
+            found = f"{record['sample_id']}, not in it as such, or a second time"
+            raise unusable(where, f"a record of the benchmark in {benchmark.path}", found)
         check_record(record, benchmark.vocabulary, where)
-    added = dict.fromkeys(by_split, 0)
-    _complete(path, manifest_path, benchmark, records, seed, fit_examples=512, added=added)
+    companions = _choose_companions(benchmark, records, seed, DEFAULT_FIT_EXAMPLES)
+    _complete(path, companion, benchmark, records, companions, seed, dict.fromkeys(by_split, 0))
+
+
+def _choose_companions(
+    benchmark: Benchmark, records: Sequence[Record], seed: int, fit_examples: int
+) -> tuple[list[Record], list[Record]]:
+    """Returns the fit set and the counterfactuals' source records, checked like the probe records."""
+    pool = benchmark.read_split(FIT_SPLIT)
+    picked = random.Random(f"{seed}/fit").sample(range(len(pool)), min(fit_examples, len(pool)))
+    fit = [pool[index] for index in sorted(picked)]
+    sources = _source_records(benchmark, records)
+    for record in (*fit, *sources):
+        check_record(record, benchmark.vocabulary, benchmark.path)
+    return fit, sources
 
 
 def _complete(
     path: Path,
-    manifest_path: Path,
+    manifest_file: Path,
     benchmark: Benchmark,
     records: Sequence[Record],
+    companions: tuple[list[Record], list[Record]],
     seed: int,
-    fit_examples: int,
     added: Mapping[str, int],
 ) -> None:
     """Writes the fit set, the source records and, last, the manifest that makes them a probe set."""
-    write_json_lines(sources_path(path), _source_records(benchmark, records))
-    pool = benchmark.read_split(FIT_SPLIT)
-    picked = random.Random(f"{seed}/fit").sample(range(len(pool)), min(fit_examples, len(pool)))
-    write_json_lines(fit_path(path), [pool[index] for index in sorted(picked)])
+    fit, sources = companions
+    write_json_lines(fit_path(path), fit)
+    write_json_lines(sources_path(path), sources)
     counts = Counter(record["split"] for record in records)
     document = {
         "kvjax_probe_set": SCHEMA_VERSION,
@@ -334,13 +393,13 @@ def _complete(
         "difficulty_rule": DIFFICULTY_RULE,
         "difficulty": assign_difficulty(records),
         "fit_split": FIT_SPLIT,
-        "num_fit_records": len(picked),
+        "num_fit_records": len(fit),
         "records_sha256": file_sha256(path),
         "fit_sha256": file_sha256(fit_path(path)),
         "sources_sha256": file_sha256(sources_path(path)),
     }
     document["content_sha256"] = _content_sha256(document)
-    write_json(manifest_path, Manifest.model_validate(document).model_dump())
+    write_json(manifest_file, Manifest.model_validate(document).model_dump())
 
 
 def _source_records(benchmark: Benchmark, records: Sequence[Record]) -> list[Record]:

@@ -51,6 +51,10 @@ class Vocabulary:
             vocabulary = cls(*(tuple(document[name]) for name in ("tokens", "key_tokens", "value_tokens")))
         except (KeyError, TypeError) as error:
             raise unusable(where, "a vocabulary with tokens, key_tokens and value_tokens", repr(error)) from None
+        for part in dataclasses.fields(cls):
+            names = getattr(vocabulary, part.name)
+            if not names or not all(isinstance(name, str) for name in names):
+                raise unusable(where, f"token names in the vocabulary's {part.name}", names[:3])
         if vocabulary.tokens[PAD_ID : PAD_ID + 1] != (PAD,):
             raise unusable(where, f"{PAD} as the first token", vocabulary.tokens[:1])
         known = set(vocabulary.tokens)

@@ -86,6 +86,54 @@ class TestBadInput:
         line = refused(capsys, *sweep_arguments(small_run))
         assert str(path) in line and not (tmp_path / "executed").exists()
 
+    @pytest.mark.parametrize(
+        ("change", "complaint"),
+        [
+            (lambda d: d.update(config=[1]), "config to be a mapping; found list"),
+            (lambda d: d.update(metrics=torch.zeros(2)), "metrics to be a mapping; found Tensor"),
+            (lambda d: d["config"].update(train_spec="x"), "train_spec to be a mapping"),
+            (lambda d: d["config"].update(benchmark_metadata=[1]), "benchmark_metadata to be a mapping"),
+            (lambda d: d["config"]["benchmark_metadata"]["vocabulary"].update(key_tokens=[]), "key_tokens"),
+            (lambda d: d["metrics"].update(loss=float("nan")), "config and metrics that JSON can hold"),
+            (lambda d: d["model_state"].update({"a\nb": torch.zeros(1)}), "unknown a b"),
+            (lambda d: d["model_state"].update(sparse=torch.eye(2).to_sparse()), "a dense tensor for sparse"),
+        ],
+    )
+    def test_odd_content(self, capsys, small_run, change, complaint):
+        path = small_run / "checkpoints" / "step_000100.pt"
+        document = torch.load(path, weights_only=True)
+        change(document)
+        torch.save(document, path)
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert "step_000100.pt" in line and complaint in line
+
+    @pytest.mark.parametrize(
+        ("name", "content", "complaint"),
+        [
+            ("analysis/sweep.json", "[]", "sweep.json: expected a sweep with the same settings"),
+            ("best_checkpoint.json", '{"step": Infinity, "path": "x"}', "best_checkpoint.json"),
+            ("run_config.json", "[" * 100000, "run_config.json"),
+            ("checkpoints/step_100.pt", "", "one checkpoint of step 100"),
+        ],
+    )
+    def test_odd_files(self, capsys, small_run, name, content, complaint):
+        (small_run / name).parent.mkdir(exist_ok=True)
+        (small_run / name).write_text(content)
+        assert complaint in refused(capsys, *sweep_arguments(small_run, reference="best"))
+
+    def test_a_folder_where_a_table_belongs(self, capsys, small_run):
+        (small_run / "analysis" / "checkpoint_metrics.jsonl").mkdir(parents=True)
+        line = refused(capsys, *sweep_arguments(small_run))
+        assert "checkpoint_metrics.jsonl" in line
+
+    def test_a_recorded_accuracy_that_is_no_number(self, capsys, small_run):
+        path = small_run / "metrics.jsonl"
+        rows = path.read_text().splitlines()
+        row = json.loads(rows[0]) | {"answer_accuracy": float("nan")}
+        path.write_text("\n".join([json.dumps(row), *rows[1:]]) + "\n")
+        line = refused(capsys, "convert", f"--run_dirs={small_run}", "--verify=metrics", "--noprogress")
+        assert "step_000100.pt" in line and "nan" in line
+
     def test_mismatched_vocabulary(self, capsys, small_run, tmp_path):
         config = tmp_path / "other.json"
         config.write_text(json.dumps(small_benchmark_config(num_values=49)))

@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(small_run, benchmark):
     vocabulary["tokens"][-1] = vocabulary["value_tokens"][-1] = "V999"
     torch.save(document, path)
     with pytest.raises(InputError, match=r"step_000100.pt: expected a model of the benchmark's vocabulary .*V999"):
-        convert_checkpoint(path, run.config, benchmark.vocabulary)
+        convert_checkpoint(path, run.config, benchmark)
 
 
 def test_a_checkpoint_of_another_run_is_refused(small_run, benchmark):
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_run_is_refused(small_run, benchmark):
     document["config"]["train_spec"]["model"]["n_heads"] = 2  # the tensors would fit all the same
     torch.save(document, path)
     with pytest.raises(InputError, match=r"expected n_heads 4 as in run_config.json; found n_heads 2"):
-        convert_checkpoint(path, run.config, benchmark.vocabulary)
+        convert_checkpoint(path, run.config, benchmark)
 
 
 @pytest.mark.parametrize("verify", ["sample", "all", "metrics", "none"])

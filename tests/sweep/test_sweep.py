@@ -1,6 +1,5 @@
 """A whole sweep of a small run against the PyTorch oracle, and what sweeping again does."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -10,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 import xarray as xr
 
 from converters.source import convert_checkpoint
@@ -18,30 +18,28 @@ from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
 from kvjax.sweep.analysis import prepare_run, sweep_runs
 from kvjax.sweep.stream import SweepSettings
-from tests.building import SMALL_MODEL, STEPS, read_lines, write_run
+from tests.building import SMALL_MODEL, STEPS, read_lines, write_run, write_small_benchmark
 from tests.oracle import load_module, mean, measure
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 
 
+def load_with_torch(work):
+    """Returns the loader the commands use, for a prepared run."""
+
+    def load(path, step):
+        return convert_checkpoint(
+            path, work.run.config, work.benchmark, expected_step=step, certify_on=work.certificate_tokens
+        )
+
+    return load
+
+
 def sweep(run, *, steps="all", reference="final", **settings):
     """Sweeps a run directory as the command does, and returns the report."""
     prepared = prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps=steps, reference=reference)
-
-    def loader(work):
-        def load(path, step):
-            return convert_checkpoint(
-                path,
-                work.run.config,
-                work.benchmark.vocabulary,
-                expected_step=step,
-                certify_on=work.certificate_tokens,
-            )
-
-        return load
-
-    (report,) = sweep_runs([prepared], loader, settings=SweepSettings(**settings), advance=lambda n: None)
+    (report,) = sweep_runs([prepared], load_with_torch, settings=SweepSettings(**settings), advance=lambda n: None)
     return report
 
 
@@ -156,8 +154,8 @@ def test_logit_lens(rows, truth, step):
             close(value, mean([read[theirs][stage] for read in reads]), f"{ours} {stage}")
 
 
-def mean_state(measured, stage):
-    return np.mean([read["state"][stage] for read in measured["reads"]], axis=0)
+def mean_state(measured, stage, field="state"):
+    return np.mean([read[field][stage] for read in measured["reads"]], axis=0)
 
 
 def drift(a, b):
@@ -172,6 +170,15 @@ def test_drift(rows, truth):
             close(rows[step]["residual_drift_by_layer"][stage], expected, stage)
             final = drift(here, mean_state(truth[STEPS[-1]], stage))
             close(rows[step]["residual_drift_to_reference_by_layer"][stage], final, stage)
+
+
+def test_drift_at_the_support_is_in_the_arrays(swept, truth):
+    dataset = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf")
+    drifts = dataset["residual_drift"].sel(split="all", position_role="support")
+    for before, step in itertools.pairwise(STEPS):
+        for stage in STAGES:
+            states = [mean_state(truth[s], stage, "support_state") for s in (step, before)]
+            close(float(drifts.sel(step=step, stage=stage)), drift(*states), stage)
 
 
 def drops(measured, components, field):
@@ -360,12 +367,56 @@ def test_bad_checkpoints_are_skipped_and_listed_when_asked(small_run, rows):
     assert json.loads((small_run / "analysis" / "sweep.json").read_text())["refused"].keys() == {"step_000200.pt"}
 
 
-def test_tied_and_untied_runs_together(tmp_path, small_benchmark, small_run):
+def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, small_run, rows):
     tied = write_run(tmp_path / "tied", small_benchmark, tied=True)
-    for run in (tied, small_run):
-        assert [row["step"] for row in sweep(run).rows] == list(STEPS)
+    both = [
+        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
+        for run in (tied, small_run)
+    ]
+    reports = sweep_runs(both, load_with_torch, settings=SweepSettings(), advance=lambda n: None)
+    assert [row["answer_accuracy"] for row in reports[1].rows] == [rows[step]["answer_accuracy"] for step in STEPS]
+    vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
+    module = load_module(tied / "checkpoints" / "step_000100.pt", SMALL_MODEL, len(vocabulary["tokens"]))
+    truth = measure(module, read_lines(tied / "analysis" / "probe_set.jsonl"), vocabulary)
+    close(reports[0].rows[0]["answer_margin"], of(truth["reads"], "margin"))
 
 
-def test_settings_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SweepSettings().precision = "default"
+def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, small_run):
+    broken = shutil.copytree(small_run, tmp_path / "broken")
+    for file in (broken / "checkpoints").glob("step_*.pt"):
+        file.write_bytes(b"")
+    work = [
+        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
+        for run in (broken, small_run)
+    ]
+    reports = sweep_runs(work, load_with_torch, settings=SweepSettings(skip_bad=True), advance=lambda n: None)
+    assert [len(report.rows) for report in reports] == [0, len(STEPS)]
+    assert len(reports[0].log.refused) == len(STEPS)
+
+
+def test_another_model_section_does_not_reuse_what_was_measured(small_run):
+    for path in (small_run / "checkpoints").glob("*.pt"):
+        document = torch.load(path, weights_only=True)
+        del document["config"]["train_spec"]
+        torch.save(document, path)
+    sweep(small_run)
+    path = small_run / "run_config.json"
+    document = json.loads(path.read_text())
+    document["model"]["n_heads"] = 2
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="found another model"):
+        sweep(small_run)
+
+
+def test_a_benchmark_with_other_held_out_pairs_is_noted(small_run, tmp_path):
+    other = write_small_benchmark(tmp_path / "other", seed=4)
+    work = prepare_run(RunDir.open(small_run), benchmark_dir=str(other), probe_set=None, steps="100", reference="100")
+    (report,) = sweep_runs([work], load_with_torch, settings=SweepSettings(), advance=lambda n: None)
+    assert any("held-out pairs differ" in note for note in report.notes)
+
+
+def test_what_is_no_read_holds_no_value(swept):
+    path = swept / "analysis" / "checkpoint_metrics.nc"
+    events = xr.open_dataset(path, group="events", engine="h5netcdf")
+    absent = ~events["is_read"].values.astype(bool)
+    assert absent.any() and np.isnan(events["read_margin"].values[:, absent]).all()

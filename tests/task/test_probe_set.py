@@ -10,10 +10,12 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import (
     COVERED_AXES,
     assign_difficulty,
+    check_installable,
     choose_examples,
     generate_probe_set,
     install_probe_set,
     open_probe_set,
+    own_probe_set,
 )
 from tests.building import read_lines, write_small_benchmark
 
@@ -178,6 +180,12 @@ class TestReferenceProbeSet:
         with pytest.raises(InputError, match=r"probe_set.jsonl:4: expected a record of the benchmark"):
             open_probe_set(path, Benchmark.open(small_benchmark))
 
+    def test_one_with_a_record_twice_is_refused(self, path, small_benchmark):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:5], lines[0], *lines[6:]]) + "\n")
+        with pytest.raises(InputError, match=r"probe_set.jsonl:6: .* a second time"):
+            open_probe_set(path, Benchmark.open(small_benchmark))
+
     def test_one_edited_after_it_was_seen_is_refused(self, path, small_benchmark):
         open_probe_set(path, Benchmark.open(small_benchmark))
         path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
@@ -187,16 +195,34 @@ class TestReferenceProbeSet:
     def test_a_copy_in_an_analysis_folder_opens_like_the_original(self, path, small_benchmark, tmp_path):
         benchmark = Benchmark.open(small_benchmark)
         probe = open_probe_set(path, benchmark)
-        install_probe_set(probe, tmp_path / "analysis", replace=False)
+        install_probe_set(probe, tmp_path / "analysis")
         copy = open_probe_set(tmp_path / "analysis" / "probe_set.jsonl", benchmark)
         assert copy.manifest == probe.manifest
 
 
 def test_another_probe_set_is_not_replaced_unasked(probe, small_benchmark, tmp_path):
     other = make(small_benchmark, tmp_path / "second.jsonl", seed=18)
-    install_probe_set(probe, tmp_path / "analysis", replace=False)
+    install_probe_set(probe, tmp_path / "analysis")
+    check_installable(probe, tmp_path / "analysis")
     with pytest.raises(InputError, match="another probe set"):
-        install_probe_set(other, tmp_path / "analysis", replace=False)
-    install_probe_set(other, tmp_path / "analysis", replace=True)
+        check_installable(other, tmp_path / "analysis")
+    install_probe_set(other, tmp_path / "analysis")
     installed = open_probe_set(tmp_path / "analysis" / "probe_set.jsonl", Benchmark.open(small_benchmark))
     assert installed.manifest.seed == 18
+
+
+def test_what_an_interruption_left_without_a_manifest_is_made_anew(small_benchmark, tmp_path):
+    benchmark = Benchmark.open(small_benchmark)
+    first = own_probe_set(tmp_path, benchmark)
+    first.path.with_suffix(".metadata.json").unlink()
+    assert own_probe_set(tmp_path, benchmark).manifest == first.manifest
+
+
+@pytest.mark.parametrize("line", ["{}", "3", "[]", "null", '{"sample_id": 3}'])
+def test_a_split_of_other_things_than_records_is_named(tmp_path, line):
+    folder = write_small_benchmark(tmp_path / "benchmark")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(InputError, match=r"train.jsonl:2: expected a benchmark record"):
+        make(folder, tmp_path / "probe.jsonl")
+    assert not list(tmp_path.glob("probe*")), "nothing is left behind"

@@ -1,0 +1,133 @@
+"""Seconds per training step against eager PyTorch, and many seeds as one program against one after another.
+
+    python -m benchmarks.train
+
+Reference shape and batch (3 layers, D 128, batch 128, 56 tokens): the same step on both sides — forward, backward,
+clipping, AdamW — in the same process on the same cores.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl import app, flags
+
+from benchmarks.reporting import machine, median_seconds, write_result
+from converters.to_torch import to_torch
+from converters.torch_decoder import TorchDecoder
+from kvjax.config import InitializedModelConfig, TrainConfig, find_config, read_config
+from kvjax.model.decoder import DecoderConfig
+from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("steps", 10, "Steps per timed segment.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Timed segments; the median is reported.", lower_bound=1)
+flags.DEFINE_integer("seeds", 8, "Seeds trained as one program, against as many one after another.", lower_bound=2)
+
+VOCAB, LENGTH, RECORDS = 146, 56, 2048
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = read_config(find_config("symbolic_kv_formation", "train"), TrainConfig)
+    tokens = np.random.default_rng(0).integers(1, VOCAB, (RECORDS, LENGTH)).astype(np.int32)
+    theirs, torch_loss = _torch_seconds_per_step(config, tokens)
+    one, compile_one, our_loss = _our_seconds_per_step(config, tokens, 1)
+    many, compile_many, _ = _our_seconds_per_step(config, tokens, FLAGS.seeds)
+    result = {
+        "what": "one training step: forward, backward, clipping, AdamW",
+        "machine": machine(),
+        "batch_size": config.batch_size,
+        "tokens_per_record": LENGTH,
+        "kvjax_seconds_per_step": one,
+        "kvjax_compile_seconds": compile_one,
+        "torch_seconds_per_step": theirs,
+        "ratio_to_torch": theirs / one,
+        "first_losses": {"kvjax": our_loss, "torch": torch_loss},
+        "seeds": FLAGS.seeds,
+        "seconds_per_step_of_all_seeds_as_one_program": many,
+        "compile_seconds_as_one_program": compile_many,
+        "ratio_to_one_after_another": FLAGS.seeds * one / many,
+    }
+    path = write_result("train", result)
+    print(f"kvjax   {one * 1e3:8.1f} ms per step (compile {compile_one:.1f} s, once)")
+    print(f"PyTorch {theirs * 1e3:8.1f} ms per step ({theirs / one:.2f}x)")
+    print(f"first losses: kvjax {our_loss:.5f}, PyTorch {torch_loss:.5f}")
+    print(f"{FLAGS.seeds} seeds as one program: {many * 1e3:.1f} ms per step of all ({FLAGS.seeds * one / many:.2f}x)")
+    print(path)
+
+
+def _model(config: TrainConfig) -> tuple[InitializedModelConfig, DecoderConfig]:
+    return config.model, DecoderConfig.from_model_config(config.model, VOCAB)
+
+
+def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -> tuple[float, float, float]:
+    """Returns seconds per step of all seeds, compile seconds, and the first loss of the first seed."""
+    model, decoder = _model(config)
+    program = plan_training(
+        decoder,
+        config.optimization,
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        length=LENGTH,
+        backend=jax.default_backend(),
+    )
+    params = [initial_params(model, decoder, seed) for seed in range(seeds)]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *[TrainState(p, program.optimizer.init(p)) for p in params])
+    indices = np.stack(
+        [batch_indices(s, 1, FLAGS.steps, num_records=RECORDS, batch_size=config.batch_size) for s in range(seeds)]
+    )
+    tokens = jax.device_put(tokens)
+    start = time.perf_counter()
+    states, metrics = train_segment(program, states, tokens, indices, jnp.asarray(1))
+    loss = float(metrics.loss[0, 0])
+    first = time.perf_counter() - start
+
+    def segment():
+        nonlocal states
+        states, metrics = train_segment(program, states, tokens, indices, jnp.asarray(1))
+        return metrics.loss
+
+    seconds = median_seconds(segment, FLAGS.repeats)
+    return seconds / FLAGS.steps, first - seconds, loss
+
+
+def _torch_seconds_per_step(config: TrainConfig, tokens: np.ndarray) -> tuple[float, float]:
+    """Returns seconds per step and the first loss, from the same initial weights on the same batches."""
+    model, decoder = _model(config)
+    module = TorchDecoder(model, VOCAB)
+    module.lm_head.weight = module.token_embedding.weight
+    module.load_state_dict(to_torch(initial_params(model, decoder, 0)))
+    settings = config.optimization
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=settings.learning_rate / settings.warmup_steps,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    indices = batch_indices(0, 1, FLAGS.steps, num_records=RECORDS, batch_size=config.batch_size)
+    batches = [torch.from_numpy(tokens[rows].astype(np.int64)) for rows in indices]
+    losses = []
+
+    def segment() -> None:
+        for batch in batches:
+            logits = module(batch)[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), settings.grad_clip_norm)
+            optimizer.step()
+            losses.append(loss.item())
+
+    segment()
+    return median_seconds(segment, FLAGS.repeats) / FLAGS.steps, losses[0]
+
+
+if __name__ == "__main__":
+    app.run(main)
