@@ -12,6 +12,12 @@ from kvjax.commands.printing import print_sweep_report
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("output_dir", "quickstart", "Where everything goes.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "benchmark_config", "symbolic_kv_quickstart", "Benchmark config, shipped or a JSON file.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "train_config", "symbolic_kv_quickstart", "Training config, shipped or a JSON file.", flag_values=FLAGS
+)
 flags.DEFINE_list("seeds", ["7", "11"], "Seeds to train.", flag_values=FLAGS)
 flags.DEFINE_bool("progress", True, "Show progress bars with the time left.", flag_values=FLAGS)
 
@@ -32,12 +38,12 @@ def run() -> None:
     output = Path(FLAGS.output_dir)
     benchmark_dir = output / "benchmark"
     if not benchmark_dir.exists():
-        print("1/4  drawing the benchmark: 4 keys, 48 values, reads return the latest write", flush=True)
-        settings = read_config(find_config("symbolic_kv_quickstart", "benchmark"), BenchmarkConfig)
+        settings = read_config(find_config(FLAGS.benchmark_config, "benchmark"), BenchmarkConfig)
+        print(f"1/4  drawing the benchmark: {settings.num_keys} keys, {settings.num_values} values", flush=True)
         generate_benchmark(settings, benchmark_dir, overwrite=False)
     benchmark = Benchmark.open(benchmark_dir)
 
-    config = read_config(find_config("symbolic_kv_quickstart", "train"), TrainConfig)
+    config = read_config(find_config(FLAGS.train_config, "train"), TrainConfig)
     config = config.model_copy(update={"benchmark_dir": str(benchmark_dir.resolve())})
     runs = run_directories(config, common.integers("seeds", FLAGS.seeds), str(output / "runs"))
     print(f"2/4  training {len(runs)} seeds, {config.num_steps} steps each, as one program", flush=True)
