@@ -8,15 +8,13 @@ import pytest
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import (
-    COVERED_AXES,
-    assign_difficulty,
     check_installable,
-    choose_examples,
     generate_probe_set,
     install_probe_set,
     open_probe_set,
     own_probe_set,
 )
+from kvjax.task.selection import COVERED_AXES, assign_difficulty, choose_examples
 from tests.building import read_lines, write_small_benchmark
 
 
