@@ -15,7 +15,7 @@ from converters.optimizer_state import AdamMoments, from_torch_optimizer, to_tor
 from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint
-from kvjax.artifacts.files import read_json, replace_directory, write_json, write_json_lines
+from kvjax.artifacts.files import read_json, replace_directory, replace_file, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.config import CheckpointingConfig, TrainConfig, read_config
@@ -83,6 +83,8 @@ def train_runs(
     config = next(iter(runs.values()))
     training = Training(config, benchmark, [run.seed for run in runs.values()])
     if resume:
+        for path, run in runs.items():
+            _check_same_training(path, run)
         step, states = _resumed_states(runs, training)
         advance(step)
     else:
@@ -90,7 +92,8 @@ def train_runs(
         for path in runs:
             _claim(path, overwrite)
     metadata = read_json(benchmark.path / METADATA_FILE)
-    recorders = [_Recorder(path, run, training, metadata, step) for path, run in runs.items()]
+    num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(states[0].params))
+    recorders = [_Recorder(path, run, num_parameters, metadata, step) for path, run in runs.items()]
     training.run(states, recorders, done_steps=step, advance=advance)
     for recorder in recorders:
         recorder.finish()
@@ -128,6 +131,14 @@ def _claim(path: Path, overwrite: bool) -> None:
         (fresh / "checkpoints").mkdir()
 
 
+def _check_same_training(path: Path, config: TrainConfig) -> None:
+    """Raises `InputError` where going on would give other steps than the recorded run; how long it is may change."""
+    recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
+    for name in ("seed", "batch_size", "model", "optimization"):
+        if getattr(recorded, name) != getattr(config, name):
+            raise unusable(path / "run_config.json", f"the same {name} as the config to resume with", "another")
+
+
 def _resumable(path: Path) -> dict[int, Path]:
     """Returns step -> file of every checkpoint training can go on from."""
     run = RunDir.open(path)
@@ -163,6 +174,14 @@ def _read_state(path: Path, training: Training) -> TrainState:
     return TrainState(params, restore_adam(training.program.optimizer, params, count=moments.count, mu=mu, nu=nu))
 
 
+def _drop_half_line(path: Path) -> None:
+    """Removes a last line that an interruption left without its end."""
+    text = path.read_bytes() if path.is_file() else b""
+    if text and not text.endswith(b"\n"):
+        with replace_file(path) as partial:
+            partial.write_bytes(text[: text.rfind(b"\n") + 1])
+
+
 def is_better(candidate: Row, best: Row | None, checkpointing: CheckpointingConfig) -> bool:
     """Whether a later evaluation beats the best so far; ties go to the lower loss, then to the earlier step."""
     if best is None:
@@ -176,15 +195,14 @@ def is_better(candidate: Row, best: Row | None, checkpointing: CheckpointingConf
 class _Recorder:
     """One run directory while it is being trained."""
 
-    def __init__(self, path: Path, config: TrainConfig, training: Training, metadata: Any, done_steps: int):
+    def __init__(self, path: Path, config: TrainConfig, num_parameters: int, metadata: Any, done_steps: int):
         self.path = path
         self.config = config
         self.last_evaluations: dict[str, Row] = {}
-        self._training = training
         self._spec = config.model_dump(mode="json")
         self._metadata = metadata
         self._best: Row | None = None
-        self._num_parameters = 0
+        self._num_parameters = num_parameters
         write_json(path / "run_config.json", self._spec)
         self._metrics_path = path / "metrics.jsonl"
         if done_steps:
@@ -196,7 +214,6 @@ class _Recorder:
 
     def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
         checkpointing = self.config.checkpointing
-        self._num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
         self.last_evaluations = evaluations or self.last_evaluations
         if checkpointing.save_step_checkpoints and step % self.config.checkpoint_every_steps == 0:
             self._write(f"step_{step:06d}.pt", step, params, AdamMoments(step, mu, nu), evaluations)
@@ -225,6 +242,7 @@ class _Recorder:
 
     def _rewind(self, step: int) -> None:
         """Drops what was logged after the step training goes on from, and finds the best checkpoint up to it."""
+        _drop_half_line(self._metrics_path)
         rows = [row for row in RunDir.open(self.path).metrics if row.get("step", 0) <= step]
         write_json_lines(self._metrics_path, [*rows, {"phase": "resume", "step": step}])
         split = self.config.checkpointing.best_checkpoint_split

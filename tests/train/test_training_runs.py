@@ -217,6 +217,33 @@ class TestBest:
         assert is_better(candidate, None, config(small_benchmark).checkpointing)
 
 
+def test_a_half_written_line_does_not_stop_resuming(tmp_path, trained, small_benchmark):
+    train(small_benchmark, tmp_path)
+    for seed in SEEDS:
+        run = tmp_path / f"seed_{seed}"
+        forget_after(run, 16)
+        path = run / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-20])
+    train(small_benchmark, tmp_path, resume=True)
+    assert losses(tmp_path / "seed_3").keys() == losses(trained / "seed_3").keys()
+
+
+def test_resuming_a_finished_run_changes_nothing_but_can_prolong_it(tmp_path, trained, small_benchmark):
+    train(small_benchmark, tmp_path)
+    train(small_benchmark, tmp_path, resume=True)
+    ours, theirs = (json.loads((p / "seed_3" / "summary.json").read_text()) for p in (tmp_path, trained))
+    assert ours["model_parameter_count"] == theirs["model_parameter_count"]
+    assert losses(tmp_path / "seed_3") == losses(trained / "seed_3")
+    train(small_benchmark, tmp_path, resume=True, num_steps=32)
+    assert list(RunDir.open(tmp_path / "seed_3").checkpoints) == [8, 16, 24, 32]
+
+
+def test_resuming_with_another_optimiser_is_refused(tmp_path, trained, small_benchmark):
+    optimization = config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e-3})
+    with pytest.raises(InputError, match="the same optimization as the config to resume with"):
+        train(small_benchmark, trained, resume=True, optimization=optimization.model_dump())
+
+
 def test_existing_runs_are_kept_unless_asked(trained, small_benchmark):
     before = (trained / "seed_3" / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"seed_3: expected an empty run directory"):
