@@ -8,6 +8,7 @@ clipping, AdamW — in the same process on the same cores.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 
@@ -19,7 +20,7 @@ from absl import app, flags
 
 from benchmarks.reporting import machine, median_seconds, write_result
 from converters.to_torch import to_torch
-from converters.torch_decoder import TorchDecoder
+from converters.torch_decoder import TorchAttention, TorchDecoder
 from kvjax.config import InitializedModelConfig, TrainConfig, find_config, read_config
 from kvjax.model.decoder import DecoderConfig
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = read_config(find_config("symbolic_kv_formation", "train"), TrainConfig)
     tokens = np.random.default_rng(0).integers(1, VOCAB, (RECORDS, LENGTH)).astype(np.int32)
-    theirs, torch_loss = _torch_seconds_per_step(config, tokens)
+    written_out, torch_loss = _torch_seconds_per_step(config, tokens, fused=False)
+    fused, _ = _torch_seconds_per_step(config, tokens, fused=True)
+    theirs = min(written_out, fused)
     one, compile_one, our_loss = _our_seconds_per_step(config, tokens, 1)
     many, compile_many, _ = _our_seconds_per_step(config, tokens, FLAGS.seeds)
     result = {
@@ -47,8 +50,8 @@ def main(argv: list[str]) -> None:
         "tokens_per_record": LENGTH,
         "kvjax_seconds_per_step": one,
         "kvjax_compile_seconds": compile_one,
-        "torch_seconds_per_step": theirs,
-        "ratio_to_torch": theirs / one,
+        "torch_seconds_per_step": {"attention written out": written_out, "fused attention": fused},
+        "ratio_to_fastest_torch": theirs / one,
         "first_losses": {"kvjax": our_loss, "torch": torch_loss},
         "seeds": FLAGS.seeds,
         "seconds_per_step_of_all_seeds_as_one_program": many,
@@ -57,7 +60,8 @@ def main(argv: list[str]) -> None:
     }
     path = write_result("train", result)
     print(f"kvjax   {one * 1e3:8.1f} ms per step (compile {compile_one:.1f} s, once)")
-    print(f"PyTorch {theirs * 1e3:8.1f} ms per step ({theirs / one:.2f}x)")
+    for name, seconds in (("attention written out", written_out), ("fused attention", fused)):
+        print(f"PyTorch {seconds * 1e3:8.1f} ms per step, {name} ({seconds / one:.2f}x)")
     print(f"first losses: kvjax {our_loss:.5f}, PyTorch {torch_loss:.5f}")
     print(f"{FLAGS.seeds} seeds as one program: {many * 1e3:.1f} ms per step of all ({FLAGS.seeds * one / many:.2f}x)")
     print(path)
@@ -98,12 +102,18 @@ def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -
     return seconds / FLAGS.steps, first - seconds, loss
 
 
-def _torch_seconds_per_step(config: TrainConfig, tokens: np.ndarray) -> tuple[float, float]:
-    """Returns seconds per step and the first loss, from the same initial weights on the same batches."""
+def _torch_seconds_per_step(config: TrainConfig, tokens: np.ndarray, *, fused: bool) -> tuple[float, float]:
+    """Returns seconds per step and the first loss, from the same initial weights on the same batches.
+
+    With `fused`, attention is PyTorch's own fused kernel; the batches have no padding, so causality is all it needs.
+    """
     model, decoder = _model(config)
     module = TorchDecoder(model, VOCAB)
     module.lm_head.weight = module.token_embedding.weight
     module.load_state_dict(to_torch(initial_params(model, decoder, 0)))
+    if fused:
+        for block in module.blocks:
+            block.attn.forward = functools.partial(_fused_attention, block.attn)
     settings = config.optimization
     optimizer = torch.optim.AdamW(
         module.parameters(),
@@ -127,6 +137,15 @@ def _torch_seconds_per_step(config: TrainConfig, tokens: np.ndarray) -> tuple[fl
 
     segment()
     return median_seconds(segment, FLAGS.repeats) / FLAGS.steps, losses[0]
+
+
+def _fused_attention(attn: TorchAttention, x: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def heads(projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (attn.n_heads, -1)).transpose(1, 2)
+
+    q, k, v = heads(attn.q_proj(x)), heads(attn.k_proj(x)), heads(attn.v_proj(x))
+    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attn.out_proj(z.transpose(1, 2).flatten(2)), None
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class EvaluatedCheckpoint:
     step: int
     parameter_count: int
     splits: dict[str, SplitEvaluation]
+    notes: tuple[str, ...]
 
 
 class CheckpointEvaluator:
@@ -55,5 +56,6 @@ class CheckpointEvaluator:
             path=path,
             step=step,
             parameter_count=sum(np.size(leaf) for leaf in jax.tree.leaves(converted.params)),
+            notes=converted.notes,
             splits={split: evaluator.evaluate(converted.params, split) for split in splits},
         )

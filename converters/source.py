@@ -71,7 +71,7 @@ def convert_checkpoint(
     checkpoint = read_checkpoint(path)
     if expected_step is not None and checkpoint.step != expected_step:
         raise unusable(path, f"the checkpoint of step {expected_step}", f"step {checkpoint.step}")
-    notes = _check_recorded_config(checkpoint, run, benchmark, path)
+    notes = check_recorded_config(checkpoint, run, benchmark, path)
     vocab_size = len(benchmark.vocabulary.tokens)
     params = to_flax(checkpoint.state, run.model, vocab_size, where=path)
     certificate = None
@@ -86,10 +86,14 @@ def convert_checkpoint(
     return ConvertedCheckpoint(path, sha256, checkpoint.step, params, certificate, recorded, notes)
 
 
-def _check_recorded_config(
+def check_recorded_config(
     checkpoint: TorchCheckpoint, run: RunConfig, benchmark: Benchmark, path: Path
 ) -> tuple[str, ...]:
-    """Checks what the trainer recorded inside the file; a file without such records is judged by its tensors."""
+    """Returns notes on what the trainer recorded inside a file; one without such records is judged by its tensors.
+
+    Raises:
+      InputError: the file is of another model or vocabulary.
+    """
     spec = section(section(checkpoint.config, "train_spec", path), "model", path)
     ours = run.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"})
     for name, value in ours.items():

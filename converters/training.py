@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from converters.optimizer_state import AdamMoments, from_torch_optimizer, to_torch_optimizer
+from converters.source import check_recorded_config
 from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint
@@ -27,6 +29,9 @@ from kvjax.train.schedule import learning_rate, restore_adam
 from kvjax.train.trainer import TrainState
 
 BEST_FILE = "best.pt"
+LAST_FILE = "last.pt"  # kept, and replaced, where a run saves no step checkpoints: what it is resumed from
+
+_SUMMARY_FILE = "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +90,16 @@ def train_runs(
     if resume:
         for path, run in runs.items():
             _check_same_training(path, run)
-        step, states = _resumed_states(runs, training)
+        step, states = _resumed_states(runs, training, benchmark)
         advance(step)
     else:
         step, states = 0, training.initial_states()
         for path in runs:
-            _claim(path, overwrite)
+            _check_free(path, overwrite)
+        for path, run in runs.items():
+            with replace_directory(path) as fresh:
+                (fresh / "checkpoints").mkdir()
+                write_json(fresh / "run_config.json", run.model_dump(mode="json"))
     metadata = read_json(benchmark.path / METADATA_FILE)
     num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(states[0].params))
     recorders = [_Recorder(path, run, num_parameters, metadata, step) for path, run in runs.items()]
@@ -103,64 +112,92 @@ def train_runs(
 def train_missing_runs(
     runs: Mapping[Path, TrainConfig], benchmark: Benchmark, *, advance: Callable[[int], None]
 ) -> None:
-    """Trains what is not trained yet: nothing where all runs are finished, from the latest common checkpoint where
-    all have begun, from the start otherwise.
+    """Trains what is not trained yet: finished runs stay as they are, begun ones go on, the others start.
+
+    Args:
+      runs: run directory -> config.
+      benchmark: what they are trained on.
+      advance: called with the number of steps done, of all runs together.
 
     Raises:
       InputError: a run directory holds a run of another config.
     """
-    begun = [path for path in runs if (path / "run_config.json").is_file()]
-    for path in begun:
-        recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
-        if recorded != runs[path]:
-            raise unusable(path, "a run of this config (or another --output_dir)", "a run of another config")
-    if all((path / "summary.json").is_file() for path in runs):
-        advance(next(iter(runs.values())).num_steps)
-        return
-    resume = len(begun) == len(runs) and bool(set.intersection(*(set(_resumable(path)) for path in runs)))
-    train_runs(runs, benchmark, resume=resume, overwrite=True, advance=advance)
+    begun, fresh = {}, {}
+    for path, config in runs.items():
+        if (path / "run_config.json").is_file():
+            recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
+            places = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the same run
+            if recorded.model_dump(exclude=places) != config.model_dump(exclude=places):
+                raise unusable(path, "a run of this config (or another --output_dir)", "a run of another config")
+        if (path / _SUMMARY_FILE).is_file():
+            advance(config.num_steps)
+        elif (path / "run_config.json").is_file() and _resumable(path):
+            begun[path] = config
+        else:
+            fresh[path] = config
+    for group, resume in ((begun, True), (fresh, False)):
+        if group:
+            train_runs(group, benchmark, resume=resume, overwrite=True, advance=_times(len(group), advance))
 
 
-def _claim(path: Path, overwrite: bool) -> None:
-    if path.exists() and any(path.iterdir()):
+def _times(runs: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda steps: advance(runs * steps)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raises `InputError` where a run may not be put; all are checked before the first is replaced."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
             raise unusable(path, "an empty run directory (or --resume, or --overwrite)", "files")
         if not (path / "run_config.json").is_file():
-            raise unusable(path, "an earlier run to overwrite", "a directory without run_config.json")
-    with replace_directory(path) as fresh:
-        (fresh / "checkpoints").mkdir()
+            raise unusable(path, "an earlier run to overwrite", "a path without run_config.json")
 
 
 def _check_same_training(path: Path, config: TrainConfig) -> None:
     """Raises `InputError` where going on would give other steps than the recorded run; how long it is may change."""
     recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
-    for name in ("seed", "batch_size", "model", "optimization"):
+    names = ["seed", "batch_size", "model", "optimization"]
+    schedule = config.optimization.schedule
+    if schedule.kind == "cosine_decay" and schedule.decay_end_step is None:
+        names.append("num_steps")  # the decay ends there: another end is another schedule from the start
+    for name in names:
         if getattr(recorded, name) != getattr(config, name):
             raise unusable(path / "run_config.json", f"the same {name} as the config to resume with", "another")
 
 
 def _resumable(path: Path) -> dict[int, Path]:
-    """Returns step -> file of every checkpoint training can go on from."""
+    """Returns step -> file of every checkpoint training can go on from.
+
+    Step checkpoints where the run keeps them, otherwise the last one, otherwise the best.
+    """
     run = RunDir.open(path)
-    files = dict(run.checkpoints)
-    if (path / "best_checkpoint.json").is_file():
-        step, file = run.best_checkpoint()
-        files.setdefault(step, file)
-    return files
+    if run.checkpoints:
+        return dict(run.checkpoints)
+    for name in (LAST_FILE, BEST_FILE):
+        file = path / "checkpoints" / name
+        if file.is_file():
+            return {read_checkpoint(file).step: file}
+    return {}
 
 
-def _resumed_states(runs: Mapping[Path, TrainConfig], training: Training) -> tuple[int, list[TrainState]]:
+def _resumed_states(
+    runs: Mapping[Path, TrainConfig], training: Training, benchmark: Benchmark
+) -> tuple[int, list[TrainState]]:
     available = {path: _resumable(path) for path in runs}
     common = set.intersection(*(set(files) for files in available.values()))
     if not common:
         where = ", ".join(map(str, runs))
         raise unusable(where, "a checkpoint to resume from, of one step in all runs", "none")
     step = max(common)
-    return step, [_read_state(available[path][step], training) for path in runs]
+    return step, [_read_state(available[path][step], step, run, training, benchmark) for path, run in runs.items()]
 
 
-def _read_state(path: Path, training: Training) -> TrainState:
+def _read_state(path: Path, step: int, config: TrainConfig, training: Training, benchmark: Benchmark) -> TrainState:
     checkpoint = read_checkpoint(path)
+    if checkpoint.step != step:
+        raise unusable(path, f"the checkpoint of step {step}", f"step {checkpoint.step}")
+    if check_recorded_config(checkpoint, config, benchmark, path):
+        raise unusable(path, f"a checkpoint trained on the benchmark in {benchmark.path}", "one trained on another")
     model, vocab_size = training.config.model, training.decoder.vocab_size
     params = to_flax(checkpoint.state, model, vocab_size, where=path)
     if "unembedding" in params:
@@ -203,10 +240,10 @@ class _Recorder:
         self._metadata = metadata
         self._best: Row | None = None
         self._num_parameters = num_parameters
-        write_json(path / "run_config.json", self._spec)
         self._metrics_path = path / "metrics.jsonl"
         if done_steps:
             self._rewind(done_steps)
+        write_json(path / "run_config.json", self._spec)
 
     def log(self, row: Row) -> None:
         with self._metrics_path.open("a", encoding="utf-8") as file:
@@ -215,8 +252,9 @@ class _Recorder:
     def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
         checkpointing = self.config.checkpointing
         self.last_evaluations = evaluations or self.last_evaluations
-        if checkpointing.save_step_checkpoints and step % self.config.checkpoint_every_steps == 0:
-            self._write(f"step_{step:06d}.pt", step, params, AdamMoments(step, mu, nu), evaluations)
+        if step % self.config.checkpoint_every_steps == 0 or step == self.config.num_steps:
+            name = f"step_{step:06d}.pt" if checkpointing.save_step_checkpoints else LAST_FILE
+            self._write(name, step, params, AdamMoments(step, mu, nu), evaluations)
         if checkpointing.save_best_checkpoint and evaluations:
             candidate = evaluations[checkpointing.best_checkpoint_split]
             if is_better(candidate, self._best, checkpointing):
@@ -227,7 +265,7 @@ class _Recorder:
     def finish(self) -> None:
         """Writes `summary.json`."""
         write_json(
-            self.path / "summary.json",
+            self.path / _SUMMARY_FILE,
             {
                 "run_name": self.config.run_name,
                 "seed": self.config.seed,
@@ -242,15 +280,35 @@ class _Recorder:
 
     def _rewind(self, step: int) -> None:
         """Drops what was logged after the step training goes on from, and finds the best checkpoint up to it."""
+        (self.path / _SUMMARY_FILE).unlink(missing_ok=True)  # the run is unfinished again
         _drop_half_line(self._metrics_path)
-        rows = [row for row in RunDir.open(self.path).metrics if row.get("step", 0) <= step]
+        checkpointing = self.config.checkpointing
+        try:
+            rows = [row for row in RunDir.open(self.path).metrics if int(row["step"]) <= step]
+            for row in rows:
+                if row["phase"] == "eval":
+                    self.last_evaluations[row["split"]] = row
+                    is_tracked = row["split"] == checkpointing.best_checkpoint_split
+                    if is_tracked and is_better(row, self._best, checkpointing):
+                        self._best = row
+        except (KeyError, TypeError, ValueError) as error:
+            raise unusable(self._metrics_path, "rows with phase, step and their evaluations", repr(error)) from None
         write_json_lines(self._metrics_path, [*rows, {"phase": "resume", "step": step}])
-        split = self.config.checkpointing.best_checkpoint_split
-        for row in rows:
-            if row.get("phase") == "eval":
-                self.last_evaluations[row["split"]] = row
-                if row["split"] == split and is_better(row, self._best, self.config.checkpointing):
-                    self._best = row
+        if self._best is not None and checkpointing.save_best_checkpoint:
+            self._restore_best(int(self._best["step"]))
+
+    def _restore_best(self, step: int) -> None:
+        """Makes `best.pt` the best checkpoint of the rows that were kept; without its weights there is none."""
+        best, same = self.path / "checkpoints" / BEST_FILE, self.path / "checkpoints" / f"step_{step:06d}.pt"
+        if same.is_file():
+            with replace_file(best) as partial:
+                shutil.copyfile(same, partial)
+        elif not (best.is_file() and read_checkpoint(best).step == step):
+            self._best = None
+            best.unlink(missing_ok=True)
+            (self.path / "best_checkpoint.json").unlink(missing_ok=True)
+            return
+        write_json(self.path / "best_checkpoint.json", self._best_record())
 
     def _best_record(self) -> Row:
         checkpointing = self.config.checkpointing

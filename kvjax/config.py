@@ -177,6 +177,16 @@ class OptimizationConfig(_Section):
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     schedule: ScheduleConfig = ScheduleConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _decays(self) -> OptimizationConfig:
+        schedule = self.schedule
+        start = schedule.decay_start_step if schedule.decay_start_step is not None else self.warmup_steps
+        if schedule.decay_end_step is not None and schedule.decay_end_step <= start:
+            raise ValueError(f"decay_end_step {schedule.decay_end_step} is not after the decay's start at {start}")
+        if not 0.0 <= (schedule.min_learning_rate or 0.0) <= self.learning_rate:
+            raise ValueError(f"min_learning_rate {schedule.min_learning_rate} is not between 0 and learning_rate")
+        return self
+
 
 class TrainingEvaluationConfig(EvaluationConfig):
     """What is evaluated while training. The `max_analysis_batches` and `analysis_splits` of older configs are accepted;
@@ -205,6 +215,7 @@ class CheckpointingConfig(_Section):
 class TrainConfig(RunConfig):
     """A training run. `device` and `num_workers` are accepted from older configs; JAX picks the device."""
 
+    seed: int = pydantic.Field(ge=0, lt=2**32)  # JAX keys hold no more
     device: str = "auto"
     output_dir: str
     batch_size: int = pydantic.Field(ge=1)

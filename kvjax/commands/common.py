@@ -35,7 +35,7 @@ def integers(name: str, values: list[str] | None) -> list[int] | None:
     """Returns a list flag's whole numbers, each once; None where it was not given; raises `InputError` for others."""
     if values is None:
         return None
-    bad = [value for value in values if not value.strip().isdecimal()]
+    bad = [value for value in values if not value.strip().isdecimal() or int(value) >= 2**32]
     if bad or not values or len({int(value) for value in values}) != len(values):
         raise InputError(f"--{name}: expected different whole numbers, such as 7,11,13; found {','.join(values)}")
     return [int(value) for value in values]

@@ -18,6 +18,7 @@ flags.DEFINE_list("splits", None, "Splits to evaluate on; by default all but tra
 def run() -> None:
     from converters.evaluation import CheckpointEvaluator
     from kvjax.artifacts.files import write_json
+    from kvjax.artifacts.provenance import software_versions
     from kvjax.artifacts.run_dir import find_run_dirs
     from kvjax.task.benchmark import Benchmark
 
@@ -27,21 +28,27 @@ def run() -> None:
         for run_dir in runs:
             benchmark = Benchmark.open(run_dir.benchmark_dir(FLAGS.benchmark_dir))
             splits = FLAGS.splits or [split for split in benchmark.split_sizes if split != "train"]
-            evaluated.append(evaluator.evaluate(run_dir, benchmark, FLAGS.checkpoint, splits))
+            result = evaluator.evaluate(run_dir, benchmark, FLAGS.checkpoint, splits)
+            document = {
+                "run_name": run_dir.config.run_name,
+                "checkpoint": result.path.name,
+                "step": result.step,
+                "benchmark": {"name": benchmark.name, "sha256": benchmark.sha256},
+                "splits": {split: evaluation.to_row() for split, evaluation in result.splits.items()},
+                "notes": list(result.notes),
+                "versions": software_versions(),
+            }
+            path = run_dir.analysis / "evaluation" / f"{FLAGS.checkpoint}.json"
+            write_json(path, document)
+            evaluated.append((result, path))
             advance(1)
-    for result in evaluated:
+    for result, path in evaluated:
         print(f"{result.run.path}, step {result.step} ({result.path.name})")
         for split, evaluation in result.splits.items():
             print(
                 f"  {split:<16} answer accuracy {evaluation.answer_accuracy:.4f}  "
                 f"margin {evaluation.answer_margin:7.2f}  loss {evaluation.loss:.3f}  {evaluation.total} reads"
             )
-        path = result.run.analysis / "evaluation" / f"{FLAGS.checkpoint}.json"
-        document = {
-            "run_name": result.run.config.run_name,
-            "checkpoint": result.path.name,
-            "step": result.step,
-            "splits": {split: evaluation.to_row() for split, evaluation in result.splits.items()},
-        }
-        write_json(path, document)
+        for note in result.notes:
+            print(f"  note: {note}")
         print(f"  in {path}")

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         # What no reader or writer foresaw of a file or its content: still one line.
         return _fail(f"kvjax {name}", one_line(error))
     except KeyboardInterrupt:
-        return _fail(f"kvjax {name}", "interrupted; what was measured is kept", status=130)
+        return _fail(f"kvjax {name}", "interrupted; what was written is kept", status=130)
     return 0
 
 

@@ -30,6 +30,7 @@ def run() -> None:
     from converters.training import run_directories, train_missing_runs
     from kvjax.artifacts.run_dir import RunDir
     from kvjax.config import BenchmarkConfig, TrainConfig, find_config, read_config
+    from kvjax.errors import unusable
     from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
     from kvjax.sweep.analysis import prepare_run, sweep_runs
     from kvjax.sweep.stream import SweepSettings
@@ -37,17 +38,19 @@ def run() -> None:
 
     output = Path(FLAGS.output_dir)
     benchmark_dir = output / "benchmark"
+    settings = read_config(find_config(FLAGS.benchmark_config, "benchmark"), BenchmarkConfig)
     if not benchmark_dir.exists():
-        settings = read_config(find_config(FLAGS.benchmark_config, "benchmark"), BenchmarkConfig)
         print(f"1/4  drawing the benchmark: {settings.num_keys} keys, {settings.num_values} values", flush=True)
         generate_benchmark(settings, benchmark_dir, overwrite=False)
     benchmark = Benchmark.open(benchmark_dir)
+    if not benchmark.has_config(settings):
+        raise unusable(benchmark_dir, f"the benchmark of {FLAGS.benchmark_config} (or another --output_dir)", "another")
 
     config = read_config(find_config(FLAGS.train_config, "train"), TrainConfig)
     config = config.model_copy(update={"benchmark_dir": str(benchmark_dir.resolve())})
     runs = run_directories(config, common.integers("seeds", FLAGS.seeds), str(output / "runs"))
     print(f"2/4  training {len(runs)} seeds, {config.num_steps} steps each, as one program", flush=True)
-    with common.progress_bar(config.num_steps, "steps", show=FLAGS.progress) as advance:
+    with common.progress_bar(len(runs) * config.num_steps, "steps", show=FLAGS.progress) as advance:
         train_missing_runs(runs, benchmark, advance=advance)
 
     print("3/4  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated", flush=True)

@@ -30,13 +30,17 @@ def run() -> None:
     from kvjax.artifacts.files import write_json
     from kvjax.artifacts.run_dir import find_run_dirs
     from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
+    from kvjax.errors import unusable
     from kvjax.task.benchmark import Benchmark
 
     runs = find_run_dirs(common.required(FLAGS, "run_dirs"))
-    evaluator, candidates = CheckpointEvaluator(), []
+    evaluator, candidates, benchmarks = CheckpointEvaluator(), [], set()
     with common.progress_bar(len(runs), "runs", show=FLAGS.progress) as advance:
         for run_dir in runs:
             benchmark = Benchmark.open(run_dir.benchmark_dir(FLAGS.benchmark_dir))
+            benchmarks.add(benchmark.sha256)
+            if len(benchmarks) > 1:
+                raise unusable(run_dir.path, "runs of one benchmark (or --benchmark_dir)", f"another, {benchmark.path}")
             result = evaluator.evaluate(run_dir, benchmark, "best", RANKED_SPLITS)
             accuracies = {split: evaluation.answer_accuracy for split, evaluation in result.splits.items()}
             candidates.append(Candidate(str(run_dir.path), result.step, accuracies, result.parameter_count))

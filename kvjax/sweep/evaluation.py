@@ -23,8 +23,8 @@ class SplitEvaluation:
       correct, total: read events answered right, and all.
       answer_margin: mean over them, in logits.
       loss: mean cross-entropy over non-pad targets, in nats.
-      token_accuracy: share of targets predicted right; `token_role_accuracy` by role.
-      slice_accuracy: {axis: {value: answer accuracy}}.
+      token_accuracy: share of targets predicted right; `token_role_accuracy` by role, of `token_role_count` each.
+      slice_accuracy: {axis: {value: answer accuracy}}, of `slice_count` reads each.
     """
 
     correct: int
@@ -33,7 +33,9 @@ class SplitEvaluation:
     loss: float
     token_accuracy: float
     token_role_accuracy: dict[str, float]
+    token_role_count: dict[str, int]
     slice_accuracy: dict[str, dict[str, float]]
+    slice_count: dict[str, dict[str, int]]
 
     @property
     def answer_accuracy(self) -> float:
@@ -72,6 +74,11 @@ class SplitEvaluator:
             token_role_accuracy={
                 role: float(right / count)
                 for role, right, count in zip(TOKEN_ROLES, role_right, role_counts, strict=True)
+            },
+            token_role_count={role: int(count) for role, count in zip(TOKEN_ROLES, role_counts, strict=True)},
+            slice_count={
+                axis: {str(value): int((values[reads] == value).sum()) for value in np.unique(values[reads])}
+                for axis, values in index.axis_values.items()
             },
             slice_accuracy={
                 axis: {

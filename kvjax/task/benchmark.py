@@ -74,6 +74,10 @@ class Benchmark:
             sha256=hashlib.sha256(metadata_path.read_bytes()).hexdigest(),
         )
 
+    def has_config(self, config: BenchmarkConfig) -> bool:
+        """Whether this is the benchmark that a config generates, as far as its metadata says."""
+        return read_json(self.path / METADATA_FILE).get("config") == _recorded_config(config)
+
     def read_split(self, split: str) -> list[Record]:
         """Returns the records of a split, in file order.
 
@@ -121,7 +125,7 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
         "holdout_pairs": sorted(f"{key}:{value}" for key, value in heldout),
         "splits": {split: _split_facts(records) for split, records in splits.items()},
         "diagnostics": diagnostics,
-        "config": config.model_dump(exclude={"output_dir"}),  # where it lies is no part of what it is
+        "config": _recorded_config(config),
     }
     with replace_directory(output_dir) as partial:
         for split, records in splits.items():
@@ -233,6 +237,10 @@ def check_record(record: Record, vocabulary: Vocabulary, where: object) -> None:
     replayed = [(read.key, read.answer, read.answer_position, read.support_value_position) for read in reads]
     if told != replayed:
         raise unusable(name, "query_events as replaying the tokens gives them", "others")
+
+
+def _recorded_config(config: BenchmarkConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"output_dir"})  # where it lies is no part of what it is
 
 
 _SIGNATURES = {"exact_sequence": "exact_sequence_signature", "latent_program": "latent_program_signature"}

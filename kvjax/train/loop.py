@@ -88,8 +88,8 @@ class Training:
         *,
         done_steps: int = 0,
         advance: Callable[[int], None],
-    ) -> list[TrainState]:
-        """Trains from after `done_steps` to the last step, and returns the final states.
+    ) -> None:
+        """Trains from after `done_steps` to the last step.
 
         Args:
           states: each seed's state after `done_steps`.
@@ -108,12 +108,12 @@ class Training:
                 self.program, stacked, self._tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
             )
             metrics = jax.device_get(metrics)
+            self._check_finite(metrics, done_steps + 1)
             for index, recorder in enumerate(recorders):
                 self._log(recorder, metrics, index, done_steps + 1)
             done_steps += steps
             self._evaluate_and_save(stacked, recorders, done_steps)
             advance(steps)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(len(self.seeds))]
 
     def _batches(self, first_step: int, steps: int) -> np.ndarray:
         return np.stack(
@@ -123,6 +123,16 @@ class Training:
             ]
         )
 
+    def _check_finite(self, metrics: StepMetrics, first_step: int) -> None:
+        """Stops a training that has diverged before anything of it is logged, evaluated or saved."""
+        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)  # [R, steps]
+        if not finite.all():
+            seed, offset = np.argwhere(~finite)[0]
+            raise InputError(
+                f"seed {self.seeds[seed]}: expected a finite loss and gradient; found loss "
+                f"{metrics.loss[seed, offset]} at step {first_step + offset} (a lower learning rate may help)"
+            )
+
     def _log(self, recorder: RunRecorder, metrics: StepMetrics, index: int, first_step: int) -> None:
         for offset in range(metrics.loss.shape[1]):
             step = first_step + offset
@@ -131,17 +141,12 @@ class Training:
                     name: float(getattr(metrics, name)[index, offset])
                     for name in ("loss", "token_accuracy", "grad_norm", "learning_rate")
                 }
-                if not math.isfinite(values["loss"]):
-                    raise InputError(
-                        f"seed {self.seeds[index]}: expected a finite loss; found {values['loss']} at step {step} "
-                        "(a lower learning rate may help)"
-                    )
                 recorder.log({"phase": "train", "step": step, **values})
 
     def _evaluate_and_save(self, stacked: TrainState, recorders: Sequence[RunRecorder], step: int) -> None:
         config = self.config
         evaluates = step % config.eval_every_steps == 0 or step == config.num_steps
-        saves = step % config.checkpoint_every_steps == 0
+        saves = step % config.checkpoint_every_steps == 0 or step == config.num_steps
         if not (evaluates or saves):
             return
         limit = config.evaluation.max_eval_batches and config.evaluation.max_eval_batches * config.evaluation.batch_size

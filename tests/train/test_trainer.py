@@ -6,14 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
 from converters.to_torch import to_torch
 from converters.torch_decoder import TorchDecoder
-from kvjax.config import InitializedModelConfig, OptimizationConfig
+from kvjax.config import InitializedModelConfig, OptimizationConfig, ScheduleConfig
 from kvjax.model.decoder import DecoderConfig
-from kvjax.train.schedule import learning_rate
+from kvjax.train.schedule import learning_rate, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
 from tests.building import SMALL_MODEL
 
@@ -110,11 +111,39 @@ def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend):
         np.testing.assert_allclose(metrics.learning_rate[r], rates, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 100.0])
+@pytest.mark.parametrize("max_norm", [None, 2e-6, 1.0])
+def test_eps_and_clipping_where_they_matter(scale, max_norm):
+    """Gradients near Adam's eps of 1e-8, and norms near the 1e-6 that clipping adds."""
+    settings = CONSTANT.model_copy(update={"grad_clip_norm": max_norm, "warmup_steps": 0})
+    gradients = scale * np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    parameter = torch.nn.Parameter(torch.ones(5))
+    theirs = torch.optim.AdamW(
+        [parameter], lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=settings.weight_decay
+    )
+    ours, optimizer = jnp.ones(5), make_optimizer(settings, 100)
+    state = optimizer.init(ours)
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_([parameter], max_norm)
+        theirs.step()
+        updates, state = optimizer.update(jnp.asarray(gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+    moved = parameter.detach().numpy() - 1
+    np.testing.assert_allclose(np.asarray(ours) - 1, moved, rtol=1e-3, atol=1e-6)
+
+
 def test_schedules_by_hand():
     assert np.isclose(learning_rate(CONSTANT, 1, 100), 3e-3 / 5)
     assert np.isclose(learning_rate(CONSTANT, 100, 100), 3e-3)
     assert np.isclose(learning_rate(COSINE, 12, 100), 1e-4 + (3e-3 - 1e-4) / 2)
     assert np.isclose(learning_rate(COSINE, 50, 100), 1e-4)
+    whole = CONSTANT.model_copy(update={"schedule": ScheduleConfig(kind="cosine_decay")})
+    # From the end of the warm-up, step 5, to the last step, 105, down to 0.
+    assert np.isclose(learning_rate(whole, 5, 105), 3e-3)
+    assert np.isclose(learning_rate(whole, 55, 105), 1.5e-3)
+    assert np.isclose(learning_rate(whole, 105, 105), 0.0)
 
 
 def test_every_epoch_visits_every_record_once_and_keeps_its_partial_batch():

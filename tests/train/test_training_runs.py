@@ -16,7 +16,7 @@ from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.trainer import batch_indices
-from tests.building import SMALL_MODEL, read_lines
+from tests.building import SMALL_MODEL, read_lines, write_small_benchmark
 
 SEEDS = [3, 4]
 
@@ -115,17 +115,22 @@ def test_pytorch_goes_on_from_a_checkpoint_with_the_same_loss(trained, small_ben
     optimizer = torch.optim.AdamW(module.parameters())
     optimizer.load_state_dict(document["optimizer_state"])
     for rows, step in zip(batch_indices(3, 17, 2, num_records=80, batch_size=24), (17, 18), strict=True):
-        sequences = [records[i]["token_ids"] for i in rows if i >= 0]
-        longest = max(map(len, sequences))
-        batch = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
-        logits = module(batch)[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=0)
+        loss = torch_step(module, optimizer, [records[i]["token_ids"] for i in rows if i >= 0])
         if step == 18:
-            assert loss.item() == pytest.approx(losses(run)[18], rel=1e-4)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+            assert loss == pytest.approx(losses(run)[18], rel=1e-4)
+
+
+def torch_step(module, optimizer, sequences):
+    """Takes one training step in PyTorch and returns its loss."""
+    longest = max(map(len, sequences))
+    batch = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+    logits = module(batch)[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=0)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def forget_after(run, step):
@@ -154,23 +159,26 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(tmp_path, trained, s
             assert records[0] == pytest.approx(records[1])
 
 
-def test_resuming_from_what_pytorch_wrote(tmp_path, small_benchmark, trained):
-    """A checkpoint whose AdamW state PyTorch saved, with PyTorch's own number types and fields."""
+def test_resuming_from_what_pytorch_trained(tmp_path, small_benchmark, trained):
+    """PyTorch takes steps 9 to 16 itself; training goes on from what its AdamW saved."""
     train(small_benchmark, tmp_path)
+    records = read_lines(small_benchmark / "train.jsonl")
     for seed in SEEDS:
         run = tmp_path / f"seed_{seed}"
         document = load(run, 8)
         module = module_of(document)
         optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
         optimizer.load_state_dict(document["optimizer_state"])
-        document |= {"model_state": module.state_dict(), "optimizer_state": optimizer.state_dict()}
-        torch.save(document, run / "checkpoints" / "step_000008.pt")
+        for rows in batch_indices(seed, 9, 8, num_records=80, batch_size=24):
+            torch_step(module, optimizer, [records[i]["token_ids"] for i in rows if i >= 0])
         forget_after(run, 8)
-        (run / "best_checkpoint.json").unlink()
+        document |= {"step": 16, "model_state": module.state_dict(), "optimizer_state": optimizer.state_dict()}
+        torch.save(document, run / "checkpoints" / "step_000016.pt")
     train(small_benchmark, tmp_path, resume=True)
     for seed in SEEDS:
         ours, whole = losses(tmp_path / f"seed_{seed}"), losses(trained / f"seed_{seed}")
-        np.testing.assert_allclose(list(ours.values()), list(whole.values()), rtol=1e-5)
+        for step in (18, 20, 22, 24):
+            assert ours[step] == pytest.approx(whole[step], rel=1e-3)
 
 
 def test_the_accuracies_our_trainer_recorded_hold_for_its_checkpoints(tmp_path, small_benchmark, trained):
@@ -185,7 +193,7 @@ class TestBest:
     """The best checkpoint: by the metric, ties to the lower loss, then to the earlier step."""
 
     @pytest.fixture
-    def recorder(self, tmp_path, small_benchmark, monkeypatch):
+    def recorder(self, tmp_path, small_benchmark):
         from converters import training
 
         run = training.run_directories(config(small_benchmark), None, str(tmp_path / "run"))
@@ -244,6 +252,83 @@ def test_resuming_with_another_optimiser_is_refused(tmp_path, trained, small_ben
         train(small_benchmark, trained, resume=True, optimization=optimization.model_dump())
 
 
+def test_overwriting_checks_every_directory_before_the_first_is_replaced(tmp_path, small_benchmark):
+    train(small_benchmark, tmp_path)
+    (tmp_path / "seed_4" / "run_config.json").unlink()
+    with pytest.raises(InputError, match="seed_4: expected an earlier run"):
+        train(small_benchmark, tmp_path, overwrite=True)
+    assert len(losses(tmp_path / "seed_3")) == 13
+
+
+def test_adding_a_seed_leaves_finished_runs_alone(tmp_path, small_benchmark):
+    from converters.training import train_missing_runs
+
+    opened, settings = Benchmark.open(small_benchmark), config(small_benchmark)
+    train_missing_runs(run_directories(settings, [3], str(tmp_path)), opened, advance=lambda n: None)
+    kept = tmp_path / "seed_3" / "notes.txt"
+    kept.write_text("mine")
+    train_missing_runs(run_directories(settings, [3, 4], str(tmp_path)), opened, advance=lambda n: None)
+    assert kept.exists() and (tmp_path / "seed_4" / "summary.json").is_file()
+
+
+def test_runs_without_step_checkpoints_resume_from_their_last(tmp_path, small_benchmark, trained):
+    checkpointing = {"best_checkpoint_split": "validation_iid", "save_step_checkpoints": False}
+    train(small_benchmark, tmp_path, checkpointing=checkpointing, num_steps=16)
+    assert not list((tmp_path / "seed_3" / "checkpoints").glob("step_*"))
+    train(small_benchmark, tmp_path, checkpointing=checkpointing, resume=True)
+    for seed in SEEDS:
+        ours, whole = losses(tmp_path / f"seed_{seed}"), losses(trained / f"seed_{seed}")
+        np.testing.assert_allclose(list(ours.values()), list(whole.values()), rtol=1e-5)
+
+
+def test_the_best_checkpoint_after_a_rewind_is_the_best_of_the_rows_kept(tmp_path, small_benchmark):
+    """best.pt may be of a later step than training goes on from, or missing; here it is spoilt both ways."""
+    train(small_benchmark, tmp_path)
+    runs = [tmp_path / f"seed_{seed}" for seed in SEEDS]
+    for run, spoil in zip(runs, ("unlink", "later"), strict=True):
+        best = run / "checkpoints" / "best.pt"
+        if spoil == "unlink":
+            best.unlink()
+        else:
+            torch.save(load(run, 24), best)
+        forget_after(run, 16)
+        rows = [r for r in read_lines(run / "metrics.jsonl") if r.get("split") == "validation_iid" and r["step"] <= 16]
+        expected = min(rows, key=lambda r: (-r["answer_accuracy"], r["loss"], r["step"]))["step"]
+        # Prolonged by nothing: only the bookkeeping of resuming runs.
+        train_runs(
+            {run: config(small_benchmark, num_steps=16, seed=int(run.name[5:]))},
+            Benchmark.open(small_benchmark),
+            resume=True,
+            overwrite=False,
+            advance=lambda n: None,
+        )
+        assert json.loads((run / "best_checkpoint.json").read_text())["step"] == expected
+        assert torch.load(best, weights_only=True)["step"] == expected
+
+
+def test_a_checkpoint_of_another_step_or_benchmark_is_not_resumed_from(tmp_path, small_benchmark):
+    train(small_benchmark, tmp_path)
+    for seed in SEEDS:
+        forget_after(tmp_path / f"seed_{seed}", 16)
+    other = write_small_benchmark(tmp_path / "other", seed=4)
+    with pytest.raises(InputError, match="one trained on another"):
+        train(other, tmp_path, resume=True)
+    torch.save(load(tmp_path / "seed_4", 8), tmp_path / "seed_4" / "checkpoints" / "step_000016.pt")
+    with pytest.raises(InputError, match="the checkpoint of step 16; found step 8"):
+        train(small_benchmark, tmp_path, resume=True)
+
+
+def test_a_training_that_diverges_stops_with_one_line(tmp_path, small_benchmark):
+    optimization = config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(InputError, match="expected a finite loss and gradient"):
+        train(small_benchmark, tmp_path, optimization=optimization.model_dump())
+
+
+def test_the_last_step_is_saved_though_no_interval_ends_there(tmp_path, small_benchmark):
+    train(small_benchmark, tmp_path, num_steps=21)
+    assert list(RunDir.open(tmp_path / "seed_3").checkpoints) == [8, 16, 21]
+
+
 def test_existing_runs_are_kept_unless_asked(trained, small_benchmark):
     before = (trained / "seed_3" / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"seed_3: expected an empty run directory"):
@@ -251,7 +336,7 @@ def test_existing_runs_are_kept_unless_asked(trained, small_benchmark):
     assert (trained / "seed_3" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, small_benchmark, capsys):
+def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, small_benchmark):
     train(small_benchmark, tmp_path)
     run = tmp_path / "seed_4"
     for file in (run / "checkpoints").glob("*.pt"):
