@@ -180,7 +180,7 @@ def train_step(
     metrics = StepMetrics(
         loss=loss / num_targets,
         token_accuracy=right / num_targets,
-        grad_norm=optax.global_norm(grads),
+        grad_norm=optax.tree.norm(grads),
         learning_rate=learning_rate(program.optimization, step, program.num_steps),
     )
     return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
