@@ -243,7 +243,7 @@ class _Recorder:
         self._metrics_path = path / "metrics.jsonl"
         if done_steps:
             self._rewind(done_steps)
-        write_json(path / "run_config.json", self._spec)
+            write_json(path / "run_config.json", self._spec)  # it may have been prolonged
 
     def log(self, row: Row) -> None:
         with self._metrics_path.open("a", encoding="utf-8") as file:
