@@ -10,10 +10,13 @@ being wrong.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +44,11 @@ flags.DEFINE_string("probe_set", None, "The probe set to measure on.")
 flags.DEFINE_integer("repeats", 5, "Timed calls of kvjax; the median is reported.", lower_bound=1)
 flags.DEFINE_integer("torch_repeats", 2, "Timed calls of PyTorch.", lower_bound=1)
 flags.DEFINE_list("torch_batches", ["384", "64", "16"], "Sequences per PyTorch forward; the fastest is the peer.")
+flags.DEFINE_bool(
+    "transformer_lens",
+    importlib.util.find_spec("transformer_lens") is not None,
+    "Time TransformerLens too; it comes with `pip install -e '.[peers]'`.",
+)
 flags.DEFINE_string("name", "sweep", "Name of the result file.")
 
 REFERENCE_MODEL = {"d_model": 128, "n_layers": 3, "n_heads": 4, "d_ff": 512, "max_seq_len": 96}
@@ -68,6 +76,7 @@ def main(argv: list[str]) -> None:
         theirs = peer.measure()  # also the warm-up
         peers[str(batch)] = median_seconds(peer.measure, FLAGS.torch_repeats)
     best = min(peers.values())
+    lens = _transformer_lens(model, module, encoded, vocabulary, measured) if FLAGS.transformer_lens else None
     result = {
         "what": "clean pass, every head and MLP zero ablation, all measures of a row; one checkpoint",
         "machine": machine(),
@@ -80,6 +89,8 @@ def main(argv: list[str]) -> None:
         "read_convert_certify_seconds": reading,
         "torch_seconds_per_checkpoint_by_batch": peers,
         "ratio_to_fastest_torch": best / seconds,
+        "transformer_lens": lens,
+        "transformer_lens_note": None if lens else "not timed: not installed, or switched off",
         "differing_answers": _differing_answers(measured, theirs),
         "answers_compared": int(encoded.is_read.sum()) * len(theirs),
     }
@@ -87,6 +98,11 @@ def main(argv: list[str]) -> None:
     print(f"kvjax    {seconds:8.3f} s per checkpoint (compile {first - seconds:.1f} s, once)")
     for batch, peer_seconds in peers.items():
         print(f"PyTorch  {peer_seconds:8.3f} s per checkpoint, batches of {batch} ({peer_seconds / seconds:.1f}x)")
+    for batch, lens_seconds in (lens["seconds_per_checkpoint_by_batch"] if lens else {}).items():
+        ratio = lens_seconds / seconds
+        print(f"TransformerLens {lens_seconds:.3f} s per checkpoint, batches of {batch} ({ratio:.1f}x)")
+    if lens is None:
+        print(f"TransformerLens {result['transformer_lens_note']}")
     if reading is not None:
         print(f"reading, converting and certifying one file: {reading:.3f} s")
     print(f"answers that differ: {result['differing_answers']} of {result['answers_compared']}")
@@ -126,6 +142,29 @@ def _inputs(scratch: Path) -> tuple[Vocabulary, EncodedRecords, int, ModelConfig
         params, reading = jax.tree.map(np.asarray, variables["params"]), None
         weights = "random"
     return benchmark.vocabulary, encoded, len(splits), model, params, weights, reading
+
+
+def _transformer_lens(
+    model: ModelConfig,
+    module: TorchDecoder,
+    encoded: EncodedRecords,
+    vocabulary: Vocabulary,
+    ours: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """Returns TransformerLens's version, its seconds per checkpoint by batch size, and how its answers differ."""
+    from benchmarks.peers.transformer_lens import TransformerLensAblations, hooked_transformer
+
+    hooked = hooked_transformer(model, module.state_dict())
+    seconds = {}
+    for batch in map(int, FLAGS.torch_batches):
+        peer = TransformerLensAblations(hooked, encoded, vocabulary.value_ids, batch)
+        theirs = peer.measure()  # also the warm-up
+        seconds[str(batch)] = median_seconds(peer.measure, FLAGS.torch_repeats)
+    return {
+        "version": importlib.metadata.version("transformer-lens"),
+        "seconds_per_checkpoint_by_batch": seconds,
+        "differing_answers": _differing_answers(ours, theirs),
+    }
 
 
 def _differing_answers(ours: dict[str, np.ndarray], theirs: dict[tuple[int, ...], tuple[np.ndarray, ...]]) -> int:
