@@ -44,10 +44,10 @@ flags.DEFINE_string("probe_set", None, "The probe set to measure on.")
 flags.DEFINE_integer("repeats", 5, "Timed calls of kvjax; the median is reported.", lower_bound=1)
 flags.DEFINE_integer("torch_repeats", 2, "Timed calls of PyTorch.", lower_bound=1)
 flags.DEFINE_list("torch_batches", ["384", "64", "16"], "Sequences per PyTorch forward; the fastest is the peer.")
-flags.DEFINE_bool(
-    "transformer_lens",
-    importlib.util.find_spec("transformer_lens") is not None,
-    "Time TransformerLens too; it comes with `pip install -e '.[peers]'`.",
+HAS_TRANSFORMER_LENS = importlib.util.find_spec("transformer_lens") is not None
+flags.DEFINE_bool("transformer_lens", HAS_TRANSFORMER_LENS, "Time TransformerLens too (by default where installed).")
+flags.register_validator(
+    "transformer_lens", lambda on: HAS_TRANSFORMER_LENS or not on, "install it with `pip install -e '.[peers]'`"
 )
 flags.DEFINE_string("name", "sweep", "Name of the result file.")
 
