@@ -10,21 +10,23 @@ from typing import Literal
 import jax
 import numpy as np
 
-from converters.source import ConvertedCheckpoint, convert_checkpoint
+from converters.certificate import Certificate
+from converters.library import CheckpointLibrary
+from converters.source import ConvertedCheckpoint
 from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.store import StoredCheckpoint, read_store, write_store
+from kvjax.artifacts.store import STORE_FOLDER, read_stored_run
+from kvjax.config import ModelConfig
 from kvjax.errors import InputError, unusable
-from kvjax.model.decoder import DecoderConfig, stack_params
+from kvjax.model.decoder import DecoderConfig
 from kvjax.sweep.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 
 Verify = Literal["sample", "all", "metrics", "none"]
 
-STORE_FOLDER = "converted"
 EXPORT_FOLDER = "exported_torch"
 VERIFY_SPLIT = "validation_iid"
 
@@ -81,11 +83,14 @@ def convert_run(
     """
     tokens = _certificate_tokens(run, benchmark, verify)
     checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
-    converted: list[ConvertedCheckpoint] = []
+    # Verifying means looking again, so that nothing is taken from an earlier conversion.
+    library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False)
+    certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
     for step, path in run.checkpoints.items():
-        checkpoint = convert_checkpoint(path, run.config, benchmark, expected_step=step, certify_on=tokens)
-        converted.append(checkpoint)
+        checkpoint = library.load(path, step)
+        if checkpoint.certificate is not None:
+            certificates.append(checkpoint.certificate)
         if checks is not None:
             metric_checks += checks.check(checkpoint)
         advance(1)
@@ -95,29 +100,10 @@ def convert_run(
             "an evaluation recorded at a saved checkpoint's step (--verify=metrics)",
             "none",
         )
-    folder = run.analysis / STORE_FOLDER
-    write_store(
-        folder,
-        stack_params([checkpoint.params for checkpoint in converted]),
-        run_name=run.config.run_name,
-        model=run.config.model,
-        vocab_size=len(benchmark.vocabulary.tokens),
-        checkpoints=[
-            StoredCheckpoint(
-                step=checkpoint.step,
-                file=checkpoint.path.name,
-                sha256=checkpoint.sha256,
-                certificate=checkpoint.certificate and dataclasses.asdict(checkpoint.certificate),
-                metrics=dict(checkpoint.recorded["metrics"]),
-            )
-            for checkpoint in converted
-        ],
-        recorded_config=dict(converted[0].recorded["config"]),
-    )
-    certificates = [checkpoint.certificate for checkpoint in converted if checkpoint.certificate]
+    library.save()
     return ConversionReport(
-        folder=folder,
-        steps=[checkpoint.step for checkpoint in converted],
+        folder=run.analysis / STORE_FOLDER,
+        steps=list(run.checkpoints),
         largest_difference=max((c.relative_difference for c in certificates), default=None),
         near_ties=sum(c.argmax_near_ties for c in certificates),
         metric_checks=metric_checks,
@@ -132,27 +118,21 @@ def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -
     Raises:
       InputError: there is no store, or a written file does not hold what was stored.
     """
-    store = read_store(run.analysis / STORE_FOLDER)
+    manifest, trees = read_stored_run(run.analysis / STORE_FOLDER)
+    model, vocab_size = ModelConfig.model_validate(manifest.identity["model"]), manifest.identity["vocab_size"]
     folder = run.analysis / EXPORT_FOLDER
-    for index, stored in enumerate(store.manifest.checkpoints):
-        params = store.checkpoint(index)
+    for stored, params in zip(manifest.checkpoints, trees, strict=True):
         path = folder / stored.file
         write_checkpoint(
-            path,
-            step=stored.step,
-            state=to_torch(params),
-            config=store.manifest.recorded_config,
-            metrics=stored.metrics,
+            path, step=stored.step, state=to_torch(params), config=manifest.recorded_config, metrics=stored.metrics
         )
         if verify != "none":
-            state = read_checkpoint(path).state
-            again = to_flax(state, store.manifest.model, store.manifest.vocab_size, where=path)
+            again = to_flax(read_checkpoint(path).state, model, vocab_size, where=path)
             same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, again))
             if not same:
                 raise unusable(path, "exactly the stored parameters", "others")
         advance(1)
-    steps = [stored.step for stored in store.manifest.checkpoints]
-    return ConversionReport(folder, steps, None, 0, [])
+    return ConversionReport(folder, [stored.step for stored in manifest.checkpoints], None, 0, [])
 
 
 def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np.ndarray | None:

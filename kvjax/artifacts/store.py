@@ -1,9 +1,17 @@
-"""Converted parameters of a run's checkpoints, stacked, in an Orbax store with a manifest that says what they are."""
+"""Converted parameters of a run's checkpoints: stacked Orbax parts, and a manifest that says what they are.
+
+A store grows by parts: new checkpoints are written as one more stacked tree, nothing written before is touched. Each
+checkpoint is named by the SHA-256 of the `.pt` file it came from, each part by the SHA-256 of its parameters; what does
+not match is as good as absent, and is converted again.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +20,21 @@ import numpy as np
 import pydantic
 
 from kvjax.artifacts.files import read_json, replace_directory, write_json
-from kvjax.config import ModelConfig
-from kvjax.errors import unusable
+from kvjax.errors import InputError, unusable
+
+STORE_FOLDER = "converted"  # in a run's analysis folder
 
 _MANIFEST = "manifest.json"
-_PARAMS = "params"
 
 Tree = dict[str, Any]
 
 
 class StoredCheckpoint(pydantic.BaseModel):
-    """One checkpoint of the store."""
+    """One checkpoint of the store.
+
+    `part` and `index` say where its parameters lie; `metrics` and `notes` are what the trainer recorded in the file, and
+    what a reader should know of it.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -31,94 +43,167 @@ class StoredCheckpoint(pydantic.BaseModel):
     sha256: str
     certificate: dict[str, Any] | None
     metrics: dict[str, Any]
+    notes: list[str]
+    part: str
+    index: int
 
 
 class StoreManifest(pydantic.BaseModel):
-    """What a store holds; `checkpoints` are in the order of the parameters' leading axis."""
+    """What a store holds.
+
+    `identity` is what every conversion depended on beside its file: run, model section, benchmark. `parts` names the
+    Orbax folders, each by the hash of the parameters in it.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    kvjax_parameter_store: Literal[1]
-    run_name: str
-    model: ModelConfig
-    vocab_size: int
+    kvjax_parameter_store: Literal[2]
+    identity: dict[str, Any]
     checkpoints: list[StoredCheckpoint]
+    parts: dict[str, str]
     recorded_config: dict[str, Any]
-    params_sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
-class ParameterStore:
-    """An opened store.
+class NewCheckpoint:
+    """A checkpoint to store: its parameters, and what `StoredCheckpoint` says of it."""
 
-    Attributes:
-      manifest: what it holds.
-      params: numpy parameter tree, every leaf with a leading checkpoint axis C.
-    """
-
-    manifest: StoreManifest
+    step: int
+    file: str
+    sha256: str
+    certificate: dict[str, Any] | None
+    metrics: dict[str, Any]
+    notes: Sequence[str]
     params: Tree
 
-    def checkpoint(self, index: int) -> Tree:
-        """Returns the parameters of one checkpoint."""
-        return jax.tree.map(lambda leaf: leaf[index], self.params)
+
+class ParameterStore:
+    """The store in a folder, opened for one identity; parts are read when a checkpoint in them is asked for.
+
+    Args:
+      folder: where it lies, or will.
+      identity: what conversions depend on beside the file. A store of another identity counts as empty.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self.folder = folder
+        self._identity = dict(identity)
+        self._parts: dict[str, Tree | None] = {}
+        manifest = _read_manifest(folder)
+        self._manifest = manifest if manifest is not None and manifest.identity == self._identity else None
+
+    def find(self, sha256: str) -> tuple[StoredCheckpoint, Tree] | None:
+        """Returns what is stored of the `.pt` file with that hash; None where nothing is, or what is is damaged."""
+        for stored in self._manifest.checkpoints if self._manifest else ():
+            if stored.sha256 == sha256:
+                part = self._part(stored.part)
+                return None if part is None else (stored, jax.tree.map(lambda leaf: leaf[stored.index], part))
+        return None
+
+    def add(self, checkpoints: Sequence[NewCheckpoint], recorded_config: Mapping[str, Any]) -> None:
+        """Writes checkpoints as one more part; entries of the same files, and damaged parts, are dropped."""
+        if not checkpoints:
+            return
+        kept, parts = [], {}
+        if self._manifest:
+            replaced = {checkpoint.sha256 for checkpoint in checkpoints}
+            kept = [c for c in self._manifest.checkpoints if c.sha256 not in replaced and self._parts.get(c.part, {}) is not None]
+            parts = {name: self._manifest.parts[name] for name in {c.part for c in kept}}
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
+        sha256 = tree_sha256(stacked)
+        name = f"part_{sha256[:16]}"
+        with replace_directory(self.folder / name) as partial:
+            save_tree(partial / "params", stacked)
+        new = [
+            StoredCheckpoint(
+                **{f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in ("params", "notes")},
+                notes=list(c.notes),
+                part=name,
+                index=index,
+            )
+            for index, c in enumerate(checkpoints)
+        ]
+        manifest = StoreManifest(
+            kvjax_parameter_store=2,
+            identity=self._identity,
+            checkpoints=sorted([*kept, *new], key=lambda c: (c.step, c.file)),
+            parts={**parts, name: sha256},
+            recorded_config=dict(recorded_config),
+        )
+        write_json(self.folder / _MANIFEST, manifest.model_dump())
+        self._manifest = manifest
+        self._parts[name] = stacked
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in manifest.parts:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _part(self, name: str) -> Tree | None:
+        """Returns a part's stacked parameters, or None where they are not what the manifest names."""
+        if name not in self._parts:
+            self._parts[name] = _read_part(self.folder / name, self._manifest.parts.get(name))
+        return self._parts[name]
 
 
-def write_store(
-    folder: Path,
-    params: Tree,
-    *,
-    run_name: str,
-    model: ModelConfig,
-    vocab_size: int,
-    checkpoints: list[StoredCheckpoint],
-    recorded_config: dict[str, Any],
-) -> StoreManifest:
-    """Writes stacked parameters and their manifest; an existing store is replaced only once the new one is whole."""
-    from orbax.checkpoint import v1 as orbax  # a second to import, for nothing else in the project
-
-    manifest = StoreManifest(
-        kvjax_parameter_store=1,
-        run_name=run_name,
-        model=model,
-        vocab_size=vocab_size,
-        checkpoints=checkpoints,
-        recorded_config=recorded_config,
-        params_sha256=_tree_sha256(params),
-    )
-    with replace_directory(folder) as partial:
-        orbax.save(partial.resolve() / _PARAMS, params)
-        write_json(partial / _MANIFEST, manifest.model_dump())
-    return manifest
-
-
-def read_store(folder: Path) -> ParameterStore:
-    """Returns the store in a folder.
+def read_stored_run(folder: Path) -> tuple[StoreManifest, list[Tree]]:
+    """Returns a store's manifest and the parameters of each of its checkpoints, whatever identity it has.
 
     Raises:
-      InputError: there is none, or it is damaged.
+      InputError: there is no store, or it is damaged.
     """
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise unusable(folder, "converted parameters (kvjax convert --to=flax)", "none")
+    parts = {name: _read_part(folder / name, sha256) for name, sha256 in manifest.parts.items()}
+    for stored in manifest.checkpoints:
+        if parts.get(stored.part) is None:
+            raise unusable(folder / stored.part, "the parameters the manifest names", "none, or others")
+    trees = [jax.tree.map(lambda leaf, i=c.index: leaf[i], parts[c.part]) for c in manifest.checkpoints]
+    return manifest, trees
+
+
+def save_tree(path: Path, tree: Tree) -> None:
+    """Writes a tree of arrays with Orbax, uncompressed: float32 weights do not compress, and reading stays fast."""
+    from orbax.checkpoint import v1 as orbax  # a second to import, for nothing else in the project
+
+    context = orbax.Context()
+    context.array.saving.use_compression = False
+    with context:
+        orbax.save(path.resolve(), tree)
+
+
+def load_tree(path: Path) -> Tree:
+    """Returns the tree of NumPy arrays that `save_tree` wrote."""
     from orbax.checkpoint import v1 as orbax
 
-    if not (folder / _MANIFEST).is_file():
-        raise unusable(folder, "converted parameters (kvjax convert --to=flax)", "none")
-    try:
-        manifest = StoreManifest.model_validate(read_json(folder / _MANIFEST))
-    except pydantic.ValidationError as error:
-        raise unusable(folder / _MANIFEST, "the manifest of a parameter store", error.errors()[0]["msg"]) from None
-    try:
-        params = orbax.load(folder.resolve() / _PARAMS)
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged store
-        raise unusable(folder, "a readable parameter store", error) from None
-    if _tree_sha256(params) != manifest.params_sha256:
-        raise unusable(folder, "the parameters its manifest names", "others")
-    return ParameterStore(manifest, params)
+    return orbax.load(path.resolve())
 
 
-def _tree_sha256(params: Tree) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
+def tree_sha256(params: Tree) -> str:
+    """Returns a hash of a tree's structure, shapes, types and values."""
+
+    def leaf_digest(item: tuple) -> bytes:
+        path, leaf = item
         leaf = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest = hashlib.sha256(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf)
-    return digest.hexdigest()
+        return digest.digest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        return hashlib.sha256(b"".join(pool.map(leaf_digest, jax.tree.leaves_with_path(params)))).hexdigest()
+
+
+def _read_manifest(folder: Path) -> StoreManifest | None:
+    if not (folder / _MANIFEST).is_file():
+        return None
+    try:
+        return StoreManifest.model_validate(read_json(folder / _MANIFEST))
+    except (pydantic.ValidationError, InputError):
+        return None
+
+
+def _read_part(path: Path, sha256: str | None) -> Tree | None:
+    try:
+        params = load_tree(path / "params")
+    except Exception:  # Orbax and TensorStore raise many kinds for a damaged store
+        return None
+    return params if tree_sha256(params) == sha256 else None

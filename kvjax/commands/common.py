@@ -50,20 +50,27 @@ def progress_bar(total: int, unit: str, *, show: bool) -> Iterator[Callable[[int
         yield bar.update
 
 
-def torch_loader() -> Callable[[Any], Callable[..., Any]]:
-    """Returns the sweep's loader of PyTorch checkpoints: for a prepared run, a function that reads one file of it."""
-    from converters.source import convert_checkpoint
+def torch_source(work: Any) -> Any:
+    """Returns where the sweep takes a prepared run's checkpoints from: its PyTorch files, through the store."""
+    from converters.library import CheckpointLibrary
 
-    def for_run(work: Any) -> Callable[..., Any]:
-        def load(path, expected_step):
-            return convert_checkpoint(
-                path,
-                work.run.config,
-                work.benchmark,
-                expected_step=expected_step,
-                certify_on=work.certificate_tokens,
-            )
+    return CheckpointLibrary(work.run, work.benchmark, certify_on=work.certificate_tokens)
 
-        return load
 
-    return for_run
+def define_runtime_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of commands that compile large programs."""
+    flags.DEFINE_bool(
+        "compilation_cache",
+        True,
+        "Keep compiled programs in a private per-user folder, so that the next start is faster.",
+        flag_values=values,
+    )
+
+
+def start_jax(values: flags.FlagValues) -> None:
+    """Sets JAX up for a command, before anything computes: the compilation cache, and one device per CPU core."""
+    from kvjax.runtime import share_cpu_cores, use_compilation_cache
+
+    if values["compilation_cache"].value:
+        use_compilation_cache()
+    share_cpu_cores()

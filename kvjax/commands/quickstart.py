@@ -60,7 +60,7 @@ def run() -> None:
     ]
     total = sum(len(work.wanted) for work in prepared)
     with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:
-        reports = sweep_runs(prepared, common.torch_loader(), settings=SweepSettings(), advance=advance)
+        reports = sweep_runs(prepared, common.torch_source, settings=SweepSettings(), advance=advance)
     for report in reports:
         print_sweep_report(report)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.measure.behaviour import answer_margin
+from kvjax.measure.behaviour import answer_margin, wins_among
 
 
 def lens_sums(
@@ -32,14 +32,13 @@ def lens_sums(
       `answer_correct` (value tokens at p_e), `query_key_correct` (key tokens at k_e), `support_value_correct` (value
       tokens at s_e) and `answer_margin` (at p_e).
     """
-    margin, answer = answer_margin(prediction_logits_SxBxQxV, answers_BxQ[None], value_ids)
-    key_guess = key_ids[jnp.argmax(prediction_logits_SxBxQxV[..., key_ids], axis=-1)]
-    value_guess = value_ids[jnp.argmax(support_logits_SxBxQxV[..., value_ids], axis=-1)]
+    stages = len(prediction_logits_SxBxQxV)
+    answers_SxBxQ, keys_SxBxQ = (jnp.broadcast_to(x, (stages, *x.shape)) for x in (answers_BxQ, keys_BxQ))
     per_read = {
-        "answer_correct": answer,
-        "query_key_correct": key_guess == keys_BxQ[None],
-        "support_value_correct": value_guess == answers_BxQ[None],
-        "answer_margin": margin,
+        "answer_correct": wins_among(prediction_logits_SxBxQxV, answers_SxBxQ, value_ids),
+        "query_key_correct": wins_among(prediction_logits_SxBxQxV, keys_SxBxQ, key_ids),
+        "support_value_correct": wins_among(support_logits_SxBxQxV, answers_SxBxQ, value_ids),
+        "answer_margin": answer_margin(prediction_logits_SxBxQxV, answers_SxBxQ, value_ids),
     }
     return {name: jnp.sum(jnp.where(is_read_BxQ[None], x, 0), axis=-1) for name, x in per_read.items()}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,15 @@ import numpy as np
 from flax import linen as nn
 
 from kvjax.config import ModelConfig
-from kvjax.model.interventions import CLEAN, Interventions, Tap, editing_tap, recording_tap
+from kvjax.model.interventions import CLEAN, Interventions, Tap
 from kvjax.model.sites import Trace, take_positions
 from kvjax.task.vocabulary import PAD_ID
 
 Params = dict[str, Any]
 
 LAYER_NORM_EPS = 1e-5
+
+NO_TAP = Tap()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,21 +61,46 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
 
 
-def attention_mask(tokens_BxT: jax.Array, positions_BxQ: jax.Array | None = None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a layer that were computed before, for a run that computes the positions after them alone.
+
+    Attributes:
+      keys, values: [B, H, T, E].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def attention_mask(tokens_BxT: jax.Array, positions_BxP: jax.Array | None = None) -> jax.Array:
     """Returns which keys a query may attend to, bool [B, 1, P, T]: not later than itself, and not padding.
 
     Args:
       tokens_BxT: token ids.
-      positions_BxQ: the queried positions; all T where None.
+      positions_BxP: the queried positions; all T where None.
     """
     length = tokens_BxT.shape[1]
-    queries = jnp.arange(length)[None] if positions_BxQ is None else positions_BxQ
+    queries = jnp.arange(length)[None] if positions_BxP is None else positions_BxP
     causal = queries[:, :, None] >= jnp.arange(length)[None, None]
     return (causal & (tokens_BxT != PAD_ID)[:, None, :])[:, None]
 
 
-def _no_tap(_: str, x: jax.Array) -> jax.Array:
-    return x
+def window_mask(tokens_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.Array) -> jax.Array:
+    """Returns which keys a query may attend to where a window alone is computed, bool [B, 1, P, T + W].
+
+    Args:
+      tokens_BxT: token ids.
+      window_BxW: the positions computed, ascending; those before the first are attended to through a `Prefix`.
+      queries_BxP: the queried positions.
+    """
+    length = tokens_BxT.shape[1]
+    in_prefix = (jnp.arange(length)[None] < window_BxW[:, :1]) & (tokens_BxT != PAD_ID)
+    before = jnp.broadcast_to(in_prefix[:, None], (*queries_BxP.shape, length))
+    within = queries_BxP[:, :, None] >= window_BxW[:, None, :]
+    within &= (jnp.take_along_axis(tokens_BxT, window_BxW, axis=1) != PAD_ID)[:, None]
+    return jnp.concatenate([before, within], axis=-1)[:, None]
 
 
 class Attention(nn.Module):
@@ -85,19 +112,40 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, self.config.d_model, precision=self.config.precision)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = dense(), dense(), dense(), dense()
 
-    def _split_heads(self, x_BxTxD: jax.Array) -> jax.Array:
-        # Heads first: batched [T, E] products are 1.4-2.9 times faster on CPU than the head-last layout.
+    def _heads(self, projection: nn.Dense, x: jax.Array) -> jax.Array:
+        """Returns a projection by head, [B, H, T, E], of one input for all heads, [B, T, D], or one each, [B, T, H, D].
+
+        Heads first: batched [T, E] products are 1.4-2.9 times faster on CPU than the head-last layout.
+        """
         config = self.config
-        return x_BxTxD.reshape(*x_BxTxD.shape[:2], config.n_heads, config.d_head).swapaxes(1, 2)
+        if x.ndim == 4:
+            projected = projection(x).reshape(*x.shape[:3], config.n_heads, config.d_head)
+            return jnp.einsum("bthhe->bhte", projected)
+        return projection(x).reshape(*x.shape[:2], config.n_heads, config.d_head).swapaxes(1, 2)
 
     def head_outputs(
-        self, query_BxPxD: jax.Array, context_BxTxD: jax.Array, mask_Bx1xPxT: jax.Array, tap: Tap
+        self,
+        inputs: tuple[jax.Array, jax.Array, jax.Array],
+        mask_Bx1xPxT: jax.Array,
+        tap: Tap,
+        prefix: Prefix | None = None,
     ) -> jax.Array:
-        """Returns every head's z, [B, P, H, E]."""
+        """Returns every head's z, [B, P, H, E].
+
+        Args:
+          inputs: what queries, keys and values are made from, after the LayerNorm: [B, P or T, D], or one per head.
+          mask_Bx1xPxT: from `attention_mask`, or `window_mask` with a prefix.
+          tap: called at every site.
+          prefix: keys and values attended to before those of `inputs`.
+        """
         matmul = functools.partial(jnp.matmul, precision=self.config.precision)
-        q_BxHxPxE = self._split_heads(self.q_proj(query_BxPxD))
-        k_BxHxTxE = self._split_heads(self.k_proj(context_BxTxD))
-        v_BxHxTxE = self._split_heads(self.v_proj(context_BxTxD))
+        query_input, key_input, value_input = inputs
+        q_BxHxPxE = self._heads(self.q_proj, query_input)
+        k_BxHxTxE = tap("key", self._heads(self.k_proj, key_input))
+        v_BxHxTxE = tap("value", self._heads(self.v_proj, value_input))
+        if prefix is not None:
+            k_BxHxTxE = jnp.concatenate([prefix.keys, k_BxHxTxE], axis=2)
+            v_BxHxTxE = jnp.concatenate([prefix.values, v_BxHxTxE], axis=2)
         scores = matmul(q_BxHxPxE, k_BxHxTxE.swapaxes(2, 3)) * self.config.d_head**-0.5
         pattern_BxHxPxT = jax.nn.softmax(jnp.where(mask_Bx1xPxT, scores, -jnp.inf), axis=-1)
         pattern_BxHxPxT = tap("pattern", pattern_BxHxPxT)
@@ -118,7 +166,11 @@ class Mlp(nn.Module):
         self.fc_out = nn.Dense(self.config.d_model, precision=self.config.precision)
 
     def __call__(self, x_BxPxD: jax.Array, tap: Tap) -> jax.Array:
-        return self.fc_out(tap("mlp_hidden", gelu(self.fc_in(x_BxPxD))))
+        return self.write(gelu(self.fc_in(x_BxPxD)), tap)
+
+    def write(self, hidden_BxPxF: jax.Array, tap: Tap) -> jax.Array:
+        """Returns what the hidden activations write into the residual stream, [B, P, D]."""
+        return self.fc_out(tap("mlp_hidden", hidden_BxPxF))
 
 
 def _layer_norm() -> nn.LayerNorm:
@@ -140,36 +192,56 @@ class Block(nn.Module):
         self,
         resid_BxTxD: jax.Array,
         mask_Bx1xPxT: jax.Array,
-        tap: Tap = _no_tap,
-        positions_BxQ: jax.Array | None = None,
+        tap: Tap = NO_TAP,
+        *,
+        queries_BxP: jax.Array | None = None,
+        prefix: Prefix | None = None,
     ) -> jax.Array:
         """Returns the residual stream after the block, [B, P, D].
 
         Args:
-          resid_BxTxD: the residual stream before it, at every position.
-          mask_Bx1xPxT: from `attention_mask`, for the same positions.
+          resid_BxTxD: the residual stream before it, at all positions, or at those after `prefix`.
+          mask_Bx1xPxT: from `attention_mask` for the same queries, or from `window_mask`.
           tap: called at every site.
-          positions_BxQ: the positions to compute; keys and values always come from all of them.
+          queries_BxP: the rows of `resid_BxTxD` to compute; keys and values always come from all of them.
+          prefix: keys and values of the positions before.
         """
-        context_BxTxD = self.ln_1(resid_BxTxD)
-        query_BxPxD = context_BxTxD
-        if positions_BxQ is not None:
-            query_BxPxD = take_positions(context_BxTxD, positions_BxQ, 1)
-            resid_BxTxD = take_positions(resid_BxTxD, positions_BxQ, 1)
-        z_BxPxHxE = self.attn.head_outputs(query_BxPxD, context_BxTxD, mask_Bx1xPxT, tap)
-        return self.from_head_z(resid_BxTxD, z_BxPxHxE, tap)
 
-    def from_head_z(self, resid_BxPxD: jax.Array, z_BxPxHxE: jax.Array, tap: Tap = _no_tap) -> jax.Array:
+        def at_queries(x: jax.Array) -> jax.Array:
+            return x if queries_BxP is None else take_positions(x, queries_BxP, 1)
+
+        normed_BxTxD = self.ln_1(resid_BxTxD)
+
+        def attention_input(name: str, at: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            if not tap.wants(name):
+                return at(normed_BxTxD)
+            shape = (*resid_BxTxD.shape[:2], self.config.n_heads, self.config.d_model)
+            return self.ln_1(tap(name, at(jnp.broadcast_to(resid_BxTxD[:, :, None], shape))))
+
+        inputs = (
+            attention_input("query_input", at_queries),
+            attention_input("key_input", lambda x: x),
+            attention_input("value_input", lambda x: x),
+        )
+        z_BxPxHxE = self.attn.head_outputs(inputs, mask_Bx1xPxT, tap, prefix)
+        return self.from_head_z(at_queries(resid_BxTxD), z_BxPxHxE, tap)
+
+    def from_head_z(self, resid_BxPxD: jax.Array, z_BxPxHxE: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
         """Returns the residual stream after the block, given the one before it and every head's z."""
         attn_out_BxPxD = tap("attn_out", self.attn.write(tap("head_z", z_BxPxHxE)))
         return self.from_post_attn(resid_BxPxD + attn_out_BxPxD, tap)
 
-    def from_post_attn(self, resid_BxPxD: jax.Array, tap: Tap = _no_tap) -> jax.Array:
+    def from_post_attn(self, resid_BxPxD: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
         """Returns the residual stream after the block, given the one between its halves."""
         resid_BxPxD = tap("post_attn", resid_BxPxD)
-        return self.from_mlp_out(resid_BxPxD, self.mlp(self.ln_2(resid_BxPxD), tap), tap)
+        mlp_out_BxPxD = self.mlp(self.ln_2(tap("mlp_input", resid_BxPxD)), tap)
+        return self.from_mlp_out(resid_BxPxD, mlp_out_BxPxD, tap)
 
-    def from_mlp_out(self, resid_BxPxD: jax.Array, mlp_out_BxPxD: jax.Array, tap: Tap = _no_tap) -> jax.Array:
+    def from_mlp_hidden(self, resid_BxPxD: jax.Array, hidden_BxPxF: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
+        """Returns the residual stream after the block, given the one between its halves and the MLP's activations."""
+        return self.from_mlp_out(resid_BxPxD, self.mlp.write(hidden_BxPxF, tap), tap)
+
+    def from_mlp_out(self, resid_BxPxD: jax.Array, mlp_out_BxPxD: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
         """Returns the residual stream after the block, given the one between its halves and the MLP's output."""
         return tap("post_mlp", resid_BxPxD + tap("mlp_out", mlp_out_BxPxD))
 
@@ -199,20 +271,18 @@ class Decoder(nn.Module):
           edits: what to replace where.
           capture: names of the sites to return, after any edit of them.
         """
-        trace: Trace = {}
-        tap = recording_tap(editing_tap(edits), capture, trace)
+        tap = Tap(edits, capture=capture)
         mask = attention_mask(tokens_BxT)
         resid_BxTxD = tap("embedding", self.embed(tokens_BxT))
 
         def layer_body(block: Block, resid_BxTxD: jax.Array, layer: jax.Array) -> tuple[jax.Array, Trace]:
-            seen: Trace = {}
-            layer_tap = recording_tap(editing_tap(edits, layer), capture, seen)
-            return block(resid_BxTxD, mask, layer_tap), seen
+            layer_tap = Tap(edits, layer, capture=capture)
+            return block(resid_BxTxD, mask, layer_tap), layer_tap.record
 
         scan = nn.scan(layer_body, variable_axes={"params": 0}, split_rngs={"params": True})
         resid_BxTxD, seen = scan(self.blocks, resid_BxTxD, jnp.arange(self.config.n_layers))
-        normed_BxTxD = tap("final_norm", self.final_norm(resid_BxTxD))
-        return self.unembed(normed_BxTxD), trace | seen
+        logits = self.read_out(resid_BxTxD, tap)
+        return logits, tap.record | seen
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
         """Returns token plus position embeddings, [B, T, D]."""
@@ -224,9 +294,9 @@ class Decoder(nn.Module):
             return jnp.matmul(normed, self.token_embedding.embedding.T, precision=self.config.precision)
         return self.unembedding(normed)
 
-    def read_out(self, resid: jax.Array) -> jax.Array:
+    def read_out(self, resid: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
         """Returns the logits of residual states before the final LayerNorm, [..., V]."""
-        return self.unembed(self.final_norm(resid))
+        return self.unembed(tap("final_norm", self.final_norm(tap("logits_input", resid))))
 
 
 def layer_params(params: Params, layer: jax.Array | int) -> Params:

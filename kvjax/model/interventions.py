@@ -7,15 +7,13 @@ values and the descriptors they are built from are traced: choosing another comp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.errors import InputError
-from kvjax.model.sites import SITES, take_positions
-
-Tap = Callable[[str, jax.Array], jax.Array]
+from kvjax.model.sites import SITE_ORDER, SITES, take_positions
 
 
 @jax.tree_util.register_dataclass
@@ -38,21 +36,30 @@ Interventions = Mapping[str, Edit]
 CLEAN: Interventions = {}
 
 
-def ablate_head(layer: jax.Array | int, head: jax.Array | int, *, n_layers: int, n_heads: int) -> Interventions:
-    """Returns the zero ablation of one head: its attention output, before the output projection, becomes 0.
+def ablate_head(
+    layer: jax.Array | int, head: jax.Array | int, *, n_layers: int, n_heads: int, value: jax.Array | None = None
+) -> Interventions:
+    """Returns the ablation of one head: its attention output z, before the output projection, is replaced.
 
     Args:
       layer, head: which head; may be traced.
       n_layers, n_heads: the model's shape.
+      value: what replaces z, with the axes of `head_z` (each of its length or 1); zero where None.
     """
     mask_LxH = (jnp.arange(n_layers) == layer)[:, None] & (jnp.arange(n_heads) == head)[None]
-    return {"head_z": Edit(mask_LxH[:, None, None, :, None], jnp.zeros((1, 1, 1, 1, 1)))}
+    return {"head_z": Edit(mask_LxH[:, None, None, :, None], jnp.zeros((1,) * 5) if value is None else value)}
 
 
-def ablate_mlp(layer: jax.Array | int, *, n_layers: int) -> Interventions:
-    """Returns the zero ablation of one MLP: its whole output, bias included, becomes 0; `layer` may be traced."""
+def ablate_mlp(layer: jax.Array | int, *, n_layers: int, value: jax.Array | None = None) -> Interventions:
+    """Returns the ablation of one MLP: its whole output, bias included, is replaced by `value`, or by zero.
+
+    Args:
+      layer: which MLP; may be traced.
+      n_layers: the model's shape.
+      value: what replaces the output, with the axes of `mlp_out` (each of its length or 1); zero where None.
+    """
     mask_L = jnp.arange(n_layers) == layer
-    return {"mlp_out": Edit(mask_L[:, None, None, None], jnp.zeros((1, 1, 1, 1)))}
+    return {"mlp_out": Edit(mask_L[:, None, None, None], jnp.zeros((1,) * 4) if value is None else value)}
 
 
 def compose(first: Interventions, second: Interventions) -> Interventions:
@@ -64,6 +71,11 @@ def compose(first: Interventions, second: Interventions) -> Interventions:
             edit = Edit(before.mask | edit.mask, jnp.where(edit.mask, edit.value, before.value))
         both[site] = edit
     return both
+
+
+def earliest_site(edits: Interventions) -> str:
+    """Returns the site of the edits that a forward pass reaches first within a layer."""
+    return min(edits, key=SITE_ORDER.__getitem__)
 
 
 def check_interventions(edits: Interventions) -> None:
@@ -79,43 +91,46 @@ def check_interventions(edits: Interventions) -> None:
                 )
 
 
-def editing_tap(
-    edits: Interventions, layer: jax.Array | int | None = None, positions_BxQ: jax.Array | None = None
-) -> Tap:
-    """Returns the function a block calls at every site: identity where no edit names it.
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """What the model calls at every site: it applies the edits that name the site, and records what was asked for.
 
-    Args:
+    Attributes:
       edits: interventions over the whole model.
       layer: the layer the tap sits in, possibly traced; None for sites outside the layers.
-      positions_BxQ: the positions the block computes, where it does not compute all.
+      queried_BxP: the positions that are queried, where not all are.
+      context_BxT: the positions that keys and values are made at, where not all are.
+      capture: sites to record, after any edit.
+      record: where to.
     """
 
-    def tap(name: str, x: jax.Array) -> jax.Array:
-        if name not in edits:
-            return x
-        edit, site = edits[name], SITES[name]
+    edits: Interventions = dataclasses.field(default_factory=dict)
+    layer: jax.Array | int | None = None
+    queried_BxP: jax.Array | None = None
+    context_BxT: jax.Array | None = None
+    capture: tuple[str, ...] = ()
+    record: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
-        def local(array: jax.Array) -> jax.Array:
-            if site.per_layer:
-                # A layer axis of length 1 serves every layer without being copied for each.
-                array = array[0] if array.shape[0] == 1 else jax.lax.dynamic_index_in_dim(array, layer, 0, False)
-            if positions_BxQ is None or array.shape[site.positions] == 1:
-                return array
-            array = jnp.broadcast_to(array, (positions_BxQ.shape[0], *array.shape[1:]))
-            return take_positions(array, positions_BxQ, site.positions)
+    def wants(self, name: str) -> bool:
+        """Whether the site must exist: activations that only edits need are not formed without one."""
+        return name in self.edits or name in self.capture
 
-        return jnp.where(local(edit.mask), local(edit.value), x)
-
-    return tap
-
-
-def recording_tap(tap: Tap, sites: tuple[str, ...], record: dict[str, jax.Array]) -> Tap:
-    """Returns `tap`, which also stores what comes out of it at the named sites in `record`."""
-
-    def recorded(name: str, x: jax.Array) -> jax.Array:
-        x = tap(name, x)
-        if name in sites:
-            record[name] = x
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        if name in self.edits:
+            edit = self.edits[name]
+            x = jnp.where(self._local(name, edit.mask), self._local(name, edit.value), x)
+        if name in self.capture:
+            self.record[name] = x
         return x
 
-    return recorded
+    def _local(self, name: str, array: jax.Array) -> jax.Array:
+        """Returns the part of a mask or value that belongs to this layer and these positions."""
+        site = SITES[name]
+        if site.per_layer:
+            # A layer axis of length 1 serves every layer without being copied for each.
+            array = array[0] if array.shape[0] == 1 else jax.lax.dynamic_index_in_dim(array, self.layer, 0, False)
+        positions = self.queried_BxP if site.queried else self.context_BxT
+        if positions is None or array.shape[site.positions] == 1:
+            return array
+        array = jnp.broadcast_to(array, (positions.shape[0], *array.shape[1:]))
+        return take_positions(array, positions, site.positions)

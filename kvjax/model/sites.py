@@ -23,7 +23,8 @@ class Site:
     Attributes:
       name: as in a trace or an intervention.
       axes: its axis letters; a leading L means one activation per layer, stacked.
-      positions: the index, after the layer axis, of the axis that runs over queried positions.
+      positions: the index, after the layer axis, of the axis that runs over positions: the queried ones where its
+        letter is P, those that keys and values come from where it is T.
     """
 
     name: str
@@ -34,21 +35,37 @@ class Site:
     def per_layer(self) -> bool:
         return self.axes.startswith("L")
 
+    @property
+    def queried(self) -> bool:
+        """Whether the activation exists at queried positions alone."""
+        return self.axes[self.positions + self.per_layer] == "P"
 
+
+# In the order a forward pass reaches them: outside the layers first and last, inside a layer in between.
 SITES: Mapping[str, Site] = {
     site.name: site
     for site in (
         Site("embedding", "BPD"),
+        # What each head's queries, keys and values are made from: the residual stream before the layer, once per head.
+        # They exist only where an edit or a capture names them.
+        Site("query_input", "LBPHD"),
+        Site("key_input", "LBTHD"),
+        Site("value_input", "LBTHD"),
+        Site("key", "LBHTE", positions=2),
+        Site("value", "LBHTE", positions=2),
         Site("pattern", "LBHPT", positions=2),
         Site("head_z", "LBPHE"),
         Site("attn_out", "LBPD"),
         Site("post_attn", "LBPD"),
+        Site("mlp_input", "LBPD"),
         Site("mlp_hidden", "LBPF"),
         Site("mlp_out", "LBPD"),
         Site("post_mlp", "LBPD"),
+        Site("logits_input", "BPD"),
         Site("final_norm", "BPD"),
     )
 }
+SITE_ORDER = {name: index for index, name in enumerate(SITES)}
 
 STAGE_SITES = ("embedding", "post_attn", "post_mlp", "final_norm")
 

@@ -10,12 +10,16 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Interventions, check_interventions, compose
 from kvjax.model.sites import SITES, Trace
 
 Lift = Literal["map", "vmap"]
+
+CHECKPOINT_AXIS = "checkpoint"
 
 
 class Apply(Protocol):
@@ -74,8 +78,14 @@ def over_interventions(function: Callable[[Any], Any], *, lift: Lift) -> Callabl
     return functools.partial(jax.lax.map, function) if lift == "map" else jax.vmap(function)
 
 
-def over_checkpoints(function: Callable[..., Any], *, lift: Lift) -> Callable[..., Any]:
-    """Returns `function(params, *shared)` as a function of parameters stacked on a leading checkpoint axis."""
+def over_checkpoints(function: Callable[..., Any], *, lift: Lift, devices: int = 1) -> Callable[..., Any]:
+    """Returns `function(params, *shared)` as a function of parameters stacked on a leading checkpoint axis.
+
+    Args:
+      function: of one checkpoint.
+      lift: `map` runs the checkpoints of a device one after another, `vmap` side by side.
+      devices: how many devices share the checkpoint axis, which must be a multiple of it; each has all of `shared`.
+    """
 
     def lifted(stacked_params: Params, *shared: Any) -> Any:
         def one(params: Params) -> Any:
@@ -83,4 +93,17 @@ def over_checkpoints(function: Callable[..., Any], *, lift: Lift) -> Callable[..
 
         return jax.lax.map(one, stacked_params) if lift == "map" else jax.vmap(one)(stacked_params)
 
-    return lifted
+    if devices == 1:
+        return lifted
+
+    def sharded(stacked_params: Params, *shared: Any) -> Any:
+        specs = (PartitionSpec(CHECKPOINT_AXIS), *(PartitionSpec() for _ in shared))
+        mesh, out = checkpoint_mesh(devices), PartitionSpec(CHECKPOINT_AXIS)
+        return jax.shard_map(lifted, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(stacked_params, *shared)
+
+    return sharded
+
+
+def checkpoint_mesh(devices: int) -> Mesh:
+    """Returns the mesh whose one axis shares checkpoints among the first `devices` devices."""
+    return Mesh(np.array(jax.devices()[:devices]), (CHECKPOINT_AXIS,))

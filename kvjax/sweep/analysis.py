@@ -28,7 +28,7 @@ from kvjax.sweep.dataset import ProbeIndex, build_dataset, build_events
 from kvjax.sweep.rows import checkpoint_rows, head_rows, mlp_rows
 from kvjax.sweep.stream import (
     RESULT_VERSION,
-    LoadCheckpoint,
+    CheckpointSource,
     ProbeProgram,
     SweepLog,
     SweepSettings,
@@ -73,6 +73,7 @@ class PreparedRun:
     benchmark: Benchmark
     probe: ProbeSet
     encoded: EncodedRecords
+    fit: EncodedRecords
     wanted: Mapping[str, tuple[int | None, Path]]
     reference: str | None
 
@@ -109,12 +110,18 @@ def prepare_run(
         probe.manifest.splits,
         max_seq_len=run.config.model.max_seq_len,
     )
-    return PreparedRun(run, benchmark, probe, encoded, wanted, reference_name)
+    fit = encode_records(
+        probe.fit_records,
+        benchmark.vocabulary,
+        [probe.manifest.fit_split],
+        max_seq_len=run.config.model.max_seq_len,
+    )
+    return PreparedRun(run, benchmark, probe, encoded, fit, wanted, reference_name)
 
 
 def sweep_runs(
     prepared: Sequence[PreparedRun],
-    loader: Callable[[PreparedRun], LoadCheckpoint],
+    source: Callable[[PreparedRun], CheckpointSource],
     *,
     settings: SweepSettings,
     advance: Callable[[int], None],
@@ -123,7 +130,7 @@ def sweep_runs(
 
     Args:
       prepared: the runs.
-      loader: for a run, the function that reads, converts and certifies one of its checkpoint files.
+      source: for a run, where its checkpoints come from.
       settings: the sweep's settings.
       advance: called with the number of checkpoints done.
 
@@ -140,7 +147,12 @@ def sweep_runs(
         key = (config, work.probe.manifest.content_sha256)
         if key not in programs:
             programs[key] = ProbeProgram(
-                config, work.benchmark.vocabulary, work.encoded, len(work.probe.manifest.splits), settings
+                config,
+                work.benchmark.vocabulary,
+                work.encoded,
+                len(work.probe.manifest.splits),
+                settings,
+                fit=work.fit,
             )
         log = SweepLog()
         results = sweep_run(
@@ -148,7 +160,7 @@ def sweep_runs(
             work.wanted,
             programs[key],
             store,
-            loader(work),
+            source(work),
             settings=settings,
             log=log,
             advance=advance,
@@ -177,7 +189,11 @@ def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
     return {
         "result_version": RESULT_VERSION,
         "probe_set_sha256": work.probe.manifest.content_sha256,
+        "fit_sha256": work.probe.manifest.fit_sha256,
         "precision": settings.precision,
+        "ablations": list(settings.ablations),
+        "resample_draws": settings.resample_draws,
+        "probe": settings.probe,
         "model": work.run.config.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"}),
     }
 

@@ -1,27 +1,37 @@
 """The engine: a clean pass that keeps what restarts need, and intervened runs that compute only what can have changed.
 
-An edit in layer l leaves everything before it as in the clean run, so an intervened run restarts inside layer l: after
-the heads for an edit of `head_z`, after the MLP for one of `mlp_out`. Reads are all that is measured under an
-intervention, so the last block computes its queries, MLP and logits at the prediction positions alone.
+An edit in layer l leaves everything before it as in the clean run, so an intervened run restarts inside layer l, where
+its earliest edit sits. Reads are all that is measured under an intervention, so the last block computes its queries,
+MLP and logits at the reads' prediction positions alone. An edit at one position leaves earlier positions alone as well:
+given a window, only the positions in it are computed, on top of the clean run's keys and values.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.errors import InputError
-from kvjax.model.decoder import Block, Decoder, DecoderConfig, Params, attention_mask, layer_params
-from kvjax.model.interventions import Interventions, editing_tap
-from kvjax.model.sites import Trace, take_positions
+from kvjax.model.decoder import (
+    Block,
+    Decoder,
+    DecoderConfig,
+    Params,
+    Prefix,
+    attention_mask,
+    layer_params,
+    window_mask,
+)
+from kvjax.model.interventions import Interventions, Tap, check_interventions, earliest_site
+from kvjax.model.sites import SITE_ORDER, SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
 
-RestartSite = Literal["head_z", "mlp_out"]
-
-# What each restart needs of the clean run, beside the residual stream before the block.
+# What restarts need of the clean run: every site's own activation, or what it is made from.
 RESTART_CAPTURE = ("embedding", "head_z", "post_attn", "mlp_out", "post_mlp")
+# What restarts inside a window need beside that.
+WINDOW_CAPTURE = ("key", "value")
 
 
 @jax.tree_util.register_dataclass
@@ -31,19 +41,33 @@ class CleanRun:
 
     Attributes:
       tokens: [B, T].
-      logits: [B, T, V].
-      trace: the captured activations, at least `RESTART_CAPTURE`.
+      trace: the captured activations, at least `RESTART_CAPTURE`; with `WINDOW_CAPTURE` for windows. Where it holds
+        `mlp_hidden`, edits of that site do not compute it again.
     """
 
     tokens: jax.Array
-    logits: jax.Array
     trace: Trace
 
+    def cut(self, length: int) -> CleanRun:
+        """Returns the run's first `length` positions; what comes later has no effect on them."""
+        trace = {}
+        for name, x in self.trace.items():
+            axis = SITES[name].positions + SITES[name].per_layer
+            trace[name] = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+        return CleanRun(self.tokens[:, :length], trace)
 
-def run_clean(params: Params, config: DecoderConfig, tokens_BxT: jax.Array, capture: tuple[str, ...]) -> CleanRun:
-    """Returns the clean pass, every layer at every position, keeping `capture`."""
+    def take(self, rows: jax.Array) -> CleanRun:
+        """Returns the sequences `rows`, which may repeat."""
+        trace = {name: jnp.take(x, rows, axis=int(SITES[name].per_layer)) for name, x in self.trace.items()}
+        return CleanRun(self.tokens[rows], trace)
+
+
+def run_clean(
+    params: Params, config: DecoderConfig, tokens_BxT: jax.Array, capture: tuple[str, ...]
+) -> tuple[jax.Array, CleanRun]:
+    """Returns the logits [B, T, V] and the clean pass, every layer at every position, keeping `capture`."""
     logits, trace = plain_forward(config)(params, tokens_BxT, capture=capture)
-    return CleanRun(tokens_BxT, logits, trace)
+    return logits, CleanRun(tokens_BxT, trace)
 
 
 def restart(
@@ -52,9 +76,9 @@ def restart(
     clean: CleanRun,
     edits: Interventions,
     *,
-    site: RestartSite,
     layer: jax.Array | int,
     positions_BxQ: jax.Array,
+    window_BxW: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the logits at given positions of a run under `edits`, restarted from the clean one: [B, Q, V].
 
@@ -62,69 +86,148 @@ def restart(
       params: of the checkpoint the clean run came from.
       config: the model's shape.
       clean: the clean run.
-      edits: the interventions; whatever they name in earlier layers, or earlier in this one, stays clean.
-      site: the earliest site edited.
-      layer: its layer. A Python number may name any layer; a traced one must lie before the last.
+      edits: the interventions, at any sites; per-layer ones take effect from `layer` on, in which the run restarts
+        before the earliest of their sites.
+      layer: the first layer edited. A Python number may name any layer; a traced one must lie before the last.
       positions_BxQ: the positions read.
+      window_BxW: consecutive positions to compute, the first edited one of each sequence first; all others keep their
+        clean keys and values. Positions read outside the window get logits that mean nothing. All where None.
 
     Raises:
-      InputError: an edit names the embedding, which lies before every restart.
+      InputError: an edit is of no site or of another rank, or edits the attention pattern inside a window.
     """
-    if "embedding" in edits:
-        raise InputError(f"restart at {site}: expected edits after it; found one of embedding")
-    in_last_layer = isinstance(layer, int) and layer == config.n_layers - 1
-    here = positions_BxQ if in_last_layer else None
-    tap = editing_tap(edits, layer, here)
-    block_params = {"params": layer_params(params, layer)}
-
-    def kept(name: str) -> jax.Array:
-        x = jax.lax.dynamic_index_in_dim(clean.trace[name], layer, 0, keepdims=False)
-        return take_positions(x, positions_BxQ, 1) if in_last_layer else x
-
-    if site == "head_z":
-        before = _before_layer(clean.trace, layer)
-        before = take_positions(before, positions_BxQ, 1) if in_last_layer else before
-        resid = Block(config).apply(block_params, before, kept("head_z"), tap, method=Block.from_head_z)
+    check_interventions(edits)
+    if not edits:
+        raise InputError("restart: expected an edit; found none (the clean run has the logits)")
+    if window_BxW is not None and "pattern" in edits:
+        raise InputError("restart: expected edits of other sites inside a window; found one of pattern")
+    span = _Span(clean.tokens, positions_BxQ, window_BxW)
+    site, model, variables = earliest_site(edits), Decoder(config), {"params": params}
+    # The last layer is a program of its own, at the positions read alone, as nothing else of it is used.
+    in_last = isinstance(layer, int) and layer == config.n_layers - 1
+    read_tap = Tap(edits, queried_BxP=positions_BxQ)
+    if not SITES[site].per_layer:
+        if site == "embedding":
+            resid = Tap(edits, queried_BxP=window_BxW)("embedding", span.rows(clean.trace["embedding"]))
+            resid = _blocks_from(params, config, clean, resid, edits, 0, span)
+        else:
+            resid = take_positions(clean.trace["post_mlp"][-1], positions_BxQ, 1)
+        return model.apply(variables, resid, read_tap, method=Decoder.read_out)
+    if SITE_ORDER[site] < SITE_ORDER["head_z"]:
+        resid = span.rows(_before_layer(clean.trace, layer))
+        first = layer
     else:
-        resid = Block(config).apply(block_params, kept("post_attn"), kept("mlp_out"), tap, method=Block.from_mlp_out)
-    if not in_last_layer:
-        resid = _later_blocks(params, config, clean.tokens, resid, edits, layer + 1, positions_BxQ)
-    normed = Decoder(config).apply({"params": params}, resid, method=lambda model, x: model.final_norm(x))
-    normed = editing_tap(edits, positions_BxQ=positions_BxQ)("final_norm", normed)
-    return Decoder(config).apply({"params": params}, normed, method=Decoder.unembed)
+        resid = _second_half(params, config, clean, edits, site, layer, span, in_last=in_last)
+        first = layer + 1
+    if not (in_last and first == config.n_layers):
+        resid = _blocks_from(params, config, clean, resid, edits, first, span)
+    return model.apply(variables, resid, read_tap, method=Decoder.read_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """Which positions a restarted run computes: all or a window, and those read."""
+
+    tokens_BxT: jax.Array
+    positions_BxQ: jax.Array
+    window_BxW: jax.Array | None
+
+    def rows(self, x_BxTxN: jax.Array) -> jax.Array:
+        """Returns the positions computed."""
+        return x_BxTxN if self.window_BxW is None else take_positions(x_BxTxN, self.window_BxW, 1)
+
+    @property
+    def read_rows_BxQ(self) -> jax.Array:
+        """Where the positions read lie among those computed."""
+        if self.window_BxW is None:
+            return self.positions_BxQ
+        return jnp.clip(self.positions_BxQ - self.window_BxW[:, :1], 0, self.window_BxW.shape[1] - 1)
+
+    def mask(self, *, reads_only: bool) -> jax.Array:
+        if self.window_BxW is None:
+            return attention_mask(self.tokens_BxT, self.positions_BxQ if reads_only else None)
+        return window_mask(self.tokens_BxT, self.window_BxW, self.positions_BxQ if reads_only else self.window_BxW)
+
+    def prefix(self, trace: Trace, layer: jax.Array | int) -> Prefix | None:
+        if self.window_BxW is None:
+            return None
+        return Prefix(_of_layer(trace["key"], layer), _of_layer(trace["value"], layer))
+
+
+def _second_half(
+    params: Params,
+    config: DecoderConfig,
+    clean: CleanRun,
+    edits: Interventions,
+    site: str,
+    layer: jax.Array | int,
+    span: _Span,
+    *,
+    in_last: bool,
+) -> jax.Array:
+    """Returns the residual stream after a layer whose queries, keys and values are clean."""
+    positions = span.positions_BxQ if in_last else span.window_BxW
+    tap = Tap(edits, layer, queried_BxP=positions)
+    block, variables = Block(config), {"params": layer_params(params, layer)}
+
+    def kept(x: jax.Array) -> jax.Array:
+        return x if positions is None else take_positions(x, positions, 1)
+
+    def of_layer(name: str) -> jax.Array:
+        return kept(_of_layer(clean.trace[name], layer))
+
+    if site in ("head_z", "attn_out"):
+        # The edited z is projected again: subtracting a head's output from the sum would lose precision.
+        before = kept(_before_layer(clean.trace, layer))
+        return block.apply(variables, before, of_layer("head_z"), tap, method=Block.from_head_z)
+    if site == "mlp_hidden" and "mlp_hidden" in clean.trace:
+        kept_hidden = of_layer("mlp_hidden")
+        return block.apply(variables, of_layer("post_attn"), kept_hidden, tap, method=Block.from_mlp_hidden)
+    if site in ("post_attn", "mlp_input", "mlp_hidden"):
+        return block.apply(variables, of_layer("post_attn"), tap, method=Block.from_post_attn)
+    if site == "mlp_out":
+        return block.apply(variables, of_layer("post_attn"), of_layer("mlp_out"), tap, method=Block.from_mlp_out)
+    return tap("post_mlp", of_layer("post_mlp"))
+
+
+def _blocks_from(
+    params: Params,
+    config: DecoderConfig,
+    clean: CleanRun,
+    resid: jax.Array,
+    edits: Interventions,
+    first: jax.Array | int,
+    span: _Span,
+) -> jax.Array:
+    """Returns the residual stream after the last block at the positions read, from the one before block `first`."""
+    block, last = Block(config), config.n_layers - 1
+    mask = span.mask(reads_only=False)
+
+    def body(layer: jax.Array, resid: jax.Array) -> jax.Array:
+        tap = Tap(edits, layer, queried_BxP=span.window_BxW, context_BxT=span.window_BxW)
+        variables = {"params": layer_params(params, layer)}
+        return block.apply(variables, resid, mask, tap, prefix=span.prefix(clean.trace, layer))
+
+    # A loop with a traced start: one compilation whatever the layer and the depth.
+    if not (isinstance(first, int) and first == last):
+        resid = jax.lax.fori_loop(first, last, body, resid)
+    return block.apply(
+        {"params": layer_params(params, last)},
+        resid,
+        span.mask(reads_only=True),
+        Tap(edits, last, queried_BxP=span.positions_BxQ, context_BxT=span.window_BxW),
+        queries_BxP=span.read_rows_BxQ,
+        prefix=span.prefix(clean.trace, last),
+    )
+
+
+def _of_layer(x: jax.Array, layer: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
 def _before_layer(trace: Trace, layer: jax.Array | int) -> jax.Array:
     """Returns the clean residual stream before a layer, [B, T, D]; `layer` may be traced."""
     if isinstance(layer, int):
         return trace["embedding"] if layer == 0 else trace["post_mlp"][layer - 1]
-    previous = jax.lax.dynamic_index_in_dim(trace["post_mlp"], jax.numpy.maximum(layer - 1, 0), 0, False)
-    return jax.numpy.where(layer == 0, trace["embedding"], previous)
-
-
-def _later_blocks(
-    params: Params,
-    config: DecoderConfig,
-    tokens_BxT: jax.Array,
-    resid_BxTxD: jax.Array,
-    edits: Interventions,
-    first: jax.Array | int,
-    positions_BxQ: jax.Array,
-) -> jax.Array:
-    """Returns the residual stream after the last block at `positions_BxQ`, from the one before block `first`."""
-    block, last = Block(config), config.n_layers - 1
-    mask = attention_mask(tokens_BxT)
-
-    def body(layer: jax.Array, resid_BxTxD: jax.Array) -> jax.Array:
-        tap = editing_tap(edits, layer)
-        return block.apply({"params": layer_params(params, layer)}, resid_BxTxD, mask, tap)
-
-    # A loop with a traced start: one compilation whatever the layer and the depth.
-    resid_BxTxD = jax.lax.fori_loop(first, last, body, resid_BxTxD)
-    return block.apply(
-        {"params": layer_params(params, last)},
-        resid_BxTxD,
-        attention_mask(tokens_BxT, positions_BxQ),
-        editing_tap(edits, last, positions_BxQ),
-        positions_BxQ,
-    )
+    previous = jax.lax.dynamic_index_in_dim(trace["post_mlp"], jnp.maximum(layer - 1, 0), 0, False)
+    return jnp.where(layer == 0, trace["embedding"], previous)

@@ -1,26 +1,27 @@
-"""The sweep's program: everything measured on one checkpoint, reduced on the device to sums per sequence or read."""
+"""The sweep's program: everything measured on one checkpoint, reduced on the device, lifted over checkpoints.
+
+For one checkpoint: the fit set's pass (component means, probes), the clean pass over the probe set, which keeps what
+restarts need, and every ablation restarted from it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.measure import behaviour, heads, mlps, residual
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
-from kvjax.model.interventions import Interventions, ablate_head, ablate_mlp
-from kvjax.model.sites import STAGE_SITES, residual_stages, take_positions
-from kvjax.model.transforms import Lift, over_checkpoints, over_interventions
-from kvjax.sweep.engine import RESTART_CAPTURE, CleanRun, RestartSite, restart, run_clean
+from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.sites import Trace
+from kvjax.model.transforms import Lift, over_checkpoints
+from kvjax.sweep.ablations import measure_ablations
+from kvjax.sweep.clean import Sums, measure_clean
+from kvjax.sweep.engine import CleanRun
+from kvjax.sweep.fit import PROBE_TARGETS, component_means, fit_all_probes, flatten_reads, probe_labels
 from kvjax.task.encoding import EncodedRecords
-
-Sums = dict[str, jax.Array]
-
-CLEAN_CAPTURE = tuple(dict.fromkeys((*STAGE_SITES, *RESTART_CAPTURE, "pattern")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,159 +32,173 @@ class Program:
       config: the model's shape.
       value_ids, key_ids: token ids of values and keys.
       num_splits: number of splits the records are in.
-      ablate: whether to measure every head and MLP ablation, or the clean run's behaviour alone.
-      interventions: how interventions of one layer are run, `map` (one by one) or `vmap`.
-      checkpoints: how checkpoints are run.
+      horizons: for each bucket, the positions an intervened run computes; later ones affect no read.
+      ablations: kinds of ablation to measure; with none, the clean run alone.
+      probes: whether trained linear probes are fitted and scored.
+      interventions: how the heads of one layer are run, `map` (one by one) or `vmap`.
+      checkpoints: how the checkpoints on one device are run.
+      devices: how many devices share the checkpoints.
     """
 
     config: DecoderConfig
     value_ids: tuple[int, ...]
     key_ids: tuple[int, ...]
     num_splits: int
-    ablate: bool = True
+    horizons: tuple[int, ...]
+    ablations: tuple[str, ...] = ()
+    probes: bool = False
     interventions: Lift = "map"
     checkpoints: Lift = "map"
+    devices: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SweepData:
+    """The records that every checkpoint is measured on.
+
+    Attributes:
+      buckets: microbatches [microbatch, B, …] of the probe set, one entry per length bucket.
+      donors: for each bucket, the tokens that each is resampled from, [microbatch, draws, B, T]; none where resampling
+        is not measured. See `donors_by_bucket`.
+      fit: microbatches of the fit set; None where neither means nor probes are needed.
+      permutations: [P, fit rows] orders of the fit reads that probe labels are taken in, the identity first; None
+        without probes.
+    """
+
+    buckets: tuple[EncodedRecords, ...]
+    donors: tuple[jax.Array, ...] = ()
+    fit: EncodedRecords | None = None
+    permutations: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def measure_checkpoints(program: Program, stacked_params: Params, batches: EncodedRecords) -> Sums:
-    """Returns everything measured on stacked checkpoints over the microbatches of one bucket.
+def measure_checkpoints(program: Program, stacked_params: Params, data: SweepData) -> tuple[list[Sums], Sums]:
+    """Returns everything measured on stacked checkpoints.
 
     Args:
       program: the static settings.
-      stacked_params: parameters with a leading checkpoint axis C.
-      batches: arrays [microbatch, B, …].
+      stacked_params: parameters with a leading checkpoint axis C, a multiple of `program.devices`.
+      data: the records.
 
     Returns:
-      Sums [C, microbatch, …], see `measure_batch`.
+      See `measure_checkpoint`, with a leading axis C on every array.
     """
-
-    def one_checkpoint(params: Params, batches: EncodedRecords) -> Sums:
-        return jax.lax.map(functools.partial(measure_batch, program, params), batches)
-
-    return over_checkpoints(one_checkpoint, lift=program.checkpoints)(stacked_params, batches)
+    measure = functools.partial(measure_checkpoint, program)
+    return over_checkpoints(measure, lift=program.checkpoints, devices=program.devices)(stacked_params, data)
 
 
-def measure_batch(program: Program, params: Params, batch: EncodedRecords) -> Sums:
-    """Returns everything measured on one checkpoint over one microbatch.
+def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tuple[list[Sums], Sums]:
+    """Returns everything measured on one checkpoint.
 
     Returns:
-      Per read, [B, Q]: `read/correct`, `read/margin` (logits), `read/entropy` (nats), `read/confidence`, `read/q`,
-      `read/r`, `read/key_selectivity`, `read/recency_selectivity`.
-      Per sequence, summed over its reads or tokens: `token/loss` [B] (nats), `token/role_correct` [B, roles],
-      `lens/…` [B, S], `head/<attention measure>` [B, L, H], `mlp/write_norm`, `mlp/write_norm_support` [B, L];
-      with ablations also `head/zero/correct`, `head/zero/margin` [B, L, H] and the same of `mlp/zero` [B, L].
-      Summed over the batch, by split: `state/prediction`, `state/support` [splits, S, D].
+      For each bucket, the sums of `measure_clean` and `measure_ablations`, [microbatch, …] each; with probes, also the
+      right answers per sequence `probe/<target>` [microbatch, B, 2 S] and `probe/current_vs_stale` [microbatch, B, S].
+      And, with probes, what the whole probe set gives: `null/<target>` [P - 1, splits, 2 S] and
+      `null/current_vs_stale` [P - 1, splits, S], right answers of probes fitted on permuted labels.
     """
-    config, value_ids, key_ids = program.config, jnp.array(program.value_ids), jnp.array(program.key_ids)
-    clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
-    positions, is_read = batch.prediction_positions, batch.is_read
-    logits_BxQxV = take_positions(clean.logits, positions, 1)
-    margin, _ = behaviour.answer_margin(logits_BxQxV, batch.answers, value_ids)
-    entropy, confidence = behaviour.answer_distribution(logits_BxQxV, batch.answers)
-    attention = heads.attention_per_read(clean.trace["pattern"], positions, batch.support_positions, batch.relations)
-    key_selectivity, recency_selectivity = behaviour.selectivities(
-        attention["current_value_attention"], attention["key"], attention["value"]
-    )
-    loss, role_correct = behaviour.next_token_sums(clean.logits, batch.tokens, batch.token_roles)
-    sums: Sums = {
-        "read/correct": behaviour.answer_correct(logits_BxQxV, batch.answers),
-        "read/margin": margin,
-        "read/entropy": entropy,
-        "read/confidence": confidence,
-        "read/q": attention["query_attention"].max(axis=(0, 2)),
-        "read/r": attention["support_attention"].max(axis=(0, 2)),
-        "read/key_selectivity": key_selectivity,
-        "read/recency_selectivity": recency_selectivity,
-        "token/loss": loss,
-        "token/role_correct": role_correct,
-    }
-    for name in heads.ATTENTION_MEASURES:
-        per_sequence = jnp.sum(jnp.where(is_read[None, :, None], attention[name], 0.0), axis=-1)  # [L, B, H]
-        sums[f"head/{name}"] = per_sequence.swapaxes(0, 1)
-    sums |= _stage_sums(program, params, clean, batch, value_ids, key_ids)
-    if program.ablate:
-        sums |= _ablation_sums(program, params, clean, batch, value_ids)
-    return sums
-
-
-def _stage_sums(
-    program: Program,
-    params: Params,
-    clean: CleanRun,
-    batch: EncodedRecords,
-    value_ids: jax.Array,
-    key_ids: jax.Array,
-) -> Sums:
-    """Returns the logit lens, the state sums and the MLPs' write norms."""
-
-    def at(x_NxBxTxD: jax.Array, positions_BxQ: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x: take_positions(x, positions_BxQ, 1))(x_NxBxTxD)
-
-    def lens_logits(states_SxBxQxD: jax.Array) -> jax.Array:
-        # The last stage is the final LayerNorm's output already.
-        model, variables = Decoder(program.config), {"params": params}
-        before = model.apply(variables, states_SxBxQxD[:-1], method=Decoder.read_out)
-        after = model.apply(variables, states_SxBxQxD[-1:], method=Decoder.unembed)
-        return jnp.concatenate([before, after])
-
-    stages_SxBxTxD = residual_stages(clean.trace)
-    at_prediction = at(stages_SxBxTxD, batch.prediction_positions)
-    at_support = at(stages_SxBxTxD, batch.support_positions)
-    lens = residual.lens_sums(
-        lens_logits(at_prediction),
-        lens_logits(at_support),
-        batch.answers,
-        batch.keys,
-        batch.is_read,
-        value_ids=value_ids,
-        key_ids=key_ids,
-    )
-    in_split = (batch.splits[:, None] == np.arange(program.num_splits)[None]) * batch.weights[:, None]
-    mlp_out = clean.trace["mlp_out"]
-    return {
-        **{f"lens/{name}": x.T for name, x in lens.items()},
-        "state/prediction": residual.state_sums(at_prediction, batch.is_read, in_split),
-        "state/support": residual.state_sums(at_support, batch.is_read, in_split),
-        "mlp/write_norm": mlps.write_norm_sums(at(mlp_out, batch.prediction_positions), batch.is_read).T,
-        "mlp/write_norm_support": mlps.write_norm_sums(at(mlp_out, batch.support_positions), batch.is_read).T,
-    }
-
-
-def _ablation_sums(
-    program: Program, params: Params, clean: CleanRun, batch: EncodedRecords, value_ids: jax.Array
-) -> Sums:
-    """Returns right answers and margins under the zero ablation of every head and every MLP."""
     config = program.config
-    n_layers, n_heads, last = config.n_layers, config.n_heads, config.n_layers - 1
+    key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
+    means: Trace = {}
+    features = None
+    if data.fit is not None:
+        means, features = component_means(params, config, data.fit, features=program.probes)
 
-    def answers_under(edits: Interventions, site: RestartSite, layer: jax.Array | int) -> Sums:
-        logits = restart(params, config, clean, edits, site=site, layer=layer, positions_BxQ=batch.prediction_positions)
-        margin, _ = behaviour.answer_margin(logits, batch.answers, value_ids)
-        correct = behaviour.answer_correct(logits, batch.answers)
-        per_read = {"correct": correct, "margin": margin}
-        return {name: jnp.sum(jnp.where(batch.is_read, x, 0), axis=-1) for name, x in per_read.items()}
+    clean_pass = functools.partial(
+        measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=program.num_splits
+    )
+    results, runs, states = [], [], []
+    for batches in data.buckets:
+        sums, run, at_reads = jax.lax.map(clean_pass, batches)
+        results.append(sums)
+        runs.append(run)
+        states.append(at_reads)
 
-    def heads_of_layer(layer: jax.Array | int) -> Sums:
-        def one_head(head: jax.Array) -> Sums:
-            edits = ablate_head(layer, head, n_layers=n_layers, n_heads=n_heads)
-            return answers_under(edits, "head_z", layer)
+    store = _token_store(runs) if "resample" in program.ablations else {}
+    if program.ablations:
+        for index, (batches, run) in enumerate(zip(data.buckets, runs, strict=True)):
+            horizon = program.horizons[index]
 
-        return over_interventions(one_head, lift=program.interventions)(jnp.arange(n_heads))
+            def ablate(part: tuple, horizon: int = horizon) -> Sums:
+                batch, run, donors = part
+                return measure_ablations(
+                    params,
+                    config,
+                    run.cut(horizon),
+                    batch,
+                    kinds=program.ablations,
+                    lift=program.interventions,
+                    value_ids=value_ids,
+                    means=means,
+                    store=store,
+                    donors_RxBxT=donors,
+                )
 
-    def mlp_of_layer(layer: jax.Array | int) -> Sums:
-        return answers_under(ablate_mlp(layer, n_layers=n_layers), "mlp_out", layer)
+            donors = data.donors[index] if data.donors else None
+            results[index] |= jax.lax.map(ablate, (batches, run, donors))
+    if not program.probes:
+        return results, {}
 
-    def every_layer(of_layer) -> Sums:
-        # The last layer is a program of its own, at the prediction positions alone. Layers are never run side by
-        # side: a batch of mixed restart layers would run from the lowest for all.
-        final = jax.tree.map(lambda x: x[None], of_layer(last))
-        if last == 0:
-            return final
-        earlier = jax.lax.map(of_layer, jnp.arange(last))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, final)
+    system, probes = fit_all_probes(features, data.fit, data.permutations, key_ids=key_ids, value_ids=value_ids)
+    return _score_probes(program, system, probes, data.buckets, states, results)
 
-    results: dict[str, Any] = {"head": every_layer(heads_of_layer), "mlp": every_layer(mlp_of_layer)}
-    return {
-        f"{kind}/zero/{name}": jnp.moveaxis(x, -1, 0) for kind, result in results.items() for name, x in result.items()
-    }
+
+def _token_store(runs: list[CleanRun]) -> Trace:
+    """Returns what components put out at every token of the probe set: [L, tokens, …]."""
+    store = {}
+    for name in ("head_z", "mlp_out"):
+        by_token = [jnp.moveaxis(run.trace[name], 1, 0) for run in runs]  # [L, M, B, T, …]
+        store[name] = jnp.concatenate([x.reshape(len(x), -1, *x.shape[4:]) for x in by_token], axis=1)
+    return store
+
+
+def _score_probes(
+    program: Program,
+    system: RidgeSystem,
+    probes: dict[str, RidgeProbes],
+    buckets: tuple[EncodedRecords, ...],
+    states: list[jax.Array],
+    results: list[Sums],
+) -> tuple[list[Sums], Sums]:
+    """Returns the results with every read's probe answers, and the right answers of the permuted probes by split."""
+    key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
+    rows = standardise(system, jnp.concatenate([flatten_reads(x) for x in states], axis=1))  # [2 S, reads, D]
+    by_bucket = [probe_labels(batches, key_ids=key_ids, value_ids=value_ids) for batches in buckets]
+    labels = {target: jnp.concatenate([x[target] for x in by_bucket]) for target in PROBE_TARGETS}
+    splits = jnp.concatenate([jnp.repeat(x.splits.reshape(-1), x.is_read.shape[-1]) for x in buckets])
+    in_split = (splits[:, None] == jnp.arange(program.num_splits)[None]).astype(jnp.float32)
+
+    def right_answers(target: str, weights_KxD: jax.Array, intercepts_K: jax.Array, rows_NxD: jax.Array) -> jax.Array:
+        """Returns whether each read's label wins and, for values, whether it beats the stale one: [1 or 2, reads]."""
+        scores = probe_scores(weights_KxD, intercepts_K, rows_NxD)
+        wins = label_wins(scores, labels[target])[None]
+        if target != "value":
+            return wins
+        return jnp.concatenate([wins, ranks_above(scores, labels["value"], labels["stale_value"])[None]])
+
+    def of_group(target: str, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weights_PxKxD, rows_NxD = group
+        intercepts_PxK = probes[target].intercepts
+
+        def by_split(probe: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return jnp.matmul(right_answers(target, *probe, rows_NxD).astype(jnp.float32), in_split)
+
+        permuted = jax.lax.map(by_split, (weights_PxKxD[1:], intercepts_PxK[1:]))
+        return right_answers(target, weights_PxKxD[0], intercepts_PxK[0], rows_NxD), permuted
+
+    stages = len(rows) // 2
+    per_read, nulls = {}, {}
+    for target in PROBE_TARGETS:
+        groups = (probes[target].weights, rows)
+        real, permuted = jax.lax.map(functools.partial(of_group, target), groups)
+        per_read[target], nulls[target] = real[:, 0], permuted[:, :, 0]  # [2 S, reads], [2 S, P - 1, splits]
+        if target == "value":
+            per_read["current_vs_stale"], nulls["current_vs_stale"] = real[:stages, 1], permuted[:stages, :, 1]
+    offset = 0
+    for batches, sums in zip(buckets, results, strict=True):
+        size = batches.is_read.size
+        for target, right in per_read.items():
+            own = right[:, offset : offset + size].T.reshape(*batches.is_read.shape, -1)
+            sums[f"probe/{target}"] = jnp.sum(own, axis=2)
+        offset += size
+    return results, {f"null/{target}": jnp.moveaxis(x, 0, -1) for target, x in nulls.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import time
@@ -11,20 +12,29 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
+from kvjax.model.transforms import checkpoint_mesh
 from kvjax.sweep.chunking import plan_chunks
 from kvjax.sweep.collect import collect
-from kvjax.sweep.program import Program, measure_checkpoints
-from kvjax.task.encoding import EncodedRecords, bucket_by_length
+from kvjax.sweep.program import Program, SweepData, measure_checkpoints
+from kvjax.task.donors import donors_by_bucket, draw_donors
+from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length
 from kvjax.task.vocabulary import Vocabulary
 
 # Raised whenever a measure changes, so that results of the older one are measured anew.
-RESULT_VERSION = 2
+RESULT_VERSION = 3
+
+NULL_PERMUTATIONS = 20
+NULL_SEED = 0
+DONOR_SEED = 0
+
+_READERS = 8  # files read at once
 
 
 class LoadedCheckpoint(Protocol):
@@ -37,8 +47,14 @@ class LoadedCheckpoint(Protocol):
     notes: tuple[str, ...]
 
 
-# (checkpoint file, the step its name states or None) -> the checkpoint, converted and certified.
-LoadCheckpoint = Callable[[Path, int | None], LoadedCheckpoint]
+class CheckpointSource(Protocol):
+    """Where a run's checkpoints come from, converted and certified."""
+
+    def load(self, path: Path, expected_step: int | None) -> LoadedCheckpoint:
+        """Returns the checkpoint of a file; may be called from several threads."""
+
+    def save(self) -> None:
+        """Keeps what was converted, so that the next time it is only read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +63,19 @@ class SweepSettings:
 
     Attributes:
       precision: of matrix products, `highest` or `default`.
+      ablations: kinds of ablation measured, of `ABLATIONS`.
+      resample_draws: draws per resample ablation.
+      probe: trained probes, `ridge` or `none`.
       checkpoint_batch: `auto`, or checkpoints per device call.
-      memory_gb: accelerator memory to use; None for the default.
+      memory_gb: accelerator memory to use; None for most of what there is.
       skip_bad: list unusable checkpoints instead of stopping at the first.
       overwrite: measure again what was measured already.
     """
 
     precision: str = "highest"
+    ablations: tuple[str, ...] = ("zero", "mean", "resample")
+    resample_draws: int = 1
+    probe: str = "ridge"
     checkpoint_batch: str = "auto"
     memory_gb: float | None = None
     skip_bad: bool = False
@@ -72,7 +94,17 @@ class SweepLog:
 
 
 class ProbeProgram:
-    """A probe set on the device, with the compiled program that measures checkpoints of one shape on it."""
+    """A probe set on the devices, with the compiled program that measures checkpoints of one shape on it.
+
+    Args:
+      config: the checkpoints' shape.
+      vocabulary: of the benchmark.
+      encoded: the probe records.
+      num_splits: splits they are in.
+      settings: what is measured, and how.
+      fit: the fit set's records, which mean ablation and probes need.
+      max_buckets: how many lengths records are padded to.
+    """
 
     def __init__(
         self,
@@ -82,42 +114,97 @@ class ProbeProgram:
         num_splits: int,
         settings: SweepSettings,
         *,
-        ablate: bool = True,
+        fit: EncodedRecords | None = None,
         max_buckets: int = 3,
     ):
+        probes = settings.probe != "none"
+        needs_fit = probes or "mean" in settings.ablations
         plan = plan_chunks(
             settings.checkpoint_batch,
             config,
             backend=jax.default_backend(),
-            num_tokens=encoded.tokens.size,
+            num_devices=jax.local_device_count(),
+            num_tokens=encoded.tokens.size + (fit.tokens.size if needs_fit and fit else 0),
             memory_gb=settings.memory_gb,
         )
         self.chunk = plan.checkpoints
-        self._encoded = encoded
+        self._shape = encoded.is_read.shape
         self._buckets = bucket_by_length(encoded, tokens_per_batch=plan.tokens_per_batch, max_buckets=max_buckets)
-        self._batches = [jax.device_put(bucket.batches) for bucket in self._buckets]
+        donors: tuple[np.ndarray, ...] = ()
+        if "resample" in settings.ablations:
+            drawn = draw_donors(encoded, draws=settings.resample_draws, seed=DONOR_SEED)
+            donors = donors_by_bucket(drawn, self._buckets)
+        fit_bucket = None
+        if needs_fit:
+            assert fit is not None, "mean ablation and probes need a fit set"
+            (fit_bucket,) = bucket_by_length(fit, tokens_per_batch=plan.tokens_per_batch, max_buckets=1)
+        data = SweepData(
+            buckets=tuple(bucket.batches for bucket in self._buckets),
+            donors=donors,
+            fit=fit_bucket and fit_bucket.batches,
+            permutations=read_permutations(fit_bucket, count=NULL_PERMUTATIONS, seed=NULL_SEED) if probes else None,
+        )
         self._program = Program(
             config=dataclasses.replace(config, precision=settings.precision),
             value_ids=tuple(vocabulary.value_ids.tolist()),
             key_ids=tuple(vocabulary.key_ids.tolist()),
             num_splits=num_splits,
-            ablate=ablate,
+            horizons=tuple(bucket.horizon for bucket in self._buckets),
+            ablations=settings.ablations,
+            probes=probes,
             interventions=plan.interventions,
             checkpoints=plan.over_checkpoints,
+            devices=plan.devices,
         )
+        self._everywhere = NamedSharding(checkpoint_mesh(plan.devices), PartitionSpec())
+        self._data = jax.device_put(data, self._everywhere)
 
-    def measure(self, params: Sequence[Params]) -> list[dict[str, np.ndarray]]:
-        """Returns the measured arrays of up to `chunk` checkpoints, one mapping each."""
+    def start(self, params: Sequence[Params]) -> PendingMeasurement:
+        """Starts measuring up to `chunk` checkpoints, without waiting for the devices."""
         # A last, shorter chunk is filled up: another number of checkpoints would be another program to compile.
         filled = [*params, *[params[-1]] * (self.chunk - len(params))]
         stacked = stack_params(filled)
         tied = "unembedding" not in stacked
         program = dataclasses.replace(self._program, config=dataclasses.replace(self._program.config, tied=tied))
-        # Every bucket is started before the first is waited for.
-        outputs = [measure_checkpoints(program, stacked, batches) for batches in self._batches]
-        shape = self._encoded.is_read.shape
-        arrays = collect(jax.device_get(outputs), self._buckets, *shape)
-        return [{name: array[c] for name, array in arrays.items()} for c in range(len(params))]
+        outputs = measure_checkpoints(program, stacked, self._data)
+        return PendingMeasurement(outputs, len(params), tuple(self._buckets), self._shape)
+
+    def measure(self, params: Sequence[Params]) -> list[dict[str, np.ndarray]]:
+        """Returns the measured arrays of up to `chunk` checkpoints, one mapping each."""
+        return self.start(params).collect()
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingMeasurement:
+    """Checkpoints that the devices are measuring."""
+
+    outputs: Any
+    num_checkpoints: int
+    buckets: tuple[Bucket, ...]
+    shape: tuple[int, int]
+
+    def collect(self) -> list[dict[str, np.ndarray]]:
+        """Returns the measured arrays, one mapping per checkpoint, once they are there."""
+        by_bucket, whole = jax.device_get(self.outputs)
+        arrays = collect(by_bucket, self.buckets, *self.shape) | whole
+        return [{name: array[c] for name, array in arrays.items()} for c in range(self.num_checkpoints)]
+
+
+def read_permutations(fit: Bucket, *, count: int, seed: int) -> np.ndarray:
+    """Returns orders of the fit reads' rows, int32 [1 + count, rows]: the identity, then seeded permutations.
+
+    Only rows that are reads change places, and their order before is that of the records, so that the permutations do
+    not depend on how the records are batched.
+    """
+    counted = (fit.batches.is_read & (fit.batches.weights > 0)[..., None]).reshape(len(fit.indices), -1)
+    rows = np.arange(counted.size).reshape(counted.shape)
+    in_order = np.argsort(fit.indices, kind="stable")
+    reads = rows[in_order][counted[in_order]]
+    rng = np.random.default_rng(seed)
+    orders = np.tile(rows.reshape(-1), (1 + count, 1)).astype(np.int32)
+    for order in orders[1:]:
+        order[reads] = rng.permutation(reads)
+    return orders
 
 
 def sweep_run(
@@ -125,7 +212,7 @@ def sweep_run(
     files: Mapping[str, tuple[int | None, Path]],
     program: ProbeProgram,
     store: ResultStore,
-    load: LoadCheckpoint,
+    source: CheckpointSource,
     *,
     settings: SweepSettings,
     log: SweepLog,
@@ -138,7 +225,7 @@ def sweep_run(
       files: result name -> (the step the file's name states or None, checkpoint file).
       program: what measures them.
       store: where results are kept.
-      load: reads, converts and certifies one file.
+      source: where checkpoints come from.
       settings: the sweep's settings.
       log: filled with what happened.
       advance: called with the number of checkpoints done, for a progress bar.
@@ -158,9 +245,9 @@ def sweep_run(
             advance(1)
 
     device, versions = device_description(), software_versions()
-    for chunk in _chunks(_load_ahead(pending, files, load, settings, log, advance), program.chunk):
-        start = time.perf_counter()
-        measured = program.measure([checkpoint.params for _, checkpoint in chunk])
+
+    def keep(chunk: list[tuple[str, LoadedCheckpoint]], pending: PendingMeasurement, start: float) -> None:
+        measured = pending.collect()
         seconds = time.perf_counter() - start
         if log.first_call_seconds is None:
             log.first_call_seconds = seconds
@@ -180,30 +267,46 @@ def sweep_run(
             results[name] = store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)
             log.measured.append(checkpoint.step)
             advance(1)
+
+    # The next chunk is handed to the devices before the last one's arrays are written.
+    running: tuple[list, PendingMeasurement, float] | None = None
+    try:
+        for chunk in _chunks(_load_ahead(pending, files, source, settings, log, advance, program.chunk), program.chunk):
+            start = time.perf_counter()
+            started = program.start([checkpoint.params for _, checkpoint in chunk])
+            if running is not None:
+                keep(*running)
+            running = (chunk, started, start)
+    finally:
+        if running is not None:
+            keep(*running)
+        source.save()
     return {name: results[name] for name in files if name in results}
 
 
 def _load_ahead(
     names: Sequence[str],
     files: Mapping[str, tuple[int | None, Path]],
-    load: LoadCheckpoint,
+    source: CheckpointSource,
     settings: SweepSettings,
     log: SweepLog,
     advance: Callable[[int], None],
+    chunk: int,
 ) -> Iterator[tuple[str, LoadedCheckpoint]]:
-    """Yields converted checkpoints in order; the next is read while the caller computes on this one."""
+    """Yields converted checkpoints in order; those of the next chunk are read while the devices work on this one."""
+    ahead = chunk + 1
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(ahead, _READERS)) as readers:
 
-    def read(name: str) -> LoadedCheckpoint:
-        step, path = files[name]
-        return load(path, step)
+        def read(name: str) -> concurrent.futures.Future[LoadedCheckpoint]:
+            step, path = files[name]
+            return readers.submit(source.load, path, step)
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming = [reader.submit(read, name) for name in names[:2]]
+        upcoming = collections.deque(read(name) for name in names[:ahead])
         try:
             for index, name in enumerate(names):
-                future = upcoming.pop(0)
-                if index + 2 < len(names):
-                    upcoming.append(reader.submit(read, names[index + 2]))
+                future = upcoming.popleft()
+                if index + ahead < len(names):
+                    upcoming.append(read(names[index + ahead]))
                 try:
                     checkpoint = future.result()
                 except InputError as error:

@@ -40,6 +40,7 @@ class EncodedRecords:
       prediction_positions: [N, Q] int32 p_e; the read's key token stands there too (k_e = p_e). 0 for no read.
       support_positions: [N, Q] int32 s_e, 0 where there is no read.
       answers: [N, Q] int32 token id of y_e.
+      stale_values: [N, Q] int32 token id of the value the support overwrote, `PAD_ID` where there is none.
       keys: [N, Q] int32 token id of the key read.
       relations: [N, Q, T] int8, one of the `RELATION_…` of each position to each read.
     """
@@ -52,6 +53,7 @@ class EncodedRecords:
     prediction_positions: np.ndarray
     support_positions: np.ndarray
     answers: np.ndarray
+    stale_values: np.ndarray
     keys: np.ndarray
     relations: np.ndarray
 
@@ -70,7 +72,7 @@ class EncodedRecords:
         reads = int(taken["is_read"].sum(axis=1).max())
         for name in ("tokens", "token_roles"):
             taken[name] = taken[name][:, :length]
-        for name in ("is_read", "prediction_positions", "support_positions", "answers", "keys"):
+        for name in ("is_read", "prediction_positions", "support_positions", "answers", "stale_values", "keys"):
             taken[name] = taken[name][:, :reads]
         taken["relations"] = taken["relations"][:, :reads, :length]
         return EncodedRecords(**taken)
@@ -99,6 +101,7 @@ def encode_records(
         prediction_positions=np.zeros(shape, np.int32),
         support_positions=np.zeros(shape, np.int32),
         answers=np.zeros(shape, np.int32),
+        stale_values=np.full(shape, PAD_ID, np.int32),
         keys=np.zeros(shape, np.int32),
         relations=np.zeros((*shape, length), np.int8),
     )
@@ -130,6 +133,7 @@ def encode_records(
                 if position < read.answer_position:
                     relation[position] = RELATION_OLDER if key == read.key else RELATION_OTHER_KEY
             if read.stale_value_position is not None:
+                encoded.stale_values[n, q] = encoded.tokens[n, read.stale_value_position]
                 relation[[read.stale_value_position, *read.stale_answer_positions]] = RELATION_STALE
             relation[[read.support_value_position, *read.earlier_answer_positions]] = RELATION_CURRENT
     return encoded
@@ -143,10 +147,15 @@ class Bucket:
       batches: the arrays of `EncodedRecords`, reshaped to [microbatch, B, …]; rows that fill the last microbatches
         repeat a record with weight 0.
       indices: [microbatch * B] the row of the original arrays that each row is; -1 for filling.
+      horizon: positions from this one on affect no read's prediction.
     """
 
     batches: EncodedRecords
     indices: np.ndarray
+
+    @property
+    def horizon(self) -> int:
+        return int(self.batches.prediction_positions.max()) + 1
 
 
 def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buckets: int = 3) -> list[Bucket]:

@@ -1,0 +1,98 @@
+"""A run's checkpoints as Flax parameters: read from the store where it has them, converted and kept where not."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from converters.certificate import Certificate
+from converters.source import ConvertedCheckpoint, convert_checkpoint
+from kvjax.artifacts.files import file_sha256
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.store import STORE_FOLDER, NewCheckpoint, ParameterStore
+from kvjax.errors import unusable
+from kvjax.task.benchmark import Benchmark
+
+_KEPT_AT_ONCE = 64  # converted checkpoints held in memory before they are written as a part
+
+
+class CheckpointLibrary:
+    """The checkpoints of one run, for one benchmark. `load` may be called from several threads.
+
+    Args:
+      run: the run.
+      benchmark: what it is measured on.
+      certify_on: sample sequences [B, T] for the parity certificates; None for none.
+      trust_store: take stored conversions that have a certificate; otherwise everything is converted anew.
+    """
+
+    def __init__(self, run: RunDir, benchmark: Benchmark, *, certify_on: np.ndarray | None, trust_store: bool = True):
+        self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
+        self._trust_store = trust_store
+        self._store = ParameterStore(run.analysis / STORE_FOLDER, store_identity(run, benchmark))
+        self._new: list[ConvertedCheckpoint] = []
+        self._lock = threading.Lock()
+
+    def load(self, path: Path, expected_step: int | None) -> ConvertedCheckpoint:
+        """Returns a checkpoint file's parameters, with its certificate.
+
+        Raises:
+          InputError: the file is unusable, or not of this run, step or benchmark.
+        """
+        if not path.is_file():
+            raise unusable(path, "a PyTorch checkpoint", "no such file")
+        if self._trust_store:
+            with self._lock:
+                found = self._store.find(file_sha256(path))
+            if found is not None and found[0].certificate is not None and expected_step in (None, found[0].step):
+                stored, params = found
+                recorded = {"metrics": stored.metrics}
+                certificate = Certificate(**stored.certificate)
+                return ConvertedCheckpoint(
+                    path, stored.sha256, stored.step, params, certificate, recorded, tuple(stored.notes)
+                )
+        checkpoint = convert_checkpoint(
+            path, self._run.config, self._benchmark, expected_step=expected_step, certify_on=self._certify_on
+        )
+        with self._lock:
+            self._new.append(checkpoint)
+            if len(self._new) >= _KEPT_AT_ONCE:
+                self._write()
+        return checkpoint
+
+    def save(self) -> None:
+        """Writes what was converted since the last time into the store."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        pending, self._new = self._new, []
+        for tied in (True, False):  # trees of one part have one structure
+            group = [c for c in pending if ("unembedding" not in c.params) == tied]
+            new = [
+                NewCheckpoint(
+                    step=c.step,
+                    file=c.path.name,
+                    sha256=c.sha256,
+                    certificate=c.certificate and dataclasses.asdict(c.certificate),
+                    metrics=dict(c.recorded["metrics"]),
+                    notes=c.notes,
+                    params=c.params,
+                )
+                for c in {c.sha256: c for c in group}.values()
+            ]
+            if new:
+                self._store.add(new, group[0].recorded["config"])
+
+
+def store_identity(run: RunDir, benchmark: Benchmark) -> dict[str, object]:
+    """Returns what a conversion depends on beside the file: the run, its model section and the benchmark."""
+    return {
+        "run_name": run.config.run_name,
+        "model": run.config.model.model_dump(),
+        "vocab_size": len(benchmark.vocabulary.tokens),
+        "benchmark_sha256": benchmark.sha256,
+    }

@@ -1,0 +1,63 @@
+"""Direct logit attribution: what each component writes towards the answer (docs/definitions.md, section 6)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.model.decoder import LAYER_NORM_EPS, Params
+from kvjax.model.sites import Trace
+
+# Components outside layers, and those inside.
+WHOLE_TERMS = ("embedding", "final_norm_bias")
+LAYER_TERMS = ("head", "attn_bias", "mlp")
+
+
+def direct_logit_attribution(
+    params: Params, trace_at_reads: Trace, answers_BxQ: jax.Array, value_ids: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns what each component adds to logit(answer) - mean logit over value tokens, through the clean LayerNorm.
+
+    The component's output at p_e, centred over its D entries, is divided by the clean final LayerNorm's scale there,
+    multiplied by its gain, and dotted with (unembedding of the answer - mean unembedding of the value tokens). The
+    terms of `WHOLE_TERMS` and `LAYER_TERMS` sum to that logit difference.
+
+    Args:
+      params: of the checkpoint.
+      trace_at_reads: `embedding` [B, Q, D], `head_z` [L, B, Q, H, E], `mlp_out` and `post_mlp` [L, B, Q, D], at p_e.
+      answers_BxQ: token ids y_e.
+      value_ids: [values] token ids.
+
+    Returns:
+      `embedding`, `final_norm_bias` [B, Q]; `attn_bias`, `mlp` [L, B, Q]; `head` [L, B, Q, H]; in logits.
+      Source: Elhage et al., A mathematical framework for transformer circuits (2021); definitions, section 6.
+    """
+    unembedding_VxD = params["unembedding"]["kernel"].T if "unembedding" in params else _tied(params)
+    target_BxQxD = unembedding_VxD[answers_BxQ] - jnp.mean(unembedding_VxD[value_ids], axis=0)[None, None]
+    final_BxQxD = trace_at_reads["post_mlp"][-1]
+    variance = jnp.var(final_BxQxD, axis=-1, keepdims=True)
+    norm = params["final_norm"]
+    towards = target_BxQxD * norm["scale"][None, None]
+    # Centring is symmetric, so that it can be applied to the direction instead of to every output.
+    direction_BxQxD = (towards - jnp.mean(towards, axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
+
+    def along(outputs: jax.Array) -> jax.Array:
+        extra = (None,) * (outputs.ndim - 3)
+        return jnp.sum(outputs * direction_BxQxD[extra], axis=-1)
+
+    out_proj = params["blocks"]["attn"]["out_proj"]
+    z = trace_at_reads["head_z"]
+    n_layers, _, _, n_heads, d_head = z.shape
+    kernel_LxHxExD = out_proj["kernel"].reshape(n_layers, n_heads, d_head, -1)
+    z_direction = jnp.einsum("lhed,bqd->lbqhe", kernel_LxHxExD, direction_BxQxD, precision="highest")
+    return {
+        "embedding": along(trace_at_reads["embedding"]),
+        "head": jnp.sum(z * z_direction, axis=-1),
+        "attn_bias": along(out_proj["bias"][:, None, None]),
+        "mlp": along(trace_at_reads["mlp_out"]),
+        "final_norm_bias": jnp.sum(target_BxQxD * norm["bias"][None, None], axis=-1),
+    }
+
+
+def _tied(params: Params) -> jax.Array:
+    return params["token_embedding"]["embedding"]

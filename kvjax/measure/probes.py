@@ -1,0 +1,112 @@
+"""Trained linear probes: ridge regression to one-hot classes, many targets and label permutations from one Gram matrix.
+
+Closed form on features standardised by the fit set, with intercept and penalty 1e-3 N (docs/definitions.md, section 5).
+The classes of one target under P permutations of its labels are P more right-hand sides of one factorised system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+RIDGE = 1e-3  # penalty per fit row
+
+NO_LABEL = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RidgeProbes:
+    """Linear probes of one target on G kinds of features, under P permutations of the labels.
+
+    Attributes:
+      weights: [G, P, K, D] on standardised features, for K classes.
+      intercepts: [P, K].
+    """
+
+    weights: jax.Array
+    intercepts: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RidgeSystem:
+    """The features of a fit set, standardised, and their factorised normal equations.
+
+    Attributes:
+      mean, scale: [G, D], of the fit rows; constant features have scale 1.
+      features: [G, N, D] standardised; rows that do not count are 0.
+      counts: [N] 1 for the rows that count, else 0.
+      cholesky: [G, D, D] lower factor of the Gram matrix plus penalty.
+    """
+
+    mean: jax.Array
+    scale: jax.Array
+    features: jax.Array
+    counts: jax.Array
+    cholesky: jax.Array
+
+
+def ridge_system(features_GxNxD: jax.Array, counts_N: jax.Array) -> RidgeSystem:
+    """Returns the normal equations of N fit rows, of which those with count 1 count."""
+    total = jnp.sum(counts_N)
+    weights = counts_N[None, :, None]
+    mean = jnp.sum(features_GxNxD * weights, axis=1) / total
+    centred = (features_GxNxD - mean[:, None]) * weights
+    scale = jnp.sqrt(jnp.sum(centred**2, axis=1) / total)
+    # A constant feature leaves rounding noise, which must not be blown up to unit variance.
+    scale = jnp.where(scale > 1e-6 * jnp.maximum(1.0, jnp.abs(mean)), scale, 1.0)
+    standardised = centred / scale[:, None]
+    gram = jnp.matmul(standardised.swapaxes(1, 2), standardised, precision="highest")
+    penalised = gram + RIDGE * total * jnp.eye(gram.shape[-1])[None]
+    return RidgeSystem(mean, scale, standardised, counts_N, jnp.linalg.cholesky(penalised))
+
+
+def fit_probes(system: RidgeSystem, labels_PxN: jax.Array, num_classes: int) -> RidgeProbes:
+    """Returns the ridge probes of one target.
+
+    Args:
+      system: of the fit set.
+      labels_PxN: class of each row in each permutation; `NO_LABEL` for rows that have none, which count as rows of no
+        class.
+      num_classes: K.
+    """
+    groups, rows, width = system.features.shape
+    by_row = system.features.swapaxes(0, 1).reshape(rows, groups * width)
+    segments = jnp.where(labels_PxN == NO_LABEL, num_classes, labels_PxN)
+
+    def class_sums(labels_N: jax.Array) -> jax.Array:
+        # A sum by class is the product with the one-hot labels, without forming them.
+        return jax.ops.segment_sum(by_row, labels_N, num_classes + 1)[:num_classes]
+
+    cross_PxKxGD = jax.lax.map(class_sums, segments)
+    cross = cross_PxKxGD.reshape(-1, groups, width).transpose(1, 2, 0)  # [G, D, P K]
+    solved = jax.vmap(lambda factor, side: jax.scipy.linalg.cho_solve((factor, True), side))(system.cholesky, cross)
+    weights = solved.swapaxes(1, 2).reshape(groups, len(labels_PxN), num_classes, width)
+    members = jax.vmap(lambda labels: jax.ops.segment_sum(system.counts, labels, num_classes + 1))(segments)
+    return RidgeProbes(weights, members[:, :num_classes] / jnp.sum(system.counts))
+
+
+def standardise(system: RidgeSystem, features_GxNxD: jax.Array) -> jax.Array:
+    """Returns features of other rows as the fit set standardises them."""
+    return (features_GxNxD - system.mean[:, None]) / system.scale[:, None]
+
+
+def probe_scores(weights_KxD: jax.Array, intercepts_K: jax.Array, standardised_NxD: jax.Array) -> jax.Array:
+    """Returns the score of every class for every row, classes first: [K, N]."""
+    return jnp.matmul(weights_KxD, standardised_NxD.T, precision="highest") + intercepts_K[:, None]
+
+
+def label_wins(scores_KxN: jax.Array, labels_N: jax.Array) -> jax.Array:
+    """Returns whether the row's label has the highest score, bool [N]; False for rows without a label."""
+    own = jnp.take_along_axis(scores_KxN, jnp.maximum(labels_N, 0)[None], axis=0)[0]
+    return (own >= jnp.max(scores_KxN, axis=0)) & (labels_N != NO_LABEL)
+
+
+def ranks_above(scores_KxN: jax.Array, labels_N: jax.Array, others_N: jax.Array) -> jax.Array:
+    """Returns whether the row's label scores higher than another class of it, bool [N]; False where either is none."""
+    both = jnp.maximum(jnp.stack([labels_N, others_N]), 0)
+    own, other = jnp.take_along_axis(scores_KxN, both, axis=0)
+    return (own > other) & (labels_N != NO_LABEL) & (others_N != NO_LABEL)

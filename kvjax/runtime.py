@@ -1,0 +1,58 @@
+"""How JAX runs here: the persistent compilation cache, and CPU cores as devices."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+CACHE_VARIABLE = "KVJAX_CACHE_DIR"
+
+
+def cache_folder() -> Path:
+    """Returns where compiled programs are kept: `KVJAX_CACHE_DIR`, or a folder of the user's cache directory."""
+    given = os.environ.get(CACHE_VARIABLE)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else base / "kvjax" / "compiled"
+
+
+def use_compilation_cache() -> Path | None:
+    """Turns JAX's persistent compilation cache on, in a folder that nobody else can write to or read.
+
+    Compiled programs are code: a folder that others own or can write to is not used.
+
+    Returns:
+      The folder; None where there is none to trust.
+    """
+    import jax
+
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.getuid() or folder.is_symlink():
+            return None
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
+
+
+def share_cpu_cores() -> None:
+    """Makes every CPU core a device, before JAX starts its backend.
+
+    A sweep then runs one checkpoint per core. That beats running each matrix product on all cores, since attention,
+    LayerNorms and activations are too small to be shared (measured in docs/design.md). Without effect on an
+    accelerator, or where the number was set before.
+    """
+    import jax
+
+    if jax.config.jax_num_cpu_devices != -1:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    except RuntimeError:
+        return  # the backend has started: whoever started it chose
