@@ -66,6 +66,9 @@ def certify(
     vocab_size = state["token_embedding.weight"].shape[0]
     config = DecoderConfig.from_model_config(model, vocab_size, tied="unembedding" not in params)
     ours = np.asarray(_logits(config)(params, tokens_BxT))
+    # Certificates are made beside the sweep, which has the cores: PyTorch's waiting threads would take them, and with
+    # several readers they were seen to stop everything.
+    torch.set_num_threads(1)
     with torch.inference_mode():
         # Built without storage, so that nothing is initialised only to be replaced.
         with torch.device("meta"):

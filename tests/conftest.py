@@ -6,10 +6,13 @@ import shutil
 
 import jax
 import pytest
+import torch
 
 from tests.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)  # so that every sweep in the tests is shared among devices
+torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost more than they do
 
 
 @pytest.fixture(scope="session")

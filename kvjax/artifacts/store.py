@@ -32,8 +32,8 @@ Tree = dict[str, Any]
 class StoredCheckpoint(pydantic.BaseModel):
     """One checkpoint of the store.
 
-    `part` and `index` say where its parameters lie; `metrics` and `notes` are what the trainer recorded in the file, and
-    what a reader should know of it.
+    `part` and `index` say where its parameters lie; `metrics` is what the trainer recorded in the file,
+    `notes` what a reader should know of it.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -97,7 +97,7 @@ class ParameterStore:
         for stored in self._manifest.checkpoints if self._manifest else ():
             if stored.sha256 == sha256:
                 part = self._part(stored.part)
-                return None if part is None else (stored, jax.tree.map(lambda leaf: leaf[stored.index], part))
+                return None if part is None else (stored, _member(part, stored.index))
         return None
 
     def add(self, checkpoints: Sequence[NewCheckpoint], recorded_config: Mapping[str, Any]) -> None:
@@ -107,7 +107,11 @@ class ParameterStore:
         kept, parts = [], {}
         if self._manifest:
             replaced = {checkpoint.sha256 for checkpoint in checkpoints}
-            kept = [c for c in self._manifest.checkpoints if c.sha256 not in replaced and self._parts.get(c.part, {}) is not None]
+            kept = [
+                c
+                for c in self._manifest.checkpoints
+                if c.sha256 not in replaced and self._parts.get(c.part, {}) is not None
+            ]
             parts = {name: self._manifest.parts[name] for name in {c.part for c in kept}}
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
         sha256 = tree_sha256(stacked)
@@ -157,8 +161,7 @@ def read_stored_run(folder: Path) -> tuple[StoreManifest, list[Tree]]:
     for stored in manifest.checkpoints:
         if parts.get(stored.part) is None:
             raise unusable(folder / stored.part, "the parameters the manifest names", "none, or others")
-    trees = [jax.tree.map(lambda leaf, i=c.index: leaf[i], parts[c.part]) for c in manifest.checkpoints]
-    return manifest, trees
+    return manifest, [_member(parts[stored.part], stored.index) for stored in manifest.checkpoints]
 
 
 def save_tree(path: Path, tree: Tree) -> None:
@@ -190,6 +193,10 @@ def tree_sha256(params: Tree) -> str:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         return hashlib.sha256(b"".join(pool.map(leaf_digest, jax.tree.leaves_with_path(params)))).hexdigest()
+
+
+def _member(stacked: Tree, index: int) -> Tree:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def _read_manifest(folder: Path) -> StoreManifest | None:

@@ -99,6 +99,20 @@ class CheckpointRow(_Row):
     lens_query_key_accuracy_by_layer: ByStage
     lens_support_value_accuracy_by_layer: ByStage
     answer_margin_by_layer: ByStage
+    probe_query_key_by_layer: ByStage
+    probe_query_key_null_by_layer: ByStage
+    probe_query_key_at_support_by_layer: ByStage
+    probe_query_key_at_support_null_by_layer: ByStage
+    probe_support_value_by_layer: ByStage
+    probe_support_value_null_by_layer: ByStage
+    probe_answer_value_by_layer: ByStage
+    probe_answer_value_null_by_layer: ByStage
+    probe_stale_value_by_layer: ByStage
+    probe_stale_value_null_by_layer: ByStage
+    probe_stale_value_at_support_by_layer: ByStage
+    probe_stale_value_at_support_null_by_layer: ByStage
+    probe_current_vs_stale_by_layer: ByStage
+    probe_current_vs_stale_null_by_layer: ByStage
     residual_drift_by_layer: ByStage
     residual_drift_to_reference_by_layer: ByStage
     top_heads_by_ablation: list[AblatedHead]
@@ -136,6 +150,12 @@ class HeadRow(_Row):
     attention_entropy: Number
     accuracy_drop: Rate
     margin_drop: Number
+    accuracy_drop_mean: Rate
+    margin_drop_mean: Number
+    accuracy_drop_resample: Rate
+    margin_drop_resample: Number
+    ablations_disagree: bool | None
+    direct_logit_attribution: Number
     delta_accuracy_drop: Number
     rank: int
 
@@ -147,6 +167,12 @@ class MlpRow(_Row):
     layer: int
     accuracy_drop: Rate
     margin_drop: Number
+    accuracy_drop_mean: Rate
+    margin_drop_mean: Number
+    accuracy_drop_resample: Rate
+    margin_drop_resample: Number
+    ablations_disagree: bool | None
+    direct_logit_attribution: Number
     write_norm_mean: Number
     write_norm_support_mean: Number
     answer_margin_delta_mean: Number

@@ -14,6 +14,7 @@ from kvjax.commands.printing import print_sweep_report
 
 FLAGS = flags.FlagValues()
 common.define_run_flags(FLAGS)
+common.define_runtime_flags(FLAGS)
 flags.DEFINE_string(
     "probe_set",
     None,
@@ -32,6 +33,16 @@ flags.DEFINE_string(
     "Checkpoint that drift is also measured to: final, best or a step.",
     flag_values=FLAGS,
 )
+flags.DEFINE_list(
+    "ablations",
+    ["zero", "mean", "resample"],
+    "Kinds of head and MLP ablation: zero (always), mean, resample, and random, a step of the same length for scale.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+    "resample_draws", 1, "Draws per resample ablation; drops are means over them.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_enum("probe", "ridge", ["ridge", "none"], "Trained linear probes to fit.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per device call: auto or a number.", flag_values=FLAGS)
 flags.DEFINE_float(
     "memory_gb",
@@ -61,10 +72,15 @@ flags.DEFINE_bool(
 def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
     from kvjax.errors import InputError
+    from kvjax.sweep.ablations import chosen_ablations
     from kvjax.sweep.analysis import prepare_run, sweep_runs
     from kvjax.sweep.stream import SweepSettings
 
+    common.start_jax(FLAGS)
     settings = SweepSettings(
+        ablations=chosen_ablations(FLAGS.ablations),
+        resample_draws=FLAGS.resample_draws,
+        probe=FLAGS.probe,
         precision=FLAGS.precision,
         checkpoint_batch=FLAGS.checkpoint_batch,
         memory_gb=FLAGS.memory_gb,

@@ -11,6 +11,7 @@ from kvjax.commands import common
 from kvjax.commands.printing import print_sweep_report
 
 FLAGS = flags.FlagValues()
+common.define_runtime_flags(FLAGS)
 flags.DEFINE_string("output_dir", "quickstart", "Where everything goes.", flag_values=FLAGS)
 flags.DEFINE_string(
     "benchmark_config", "symbolic_kv_quickstart", "Benchmark config, shipped or a JSON file.", flag_values=FLAGS
@@ -36,6 +37,7 @@ def run() -> None:
     from kvjax.sweep.stream import SweepSettings
     from kvjax.task.benchmark import Benchmark, generate_benchmark
 
+    common.start_jax(FLAGS)
     output = Path(FLAGS.output_dir)
     benchmark_dir = output / "benchmark"
     settings = read_config(find_config(FLAGS.benchmark_config, "benchmark"), BenchmarkConfig)

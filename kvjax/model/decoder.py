@@ -99,7 +99,9 @@ def window_mask(tokens_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.A
     in_prefix = (jnp.arange(length)[None] < window_BxW[:, :1]) & (tokens_BxT != PAD_ID)
     before = jnp.broadcast_to(in_prefix[:, None], (*queries_BxP.shape, length))
     within = queries_BxP[:, :, None] >= window_BxW[:, None, :]
-    within &= (jnp.take_along_axis(tokens_BxT, window_BxW, axis=1) != PAD_ID)[:, None]
+    # A window that would reach beyond the end repeats the last position; it is attended to once.
+    once = window_BxW == window_BxW[:, :1] + jnp.arange(window_BxW.shape[1])[None]
+    within &= (once & (jnp.take_along_axis(tokens_BxT, window_BxW, axis=1) != PAD_ID))[:, None]
     return jnp.concatenate([before, within], axis=-1)[:, None]
 
 

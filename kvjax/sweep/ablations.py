@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.errors import unusable
 from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions, ablate_head, ablate_mlp
@@ -20,6 +21,20 @@ Sums = dict[str, jax.Array]
 ABLATIONS = ("zero", "mean", "resample", "random")
 RANDOM_DRAWS = 8
 RANDOM_SEED = 0
+
+
+def chosen_ablations(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the kinds of ablation a flag names, in the order of `ABLATIONS`.
+
+    Raises:
+      InputError: one is unknown, or zero ablation, which ranks and triggers are made from, is missing.
+    """
+    unknown = [name for name in names if name not in ABLATIONS]
+    if unknown:
+        raise unusable("--ablations", f"kinds among {', '.join(ABLATIONS)}", unknown[0])
+    if "zero" not in names:
+        raise unusable("--ablations", "zero among the kinds, for ranks are by zero ablation", ",".join(names) or "none")
+    return tuple(kind for kind in ABLATIONS if kind in names)
 
 
 def measure_ablations(

@@ -29,8 +29,8 @@ def measure_clean(
     """Returns the clean measures of one checkpoint on one microbatch, the run itself, and the states at its reads.
 
     Returns:
-      Sums. Per read, [B, Q]: `read/correct`, `read/margin` (logits), `read/entropy` (nats), `read/confidence`, `read/q`,
-      `read/r`, `read/key_selectivity`, `read/recency_selectivity`. Per sequence, summed over its reads or tokens:
+      Sums. Per read, [B, Q]: `read/correct`, `read/margin` (logits), `read/entropy` (nats), `read/confidence`,
+      `read/q`, `read/r`, `read/key_selectivity`, `read/recency_selectivity`. Per sequence, over its reads or tokens:
       `token/loss` [B] (nats), `token/role_correct` [B, roles], `lens/…` [B, S], `head/<attention measure>` [B, L, H],
       `mlp/write_norm`, `mlp/write_norm_support` [B, L], `attribution/…` [B], [B, L] or [B, L, H] (logits). Summed over
       the batch, by split: `state/prediction`, `state/support` [splits, S, D].

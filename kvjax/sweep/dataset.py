@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray as xr
 
+from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
 from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.measure.residual import cosine_drift
 from kvjax.model.sites import stage_names
+from kvjax.sweep.ablations import ABLATIONS
 from kvjax.sweep.dynamics import change_from_previous
+from kvjax.sweep.fit import PROBE_TARGETS
 from kvjax.task.encoding import NO_ROLE, RELATION_STALE, TOKEN_ROLES, EncodedRecords
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
+from kvjax.task.vocabulary import PAD_ID
 
 ALL_SPLITS = "all"  # the whole probe set, beside its splits
 
@@ -40,6 +44,8 @@ LENS_MEANS = {
 }
 
 POSITION_ROLES = ("prediction", "support")  # p_e and s_e
+
+NULL_PERCENTILE = 95
 
 MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
 
@@ -116,6 +122,7 @@ def build_dataset(
     is_read = probe.encoded.is_read
     reads = in_split @ is_read.sum(axis=1)  # [splits]
     n_layers = arrays["mlp/write_norm"].shape[-1]
+    ablations = [kind for kind in ABLATIONS if f"head/{kind}/correct" in arrays]
     dataset = xr.Dataset(
         coords={
             "step": list(steps),
@@ -123,7 +130,7 @@ def build_dataset(
             "stage": list(stage_names(n_layers)),
             "layer": np.arange(n_layers),
             "head": np.arange(arrays["head/query_attention"].shape[-1]),
-            "ablation": ["zero"],
+            "ablation": ablations,
             "position_role": list(POSITION_ROLES),
             "token_role": list(TOKEN_ROLES),
             "difficulty": ["easy", "hard"],
@@ -200,46 +207,104 @@ def build_dataset(
             ("accuracy", "answer_accuracy", "1"),
             ("margin", "answer_margin", "logits"),
         ):
-            source = f"{kind}/zero/{'correct' if measure == 'accuracy' else 'margin'}"
-            ablated = by_split(arrays[source])
-            unablated = dataset[clean].values.reshape(*ablated.shape[:2], *[1] * len(dims))
+            name = "correct" if measure == "accuracy" else "margin"
+            unablated = dataset[clean].values.reshape(*dataset[clean].shape, *[1] * len(dims))
             put(
                 f"{kind}_{measure}_drop",
                 ("ablation", "split", *dims),
-                (unablated - ablated)[:, None],
+                np.stack([unablated - by_split(arrays[f"{kind}/{ablation}/{name}"]) for ablation in ablations], 1),
                 f"clean minus ablated answer {measure}",
                 units,
             )
-        drop = dataset[f"{kind}_accuracy_drop"]
-        put(
-            f"{kind}_accuracy_drop_change",
-            drop.dims[1:],
-            change_from_previous(drop.values),
-            "change from the previous checkpoint",
-            "1",
-        )
+    _put_attribution(put, arrays, by_split)
+    _put_probes(dataset, put, arrays, probe, in_split)
+    _put_changes(dataset, put)
     _put_drift(put, arrays, reference)
     return dataset
+
+
+def _put_attribution(put, arrays: Mapping[str, np.ndarray], by_split) -> None:
+    dims = {"head": ("layer", "head"), "mlp": ("layer",), "attn_bias": ("layer",)}
+    names = {"head": "head_direct_logit_attribution", "mlp": "mlp_direct_logit_attribution"}
+    for term in (*WHOLE_TERMS, *LAYER_TERMS):
+        put(
+            names.get(term, f"{term}_direct_logit_attribution"),
+            ("split", *dims.get(term, ())),
+            by_split(arrays[f"attribution/{term}"]),
+            f"what the {term} adds to logit(answer) - mean logit over values",
+            "logits",
+        )
+
+
+def _put_probes(
+    dataset: xr.Dataset, put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_split: np.ndarray
+) -> None:
+    """Trained probes: accuracy and null by split, target, position and stage; the controls are labelled in `attrs`."""
+    if f"probe/{PROBE_TARGETS[0]}" not in arrays:
+        return
+    dataset.coords["target"] = list(PROBE_TARGETS)
+    is_read = probe.encoded.is_read
+    with_stale = is_read & (probe.encoded.stale_values != PAD_ID)
+    counted = {"stale_value": with_stale, "current_vs_stale": with_stale}
+    accuracies, nulls = {}, {}
+    for target in (*PROBE_TARGETS, "current_vs_stale"):
+        reads = in_split @ counted.get(target, is_read).sum(axis=1)
+        right = np.einsum("cng,zn->czg", arrays[f"probe/{target}"].astype(np.float64), in_split)
+        accuracies[target] = _ratio(right, np.broadcast_to(reads[None, :, None], right.shape))
+        own = arrays[f"null/{target}"].astype(np.float64)  # [C, permutations, splits, groups]
+        permuted = np.concatenate([own.sum(axis=2, keepdims=True), own], axis=2)
+        shares = _ratio(permuted, np.broadcast_to(reads[None, None, :, None], permuted.shape))
+        nulls[target] = np.percentile(shares, NULL_PERCENTILE, axis=1)
+
+    def by_position(values: Mapping[str, np.ndarray]) -> np.ndarray:
+        stacked = np.stack([values[target] for target in PROBE_TARGETS], axis=2)  # [C, splits, targets, 2 S]
+        return stacked.reshape(*stacked.shape[:3], len(POSITION_ROLES), -1)
+
+    dims = ("split", "target", "position_role", "stage")
+    put("probe_accuracy", dims, by_position(accuracies), "accuracy of a trained ridge probe of the target", "1")
+    put("probe_null", dims, by_position(nulls), "95th percentile of the accuracy with permuted fit labels", "1")
+    dataset["probe_accuracy"].attrs["controls"] = (
+        "query_key at prediction and value at support are the token that stands there: controls, not findings"
+    )
+    meaning = "share of reads whose value probe at p_e ranks the current value above the stale one; chance 0.5"
+    put("probe_current_vs_stale", ("split", "stage"), accuracies["current_vs_stale"], meaning, "1")
+    meaning = "95th percentile of that share with permuted fit labels"
+    put("probe_current_vs_stale_null", ("split", "stage"), nulls["current_vs_stale"], meaning, "1")
+
+
+def _put_changes(dataset: xr.Dataset, put) -> None:
+    """The change of every measure of heads and MLPs from the previous checkpoint."""
+    for name in [name for name in dataset.data_vars if name.startswith(("head_", "mlp_"))]:
+        values = dataset[name]
+        changes = change_from_previous(values.values)
+        put(f"{name}_change", values.dims[1:], changes, f"change of {name} from the previous checkpoint", values.units)
 
 
 def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
     """Returns the per-read values and per-sequence sums that every mean and interval is made from."""
     per_sequence = ("step", "sequence")
+    stages = list(stage_names(arrays["mlp/write_norm"].shape[-1]))
     dims = {
         "read": (*per_sequence, "read"),
         "token": (*per_sequence, "token_role"),
         "lens": (*per_sequence, "stage"),
         "head": (*per_sequence, "layer", "head"),
         "mlp": (*per_sequence, "layer"),
+        "attribution": (*per_sequence, "layer", "head"),
+        "probe": (*per_sequence, "position_role", "stage"),
     }
-    dataset = xr.Dataset(coords={"step": list(steps), "sequence": list(probe.sample_ids)})
+    dataset = xr.Dataset(coords={"step": list(steps), "sequence": list(probe.sample_ids), "stage": stages})
     dataset["split"] = (("sequence",), np.array(probe.splits)[probe.encoded.splits])
     dataset["is_read"] = (("sequence", "read"), probe.encoded.is_read)
     for name, values in arrays.items():
         kind = name.partition("/")[0]
         if kind == "read" and values.dtype != bool:
             values = np.where(probe.encoded.is_read, values, np.nan)  # positions that are no read hold no value
-        if kind in dims:
+        if kind == "probe":
+            both = values.reshape(*values.shape[:2], -1, len(stages))  # p_e alone, or p_e and s_e
+            own = dims[kind] if both.shape[2] > 1 else (*per_sequence, "stage")
+            dataset[name.replace("/", "_")] = (own, both if both.shape[2] > 1 else both[:, :, 0])
+        elif kind in dims:
             dataset[name.replace("/", "_")] = (dims[kind][: values.ndim], values)
     return dataset
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,20 @@ DELTAS = (
     "key_selectivity",
     "recency_selectivity",
 )
+
+# Field of the row -> the probe it shows: target, and position (p_e or s_e).
+_PROBE_CELLS = {
+    "probe_query_key": ("query_key", "prediction"),
+    "probe_query_key_at_support": ("query_key", "support"),
+    "probe_support_value": ("value", "support"),
+    "probe_answer_value": ("value", "prediction"),
+    "probe_stale_value": ("stale_value", "prediction"),
+    "probe_stale_value_at_support": ("stale_value", "support"),
+}
+
+_DROP_COLUMNS = ("accuracy_drop", "accuracy_drop_mean", "accuracy_drop_resample")
+_SIGN_FLOOR = 0.01  # an accuracy change below this has no sign worth comparing
+_RANK_GAP = 3
 
 Row = dict[str, Any]
 
@@ -85,6 +99,7 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
                 "lens_query_key_accuracy_by_layer": _labelled(here["lens_query_key_accuracy"]),
                 "lens_support_value_accuracy_by_layer": _labelled(here["lens_support_value_accuracy"]),
                 "answer_margin_by_layer": _labelled(here["lens_answer_margin"]),
+                **_probes(here),
                 "residual_drift_by_layer": _labelled(prediction["residual_drift"]),
                 "residual_drift_to_reference_by_layer": _labelled(prediction["residual_drift_to_reference"]),
                 "top_heads_by_ablation": _top(
@@ -108,43 +123,97 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
 
 def head_rows(dataset: xr.Dataset) -> list[Row]:
     """Returns one row per checkpoint and head, ready for `HeadRow`; ranks are by accuracy drop, from 1."""
-    whole = dataset.sel(split=ALL_SPLITS, ablation="zero")
+    whole = dataset.sel(split=ALL_SPLITS)
     attention = {
         name if name == "attention_entropy" else f"{name}_mean": whole[f"head_{name}"] for name in ATTENTION_MEASURES
     }
-    drops = {
-        "accuracy_drop": whole["head_accuracy_drop"],
-        "margin_drop": whole["head_margin_drop"],
-        "delta_accuracy_drop": whole["head_accuracy_drop_change"],
-    }
-    return _component_rows(dataset["step"].values, ("layer", "head"), attention | drops)
+    return _component_rows(dataset["step"].values, ("layer", "head"), attention | _effects(whole, "head"))
 
 
 def mlp_rows(dataset: xr.Dataset) -> list[Row]:
     """Returns one row per checkpoint and MLP, ready for `MlpRow`; ranks are by accuracy drop, from 1."""
-    whole = dataset.sel(split=ALL_SPLITS, ablation="zero")
+    whole = dataset.sel(split=ALL_SPLITS)
     columns = {
-        "accuracy_drop": whole["mlp_accuracy_drop"],
-        "margin_drop": whole["mlp_margin_drop"],
         "write_norm_mean": whole["mlp_write_norm"].sel(position_role="prediction"),
         "write_norm_support_mean": whole["mlp_write_norm"].sel(position_role="support"),
         "answer_margin_delta_mean": whole["mlp_answer_margin_delta"],
-        "delta_accuracy_drop": whole["mlp_accuracy_drop_change"],
     }
-    return _component_rows(dataset["step"].values, ("layer",), columns)
+    return _component_rows(dataset["step"].values, ("layer",), _effects(whole, "mlp") | columns)
 
 
-def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[str, xr.DataArray]) -> list[Row]:
+def _effects(whole: xr.Dataset, kind: str) -> dict[str, xr.DataArray | None]:
+    """Returns what ablating the heads or MLPs costs, by every kind of ablation, and what they write to the answer.
+
+    A kind that was not measured is None.
+    """
+    drops: dict[str, xr.DataArray | None] = {}
+    for ablation, suffix in (("zero", ""), ("mean", "_mean"), ("resample", "_resample")):
+        for measure in ("accuracy_drop", "margin_drop"):
+            found = ablation in whole["ablation"].values
+            drops[measure + suffix] = whole[f"{kind}_{measure}"].sel(ablation=ablation) if found else None
+    return {
+        **drops,
+        "direct_logit_attribution": whole[f"{kind}_direct_logit_attribution"],
+        "delta_accuracy_drop": whole[f"{kind}_accuracy_drop_change"].sel(ablation="zero"),
+    }
+
+
+def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[str, xr.DataArray | None]) -> list[Row]:
     """Returns one row per step and component from columns with dimensions (step, *axes)."""
-    values = {name: column.transpose("step", *axes).values for name, column in columns.items()}
+    values = {
+        name: None if column is None else column.transpose("step", *axes).values for name, column in columns.items()
+    }
     rows = []
     for c, step in enumerate(steps.tolist()):
-        order = ranking(values["accuracy_drop"][c].ravel()).tolist()
-        rank_of = {component: rank for rank, component in enumerate(order, start=1)}
-        for component, index in enumerate(np.ndindex(*values["accuracy_drop"].shape[1:])):
-            numbers = {name: _number(column[(c, *index)]) for name, column in values.items()}
-            rows.append({"step": step, **dict(zip(axes, index, strict=True)), **numbers, "rank": rank_of[component]})
+        drops = {name: values[name][c] for name in _DROP_COLUMNS if values[name] is not None}
+        ranks = {name: _ranks(drop) for name, drop in drops.items()}
+        for index in np.ndindex(*values["accuracy_drop"].shape[1:]):
+            numbers = {name: None if x is None else _number(x[(c, *index)]) for name, x in values.items()}
+            told = [drop[index] for drop in drops.values()], [rank[index] for rank in ranks.values()]
+            rows.append(
+                {
+                    "step": step,
+                    **dict(zip(axes, index, strict=True)),
+                    **numbers,
+                    "ablations_disagree": _disagree(*told) if len(drops) > 1 else None,
+                    "rank": int(ranks["accuracy_drop"][index]),
+                }
+            )
     return rows
+
+
+def _ranks(drops: np.ndarray) -> np.ndarray:
+    """Returns each component's place by drop, from 1, largest first."""
+    ranks = np.empty(drops.size, int)
+    ranks[ranking(drops.ravel())] = np.arange(1, drops.size + 1)
+    return ranks.reshape(drops.shape)
+
+
+def _disagree(drops: Sequence[float], ranks: Sequence[int]) -> bool:
+    """Returns whether the kinds of ablation tell different stories of a component.
+
+    They do where one kind says it helps and another that it hurts, each by at least `_SIGN_FLOOR`, or where its ranks
+    differ by `_RANK_GAP` or more while some drop is that large.
+    """
+    signs = {np.sign(drop) for drop in drops if abs(drop) >= _SIGN_FLOOR}
+    matters = max(abs(drop) for drop in drops) >= _SIGN_FLOOR
+    return bool(len(signs) > 1 or (matters and max(ranks) - min(ranks) >= _RANK_GAP))
+
+
+def _probes(here: xr.Dataset) -> dict[str, dict[str, float | None]]:
+    """Returns the trained probes' cells that a row shows, each with its null."""
+    stages = [str(stage) for stage in here["stage"].values]
+    fields: dict[str, dict[str, float | None]] = {}
+    for name, (target, position) in _PROBE_CELLS.items():
+        for variable, suffix in (("probe_accuracy", ""), ("probe_null", "_null")):
+            fields[f"{name}{suffix}_by_layer"] = (
+                _labelled(here[variable].sel(target=target, position_role=position))
+                if variable in here
+                else dict.fromkeys(stages)
+            )
+    for variable in ("probe_current_vs_stale", "probe_current_vs_stale_null"):
+        fields[f"{variable}_by_layer"] = _labelled(here[variable]) if variable in here else dict.fromkeys(stages)
+    return fields
 
 
 def _number(value: Any) -> float | None:

@@ -22,7 +22,7 @@ def draw_donors(encoded: EncodedRecords, *, draws: int, seed: int) -> np.ndarray
     """
     rng = np.random.default_rng(seed)
     num_records, length = encoded.tokens.shape
-    donors = np.broadcast_to(np.arange(num_records * length).reshape(1, num_records, length), (draws, *encoded.tokens.shape)).copy()
+    donors = np.tile(np.arange(num_records * length).reshape(1, num_records, length), (draws, 1, 1))
     for split in np.unique(encoded.splits):
         members = np.flatnonzero(encoded.splits == split)
         for role in np.unique(encoded.token_roles[members][encoded.tokens[members] != PAD_ID]):

@@ -10,6 +10,7 @@ from kvjax.measure.behaviour import (
     next_token_sums,
     relation_attention,
     selectivities,
+    wins_among,
 )
 from kvjax.measure.mlps import write_norm_sums
 from kvjax.measure.residual import cosine_drift
@@ -20,8 +21,19 @@ VALUES = jnp.array([2, 3, 4])
 
 def test_margin_is_against_the_best_other_value_only():
     logits = jnp.array([[9.0, 0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 2.0, 5.0, 1.0]])
-    margin, right = answer_margin(logits, jnp.array([3, 2]), VALUES)
-    assert margin.tolist() == [3.0, -3.0] and right.tolist() == [True, False]
+    answers = jnp.array([3, 2])
+    assert answer_margin(logits, answers, VALUES).tolist() == [3.0, -3.0]
+    assert wins_among(logits, answers, VALUES).tolist() == [True, False]
+
+
+def test_the_lower_id_wins_a_tie_as_in_an_argmax():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 3, (200, 6)).astype(np.float32)
+    for target in range(6):
+        wins = wins_among(jnp.asarray(logits), jnp.full(200, target))
+        assert wins.tolist() == (logits.argmax(axis=1) == target).tolist()
+    among = wins_among(jnp.asarray(logits), jnp.full(200, 3), VALUES)
+    assert among.tolist() == (logits[:, 2:5].argmax(axis=1) == 1).tolist()
 
 
 def test_accuracy_is_over_the_full_vocabulary():

@@ -7,24 +7,29 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.to_flax import to_flax
 from kvjax.config import ModelConfig
+from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig
-from kvjax.model.interventions import Edit, ablate_head, ablate_mlp, compose
-from kvjax.model.sites import take_positions
+from kvjax.model.interventions import Edit, ablate_head
+from kvjax.model.sites import SITES, take_positions
 from kvjax.model.transforms import intervene, plain_forward
-from kvjax.sweep.engine import RESTART_CAPTURE, restart, run_clean
+from kvjax.sweep.engine import RESTART_CAPTURE, WINDOW_CAPTURE, restart, run_clean
 from tests.building import as_numpy, random_torch_model
 
 VOCAB, LENGTH, BATCH, READS = 20, 11, 3, 2
 
 
+SITES_EDITED = tuple(name for name in SITES if name != "pattern")
+
+
 @functools.cache
 def setting(n_layers, n_heads):
-    """A random model of the shape, its config, and both ways of running it, compiled once."""
+    """A random model of the shape, and both ways of running it, compiled once per set of sites."""
     shape = {"d_model": 12, "n_layers": n_layers, "n_heads": n_heads, "d_ff": 10, "max_seq_len": LENGTH}
     model = ModelConfig.model_validate(shape)
     params = to_flax(as_numpy(random_torch_model(shape, VOCAB, 0, tied=False)), model, VOCAB, where="test")
@@ -35,14 +40,42 @@ def setting(n_layers, n_heads):
         logits, _ = intervene(plain_forward(config), edits)(params, tokens)
         return take_positions(logits, positions, 1)
 
-    @functools.partial(jax.jit, static_argnames=("site", "last"))
-    def restarted(tokens, positions, edits, layer, site, last):
-        clean = run_clean(params, config, tokens, RESTART_CAPTURE)
+    @functools.partial(jax.jit, static_argnames=("last", "keep_hidden"))
+    def restarted(tokens, positions, edits, layer, window=None, *, last, keep_hidden=False):
+        capture = (*RESTART_CAPTURE, *WINDOW_CAPTURE, *(("mlp_hidden",) if keep_hidden else ()))
+        _, clean = run_clean(params, config, tokens, capture)
         # The last layer is named by a Python number, any other by a traced one.
         layer = config.n_layers - 1 if last else layer
-        return restart(params, config, clean, edits, site=site, layer=layer, positions_BxQ=positions)
+        return restart(params, config, clean, edits, layer=layer, positions_BxQ=positions, window_BxW=window)
 
-    return plain, restarted
+    return config, plain, restarted
+
+
+def axis_sizes(config):
+    return {
+        "L": config.n_layers,
+        "B": BATCH,
+        "P": LENGTH,
+        "T": LENGTH,
+        "H": config.n_heads,
+        "E": config.d_head,
+        "D": config.d_model,
+        "F": config.d_ff,
+    }
+
+
+def random_edit(rng, config, name, layer, where):
+    """A random edit of a site from a layer on, at the positions `where` [B, T]; axes are of their length or 1."""
+    sizes = axis_sizes(config)
+    axes = SITES[name].axes
+    keep = [axis in "BPTL" or rng.random() < 0.7 for axis in axes]
+    shape = tuple(sizes[axis] if kept else 1 for axis, kept in zip(axes, keep, strict=True))
+    mask = rng.random(shape) < 0.4
+    at = [sizes[axis] if axis in "BPT" else 1 for axis in axes]
+    mask &= where.reshape([n if axis in "BPT" else 1 for axis, n in zip(axes, at, strict=True)])
+    if SITES[name].per_layer:
+        mask &= (np.arange(config.n_layers) >= layer).reshape(-1, *[1] * (len(axes) - 1))
+    return Edit(jnp.asarray(mask), jnp.asarray(rng.normal(size=shape), jnp.float32))
 
 
 def random_inputs(seed):
@@ -62,55 +95,84 @@ def assert_same(ours, plain):
 SHAPES = st.sampled_from([(1, 2), (2, 3), (4, 2)])
 
 
-@settings(max_examples=40, deadline=None)
-@given(shape=SHAPES, data=st.data(), seed=st.integers(0, 10_000))
-def test_zero_ablations_restarted_equal_the_plain_forward(shape, data, seed):
-    n_layers, n_heads = shape
-    plain, restarted = setting(*shape)
-    _, tokens, positions = random_inputs(seed)
-    layer = data.draw(st.integers(0, n_layers - 1))
-    head = data.draw(st.integers(-1, n_heads - 1))
-    if head >= 0:
-        edits, site = ablate_head(layer, head, n_layers=n_layers, n_heads=n_heads), "head_z"
-    else:
-        edits, site = ablate_mlp(layer, n_layers=n_layers), "mlp_out"
-    ours = restarted(tokens, positions, edits, layer, site=site, last=layer == n_layers - 1)
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=SHAPES,
+    sites=st.lists(st.sampled_from(SITES_EDITED), min_size=1, max_size=3, unique=True),
+    data=st.data(),
+    seed=st.integers(0, 10_000),
+)
+def test_edits_at_every_site_and_sets_of_sites_equal_the_plain_forward(shape, sites, data, seed):
+    config, plain, restarted = setting(*shape)
+    rng, tokens, positions = random_inputs(seed)
+    layer = data.draw(st.integers(0, config.n_layers - 1))
+    layer = 0 if "embedding" in sites else layer
+    everywhere = np.ones((BATCH, LENGTH), bool)
+    edits = {name: random_edit(rng, config, name, layer, everywhere) for name in sites}
+    keep_hidden = data.draw(st.booleans())
+    ours = restarted(tokens, positions, edits, layer, last=layer == config.n_layers - 1, keep_hidden=keep_hidden)
     assert_same(ours, plain(tokens, positions, edits))
 
 
-@settings(max_examples=25, deadline=None)
-@given(shape=SHAPES, data=st.data(), seed=st.integers(0, 10_000))
-def test_edits_of_several_sites_with_values_per_position(shape, data, seed):
-    """Random masks and values at head_z, mlp_hidden and post_mlp from a layer on, and at the final norm."""
-    n_layers, n_heads = shape
-    plain, restarted = setting(*shape)
-    rng, tokens, positions = random_inputs(seed)
-    layer = data.draw(st.integers(0, n_layers - 1))
-    from_here = (np.arange(n_layers) >= layer).reshape(-1, 1, 1, 1)
-    # The MLP's inside can be edited by a restart after the heads, not by one after the MLP.
-    layers = (n_layers, BATCH, LENGTH)
-    edits = {
-        "head_z": Edit(
-            jnp.asarray(from_here[..., None] & (rng.random((*layers, n_heads, 1)) < 0.4)),
-            jnp.asarray(rng.normal(size=(1, BATCH, LENGTH, n_heads, 12 // n_heads)), jnp.float32),
-        ),
-        "mlp_hidden": Edit(
-            jnp.asarray(from_here & (rng.random((*layers, 10)) < 0.3)), jnp.zeros((1, 1, 1, 1), jnp.float32)
-        ),
-    }
-    later = {
-        "post_mlp": Edit(
-            jnp.asarray(from_here & (rng.random((*layers, 1)) < 0.3)),
-            jnp.asarray(rng.normal(size=(n_layers, BATCH, LENGTH, 12)), jnp.float32),
-        ),
-        "final_norm": Edit(
-            jnp.asarray(rng.random((BATCH, LENGTH, 1)) < 0.3),
-            jnp.asarray(rng.normal(size=(1, 1, 12)), jnp.float32),
-        ),
-    }
-    both = compose(edits, later)
-    ours = restarted(tokens, positions, both, layer, site="head_z", last=layer == n_layers - 1)
-    assert_same(ours, plain(tokens, positions, both))
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=SHAPES,
+    site=st.sampled_from(SITES_EDITED),
+    data=st.data(),
+    width=st.integers(1, 6),
+    seed=st.integers(0, 10_000),
+)
+def test_windows_equal_the_plain_forward_where_they_reach(shape, site, data, width, seed):
+    """An edit of the window's positions alone: inside it the logits are the whole model's, with clean keys before."""
+    config, plain, restarted = setting(*shape)
+    rng, tokens, _ = random_inputs(seed)
+    lengths = (tokens != 0).sum(axis=1)
+    start = np.array([rng.integers(0, length) for length in lengths])
+    window = np.minimum(start[:, None] + np.arange(width)[None], LENGTH - 1).astype(np.int32)
+    positions = np.stack(
+        [rng.integers(s, max(s + 1, min(s + width, n)), READS) for s, n in zip(start, lengths, strict=True)]
+    )
+    layer = 0 if site == "embedding" else data.draw(st.integers(0, config.n_layers - 1))
+    inside = np.zeros((BATCH, LENGTH), bool)
+    np.put_along_axis(inside, window, True, axis=1)
+    edits = {site: random_edit(rng, config, site, layer, inside)}
+    positions = positions.astype(np.int32)
+    ours = restarted(tokens, positions, edits, layer, window, last=layer == config.n_layers - 1)
+    assert_same(ours, plain(tokens, positions, edits))
+
+
+def test_the_attention_pattern_is_edited_at_every_query():
+    _, plain, restarted = setting(2, 3)
+    rng, tokens, positions = random_inputs(1)
+    mask = rng.random((2, BATCH, 3, LENGTH, LENGTH)) < 0.2
+    edits = {"pattern": Edit(jnp.asarray(mask), jnp.zeros((1,) * 5))}
+    assert_same(restarted(tokens, positions, edits, 0, last=False), plain(tokens, positions, edits))
+    with pytest.raises(InputError, match="inside a window"):
+        restarted(tokens, positions, edits, 0, positions, last=False)
+
+
+def test_no_edit_and_unknown_sites_are_refused():
+    _, _, restarted = setting(2, 3)
+    _, tokens, positions = random_inputs(1)
+    with pytest.raises(InputError, match="expected an edit"):
+        restarted(tokens, positions, {}, 0, last=False)
+    with pytest.raises(InputError, match="found nowhere"):
+        restarted(tokens, positions, {"nowhere": Edit(jnp.ones(1, bool), jnp.ones(1))}, 0, last=False)
+
+
+def test_a_run_cut_after_its_last_read_gives_the_same_reads():
+    config, _, _ = setting(4, 2)
+    shape = {"d_model": 12, "n_layers": 4, "n_heads": 2, "d_ff": 10, "max_seq_len": LENGTH}
+    model = ModelConfig.model_validate(shape)
+    params = to_flax(as_numpy(random_torch_model(shape, VOCAB, 0, tied=False)), model, VOCAB, where="test")
+    _, tokens, _ = random_inputs(3)
+    positions = np.full((BATCH, 1), 5, np.int32)
+    _, clean = run_clean(params, config, tokens, RESTART_CAPTURE)
+    edits = ablate_head(1, 0, n_layers=4, n_heads=2)
+    whole, cut = (
+        restart(params, config, run, edits, layer=1, positions_BxQ=positions) for run in (clean, clean.cut(6))
+    )
+    chex.assert_trees_all_close(cut, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_every_early_layer_shares_one_compilation():
@@ -124,9 +186,9 @@ def test_every_early_layer_shares_one_compilation():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def ablated(layer, head):
-        clean = run_clean(params, config, tokens, RESTART_CAPTURE)
+        _, clean = run_clean(params, config, tokens, RESTART_CAPTURE)
         edits = ablate_head(layer, head, n_layers=5, n_heads=2)
-        return restart(params, config, clean, edits, site="head_z", layer=layer, positions_BxQ=positions)
+        return restart(params, config, clean, edits, layer=layer, positions_BxQ=positions)
 
     results = [ablated(layer, 0) for layer in range(4)]
     assert all(not np.allclose(a, b) for a, b in itertools.pairwise(results))

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 import xarray as xr
 
-from converters.source import convert_checkpoint
+from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
@@ -25,21 +25,15 @@ STAGES = stage_names(SMALL_MODEL["n_layers"])
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 
 
-def load_with_torch(work):
-    """Returns the loader the commands use, for a prepared run."""
-
-    def load(path, step):
-        return convert_checkpoint(
-            path, work.run.config, work.benchmark, expected_step=step, certify_on=work.certificate_tokens
-        )
-
-    return load
+def source(work):
+    """Returns where the commands take a prepared run's checkpoints from."""
+    return CheckpointLibrary(work.run, work.benchmark, certify_on=work.certificate_tokens)
 
 
 def sweep(run, *, steps="all", reference="final", **settings):
     """Sweeps a run directory as the command does, and returns the report."""
     prepared = prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps=steps, reference=reference)
-    (report,) = sweep_runs([prepared], load_with_torch, settings=SweepSettings(**settings), advance=lambda n: None)
+    (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
     return report
 
 
@@ -373,7 +367,7 @@ def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, sm
         prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
         for run in (tied, small_run)
     ]
-    reports = sweep_runs(both, load_with_torch, settings=SweepSettings(), advance=lambda n: None)
+    reports = sweep_runs(both, source, settings=SweepSettings(), advance=lambda n: None)
     assert [row["answer_accuracy"] for row in reports[1].rows] == [rows[step]["answer_accuracy"] for step in STEPS]
     vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
     module = load_module(tied / "checkpoints" / "step_000100.pt", SMALL_MODEL, len(vocabulary["tokens"]))
@@ -389,7 +383,7 @@ def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, sm
         prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
         for run in (broken, small_run)
     ]
-    reports = sweep_runs(work, load_with_torch, settings=SweepSettings(skip_bad=True), advance=lambda n: None)
+    reports = sweep_runs(work, source, settings=SweepSettings(skip_bad=True), advance=lambda n: None)
     assert [len(report.rows) for report in reports] == [0, len(STEPS)]
     assert len(reports[0].log.refused) == len(STEPS)
 
@@ -411,7 +405,7 @@ def test_another_model_section_does_not_reuse_what_was_measured(small_run):
 def test_a_benchmark_with_other_held_out_pairs_is_noted(small_run, tmp_path):
     other = write_small_benchmark(tmp_path / "other", seed=4)
     work = prepare_run(RunDir.open(small_run), benchmark_dir=str(other), probe_set=None, steps="100", reference="100")
-    (report,) = sweep_runs([work], load_with_torch, settings=SweepSettings(), advance=lambda n: None)
+    (report,) = sweep_runs([work], source, settings=SweepSettings(), advance=lambda n: None)
     assert any("held-out pairs differ" in note for note in report.notes)
 
 
