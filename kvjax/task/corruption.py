@@ -23,6 +23,20 @@ PAIR_KINDS = ("value", "query", "swap", "stale")
 PAIR_ROLES = ("before", "changed", "earlier_answers", "between", "operator", "prediction")
 
 
+@dataclasses.dataclass(frozen=True)
+class Corruption:
+    """A corrupted program, and how far it breaks rules of the benchmark.
+
+    A model may fail on streams unlike those it was trained on for other reasons than the change. Counted are: writes to
+    the key written just before; reads of a key never overwritten; by how many writes the lag of a read (writes since
+    its support) lies off those that reads of the split have. Some corruptions cannot keep every rule: an overwritten
+    value lies further back.
+    """
+
+    program: Program
+    broken_rules: int
+
+
 def corrupt(
     kind: str,
     program: Program,
@@ -31,8 +45,9 @@ def corrupt(
     vocabulary: Vocabulary,
     heldout_pairs: frozenset[tuple[str, str]],
     split: str,
+    lags: frozenset[int],
     rng: random.Random,
-) -> Program | None:
+) -> Corruption | None:
     """Returns a program of the same length in which a read's answer differs, or None where the kind allows none.
 
     `value`: the support write's value becomes one that the stream does not hold. `query`: the read's key becomes
@@ -40,10 +55,8 @@ def corrupt(
     write's value becomes the answer. `stale`: the support write goes to another key of the stream, so that the value
     it overwrote becomes the answer.
 
-    Among the programs a kind allows, one of those is drawn that break the fewest rules of the benchmark (consecutive
-    writes go to different keys; reads ask for overwritten keys): a model that never saw such streams may fail on them
-    for other reasons than the change. Outside the `heldout_pairs` split no changed write makes a held-out pair. Inside
-    it `value` keeps to held-out pairs; `swap` and `stale` re-key writes and may make seen ones.
+    One of those that break the rules least is drawn. Outside the `heldout_pairs` split no changed write makes a
+    held-out pair. Inside it `value` keeps to held-out pairs; `swap` and `stale` re-key writes and may make seen ones.
 
     Args:
       kind: one of `PAIR_KINDS`.
@@ -52,28 +65,35 @@ def corrupt(
       vocabulary: the tokens to draw from.
       heldout_pairs: (key, value) pairs that belong to the `heldout_pairs` split alone.
       split: the record's split.
+      lags: the lags that reads of the split have.
       rng: where the draw comes from.
     """
-    read = program.reads[read_index]
-    old = program.writes[read.support_write_index][1]
-    best: list[Program] = []
-    fewest = None
-    for candidate, wanted in _CANDIDATES[kind](program, read_index, vocabulary):
+
+    def keeps_splits_apart(candidate: Program) -> bool:
         changed = [pair for pair, before in zip(candidate.writes, program.writes, strict=True) if pair != before]
-        makes_heldout = [pair in heldout_pairs for pair in changed]
-        if any(makes_heldout) if split != HELDOUT_SPLIT else kind == "value" and not all(makes_heldout):
+        if split != HELDOUT_SPLIT:
+            return not heldout_pairs.intersection(changed)
+        return kind != "value" or heldout_pairs.issuperset(changed)
+
+    candidates = [
+        (c, wanted) for c, wanted in _CANDIDATES[kind](program, read_index, vocabulary) if keeps_splits_apart(c)
+    ]
+    if kind == "value" and candidates:
+        candidates = [rng.choice(candidates)]  # they differ in the value alone, and break the same rules
+    old = program.writes[program.reads[read_index].support_write_index][1]
+    best: list[Corruption] = []
+    for candidate, wanted in candidates:
+        altered = _looked_up(candidate)
+        if altered is None:
             continue
-        answers = _looked_up(candidate)
-        if answers is None:
-            continue
-        answer = answers.writes[answers.reads[read_index].support_write_index][1]
+        answer = altered.writes[altered.reads[read_index].support_write_index][1]
         if answer == old or wanted not in (None, answer):
             continue
-        broken = _broken_rules(answers)
-        if fewest is None or broken < fewest:
-            best, fewest = [], broken
-        if broken == fewest:
-            best.append(answers)
+        found = Corruption(altered, _broken_rules(altered, lags))
+        if not best or found.broken_rules < best[0].broken_rules:
+            best = []
+        if not best or found.broken_rules == best[0].broken_rules:
+            best.append(found)
     return rng.choice(best) if best else None
 
 
@@ -134,18 +154,22 @@ def _looked_up(program: Program) -> Program | None:
     """Returns the program with every read's support found anew; None where a read precedes all writes of its key."""
     reads = []
     for read in program.reads:
-        keys = [key for key, _ in program.writes[: read.slot_after_write + 1]]
-        if read.key not in keys:
+        latest = next((i for i in range(read.slot_after_write, -1, -1) if program.writes[i][0] == read.key), None)
+        if latest is None:
             return None
-        latest = len(keys) - 1 - keys[::-1].index(read.key)
         reads.append(Read(read.slot_after_write, read.key, latest))
     return dataclasses.replace(program, reads=tuple(reads))
 
 
-def _broken_rules(program: Program) -> int:
+def _broken_rules(program: Program, lags: frozenset[int]) -> int:
     keys = [key for key, _ in program.writes]
     repeats = sum(first == second for first, second in itertools.pairwise(keys))
-    return repeats + sum(read.key not in keys[: read.support_write_index] for read in program.reads)
+    first_writes = sum(read.key not in keys[: read.support_write_index] for read in program.reads)
+    return (
+        repeats
+        + first_writes
+        + sum(min(abs(read.writes_since_support - usual) for usual in lags) for read in program.reads)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,8 +133,9 @@ def generate_pairs(
 ) -> PairSet:
     """Makes and writes the pairs of a probe set; what exists is never overwritten.
 
-    Splits take turns, so each gives its share; where one runs out of records the others fill in. A kind may end up with
-    fewer pairs than asked for where the probe set has no more; the manifest holds the counts.
+    Splits take turns, so each gives its share; where one runs out the others fill in. Of a split, pairs whose corrupted
+    streams break the benchmark's rules least come first. A kind may end up with fewer pairs than asked for where
+    the probe set has no more; the manifest holds the counts.
 
     Raises:
       InputError: the pairs exist, or the probe set allows none of some kind.
@@ -147,7 +148,7 @@ def generate_pairs(
             raise unusable(taken, "a path to create (pairs are immutable)", "a file")
     pairs: list[StreamPair] = []
     for kind in PAIR_KINDS:
-        turns = _take_turns([_draw_pairs(kind, split, probe, benchmark, seed) for split in probe.manifest.splits])
+        turns = _take_turns([_split_pairs(kind, split, probe, benchmark, seed) for split in probe.manifest.splits])
         drawn = list(itertools.islice(turns, pairs_per_kind))
         if not drawn:
             raise unusable(probe.path, f"records that allow a pair of kind {kind}", "none")
@@ -226,25 +227,34 @@ def check_pair(pair: StreamPair, vocabulary: Vocabulary, where: object) -> None:
         raise unusable(where, f"a target read of {pair.pair_id} whose answer changes", pair.target_read)
 
 
-def _take_turns(sources: Sequence[Iterator[StreamPair]]) -> Iterator[StreamPair]:
+def _take_turns(sources: Sequence[Sequence[StreamPair]]) -> Iterator[StreamPair]:
     for round_ in itertools.zip_longest(*sources):
         yield from (pair for pair in round_ if pair is not None)
 
 
-def _draw_pairs(kind: str, split: str, probe: ProbeSet, benchmark: Benchmark, seed: int) -> Iterator[StreamPair]:
-    """Yields a split's pairs of one kind: one of every record in random order, then a second of every record, …"""
+def _split_pairs(kind: str, split: str, probe: ProbeSet, benchmark: Benchmark, seed: int) -> list[StreamPair]:
+    """Returns every pair of a kind that a split gives, those to take first ahead.
+
+    Pairs that break the rules least come first; among equals one of every record, then a second of every record, and
+    so on, records in random order.
+    """
     rng = random.Random(f"{seed}/pairs/{kind}/{split}")
     records = [record for record in probe.records if record["split"] == split]
     rng.shuffle(records)
-    sources = [_record_pairs(kind, record, probe, benchmark, rng) for record in records]
-    yield from _take_turns(sources)
+    lags = frozenset(event["writes_since_support"] for record in records for event in record["query_events"])
+    ordered = []
+    for place, record in enumerate(records):
+        found = sorted(_record_pairs(kind, record, probe, benchmark, lags, rng), key=lambda entry: entry[0])
+        ordered += [((broken, nth, place), pair) for nth, (broken, pair) in enumerate(found)]
+    return [pair for _, pair in sorted(ordered, key=lambda entry: entry[0])]
 
 
 def _record_pairs(
-    kind: str, record: Record, probe: ProbeSet, benchmark: Benchmark, rng: random.Random
-) -> Iterator[StreamPair]:
+    kind: str, record: Record, probe: ProbeSet, benchmark: Benchmark, lags: frozenset[int], rng: random.Random
+) -> Iterator[tuple[int, StreamPair]]:
+    """Yields a record's pairs of a kind in random order, each with how far it breaks rules."""
     if kind == "value" and record["counterfactual_of"]:
-        yield _counterfactual_pair(record, probe.sources[record["sample_id"]], benchmark.vocabulary)
+        yield 0, _counterfactual_pair(record, probe.sources[record["sample_id"]], benchmark.vocabulary)
         return
     program = program_of(record)
     if _tokens(program, benchmark.vocabulary) != record["tokens"]:
@@ -258,19 +268,22 @@ def _record_pairs(
         site = index if kind == "query" else program.reads[index].support_write_index
         if site in seen:
             continue
-        corrupted = corrupt(
+        corruption = corrupt(
             kind,
             program,
             index,
             vocabulary=benchmark.vocabulary,
             heldout_pairs=heldout_pairs,
             split=record["split"],
+            lags=lags,
             rng=rng,
         )
-        if corrupted is not None and corrupted not in seen:  # two reads' supports may be exchanged with each other
-            seen |= {site, corrupted}
-            tokens = _tokens(corrupted, benchmark.vocabulary)
-            yield _pair(kind, record["split"], (record, tokens), None, index, benchmark.vocabulary)
+        # Two reads' supports may be exchanged with each other: the same pair twice.
+        if corruption is not None and corruption.program not in seen:
+            seen |= {site, corruption.program}
+            tokens = _tokens(corruption.program, benchmark.vocabulary)
+            pair = _pair(kind, record["split"], (record, tokens), None, index, benchmark.vocabulary)
+            yield corruption.broken_rules, pair
 
 
 def _counterfactual_pair(record: Record, source: Record, vocabulary: Vocabulary) -> StreamPair:

@@ -28,16 +28,20 @@ def tokens_of(program):
     return build_record(program, VOCABULARY, sample_id="x", split="x", heldout_pairs=frozenset())["tokens"]
 
 
-def corrupted(kind, program, read_index, *, split="x", heldout_pairs=frozenset(), vocabulary=VOCABULARY, seed=0):
-    return corrupt(
+def corrupted(
+    kind, program, read_index, *, split="x", heldout_pairs=frozenset(), vocabulary=VOCABULARY, lags=range(20), seed=0
+):
+    found = corrupt(
         kind,
         program,
         read_index,
         vocabulary=vocabulary,
         heldout_pairs=heldout_pairs,
         split=split,
+        lags=frozenset(lags),
         rng=random.Random(seed),
     )
+    return found and found.program
 
 
 # 1 W K00 V000 | 4 W K01 V001 | 7 W K00 V002 | 10 R K00 V002 | 13 W K01 V003 | 16 R K01 V003 | 19 R K00 V002
@@ -134,6 +138,23 @@ class TestByHand:
         writes = (("K00", "V000"), ("K01", "V001"), ("K02", "V002"), ("K01", "V003"), ("K00", "V004"))
         program = Program(writes, (Read(4, "K00", 4),))
         assert {corrupted("query", program, 0, seed=seed).reads[0].key for seed in range(20)} == {"K01"}
+
+    def test_the_rules_broken_are_counted(self):
+        def broken(kind, read_index, lags):
+            settings = {"vocabulary": VOCABULARY, "heldout_pairs": frozenset(), "split": "x", "rng": random.Random(0)}
+            return corrupt(kind, BY_HAND, read_index, lags=frozenset(lags), **settings).broken_rules
+
+        assert broken("value", 0, (0, 1)) == 0
+        assert broken("value", 0, (1,)) == 2  # reads 0 and 1 ask for the write just before
+        # Keys written: K00 K01 K01 K01, two repeats. Reads 0 and 2 ask for K00, written once, at lags 2 and 3.
+        assert broken("stale", 2, range(4)) == 2 + 2
+        assert broken("stale", 2, (0, 1)) == 2 + 2 + (1 + 2)
+
+    def test_a_key_at_a_usual_lag_is_asked_for_where_there_is_one(self):
+        keys = ("K00", "K01", "K02", "K00", "K02", "K01", "K00")
+        program = Program(tuple((key, f"V{i:03d}") for i, key in enumerate(keys)), (Read(6, "K00", 6),))
+        asked = {corrupted("query", program, 0, lags=(0, 2), seed=seed).reads[0].key for seed in range(20)}
+        assert asked == {"K02"}
 
     def test_held_out_pairs_stay_in_their_split(self):
         heldout = frozenset(("K00", f"V{value:03d}") for value in range(4, 10))
@@ -280,8 +301,8 @@ def test_every_kind_has_its_pairs_spread_over_the_splits(made):
         assert pair_set.manifest.pair_counts[kind] == dict.fromkeys(probe.manifest.splits, 6)
         pairs = pair_set.of_kind(kind)
         assert sum(read.answer_changes for p in pairs for read in p.reads) == pair_set.manifest.affected_reads[kind]
-        # Six of at least ten records a split: no record need give two.
-        assert len({pair.clean_id for pair in pairs if pair.split != "counterfactual"}) == 18
+    # Changing a value breaks no rule, so six of a split's ten records or more give one each.
+    assert len({pair.clean_id for pair in pair_set.of_kind("value") if pair.split != "counterfactual"}) == 18
     assert len({pair.pair_id for pair in pair_set.pairs}) == len(pair_set.pairs)
     assert len({(p.kind, *p.clean_tokens, *p.corrupted_tokens) for p in pair_set.pairs}) == len(pair_set.pairs)
 
