@@ -195,7 +195,7 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
             raise unusable(file, "a file of the probe set", "no such file")
         if file_sha256(file) != recorded:
             raise unusable(file, f"the content hashed in {manifest_file.name}", "an edited file")
-    if _content_sha256(manifest.model_dump()) != manifest.content_sha256:
+    if content_sha256(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_file, "the content its own hash names", "an edited file")
     if manifest.benchmark_sha256 != benchmark.sha256:
         raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
@@ -309,7 +309,7 @@ def _complete(
         "fit_sha256": file_sha256(fit_path(path)),
         "sources_sha256": file_sha256(sources_path(path)),
     }
-    document["content_sha256"] = _content_sha256(document)
+    document["content_sha256"] = content_sha256(document)
     write_json(manifest_file, Manifest.model_validate(document).model_dump())
 
 
@@ -323,7 +323,8 @@ def _source_records(benchmark: Benchmark, records: Sequence[Record]) -> list[Rec
     return [known[sample_id] for sample_id in wanted]
 
 
-def _content_sha256(document: Mapping[str, Any]) -> str:
+def content_sha256(document: Mapping[str, Any]) -> str:
+    """Returns the hash of a manifest's content, all of it but the field that holds the hash."""
     covered = {name: value for name, value in document.items() if name != "content_sha256"}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 

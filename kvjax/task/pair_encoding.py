@@ -1,0 +1,128 @@
+"""Pairs of clean and corrupted streams as arrays: what an intervention needs to know of each position and each read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from kvjax.errors import InputError
+from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
+from kvjax.task.encoding import NO_ROLE
+from kvjax.task.pairs import StreamPair
+from kvjax.task.vocabulary import PAD_ID, Vocabulary
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodedPairs:
+    """N pairs as arrays, right-padded to T tokens and Q reads.
+
+    The metric is logit(clean answer) − logit(corrupted answer) at the prediction position of every affected read.
+
+    Attributes:
+      clean_tokens, corrupted_tokens: [N, T] int32 ids, `PAD_ID` beyond the end.
+      kinds: [N] int8 index into `PAIR_KINDS`.
+      weights: [N] float32: 1 for a pair, 0 for one that only fills a batch.
+      is_read: [N, Q] bool: whether the pair has that many reads.
+      is_affected: [N, Q] bool: whether the read's answer differs between the streams.
+      is_target: [N, Q] bool: the one read the corruption was made for.
+      prediction_positions: [N, Q] int32 p_e, 0 for no read.
+      clean_answers, corrupted_answers: [N, Q] int32 token ids, 0 for no read; equal where the read is not affected.
+      roles: [N, T] int8 index into `PAIR_ROLES`; `NO_ROLE` after the last affected prediction position.
+      is_changed: [N, T] bool: whether the tokens differ there, up to the last affected prediction position.
+      first_changed: [N] int32 the first position whose tokens differ.
+      last_affected: [N] int32 p_e of the last affected read; nothing after it matters.
+    """
+
+    clean_tokens: np.ndarray
+    corrupted_tokens: np.ndarray
+    kinds: np.ndarray
+    weights: np.ndarray
+    is_read: np.ndarray
+    is_affected: np.ndarray
+    is_target: np.ndarray
+    prediction_positions: np.ndarray
+    clean_answers: np.ndarray
+    corrupted_answers: np.ndarray
+    roles: np.ndarray
+    is_changed: np.ndarray
+    first_changed: np.ndarray
+    last_affected: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.clean_tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each pair's streams, [N]."""
+        return (self.clean_tokens != PAD_ID).sum(axis=1)
+
+    def take(self, indices: np.ndarray) -> EncodedPairs:
+        """Returns the pairs at `indices`, cut to the longest of them."""
+        taken = {f.name: getattr(self, f.name)[indices] for f in dataclasses.fields(self)}
+        length = int((taken["clean_tokens"] != PAD_ID).sum(axis=1).max())
+        reads = int(taken["is_read"].sum(axis=1).max())
+        for name in ("clean_tokens", "corrupted_tokens", "roles", "is_changed"):
+            taken[name] = taken[name][:, :length]
+        for name in (
+            "is_read",
+            "is_affected",
+            "is_target",
+            "prediction_positions",
+            "clean_answers",
+            "corrupted_answers",
+        ):
+            taken[name] = taken[name][:, :reads]
+        return EncodedPairs(**taken)
+
+
+def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq_len: int) -> EncodedPairs:
+    """Returns pairs as arrays.
+
+    Raises:
+      InputError: there are none, or one is longer than the model's positions.
+    """
+    if not pairs:
+        raise InputError("pairs: expected at least one; found none")
+    longest = max(pairs, key=lambda pair: len(pair.clean_tokens))
+    length = len(longest.clean_tokens)
+    if length > max_seq_len:
+        raise InputError(f"{longest.pair_id}: expected at most max_seq_len {max_seq_len} tokens; found {length}")
+    by_token = (len(pairs), length)
+    by_read = (len(pairs), max(len(pair.reads) for pair in pairs))
+    encoded = EncodedPairs(
+        clean_tokens=np.full(by_token, PAD_ID, np.int32),
+        corrupted_tokens=np.full(by_token, PAD_ID, np.int32),
+        kinds=np.array([PAIR_KINDS.index(pair.kind) for pair in pairs], np.int8),
+        weights=np.ones(len(pairs), np.float32),
+        is_read=np.zeros(by_read, bool),
+        is_affected=np.zeros(by_read, bool),
+        is_target=np.zeros(by_read, bool),
+        prediction_positions=np.zeros(by_read, np.int32),
+        clean_answers=np.zeros(by_read, np.int32),
+        corrupted_answers=np.zeros(by_read, np.int32),
+        roles=np.full(by_token, NO_ROLE, np.int8),
+        is_changed=np.zeros(by_token, bool),
+        first_changed=np.zeros(len(pairs), np.int32),
+        last_affected=np.zeros(len(pairs), np.int32),
+    )
+    for n, pair in enumerate(pairs):
+        size = len(pair.clean_tokens)
+        encoded.clean_tokens[n, :size] = pair.clean_token_ids
+        encoded.corrupted_tokens[n, :size] = pair.corrupted_token_ids
+        encoded.roles[n, :size] = [NO_ROLE if role is None else PAIR_ROLES.index(role) for role in pair.position_roles]
+        changed = [*pair.changed_inputs, *pair.changed_answers]
+        encoded.is_changed[n, changed] = True
+        encoded.first_changed[n] = min(changed)
+        encoded.is_target[n, pair.target_read] = True
+        for q, read in enumerate(pair.reads):
+            encoded.is_read[n, q] = True
+            encoded.is_affected[n, q] = read.answer_changes
+            encoded.prediction_positions[n, q] = read.prediction_position
+            encoded.clean_answers[n, q] = vocabulary.id_of[read.clean_answer]
+            encoded.corrupted_answers[n, q] = vocabulary.id_of[read.corrupted_answer]
+        encoded.last_affected[n] = max(read.prediction_position for read in pair.reads if read.answer_changes)
+    return encoded
