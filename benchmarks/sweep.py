@@ -10,6 +10,7 @@ being wrong.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from absl import app, flags
 
+from benchmarks.flops import zero_ablation_flops
+from benchmarks.peers.plain_forward import PlainAblations
 from benchmarks.peers.torch_eager import TorchAblations
 from benchmarks.reporting import machine, median_seconds, write_result
 from converters.source import convert_checkpoint
@@ -30,7 +33,8 @@ from converters.to_torch import to_torch
 from converters.torch_decoder import TorchDecoder
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.config import BenchmarkConfig, ModelConfig, find_config, read_config
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import Decoder, DecoderConfig, Params, stack_params
+from kvjax.runtime import share_cpu_cores
 from kvjax.sweep.stream import ProbeProgram, SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
@@ -49,6 +53,8 @@ flags.DEFINE_bool("transformer_lens", HAS_TRANSFORMER_LENS, "Time TransformerLen
 flags.register_validator(
     "transformer_lens", lambda on: HAS_TRANSFORMER_LENS or not on, "install it with `pip install -e '.[peers]'`"
 )
+flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per call, as in the sweep.")
+flags.DEFINE_bool("complete", True, "Time complete rows (mean and resample ablation, probes) too.")
 flags.DEFINE_string("name", "sweep", "Name of the result file.")
 
 REFERENCE_MODEL = {"d_model": 128, "n_layers": 3, "n_heads": 4, "d_ff": 512, "max_seq_len": 96}
@@ -56,19 +62,32 @@ REFERENCE_MODEL = {"d_model": 128, "n_layers": 3, "n_heads": 4, "d_ff": 512, "ma
 
 def main(argv: list[str]) -> None:
     del argv
+    share_cpu_cores()
     with tempfile.TemporaryDirectory() as scratch:
-        vocabulary, encoded, num_splits, model, params, weights, reading = _inputs(Path(scratch))
+        vocabulary, encoded, fit, num_splits, model, params, weights, reading = _inputs(Path(scratch))
     vocab_size = len(vocabulary.tokens)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     module = TorchDecoder(model, vocab_size)
     module.load_state_dict(to_torch(params))
     config = DecoderConfig.from_model_config(model, vocab_size)
 
-    program = ProbeProgram(config, vocabulary, encoded, num_splits, SweepSettings(checkpoint_batch="1"))
-    start = time.perf_counter()
-    (measured,) = program.measure([params])
-    first = time.perf_counter() - start
-    seconds = median_seconds(lambda: program.measure([params]), FLAGS.repeats)
+    settings = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=FLAGS.checkpoint_batch)
+    program, seconds, compiling, measured = _time_sweep(config, vocabulary, encoded, num_splits, settings, params)
+    plain = PlainAblations(config, program.buckets, vocabulary.value_ids, program.devices)
+    stacked = stack_params([params] * program.chunk)
+    jax.block_until_ready(plain.measure(stacked))
+    plain_seconds = median_seconds(lambda: plain.measure(stacked), FLAGS.torch_repeats) / program.chunk
+    clean = dataclasses.replace(settings, ablations=())
+    _, clean_seconds, _, _ = _time_sweep(config, vocabulary, encoded, num_splits, clean, params)
+    complete = None
+    if FLAGS.complete:
+        rows = dataclasses.replace(settings, ablations=("zero", "mean", "resample"), probe="ridge")
+        _, complete_seconds, complete_compiling, _ = _time_sweep(
+            config, vocabulary, encoded, num_splits, rows, params, fit
+        )
+        complete = {"seconds_per_checkpoint": complete_seconds, "compile_seconds": complete_compiling}
+    flops, here = zero_ablation_flops(config, encoded), machine()
+    peak = here["matmul_2048_float32_gflops"] * 1e9
 
     peers = {}
     for batch in map(int, FLAGS.torch_batches):
@@ -78,14 +97,22 @@ def main(argv: list[str]) -> None:
     best = min(peers.values())
     lens = _transformer_lens(model, module, encoded, vocabulary, measured) if FLAGS.transformer_lens else None
     result = {
-        "what": "clean pass, every head and MLP zero ablation, all measures of a row; one checkpoint",
-        "machine": machine(),
+        "what": "clean pass and every head and MLP zero ablation, all clean measures; per checkpoint",
+        "machine": here,
         "model": model.model_dump(),
         "records": len(encoded),
         "tokens": int(encoded.lengths.sum()),
         "weights": weights,
+        "checkpoints_per_call": program.chunk,
+        "devices": program.devices,
         "kvjax_seconds_per_checkpoint": seconds,
-        "kvjax_compile_seconds": first - seconds,
+        "kvjax_compile_seconds": compiling,
+        "kvjax_clean_pass_seconds": clean_seconds,
+        "complete_rows": complete,
+        "plain_forward_seconds_per_checkpoint": plain_seconds,
+        "ratio_to_plain_forward": plain_seconds / seconds,
+        "useful_gflop": flops / 1e9,
+        "useful_share_of_matmul_rate": flops / seconds / peak,
         "read_convert_certify_seconds": reading,
         "torch_seconds_per_checkpoint_by_batch": peers,
         "ratio_to_fastest_torch": best / seconds,
@@ -95,7 +122,18 @@ def main(argv: list[str]) -> None:
         "answers_compared": int(encoded.is_read.sum()) * len(theirs),
     }
     path = write_result(FLAGS.name, result)
-    print(f"kvjax    {seconds:8.3f} s per checkpoint (compile {first - seconds:.1f} s, once)")
+    print(
+        f"kvjax    {seconds:8.3f} s per checkpoint (compile {compiling:.1f} s, once), {clean_seconds:.3f} s of it clean"
+    )
+    share = result["useful_share_of_matmul_rate"]
+    print(
+        f"         {flops / 1e9:.0f} GFLOP of useful work: {share:.0%} of the matmul rate of {peak / 1e9:.0f} GFLOP/s"
+    )
+    if complete:
+        print(f"         {complete['seconds_per_checkpoint']:.3f} s for complete rows")
+    print(
+        f"plain    {plain_seconds:8.3f} s per checkpoint, the whole model per ablation ({plain_seconds / seconds:.1f}x)"
+    )
     for batch, peer_seconds in peers.items():
         print(f"PyTorch  {peer_seconds:8.3f} s per checkpoint, batches of {batch} ({peer_seconds / seconds:.1f}x)")
     for batch, lens_seconds in (lens["seconds_per_checkpoint_by_batch"] if lens else {}).items():
@@ -109,8 +147,29 @@ def main(argv: list[str]) -> None:
     print(path)
 
 
-def _inputs(scratch: Path) -> tuple[Vocabulary, EncodedRecords, int, ModelConfig, Params, str, float | None]:
-    """Returns vocabulary, records, number of splits, model, parameters, whose they are, and seconds to read a file."""
+def _time_sweep(
+    config: DecoderConfig,
+    vocabulary: Vocabulary,
+    encoded: EncodedRecords,
+    num_splits: int,
+    settings: SweepSettings,
+    params: Params,
+    fit: EncodedRecords | None = None,
+) -> tuple[ProbeProgram, float, float, dict[str, np.ndarray]]:
+    """Returns the program, seconds per checkpoint, seconds of compiling, and what was measured."""
+    program = ProbeProgram(config, vocabulary, encoded, num_splits, settings, fit=fit)
+    chunk = [params] * program.chunk
+    start = time.perf_counter()
+    measured = program.measure(chunk)[0]
+    first = time.perf_counter() - start
+    seconds = median_seconds(lambda: program.measure(chunk), FLAGS.repeats)
+    return program, seconds / program.chunk, first - seconds, measured
+
+
+def _inputs(
+    scratch: Path,
+) -> tuple[Vocabulary, EncodedRecords, EncodedRecords, int, ModelConfig, Params, str, float | None]:
+    """Returns vocabulary, records, fit set, number of splits, model, parameters, whose they are, seconds per file."""
     if FLAGS.run_dir:
         run = RunDir.open(Path(FLAGS.run_dir))
         benchmark = Benchmark.open(run.benchmark_dir(FLAGS.benchmark_dir))
@@ -126,6 +185,7 @@ def _inputs(scratch: Path) -> tuple[Vocabulary, EncodedRecords, int, ModelConfig
         model = ModelConfig.model_validate(REFERENCE_MODEL)
     splits = probe.manifest.splits
     encoded = encode_records(probe.records, benchmark.vocabulary, splits, max_seq_len=model.max_seq_len)
+    fit = encode_records(probe.fit_records, benchmark.vocabulary, ["train"], max_seq_len=model.max_seq_len)
     if FLAGS.run_dir:
         files = list(run.checkpoints.items())
 
@@ -141,7 +201,7 @@ def _inputs(scratch: Path) -> tuple[Vocabulary, EncodedRecords, int, ModelConfig
         variables = Decoder(config).init(jax.random.key(0), np.ones((1, 4), np.int32))
         params, reading = jax.tree.map(np.asarray, variables["params"]), None
         weights = "random"
-    return benchmark.vocabulary, encoded, len(splits), model, params, weights, reading
+    return benchmark.vocabulary, encoded, fit, len(splits), model, params, weights, reading
 
 
 def _transformer_lens(

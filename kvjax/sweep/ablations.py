@@ -68,7 +68,21 @@ def measure_ablations(
       `head/<kind>/correct`, `head/<kind>/margin` [B, L, H] and the same of `mlp/<kind>` [B, L]; means over draws.
     """
     n_layers, n_heads = config.n_layers, config.n_heads
-    donors = None if donors_RxBxT is None else donors_RxBxT[..., : clean.tokens.shape[1]]
+    batch_size, length = clean.tokens.shape
+    # What replaces an output is data, so that all kinds and draws are one compiled restart.
+    replacing = tuple(kind for kind in kinds if kind != "random")
+    slots = [(kind, draw) for kind in replacing for draw in range(len(donors_RxBxT) if kind == "resample" else 1)]
+    kind_of_slot = jnp.array([replacing.index(kind) for kind, _ in slots])
+    draw_of_slot = jnp.array([draw for _, draw in slots])
+
+    def replacement(name: str, layer: jax.Array | int, slot: jax.Array) -> jax.Array:
+        shape = (1, batch_size, length, *clean.trace[name].shape[3:])
+        by_kind = {
+            "zero": lambda: jnp.zeros(shape),
+            "mean": lambda: jnp.broadcast_to(means[name][layer][None], shape),
+            "resample": lambda: store[name][layer, donors_RxBxT[draw_of_slot[slot], :, :length]][None],
+        }
+        return jax.lax.switch(kind_of_slot[slot], [by_kind[kind] for kind in replacing])
 
     def answers_under(edits: Interventions, layer: jax.Array | int) -> Sums:
         logits = restart(params, config, clean, edits, layer=layer, positions_BxQ=batch.prediction_positions)
@@ -78,39 +92,38 @@ def measure_ablations(
         }
         return {name: jnp.sum(jnp.where(batch.is_read, x, 0), axis=-1) for name, x in per_read.items()}
 
-    def mean_over_draws(edits_of: Callable[[jax.Array], Interventions], draws: jax.Array, layer) -> Sums:
-        drawn = jax.lax.map(lambda draw: answers_under(edits_of(draw), layer), draws)
-        return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32), axis=0), drawn)
+    def heads_of(layer: jax.Array | int) -> Sums:
+        def one(head: jax.Array, slot: jax.Array) -> Sums:
+            value = replacement("head_z", layer, slot)
+            return answers_under(ablate_head(layer, head, n_layers=n_layers, n_heads=n_heads, value=value), layer)
 
-    def head(kind: str, layer: jax.Array | int, head: jax.Array) -> Sums:
-        def replaced(value: jax.Array | None) -> Interventions:
-            return ablate_head(layer, head, n_layers=n_layers, n_heads=n_heads, value=value)
+        heads, of_slots = jnp.meshgrid(jnp.arange(n_heads), jnp.arange(len(slots)), indexing="ij")
+        flat = over_interventions(lambda pair: one(*pair), lift=lift)((heads.reshape(-1), of_slots.reshape(-1)))
+        return jax.tree.map(lambda x: x.reshape(n_heads, len(slots), *x.shape[1:]).swapaxes(0, 1), flat)
 
-        if kind == "zero":
-            return answers_under(replaced(None), layer)
-        if kind == "mean":
-            return answers_under(replaced(means["head_z"]), layer)
-        if kind == "resample":
-            return mean_over_draws(lambda rows: replaced(store["head_z"][layer, rows][None]), donors, layer)
+    def mlp_of(layer: jax.Array | int) -> Sums:
+        def one(slot: jax.Array) -> Sums:
+            return answers_under(ablate_mlp(layer, n_layers=n_layers, value=replacement("mlp_out", layer, slot)), layer)
+
+        return over_interventions(one, lift=lift)(jnp.arange(len(slots)))
+
+    def random_head(layer: jax.Array | int) -> Sums:
         kernel_HxExD = params["blocks"]["attn"]["out_proj"]["kernel"][layer].reshape(n_heads, -1, config.d_model)
-        z_BxTxE = clean.trace["head_z"][layer, :, :, head]
-        written = jnp.matmul(z_BxTxE, kernel_HxExD[head], precision=config.precision)
-        edits_of = _random_steps("post_attn", written, clean.trace["post_attn"][layer], layer, n_layers)
-        return mean_over_draws(edits_of, _random_directions(config.d_model), layer)
 
-    def mlp(kind: str, layer: jax.Array | int) -> Sums:
-        def replaced(value: jax.Array | None) -> Interventions:
-            return ablate_mlp(layer, n_layers=n_layers, value=value)
+        def one(head: jax.Array) -> Sums:
+            z_BxTxE = clean.trace["head_z"][layer, :, :, head]
+            written = jnp.matmul(z_BxTxE, kernel_HxExD[head], precision=config.precision)
+            return random_steps("post_attn", written, layer)
 
-        if kind == "zero":
-            return answers_under(replaced(None), layer)
-        if kind == "mean":
-            return answers_under(replaced(means["mlp_out"]), layer)
-        if kind == "resample":
-            return mean_over_draws(lambda rows: replaced(store["mlp_out"][layer, rows][None]), donors, layer)
-        written, after = clean.trace["mlp_out"][layer], clean.trace["post_mlp"][layer]
-        edits_of = _random_steps("post_mlp", written, after, layer, n_layers)
-        return mean_over_draws(edits_of, _random_directions(config.d_model), layer)
+        return over_interventions(one, lift=lift)(jnp.arange(n_heads))
+
+    def random_mlp(layer: jax.Array | int) -> Sums:
+        return random_steps("post_mlp", clean.trace["mlp_out"][layer], layer)
+
+    def random_steps(site: str, written_BxTxD: jax.Array, layer: jax.Array | int) -> Sums:
+        edits_of = _random_steps(site, written_BxTxD, clean.trace[site][layer], layer, n_layers)
+        drawn = jax.lax.map(lambda u: answers_under(edits_of(u), layer), _random_directions(config.d_model))
+        return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32), axis=0), drawn)
 
     def every_layer(of_layer: Callable[[jax.Array | int], Sums]) -> Sums:
         # The last layer is a program of its own, at the prediction positions alone. Layers are never run side by
@@ -122,15 +135,16 @@ def measure_ablations(
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, final)
 
     sums: Sums = {}
-    for kind in kinds:
-
-        def heads_of(layer: jax.Array | int, kind: str = kind) -> Sums:
-            return over_interventions(lambda h: head(kind, layer, h), lift=lift)(jnp.arange(n_heads))
-
-        by_component = {"head": every_layer(heads_of), "mlp": every_layer(lambda layer, kind=kind: mlp(kind, layer))}
-        for component, results in by_component.items():
-            for name, x in results.items():
-                sums[f"{component}/{kind}/{name}"] = jnp.moveaxis(x, -1, 0)
+    for component, of_layer in (("head", heads_of), ("mlp", mlp_of)):
+        for name, x in every_layer(of_layer).items():  # [L, slots, …, B]
+            for kind in replacing:
+                own = x[:, jnp.array([index for index, (k, _) in enumerate(slots) if k == kind])]
+                mean = own[:, 0] if own.shape[1] == 1 else jnp.mean(own.astype(jnp.float32), axis=1)
+                sums[f"{component}/{kind}/{name}"] = jnp.moveaxis(mean, -1, 0)
+    if "random" in kinds:
+        for component, of_layer in (("head", random_head), ("mlp", random_mlp)):
+            for name, x in every_layer(of_layer).items():
+                sums[f"{component}/random/{name}"] = jnp.moveaxis(x, -1, 0)
     return sums
 
 

@@ -104,6 +104,12 @@ class ProbeProgram:
       settings: what is measured, and how.
       fit: the fit set's records, which mean ablation and probes need.
       max_buckets: how many lengths records are padded to.
+
+    Attributes:
+      program: the static settings that the program is compiled for.
+      data: the records, on the devices.
+      buckets: how they are cut into microbatches.
+      chunk, devices: checkpoints per call, and how many devices share them.
     """
 
     def __init__(
@@ -127,29 +133,29 @@ class ProbeProgram:
             num_tokens=encoded.tokens.size + (fit.tokens.size if needs_fit and fit else 0),
             memory_gb=settings.memory_gb,
         )
-        self.chunk = plan.checkpoints
+        self.chunk, self.devices = plan.checkpoints, plan.devices
         self._shape = encoded.is_read.shape
-        self._buckets = bucket_by_length(encoded, tokens_per_batch=plan.tokens_per_batch, max_buckets=max_buckets)
+        self.buckets = bucket_by_length(encoded, tokens_per_batch=plan.tokens_per_batch, max_buckets=max_buckets)
         donors: tuple[np.ndarray, ...] = ()
         if "resample" in settings.ablations:
             drawn = draw_donors(encoded, draws=settings.resample_draws, seed=DONOR_SEED)
-            donors = donors_by_bucket(drawn, self._buckets)
+            donors = donors_by_bucket(drawn, self.buckets)
         fit_bucket = None
         if needs_fit:
             assert fit is not None, "mean ablation and probes need a fit set"
             (fit_bucket,) = bucket_by_length(fit, tokens_per_batch=plan.tokens_per_batch, max_buckets=1)
         data = SweepData(
-            buckets=tuple(bucket.batches for bucket in self._buckets),
+            buckets=tuple(bucket.batches for bucket in self.buckets),
             donors=donors,
             fit=fit_bucket and fit_bucket.batches,
             permutations=read_permutations(fit_bucket, count=NULL_PERMUTATIONS, seed=NULL_SEED) if probes else None,
         )
-        self._program = Program(
+        self.program = Program(
             config=dataclasses.replace(config, precision=settings.precision),
             value_ids=tuple(vocabulary.value_ids.tolist()),
             key_ids=tuple(vocabulary.key_ids.tolist()),
             num_splits=num_splits,
-            horizons=tuple(bucket.horizon for bucket in self._buckets),
+            horizons=tuple(bucket.horizon for bucket in self.buckets),
             ablations=settings.ablations,
             probes=probes,
             interventions=plan.interventions,
@@ -157,7 +163,7 @@ class ProbeProgram:
             devices=plan.devices,
         )
         self._everywhere = NamedSharding(checkpoint_mesh(plan.devices), PartitionSpec())
-        self._data = jax.device_put(data, self._everywhere)
+        self.data = jax.device_put(data, self._everywhere)
 
     def start(self, params: Sequence[Params]) -> PendingMeasurement:
         """Starts measuring up to `chunk` checkpoints, without waiting for the devices."""
@@ -165,9 +171,9 @@ class ProbeProgram:
         filled = [*params, *[params[-1]] * (self.chunk - len(params))]
         stacked = stack_params(filled)
         tied = "unembedding" not in stacked
-        program = dataclasses.replace(self._program, config=dataclasses.replace(self._program.config, tied=tied))
-        outputs = measure_checkpoints(program, stacked, self._data)
-        return PendingMeasurement(outputs, len(params), tuple(self._buckets), self._shape)
+        program = dataclasses.replace(self.program, config=dataclasses.replace(self.program.config, tied=tied))
+        outputs = measure_checkpoints(program, stacked, self.data)
+        return PendingMeasurement(outputs, len(params), tuple(self.buckets), self._shape)
 
     def measure(self, params: Sequence[Params]) -> list[dict[str, np.ndarray]]:
         """Returns the measured arrays of up to `chunk` checkpoints, one mapping each."""

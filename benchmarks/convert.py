@@ -1,0 +1,98 @@
+"""Seconds to get a run's parameters: torch.load, the whole conversion, and the parameter store.
+
+    python -m benchmarks.convert --run_dir=… --benchmark_dir=…
+
+Everything is read from a copy of the run, whose files the machine has in memory; each figure is the median of repeats.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import app, flags
+
+from benchmarks.reporting import machine, median_seconds, write_result
+from converters.library import CheckpointLibrary
+from converters.source import convert_checkpoint
+from kvjax.artifacts.files import file_sha256
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.store import STORE_FOLDER, load_tree, read_stored_run
+from kvjax.task.benchmark import Benchmark
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "The run.", required=True)
+flags.DEFINE_string("benchmark_dir", None, "The run's benchmark.")
+flags.DEFINE_integer("copies", 8, "How often each checkpoint is taken, to make a longer run.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Timed calls; the median is reported.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    with tempfile.TemporaryDirectory() as scratch:
+        run, benchmark = _longer_run(Path(scratch))
+        paths = list(run.checkpoints.values())
+        tokens = np.ones((16, 56), np.int32)
+        loading = median_seconds(lambda: [torch.load(path, weights_only=True) for path in paths], FLAGS.repeats)
+        hashing = median_seconds(lambda: [file_sha256(path) for path in paths], FLAGS.repeats)
+
+        def convert(certify_on: np.ndarray | None) -> None:
+            for path in paths:
+                convert_checkpoint(path, run.config, benchmark, certify_on=certify_on)
+
+        convert(tokens)  # compiles the certificate
+        converting = median_seconds(lambda: convert(None), FLAGS.repeats)
+        certifying = median_seconds(lambda: convert(tokens), FLAGS.repeats)
+        library = CheckpointLibrary(run, benchmark, certify_on=tokens)
+        for path in paths:
+            library.load(path, None)
+        writing = median_seconds(library.save, 1)
+        folder = run.analysis / STORE_FOLDER
+        parts = [path / "params" for path in folder.iterdir() if path.is_dir()]
+        load_tree(parts[0])  # imports Orbax
+        reading = median_seconds(lambda: [load_tree(path) for path in parts], FLAGS.repeats)
+        checked = median_seconds(lambda: read_stored_run(folder), FLAGS.repeats)
+        size = sum(path.stat().st_size for path in paths)
+    result = {
+        "what": "parameters of a run's checkpoints, seconds for all of them",
+        "machine": machine(),
+        "checkpoints": len(paths),
+        "megabytes_of_pt": size / 1e6,
+        "torch_load": loading,
+        "sha256_of_files": hashing,
+        "read_and_convert": converting,
+        "read_convert_certify": certifying,
+        "write_store": writing,
+        "read_store": reading,
+        "read_store_and_check": checked,
+        "ratio_torch_load_to_store": loading / reading,
+        "ratio_torch_load_to_checked_store": loading / checked,
+    }
+    path = write_result("convert", result)
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:36s} {value:9.3f}")
+    print(path)
+
+
+def _longer_run(scratch: Path) -> tuple[RunDir, Benchmark]:
+    """Returns a copy of the run in which every checkpoint stands several times, with other bytes each time."""
+    given = RunDir.open(Path(FLAGS.run_dir))
+    benchmark = Benchmark.open(given.benchmark_dir(FLAGS.benchmark_dir))
+    target = scratch / "run"
+    (target / "checkpoints").mkdir(parents=True)
+    shutil.copyfile(given.path / "run_config.json", target / "run_config.json")
+    for index, (step, path) in enumerate(given.checkpoints.items()):
+        document = torch.load(path, weights_only=True)
+        for copy in range(FLAGS.copies):
+            document["step"] = step + copy
+            document["model_state"]["final_norm.bias"][0] += 1e-6 * (index + copy + 1)
+            torch.save(document, target / "checkpoints" / f"step_{step + copy:06d}.pt")
+    return RunDir.open(target), benchmark
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,32 @@
+"""The arithmetic a sweep cannot do without: products over real tokens, nothing for padding or elementwise work."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvjax.model.decoder import DecoderConfig
+from kvjax.task.encoding import EncodedRecords
+
+
+def zero_ablation_flops(config: DecoderConfig, encoded: EncodedRecords) -> float:
+    """Returns the operations of the clean pass and of every head's and MLP's ablation, each restarted where it can be.
+
+    Multiplications and additions count one each. An ablation in layer l computes again: a head's the output projection
+    and MLP of l, and either's all later layers, the last at the reads alone but for its keys and values.
+    """
+    width, hidden, layers = config.d_model, config.d_ff, config.n_layers
+    lengths = encoded.lengths.astype(np.float64)
+    tokens, reads = lengths.sum(), float(encoded.is_read.sum())
+    pairs = (lengths * (lengths + 1) / 2).sum()  # (query, key) pairs that causality allows
+    read_pairs = float((encoded.prediction_positions + 1)[encoded.is_read].sum())
+    projection, mlp = 2 * width * width, 4 * width * hidden
+    layer = tokens * (4 * projection + mlp) + 4 * width * pairs
+    last_layer = tokens * 2 * projection + reads * (2 * projection + mlp) + 4 * width * read_pairs
+    unembedding = 2 * width * config.vocab_size
+    total = layers * layer + tokens * unembedding
+    for index in range(layers):
+        later = (layers - 2 - index) * layer + last_layer if index < layers - 1 else 0.0
+        here = reads if index == layers - 1 else tokens
+        total += config.n_heads * (here * (projection + mlp) + later + reads * unembedding)
+        total += later + reads * unembedding
+    return float(total)

@@ -1,0 +1,55 @@
+"""kvjax's own plain forward: the whole model for every ablation, on the same microbatches and devices as the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.measure.behaviour import answer_correct, answer_margin
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.interventions import CLEAN, Interventions, ablate_head, ablate_mlp
+from kvjax.model.sites import take_positions
+from kvjax.model.transforms import over_checkpoints, plain_forward
+from kvjax.task.encoding import Bucket, EncodedRecords
+
+
+class PlainAblations:
+    """The clean pass and every head and MLP zero ablation of checkpoints, nothing restarted.
+
+    Args:
+      config: the checkpoints' shape.
+      buckets: the sweep's microbatches.
+      value_ids: token ids of the values.
+      devices: how many share the checkpoints.
+    """
+
+    def __init__(self, config: DecoderConfig, buckets: Sequence[Bucket], value_ids: jax.Array, devices: int):
+        apply, layers, heads = plain_forward(config), config.n_layers, config.n_heads
+
+        def answers(params: Params, batch: EncodedRecords, edits: Interventions) -> tuple[jax.Array, jax.Array]:
+            logits = take_positions(apply(params, batch.tokens, edits=edits)[0], batch.prediction_positions, 1)
+            right, margin = answer_correct(logits, batch.answers), answer_margin(logits, batch.answers, value_ids)
+            return jnp.sum(right & batch.is_read, axis=1), jnp.sum(jnp.where(batch.is_read, margin, 0.0), axis=1)
+
+        def one_checkpoint(params: Params, all_batches: tuple[EncodedRecords, ...]):
+            def one_batch(batch: EncodedRecords):
+                def head(index: jax.Array):
+                    edits = ablate_head(index // heads, index % heads, n_layers=layers, n_heads=heads)
+                    return answers(params, batch, edits)
+
+                def mlp(layer: jax.Array):
+                    return answers(params, batch, ablate_mlp(layer, n_layers=layers))
+
+                ablated = jax.lax.map(head, jnp.arange(layers * heads)), jax.lax.map(mlp, jnp.arange(layers))
+                return answers(params, batch, CLEAN), *ablated
+
+            return [jax.lax.map(one_batch, batches) for batches in all_batches]
+
+        self._run = jax.jit(over_checkpoints(one_checkpoint, lift="map", devices=devices))
+        self._batches = tuple(bucket.batches for bucket in buckets)
+
+    def measure(self, stacked_params: Params):
+        """Returns right answers and margin sums of stacked checkpoints, on the devices."""
+        return self._run(stacked_params, self._batches)
