@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling
 
-Random weights on a freshly drawn benchmark; clean measures and every zero ablation. One axis moves at a time from a base
+Random weights on a freshly drawn benchmark; clean measures and zero ablations. One axis moves at a time from a base
 of the reference shape on fewer records. `growth` is seconds over seconds of the row before, beside that of the
 arithmetic the larger case cannot do without.
 """

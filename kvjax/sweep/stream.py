@@ -328,11 +328,17 @@ def _load_ahead(
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yields items in lists of `size`; what was read before an unusable one is yielded before the error is raised."""
     chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
+    try:
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+    except InputError:
+        if chunk:
             yield chunk
-            chunk = []
+        raise
     if chunk:
         yield chunk

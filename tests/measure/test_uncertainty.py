@@ -1,0 +1,45 @@
+"""Resampling sequences: counts, ratios and intervals, against what can be computed directly."""
+
+import numpy as np
+import scipy.stats
+
+from kvjax.measure.uncertainty import bootstrap_ratios, percentile_interval, resample_counts, wilson_interval
+
+
+def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():
+    splits = np.array([0] * 5 + [2] * 8)
+    counts = resample_counts(splits, resamples=50, seed=3)
+    assert (counts[:, :5].sum(axis=1) == 5).all() and (counts[:, 5:].sum(axis=1) == 8).all()
+    assert np.array_equal(counts, resample_counts(splits, resamples=50, seed=3))
+    assert not np.array_equal(counts, resample_counts(splits, resamples=50, seed=4))
+
+
+def test_ratios_are_those_of_the_drawn_sequences():
+    rng = np.random.default_rng(0)
+    counts = resample_counts(np.zeros(6, int), resamples=20, seed=1)
+    sums, totals = rng.random((6, 3)), rng.integers(0, 4, (6, 3)).astype(float)
+    ours = bootstrap_ratios(counts, sums, totals)
+    for k, drawn in enumerate(counts.astype(int)):
+        rows = np.repeat(np.arange(6), drawn)
+        for x in range(3):
+            total = totals[rows, x].sum()
+            expected = sums[rows, x].sum() / total if total else np.nan
+            np.testing.assert_allclose(ours[k, x], expected, rtol=1e-5)
+
+
+def test_the_interval_of_a_mean_has_the_width_theory_gives():
+    """Sequences whose reads agree: the standard error is that of as many reads as sequences."""
+    rng = np.random.default_rng(5)
+    right = np.repeat(rng.random(400) < 0.3, 1)[:, None] * 7.0
+    counts = resample_counts(np.zeros(400, int), resamples=4000, seed=2)
+    low, high = percentile_interval(bootstrap_ratios(counts, right, np.full((400, 1), 7.0)))
+    rate = right.mean() / 7
+    expected = 2 * 1.96 * np.sqrt(rate * (1 - rate) / 400)
+    assert abs((high - low)[0] / expected - 1) < 0.08
+
+
+def test_wilson_agrees_with_scipy():
+    for right, trials in ((0, 12), (12, 12), (5, 9)):
+        theirs = scipy.stats.binomtest(right, trials).proportion_ci(method="wilson")
+        np.testing.assert_allclose(wilson_interval(right, trials), (theirs.low, theirs.high), atol=1e-6)
+    assert np.isnan(wilson_interval(0, 0)[0])
