@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each folder uses only those before it.
-ORDER = ("errors", "config", "artifacts", "task", "model", "measure", "sweep", "train", "compare", "report", "commands")
+ORDER = (
+    *("errors", "config", "artifacts", "task", "model", "measure", "sweep", "windows"),
+    *("train", "compare", "report", "commands"),
+)
 
 
 def imports(path: Path) -> set[str]:
