@@ -106,7 +106,7 @@ def crossing_steps(fit_C: jax.Array, steps_C: jax.Array, inside_C: jax.Array, le
       Steps; NaN where the level is not reached.
     """
     n = fit_C.shape[0]
-    reached = inside_C[:, None] & (fit_C[:, None] >= levels_X)
+    reached = inside_C[:, None] & (fit_C[:, None] >= levels_X[None])
     index = jnp.argmax(reached, axis=0)
     first = jnp.argmax(inside_C)
     previous = jnp.clip(index - 1, 0, n - 1)
