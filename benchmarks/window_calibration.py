@@ -219,6 +219,8 @@ def main() -> None:
         for noise in NOISES:
             plan.append(("flat", length, noise, Truth("flat")))
             plan.append(("shift", length, noise, Truth("shift", 7.0)))
+    for length in (4, 5):
+        plan.extend(("few checkpoints", length, noise, Truth("flat")) for noise in NOISES)
     for scale in (0.5, 2.0):
         for length in (8, 48):
             plan.append(
@@ -258,7 +260,44 @@ def main() -> None:
         "seconds": round(time.perf_counter() - begun, 1),
         "rows": rows,
     }
+    print(markdown(rows))
     print("written to", write_result("window_calibration", result))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the tables of docs/birth_windows.md."""
+
+    def share(part: int, of: int) -> str:
+        return f"{100 * part / of:.1f} %" if of else "–"
+
+    lines = [
+        "| checkpoints | wobble, share of variance | autocorrelation | flat runs with a window | shifts of 7 found |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- |")
+    key = ("checkpoints", "wobble_share", "autocorrelation")
+    found = {tuple(row[k] for k in key): row for row in rows if row["table"] == "shift"}
+    for row in rows:
+        if row["table"] in ("flat", "few checkpoints"):
+            same = found.get(tuple(row[k] for k in key))
+            cells = [*(str(row[k]) for k in key), share(row["runs_with_windows"], row["runs"])]
+            lines.append("| " + " | ".join([*cells, share(same["found"], same["true_shifts"]) if same else "–"]) + " |")
+    lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        if row["table"] in ("other noise", "spike", "drift", "two shifts", "missing steps"):
+            what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
+            what += ", half the steps missing" if row["missing"] else ""
+            cells = [what, str(row["checkpoints"]), f"{row['scale']:g}", share(row["runs_with_windows"], row["runs"])]
+            cells += [share(row["runs_with_false_windows"], row["runs"]), share(row["found"], row["true_shifts"])]
+            lines.append("| " + " | ".join(cells) + " |")
+    power = [row for row in rows if row["table"] == "power"]
+    sizes = sorted({row["size"] for row in power})
+    lines += ["", "| moves | " + " | ".join(f"{size:g}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
+    for measures, splits in dict.fromkeys((row["measures"], row["splits"]) for row in power):
+        of_size = {row["size"]: row for row in power if (row["measures"], row["splits"]) == (measures, splits)}
+        cells = [share(of_size[size]["found"], of_size[size]["true_shifts"]) for size in sizes]
+        lines.append(f"| measures: {measures}, splits: {splits} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from kvjax.config import WindowConfig
 from kvjax.errors import unusable
 from kvjax.windows.document import births, verdict_sentence, window_entries
 from kvjax.windows.search import RunFinding, find_in_runs
-from kvjax.windows.trajectories import component_drops, run_trajectories
+from kvjax.windows.trajectories import BEHAVIOUR, component_drops, run_trajectories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _open(run: RunDir) -> _Swept:
     measured_on = sweep_identity(run)
     path = run.analysis / "checkpoint_metrics.nc"
     means, events = read_sweep_arrays(path)
-    needed = {"split", "is_read", "read_correct", "head_zero_correct", "mlp_zero_correct"}
+    needed = {"split", "is_read", "head_zero_correct", "mlp_zero_correct", *BEHAVIOUR.values()}
     if missing := sorted(needed - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):
         raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
     steps = means["step"].values.tolist()

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.windows.triggers import MetricTraits, ShiftSettings, level_shifts, shift_scores, steady_drift, wobble_variance
+from kvjax.windows.triggers import (
+    MetricTraits,
+    ShiftSettings,
+    level_shifts,
+    shift_scores,
+    steady_drift,
+    wobble_variance,
+)
 
 SETTINGS = ShiftSettings(side=3, min_side=2, jump_share=0.2, wobble_lags=(1, 2, 3), wobble_radius=12, prior_weight=4.0)
 
@@ -92,9 +99,7 @@ def test_wobble_of_white_noise_is_its_variance_also_at_uneven_steps():
     rng = np.random.default_rng(0)
     steps = jnp.asarray(np.cumsum(rng.integers(1, 20, 120)), jnp.float32)
     noise = 0.3 * rng.standard_normal((120, 100))
-    one_lag = ShiftSettings(
-        side=3, min_side=2, jump_share=0.2, wobble_lags=(1,), wobble_radius=400, prior_weight=1e-6
-    )
+    one_lag = ShiftSettings(side=3, min_side=2, jump_share=0.2, wobble_lags=(1,), wobble_radius=400, prior_weight=1e-6)
     variance = wobble_variance(jnp.asarray(noise, jnp.float32), steps, traits(100), settings=one_lag)
     assert float(jnp.sqrt(variance).mean()) == pytest.approx(0.3, rel=0.05)
 
@@ -137,9 +142,7 @@ def test_batched_runs_equal_single_ones_and_padding_changes_nothing():
     values = rng.standard_normal((3, 12, 5)).astype(np.float32).cumsum(axis=1)
     samples = values[:, None] + 0.1 * rng.standard_normal((3, 6, 12, 5)).astype(np.float32)
     steps = np.cumsum(rng.integers(1, 9, (3, 12)), axis=1).astype(np.float32)
-    batched = shift_scores(
-        jnp.asarray(values), jnp.asarray(samples), jnp.asarray(steps), traits(5), settings=SETTINGS
-    )
+    batched = shift_scores(jnp.asarray(values), jnp.asarray(samples), jnp.asarray(steps), traits(5), settings=SETTINGS)
     for r in range(3):
         single = scores(values[r], steps=steps[r], samples=samples[r])
         padded = scores(
