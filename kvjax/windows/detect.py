@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+# Groups of shifts belong together only if the smaller has this share of the larger one's support.
+_SIMILAR = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class DetectionSettings:
@@ -127,9 +130,10 @@ def find_windows(
     """Returns the windows of a run, in order; none where no shifts are strong enough together.
 
     The gap at which most kinds of metric moved most takes the shifts at itself and at the gaps touching it; what is
-    left is searched again. Two groups with no pause between them, where at every gap enough metrics still move, are
-    one window. A window reaches from where its fastest metric leaves its floor to where it reaches its plateau, at
-    least one checkpoint to each side of its centre.
+    left is searched again. Two groups of similar weight with no pause between them, where at every gap enough metrics
+    still move, are one window; what leads up to a much larger movement stays one of its own. A window reaches from
+    where its fastest metric leaves its floor to where it reaches its plateau, at least one checkpoint to each side of
+    its centre, and not past another's centre.
 
     Args:
       shifts: from `find_shifts`.
@@ -156,15 +160,16 @@ def find_windows(
             groups.append(Window(gap, *_extent(gap, near, course_of, steps), tuple(near)))
     windows: list[Window] = []
     for group in sorted(groups, key=lambda group: group.gap):
-        if windows and (moving[windows[-1].gap + 1 : group.gap] >= settings.corroboration).all():
+        if windows and _are_one(windows[-1], group, moving, kinds, settings):
             group = _joined(windows.pop(), group, kinds)
         windows.append(group)
+    windows = _apart(windows)
     joining = [shift for shift in shifts if not opens[shift.metric]]
     return [_with(window, [s for s in joining if window.first <= s.gap < window.last]) for window in windows]
 
 
-def _busiest_gap(shifts: Sequence[Shift], kinds: Sequence[str]) -> int:
-    """Returns the gap with the largest sum, over kinds, of the kind's largest relative shift there; ties by gap."""
+def _support(shifts: Sequence[Shift], kinds: Sequence[str]) -> dict[int, float]:
+    """Returns, for each gap, the sum over kinds of the kind's largest relative shift there."""
     largest: dict[tuple[int, str], float] = {}
     for shift in shifts:
         key = (shift.gap, kinds[shift.metric])
@@ -172,7 +177,34 @@ def _busiest_gap(shifts: Sequence[Shift], kinds: Sequence[str]) -> int:
     support: dict[int, float] = {}
     for (gap, _), relative in largest.items():
         support[gap] = support.get(gap, 0.0) + relative
+    return support
+
+
+def _busiest_gap(shifts: Sequence[Shift], kinds: Sequence[str]) -> int:
+    """Returns the gap with the largest support; ties by gap."""
+    support = _support(shifts, kinds)
     return min(support, key=lambda gap: (-support[gap], gap))
+
+
+def _are_one(
+    earlier: Window, later: Window, moving_G: np.ndarray, kinds: Sequence[str], settings: DetectionSettings
+) -> bool:
+    unbroken = (moving_G[earlier.gap + 1 : later.gap] >= settings.corroboration).all()
+    weights = sorted(max(_support(group.shifts, kinds).values()) for group in (earlier, later))
+    return bool(unbroken) and weights[0] >= _SIMILAR * weights[1]
+
+
+def _apart(windows: Sequence[Window]) -> list[Window]:
+    """Returns windows in order, none of which reaches past its neighbour's central gap."""
+    apart = []
+    for i, window in enumerate(windows):
+        first, last = window.first, window.last
+        if i > 0:
+            first = max(first, windows[i - 1].gap + 1)
+        if i + 1 < len(windows):
+            last = min(last, windows[i + 1].gap)
+        apart.append(dataclasses.replace(window, first=first, last=last))
+    return apart
 
 
 def _joined(earlier: Window, later: Window, kinds: Sequence[str]) -> Window:

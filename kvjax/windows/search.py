@@ -83,6 +83,7 @@ def shift_settings(config: WindowConfig) -> ShiftSettings:
         wobble_lags=config.wobble_lags,
         wobble_radius=config.wobble_radius,
         prior_weight=config.prior_weight,
+        threshold=config.threshold,
     )
 
 

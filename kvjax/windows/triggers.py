@@ -33,6 +33,7 @@ class ShiftSettings:
       wobble_lags: distances, in checkpoints, over which second differences are taken.
       wobble_radius: gaps further away than this tell nothing about a gap's wobble.
       prior_weight: weight of the expected wobble, in observations.
+      threshold: score at which a shift is taken out of its metric's wobble.
     """
 
     side: int
@@ -41,6 +42,7 @@ class ShiftSettings:
     wobble_lags: tuple[int, ...]
     wobble_radius: int
     prior_weight: float
+    threshold: float
 
 
 @chex.dataclass(frozen=True)
@@ -137,17 +139,24 @@ def steady_drift(values_CxM: jax.Array, steps_C: jax.Array) -> jax.Array:
 
 
 def wobble_variance(
-    values_CxM: jax.Array, steps_C: jax.Array, traits: MetricTraits, *, settings: ShiftSettings
+    values_CxM: jax.Array,
+    steps_C: jax.Array,
+    shifted_GxM: jax.Array,
+    traits: MetricTraits,
+    *,
+    settings: ShiftSettings,
 ) -> jax.Array:
     """Returns the variance of each metric from checkpoint to checkpoint as seen from each gap, [G, M].
 
     A checkpoint's deviation from the line between its neighbours (at a lag of some checkpoints, in steps), scaled to
-    unit variance for white noise; of these, near the gap but not across it, the squared median absolute value. The
-    expected wobble counts as `prior_weight` more observations, so that few checkpoints cannot claim to be noiseless.
+    unit variance for white noise; of these, near the gap but neither across it nor across a known shift
+    (`shifted_GxM`), the squared median absolute value. The expected wobble counts as `prior_weight` more observations,
+    so that few checkpoints cannot claim to be noiseless.
     The largest over lags and over own and pooled estimate is taken: what wobbles slowly shows at long lags only.
     """
     n = values_CxM.shape[0]
     gaps = jnp.arange(n - 1)
+    shifts_until = jnp.pad(jnp.cumsum(shifted_GxM, axis=0), ((1, 0), (0, 0)))  # [C, M]
     prior = traits.wobble[None] ** 2
     largest = jnp.broadcast_to(prior, (n - 1, values_CxM.shape[1]))
     if n < 3:
@@ -162,6 +171,8 @@ def wobble_variance(
         ]
         scale = jnp.sqrt(1 + share**2 + (1 - share) ** 2)
         deviations = jnp.abs(middle - (1 - share) * left - share * right) / scale
+        across_shift = shifts_until[2 * lag :] > shifts_until[: n - 2 * lag]
+        deviations = jnp.where(across_shift, jnp.nan, deviations)
         centres = jnp.arange(lag, n - lag)
         from_gap = centres[None] - gaps[:, None]
         across = (from_gap <= lag) & (from_gap > -lag)
@@ -193,18 +204,20 @@ def _score_run(
     resampled = jax.vmap(lambda sample: level_shifts(sample, side=settings.side)[0])(samples_JxCxM)
     bootstrap = jnp.nan_to_num(jnp.nanvar(resampled, axis=0))
     per_checkpoint = 1 / jnp.maximum(n_before, 1) + 1 / jnp.maximum(n_after, 1)
-    wobble = per_checkpoint * wobble_variance(level, steps, traits, settings=settings)
-    # Second differences hold the sampling noise of single checkpoints as well: the two overlap and are not added.
-    noise = jnp.sqrt(jnp.maximum(bootstrap, wobble))
     scored = (jnp.minimum(n_before, n_after) >= settings.min_side) & jnp.isfinite(level[1:]) & jnp.isfinite(level[:-1])
     direction = traits.direction[None]
     wanted = (direction == 0) | (jnp.sign(size) == direction)
     holds = scored & wanted & (jnp.abs(size) >= traits.floor[None]) & _separates(level, size, settings)
-    return ShiftScores(
-        size=jnp.where(scored, size, jnp.nan),
-        score=jnp.where(scored, jnp.abs(size) / noise, jnp.nan),
-        holds=holds,
-    )
+
+    def score(shifted: jax.Array) -> jax.Array:
+        wobble = per_checkpoint * wobble_variance(level, steps, shifted, traits, settings=settings)
+        # Second differences hold the sampling noise of single checkpoints as well: the two overlap and are not added.
+        return jnp.where(scored, jnp.abs(size) / jnp.sqrt(jnp.maximum(bootstrap, wobble)), jnp.nan)
+
+    # A shift found once must not count as wobble where a second is looked for.
+    first = score(jnp.zeros_like(holds))
+    final = score(holds & (first >= settings.threshold))
+    return ShiftScores(size=jnp.where(scored, size, jnp.nan), score=final, holds=holds)
 
 
 def _separates(level_CxM: jax.Array, size_GxM: jax.Array, settings: ShiftSettings) -> jax.Array:

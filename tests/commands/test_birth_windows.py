@@ -201,7 +201,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "complaint"),
         [
-            ({"threshold": 9.0}, "threshold_alone"),
+            ({"threshold": 13.0}, "threshold_alone"),
             ({"min_side_checkpoints": 5}, "min_side_checkpoints"),
             ({"wobble_lags": [0]}, "wobble_lags"),
             ({"treshold": 5.0}, "treshold"),

@@ -55,6 +55,17 @@ def test_a_quiet_gap_keeps_windows_apart_and_a_busy_stretch_makes_them_one():
     assert (window.first, window.last) == (5, 10) and len(window.shifts) == 9
 
 
+def test_what_leads_up_to_a_much_larger_movement_is_a_window_of_its_own_that_stops_before_it():
+    small = [shift(i, 5, first=4, last=6, relative=0.2) for i in range(3)]
+    large = [shift(i, 8, first=7, last=9, relative=0.9) for i in range(3, 9)]
+    courses = [[550, 900]] * 3 + [[790, 1100]] * 6
+    early, late = windows([*small, *large], courses=courses)
+    assert (early.gap, late.gap) == (5, 8)
+    # The first reaches its plateau at step 900, checkpoint 8, just before the second's central gap.
+    assert (STEPS[early.first], STEPS[early.last]) == (500, 900)
+    assert (STEPS[late.first], STEPS[late.last]) == (700, 1100)
+
+
 def test_the_extent_is_the_fastest_metrics_course_and_one_checkpoint_to_each_side_of_the_centre():
     group = [shift(0, 9, relative=0.9), shift(1, 9), shift(2, 9)]
     # Alone the gap 9: its checkpoints are 9 and 10, the centre is 10.

@@ -1,5 +1,7 @@
 """Scores of level shifts on trajectories whose answer is known by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,9 @@ from kvjax.windows.triggers import (
     wobble_variance,
 )
 
-SETTINGS = ShiftSettings(side=3, min_side=2, jump_share=0.2, wobble_lags=(1, 2, 3), wobble_radius=12, prior_weight=4.0)
+SETTINGS = ShiftSettings(
+    side=3, min_side=2, jump_share=0.2, wobble_lags=(1, 2, 3), wobble_radius=12, prior_weight=4.0, threshold=4.75
+)
 
 
 def traits(m, *, floor=0.05, wobble=0.02, direction=0.0):
@@ -95,34 +99,58 @@ def test_steady_drift_of_standing_still_twice_is_none():
     assert float(steady_drift(3.0 * steps[:, None], steps)[0]) == pytest.approx(3.0)
 
 
-def test_wobble_of_white_noise_is_its_variance_also_at_uneven_steps():
+def wobble(values, steps=None, settings=SETTINGS, shifted=None, of_metrics=None):
+    values = jnp.asarray(values, jnp.float32)
+    steps = jnp.arange(len(values)) * 1.0 if steps is None else jnp.asarray(steps, jnp.float32)
+    shifted = jnp.zeros((len(values) - 1, values.shape[1]), bool) if shifted is None else jnp.asarray(shifted)
+    of_metrics = traits(values.shape[1]) if of_metrics is None else of_metrics
+    compiled = jax.jit(wobble_variance, static_argnames="settings")
+    return np.sqrt(np.asarray(compiled(values, steps, shifted, of_metrics, settings=settings)))
+
+
+def test_wobble_of_white_noise_is_its_deviation_also_at_uneven_steps():
     rng = np.random.default_rng(0)
-    steps = jnp.asarray(np.cumsum(rng.integers(1, 20, 120)), jnp.float32)
     noise = 0.3 * rng.standard_normal((120, 100))
-    one_lag = ShiftSettings(side=3, min_side=2, jump_share=0.2, wobble_lags=(1,), wobble_radius=400, prior_weight=1e-6)
-    variance = wobble_variance(jnp.asarray(noise, jnp.float32), steps, traits(100), settings=one_lag)
-    assert float(jnp.sqrt(variance).mean()) == pytest.approx(0.3, rel=0.05)
+    settings = dataclasses.replace(SETTINGS, wobble_lags=(1,), wobble_radius=400, prior_weight=1e-6)
+    found = wobble(noise, np.cumsum(rng.integers(1, 20, 120)), settings)
+    assert found.mean() == pytest.approx(0.3, rel=0.05)
 
 
-def test_wobble_does_not_count_the_step_itself_and_few_checkpoints_keep_the_expected():
-    quiet = np.zeros((24, 1))
-    quiet[12:] = 1.0
-    wobble = np.sqrt(np.asarray(wobble_variance(jnp.asarray(quiet), jnp.arange(24.0), traits(1), settings=SETTINGS)))
-    # 4 expected observations of 0.02 squared beside n seen ones of nothing.
-    assert wobble[11, 0] < 0.02
-    few = wobble_variance(jnp.zeros((4, 1)), jnp.arange(4.0), traits(1), settings=SETTINGS)
-    assert float(jnp.sqrt(few[1, 0])) == pytest.approx(0.02)
+def test_wobble_does_not_count_the_gaps_own_step_nor_a_known_one():
+    # Values alternate by 0.1 around two levels: the deviation from the neighbours' line is 0.1 / sqrt(1.5).
+    values = 0.05 * (-1.0) ** np.arange(24)[:, None]
+    values[12:] += 1.0
+    values[15:] += 1.0
+    shifted = np.zeros((23, 1), bool)
+    settings = dataclasses.replace(SETTINGS, wobble_lags=(1,), prior_weight=1e-6, wobble_radius=2)
+    known = wobble(values, settings=settings, shifted=shifted | (np.arange(23) == 14)[:, None])[11, 0]
+    assert known == pytest.approx(1.4826 * 0.1 / np.sqrt(1.5), rel=1e-4)
+    assert wobble(values, settings=dataclasses.replace(settings, wobble_radius=3), shifted=shifted)[13, 0] > 2 * known
+
+
+def test_few_checkpoints_keep_the_expected_wobble_and_many_quiet_ones_lower_it():
+    assert wobble(np.zeros((4, 1)))[1, 0] == pytest.approx(0.02)
+    many = wobble(np.zeros((40, 1)))[20, 0]
+    # 4 expected observations of 0.02 beside 0.37 of each of the 24, 21 or 18 seen at a lag: the fewest decide.
+    assert 0.02 * np.sqrt(4 / (4 + 0.37 * 24)) < many < 0.02 * np.sqrt(4 / (4 + 0.37 * 15))
 
 
 def test_wobble_is_pooled_over_the_splits_of_a_measure():
     rng = np.random.default_rng(1)
     values = np.stack([np.zeros(40), 0.5 * rng.standard_normal(40)], axis=1)
     together = traits(2).replace(pooling=jnp.full((2, 2), 0.5))
-    alone, pooled = (
-        np.asarray(wobble_variance(jnp.asarray(values), jnp.arange(40.0), t, settings=SETTINGS))
-        for t in (traits(2), together)
-    )
-    assert (pooled[:, 0] > 20 * alone[:, 0]).all()
+    assert (wobble(values, of_metrics=together)[:, 0] > 5 * wobble(values)[:, 0]).all()
+
+
+def test_a_first_shift_does_not_hide_a_second():
+    # Alone in its run, either step has the same score: neither is the other's wobble.
+    both, second = (np.zeros((12, 1)), np.zeros((12, 1)))
+    both[3:] += 1.0
+    both[7:] += 0.3
+    second[7:] += 0.3
+    found = scores(both)
+    assert np.flatnonzero(found.holds[:, 0]).tolist() == [2, 6]
+    assert found.score[6, 0] == pytest.approx(scores(second).score[6, 0], rel=0.25)
 
 
 def test_paired_resamples_set_the_noise_where_they_are_the_larger():
