@@ -234,8 +234,8 @@ def main() -> None:
     plan.append(("spike", 6, MIDDLING, Truth("spike", 20.0)))
     for size in (5.0, 10.0, 20.0, 40.0):
         plan.append(("drift", 48, MIDDLING, Truth("drift", size)))
-    plan.append(("two shifts", 16, MIDDLING, Truth("two shifts", 7.0)))
-    plan.append(("two shifts", 48, MIDDLING, Truth("two shifts", 7.0)))
+    for length in (12, 16, 48):
+        plan.append(("two shifts", length, MIDDLING, Truth("two shifts", 7.0)))
     for kind in ("flat", "drift", "shift"):
         plan.append(("missing steps", 16, MIDDLING, Truth(kind, 7.0 if kind != "flat" else 0.0, missing=0.5)))
     for measures, splits in ((1, 1), (1, 4), (2, 4), (6, 4)):

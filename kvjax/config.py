@@ -288,7 +288,8 @@ class WindowConfig(_Section):
         ge=0.0, le=1.0, description="Share of a shift that must happen between the two checkpoints of its own gap."
     )
     wobble_lags: tuple[int, ...] = pydantic.Field(
-        min_length=1, description="Distances, in checkpoints, of the second differences that measure wobble."
+        min_length=1,
+        description="Distances, in checkpoints, of the second differences that measure wobble, the shortest first.",
     )
     wobble_radius: int = pydantic.Field(ge=1, description="Checkpoints around a gap whose wobble counts for it.")
     prior_weight: float = pydantic.Field(
@@ -300,6 +301,11 @@ class WindowConfig(_Section):
     threshold_alone: float = pydantic.Field(gt=0.0, description="Score at which a single metric makes a window.")
     corroboration: int = pydantic.Field(
         ge=1, description="Metrics (a measure on one split, of one component) that must shift together."
+    )
+    similar_support: float = pydantic.Field(
+        ge=0.0,
+        le=1.0,
+        description="Unbroken groups of shifts are one window if the smaller has this share of the larger's.",
     )
     calibrated_tests: int = pydantic.Field(
         ge=1,
@@ -320,8 +326,8 @@ class WindowConfig(_Section):
             )
         if self.threshold_alone < self.threshold:
             raise ValueError(f"threshold_alone {self.threshold_alone} is below threshold {self.threshold}")
-        if any(lag < 1 for lag in self.wobble_lags):
-            raise ValueError(f"wobble_lags {list(self.wobble_lags)} holds a lag below 1")
+        if self.wobble_lags[0] < 1 or list(self.wobble_lags) != sorted(set(self.wobble_lags)):
+            raise ValueError(f"wobble_lags {list(self.wobble_lags)} are not ascending from 1 or more")
         return self
 
 

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-# Groups of shifts belong together only if the smaller has this share of the larger one's support.
-_SIMILAR = 0.5
-
 
 @dataclasses.dataclass(frozen=True)
 class DetectionSettings:
@@ -20,12 +17,14 @@ class DetectionSettings:
       threshold: score that each of `corroboration` metrics must reach.
       threshold_alone: score that suffices for a single metric.
       corroboration: number of metrics that must move together.
+      similar_support: share of the larger group's support that the smaller needs for both to be one window.
       calibrated_tests: number of (gap, metric) pairs the thresholds were calibrated for; more raise them.
     """
 
     threshold: float
     threshold_alone: float
     corroboration: int
+    similar_support: float
     calibrated_tests: int
 
 
@@ -133,7 +132,7 @@ def find_windows(
     left is searched again. Two groups of similar weight with no pause between them, where at every gap enough metrics
     still move, are one window; what leads up to a much larger movement stays one of its own. A window reaches from
     where its fastest metric leaves its floor to where it reaches its plateau, at least one checkpoint to each side of
-    its centre, and not past another's centre.
+    its centre.
 
     Args:
       shifts: from `find_shifts`.
@@ -163,7 +162,7 @@ def find_windows(
         if windows and _are_one(windows[-1], group, moving, kinds, settings):
             group = _joined(windows.pop(), group, kinds)
         windows.append(group)
-    windows = _apart(windows)
+    windows = _apart(windows, kinds)
     joining = [shift for shift in shifts if not opens[shift.metric]]
     return [_with(window, [s for s in joining if window.first <= s.gap < window.last]) for window in windows]
 
@@ -191,19 +190,24 @@ def _are_one(
 ) -> bool:
     unbroken = (moving_G[earlier.gap + 1 : later.gap] >= settings.corroboration).all()
     weights = sorted(max(_support(group.shifts, kinds).values()) for group in (earlier, later))
-    return bool(unbroken) and weights[0] >= _SIMILAR * weights[1]
+    return bool(unbroken) and weights[0] >= settings.similar_support * weights[1]
 
 
-def _apart(windows: Sequence[Window]) -> list[Window]:
-    """Returns windows in order, none of which reaches past its neighbour's central gap."""
-    apart = []
-    for i, window in enumerate(windows):
-        first, last = window.first, window.last
-        if i > 0:
-            first = max(first, windows[i - 1].gap + 1)
-        if i + 1 < len(windows):
-            last = min(last, windows[i + 1].gap)
-        apart.append(dataclasses.replace(window, first=first, last=last))
+def _apart(windows: Sequence[Window], kinds: Sequence[str]) -> list[Window]:
+    """Returns windows in order, the lighter of two that overlap cut where the other begins or ends.
+
+    One checkpoint to each side of its centre it keeps in any case.
+    """
+    apart = list(windows)
+    for i in range(len(apart) - 1):
+        earlier, later = apart[i], apart[i + 1]
+        weights = [max(_support(window.shifts, kinds).values()) for window in (earlier, later)]
+        if weights[0] < weights[1]:
+            last = min(earlier.last, max(later.first, earlier.gap + 2))
+            apart[i] = dataclasses.replace(earlier, last=last)
+        else:
+            first = max(later.first, min(earlier.last, later.gap))
+            apart[i + 1] = dataclasses.replace(later, first=first)
     return apart
 
 

@@ -93,6 +93,7 @@ def detection_settings(config: WindowConfig) -> DetectionSettings:
         threshold=config.threshold,
         threshold_alone=config.threshold_alone,
         corroboration=config.corroboration,
+        similar_support=config.similar_support,
         calibrated_tests=config.calibrated_tests,
     )
 

@@ -209,15 +209,19 @@ def _score_run(
     wanted = (direction == 0) | (jnp.sign(size) == direction)
     holds = scored & wanted & (jnp.abs(size) >= traits.floor[None]) & _separates(level, size, settings)
 
-    def score(shifted: jax.Array) -> jax.Array:
-        wobble = per_checkpoint * wobble_variance(level, steps, shifted, traits, settings=settings)
+    def score(shifted: jax.Array, lags: tuple[int, ...]) -> jax.Array:
+        seen = dataclasses.replace(settings, wobble_lags=lags)
+        wobble = per_checkpoint * wobble_variance(level, steps, shifted, traits, settings=seen)
         # Second differences hold the sampling noise of single checkpoints as well: the two overlap and are not added.
         return jnp.where(scored, jnp.abs(size) / jnp.sqrt(jnp.maximum(bootstrap, wobble)), jnp.nan)
 
-    # A shift found once must not count as wobble where a second is looked for.
-    first = score(jnp.zeros_like(holds))
-    final = score(holds & (first >= settings.threshold))
-    return ShiftScores(size=jnp.where(scored, size, jnp.nan), score=final, holds=holds)
+    # One shift must not count as wobble where another is looked for. Shifts are found for that at the shortest lag,
+    # which they disturb least, and again without the first ones.
+    shifted = jnp.zeros_like(holds)
+    for _ in range(2):
+        shifted = holds & (score(shifted, settings.wobble_lags[:1]) >= settings.threshold)
+    score_GxM = score(shifted, settings.wobble_lags)
+    return ShiftScores(size=jnp.where(scored, size, jnp.nan), score=score_GxM, holds=holds)
 
 
 def _separates(level_CxM: jax.Array, size_GxM: jax.Array, settings: ShiftSettings) -> jax.Array:

@@ -5,7 +5,9 @@ import pytest
 
 from kvjax.windows.detect import DetectionSettings, Shift, find_shifts, find_windows, scaled_thresholds
 
-SETTINGS = DetectionSettings(threshold=4.5, threshold_alone=7.0, corroboration=3, calibrated_tests=5000)
+SETTINGS = DetectionSettings(
+    threshold=4.5, threshold_alone=7.0, corroboration=3, similar_support=0.5, calibrated_tests=5000
+)
 STEPS = np.arange(1, 21) * 100
 
 
@@ -55,14 +57,15 @@ def test_a_quiet_gap_keeps_windows_apart_and_a_busy_stretch_makes_them_one():
     assert (window.first, window.last) == (5, 10) and len(window.shifts) == 9
 
 
-def test_what_leads_up_to_a_much_larger_movement_is_a_window_of_its_own_that_stops_before_it():
+def test_what_leads_up_to_a_much_larger_movement_is_a_window_of_its_own_cut_where_that_begins():
     small = [shift(i, 5, first=4, last=6, relative=0.2) for i in range(3)]
     large = [shift(i, 8, first=7, last=9, relative=0.9) for i in range(3, 9)]
     courses = [[550, 900]] * 3 + [[790, 1100]] * 6
     early, late = windows([*small, *large], courses=courses)
     assert (early.gap, late.gap) == (5, 8)
-    # The first reaches its plateau at step 900, checkpoint 8, just before the second's central gap.
-    assert (STEPS[early.first], STEPS[early.last]) == (500, 900)
+    # The first, lighter one would reach its plateau at step 900. The second begins at 700, which is the first's centre:
+    # that keeps a checkpoint after it.
+    assert (STEPS[early.first], STEPS[early.last]) == (500, 800)
     assert (STEPS[late.first], STEPS[late.last]) == (700, 1100)
 
 
