@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each folder uses only those before it.
 ORDER = (
     *("errors", "runtime", "config", "artifacts", "task", "model", "measure"),
-    *("sweep", "train", "compare", "report", "commands"),
+    *("sweep", "windows", "train", "compare", "report", "commands"),
 )
 
 

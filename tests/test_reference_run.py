@@ -15,6 +15,7 @@ from collections import Counter
 import pytest
 import xarray as xr
 
+from kvjax.artifacts.windows import read_birth_windows
 from tests.reference import golden, unpack_reference_run
 
 ROLE_COUNTS_PER_EVENT = {
@@ -222,3 +223,27 @@ def test_what_the_reference_probe_set_lacks_is_built_beside_it(swept):
     tags = Counter(companion["difficulty"].values())
     assert min(tags.values()) >= len(swept["records"]) / 4
     assert len((swept["root"] / "probe_set.sources.jsonl").read_text().splitlines()) == 96
+
+
+def test_birth_windows_are_where_the_golden_metrics_move(swept):
+    run = swept["root"] / "run"
+    command = [sys.executable, "-m", "kvjax.commands.main", "birth-windows", f"--run_dirs={run}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    found = read_birth_windows(run / "analysis" / "birth_windows.json")
+    first, second = found.windows
+    # The reference measured accuracy rising from 0.05 to 0.34 between 1500 and 1750, and from 0.41 to 0.67 between 3000
+    # and 4000, when other heads take over.
+    assert first.start_step <= 1500 < first.center_step == 1750 < first.end_step < 3000
+    assert second.start_step <= 3000 < second.center_step == 4000 < second.end_step
+
+    def heads(window):
+        risen = [t for t in window.triggers if t.kind == "head_accuracy_drop" and t.split == "validation_iid"]
+        return {trigger.metric.rpartition(".")[2] for trigger in risen}
+
+    assert heads(first) == {"L0H0"} and {"L0H3", "L1H3"} <= heads(second) and "L0H0" not in heads(second)
+    assert "window around step 1750" in done.stdout and "window around step 4000" in done.stdout
+    assert not found.complete and all(birth.half_rise_step is None for birth in found.births.values())
+    status = [sys.executable, "-m", "kvjax.commands.main", "status", f"--run_dirs={run}"]
+    told = subprocess.run(status, capture_output=True, text=True, env=dict(os.environ)).stdout
+    assert "no   reference fixed" in told and "yes  sweep complete" in told and "yes  windows identified" in told

@@ -22,6 +22,8 @@ COMMANDS = {
     "evaluate": "evaluate a checkpoint of each run on full splits",
     "select-reference": "rank runs by their best checkpoint and select the reference",
     "checkpoint-sweep": "measure every checkpoint of one or several runs",
+    "birth-windows": "find the few checkpoints between which something formed, or say that nothing did",
+    "status": "say which conditions for circuit work a run meets, and what to do next",
 }
 
 

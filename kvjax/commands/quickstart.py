@@ -1,4 +1,4 @@
-"""See a lookup mechanism form: draw a small benchmark, train two seeds, measure every checkpoint, draw the figures.
+"""See a lookup mechanism form: draw a benchmark, train two seeds, measure every checkpoint, find what formed when.
 
 Takes a few minutes on two CPU cores. Run again, it goes on where it stopped and repeats nothing that is there.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from absl import flags
 
 from kvjax.commands import common
-from kvjax.commands.printing import print_sweep_report
+from kvjax.commands.printing import print_sweep_report, print_windows_report
 
 FLAGS = flags.FlagValues()
 common.define_runtime_flags(FLAGS)
@@ -30,19 +30,20 @@ def run() -> None:
 
     from converters.training import run_directories, train_missing_runs
     from kvjax.artifacts.run_dir import RunDir
-    from kvjax.config import BenchmarkConfig, TrainConfig, find_config, read_config
+    from kvjax.config import BenchmarkConfig, TrainConfig, WindowConfig, find_config, read_config
     from kvjax.errors import unusable
     from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
     from kvjax.sweep.analysis import prepare_run, sweep_runs
     from kvjax.sweep.stream import SweepSettings
     from kvjax.task.benchmark import Benchmark, generate_benchmark
+    from kvjax.windows.analysis import write_windows
 
     common.start_jax(FLAGS)
     output = Path(FLAGS.output_dir)
     benchmark_dir = output / "benchmark"
     settings = read_config(find_config(FLAGS.benchmark_config, "benchmark"), BenchmarkConfig)
     if not benchmark_dir.exists():
-        print(f"1/4  drawing the benchmark: {settings.num_keys} keys, {settings.num_values} values", flush=True)
+        print(f"1/5  drawing the benchmark: {settings.num_keys} keys, {settings.num_values} values", flush=True)
         generate_benchmark(settings, benchmark_dir, overwrite=False)
     benchmark = Benchmark.open(benchmark_dir)
     if not benchmark.has_config(settings):
@@ -51,11 +52,11 @@ def run() -> None:
     config = read_config(find_config(FLAGS.train_config, "train"), TrainConfig)
     config = config.model_copy(update={"benchmark_dir": str(benchmark_dir.resolve())})
     runs = run_directories(config, common.integers("seeds", FLAGS.seeds), str(output / "runs"))
-    print(f"2/4  training {len(runs)} seeds, {config.num_steps} steps each, as one program", flush=True)
+    print(f"2/5  training {len(runs)} seeds, {config.num_steps} steps each, as one program", flush=True)
     with common.progress_bar(len(runs) * config.num_steps, "steps", show=FLAGS.progress) as advance:
         train_missing_runs(runs, benchmark, advance=advance)
 
-    print("3/4  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated", flush=True)
+    print("3/5  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated", flush=True)
     prepared = [
         prepare_run(RunDir.open(path), benchmark_dir=None, probe_set=None, steps="all", reference="final")
         for path in runs
@@ -66,7 +67,7 @@ def run() -> None:
     for report in reports:
         print_sweep_report(report)
 
-    print("\n4/4  drawing figures")
+    print("\n4/5  drawing figures")
     swept = [xr.open_dataset(path / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf") for path in runs]
     figures = output / "figures"
     for name, figure in (
@@ -74,4 +75,10 @@ def run() -> None:
         ("head_ablations", head_ablation_figure(swept)),
     ):
         print("     " + ", ".join(map(str, save_figure(figure, figures, name))))
-    print(f"Look at {figures / 'trajectories.png'} first. Next: kvjax evaluate --run_dirs='{output}/runs/*'")
+    print(f"     Look at {figures / 'trajectories.png'} first.")
+
+    print("\n5/5  looking for birth windows", flush=True)
+    window_config = read_config(find_config("default", "windows"), WindowConfig)
+    for report in write_windows([work.run for work in prepared], window_config):
+        print_windows_report(report, show=8)
+    print(f"Next: kvjax status --run_dirs='{output}/runs/*'")

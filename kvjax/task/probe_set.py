@@ -175,12 +175,28 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     _check_suffix(path)
     if not path.is_file():
         raise unusable(path, "a probe set", "no such file")
+    metadata = read_json(manifest_path(path))
+    if not _has_own_manifest(metadata) and not companion_path(path).exists():
+        _adopt(path, metadata, companion_path(path), benchmark)
+    manifest = frozen_manifest(path)
+    if manifest.benchmark_sha256 != benchmark.sha256:
+        raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
+    records = read_json_lines(path)
+    counterfactuals = [record["sample_id"] for record in records if record["counterfactual_of"]]
+    sources = dict(zip(counterfactuals, read_json_lines(sources_path(path)), strict=True))
+    return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(fit_path(path))), sources)
+
+
+def frozen_manifest(path: Path) -> Manifest:
+    """Returns the manifest of a probe set, all of whose files are as they were when it was frozen.
+
+    Raises:
+      InputError: a file is missing or was edited.
+    """
     manifest_file = manifest_path(path)
     metadata = read_json(manifest_file)
-    if not (isinstance(metadata, dict) and "kvjax_probe_set" in metadata):
+    if not _has_own_manifest(metadata):
         manifest_file = companion_path(path)
-        if not manifest_file.exists():
-            _adopt(path, metadata, manifest_file, benchmark)
         metadata = read_json(manifest_file)
     try:
         manifest = Manifest.model_validate(metadata)
@@ -197,12 +213,11 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
             raise unusable(file, f"the content hashed in {manifest_file.name}", "an edited file")
     if content_sha256(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_file, "the content its own hash names", "an edited file")
-    if manifest.benchmark_sha256 != benchmark.sha256:
-        raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
-    records = read_json_lines(path)
-    counterfactuals = [record["sample_id"] for record in records if record["counterfactual_of"]]
-    sources = dict(zip(counterfactuals, read_json_lines(sources_path(path)), strict=True))
-    return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(fit_path(path))), sources)
+    return manifest
+
+
+def _has_own_manifest(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and "kvjax_probe_set" in metadata
 
 
 def check_installable(probe: ProbeSet, folder: Path) -> None:

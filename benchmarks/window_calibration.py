@@ -1,0 +1,304 @@
+"""How often birth windows are wrong: simulated runs whose truth is known, through the search as it is shipped.
+
+    python -m benchmarks.window_calibration
+
+A run has the metrics of a small model: 6 behavioural measures, 12 heads, 3 MLPs, rank order and residual drift, on 4
+splits. Every value is a level, plus the mean of sequences that keep their own difficulty over checkpoints and err anew
+at each (clustered, paired event noise), plus a wobble of training that is autocorrelated. Both noises are partly shared
+between metrics. Sizes are in standard deviations of one checkpoint's total noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.reporting import machine, write_result
+from kvjax.config import WindowConfig, find_config, read_config
+from kvjax.measure.uncertainty import resample_counts
+from kvjax.windows.search import RunFinding, find_in_runs
+from kvjax.windows.trajectories import Metric, Trajectories
+
+SPLITS = ("validation_iid", "heldout_pairs", "structural_ood", "counterfactual")
+BEHAVIOUR = ("answer_accuracy", "q", "r", "w", "key_selectivity", "recency_selectivity")
+LAYERS, HEADS = 3, 4
+SEQUENCES = 96  # per split
+
+# A metric's noise is its expected wobble times exp of a normal with this standard deviation: between measures, and
+# between the splits of one.
+MEASURE_SPREAD, SPLIT_SPREAD = 0.4, 0.2
+# Shares of a noise's variance that metrics have in common: all of a run, and the splits of one measure. Layer 0's MLP,
+# without which nothing is answered, copies answer accuracy altogether.
+SHARED_BY_ALL, SHARED_BY_SPLITS = 0.2, 0.4
+
+_RUNS_PER_BATCH = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What a simulated run's noise is like.
+
+    Attributes:
+      autocorrelation: of the wobble, from checkpoint to checkpoint.
+      wobble_share: of the noise's variance; event noise is the rest.
+      scale: noise over what the config expects.
+    """
+
+    autocorrelation: float
+    wobble_share: float
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What happens in a simulated run.
+
+    Attributes:
+      kind: flat, drift, shift, two shifts, or spike.
+      size: of it, in noise standard deviations (a drift's over the whole run).
+      measures: behavioural measures it happens to.
+      splits: splits it happens on.
+      missing: share of the run's checkpoints that were not saved, so that steps are uneven.
+    """
+
+    kind: str
+    size: float = 0.0
+    measures: int = 2
+    splits: int = 4
+    missing: float = 0.0
+
+
+def metrics() -> tuple[Metric, ...]:
+    """Returns the metrics of a simulated run."""
+    listed = []
+    for split in SPLITS:
+        for measure in BEHAVIOUR:
+            heldout = measure == "answer_accuracy" and split == "heldout_pairs"
+            name = "heldout_answer_accuracy" if heldout else measure
+            listed.append(Metric(name, name, split))
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                listed.append(Metric("head_accuracy_drop", f"head_accuracy_drop.L{layer}H{head}", split, layer, head))
+            listed.append(Metric("mlp_accuracy_drop", f"mlp_accuracy_drop.L{layer}", split, layer))
+        listed.append(Metric("head_rank_correlation", "head_rank_correlation", split))
+        for stage in ("post_attn", "post_mlp"):
+            listed.append(Metric("residual_drift", f"residual_drift.{stage}", split))
+    return tuple(listed)
+
+
+def simulate(
+    rng: np.random.Generator, checkpoints: int, noise: Noise, truth: Truth, config: WindowConfig
+) -> tuple[Trajectories, list[int]]:
+    """Returns one run and the gaps at which something truly happened."""
+    listed = metrics()
+    expected = np.array([getattr(config.triggers, metric.kind).expected_wobble for metric in listed])
+    _, family = np.unique([metric.measure for metric in listed], return_inverse=True)
+    spread = MEASURE_SPREAD * rng.standard_normal(family.max() + 1)[family]
+    total = noise.scale * expected * np.exp(spread + SPLIT_SPREAD * rng.standard_normal(len(listed)))
+    steps = np.arange(1, checkpoints + 1) * 250
+    if truth.missing:
+        full = round(checkpoints / (1 - truth.missing))
+        steps = np.sort(rng.choice(np.arange(1, full + 1), checkpoints, replace=False)) * 250
+    level, gaps = _levels(rng, steps, listed, total, truth)
+    common = _autocorrelated(rng, checkpoints, 1, noise.autocorrelation)
+    shared = _autocorrelated(rng, checkpoints, family.max() + 1, noise.autocorrelation)[:, family]
+    own = _autocorrelated(rng, checkpoints, len(listed), noise.autocorrelation)
+    wobble = np.sqrt(SHARED_BY_ALL) * common + np.sqrt(SHARED_BY_SPLITS) * shared
+    wobble = wobble + np.sqrt(1 - SHARED_BY_ALL - SHARED_BY_SPLITS) * own
+    level = level + np.sqrt(noise.wobble_share) * total * wobble
+    values, samples = np.empty(level.shape), np.empty((config.resamples, *level.shape), np.float32)
+    event = np.sqrt((1 - noise.wobble_share) * SEQUENCES) * total
+    for split in SPLITS:
+        columns = [i for i, metric in enumerate(listed) if metric.split == split]
+        counts = resample_counts(np.zeros(SEQUENCES), resamples=config.resamples, seed=int(rng.integers(2**31)))
+        own_difficulty = 3 * rng.standard_normal((SEQUENCES, 1, len(columns)))
+        errors = np.sqrt(SHARED_BY_ALL) * rng.standard_normal((SEQUENCES, checkpoints, 1))
+        errors = errors + np.sqrt(1 - SHARED_BY_ALL) * rng.standard_normal((SEQUENCES, checkpoints, len(columns)))
+        sequences = (own_difficulty + errors) * event[columns]
+        values[:, columns] = level[:, columns] + sequences.mean(axis=0)
+        drawn = (counts / SEQUENCES) @ sequences.reshape(SEQUENCES, -1)
+        samples[:, :, columns] = level[:, columns] + drawn.reshape(len(counts), checkpoints, -1)
+    for split in SPLITS:
+        accuracy, copy = (
+            next(i for i, m in enumerate(listed) if m.split == split and m.measure.removeprefix("heldout_") == name)
+            for name in ("answer_accuracy", "mlp_accuracy_drop.L0")
+        )
+        values[:, copy], samples[:, :, copy] = values[:, accuracy], samples[:, :, accuracy]
+    return Trajectories(steps, listed, values, samples), gaps
+
+
+def _levels(
+    rng: np.random.Generator, steps: np.ndarray, listed: Sequence[Metric], total: np.ndarray, truth: Truth
+) -> tuple[np.ndarray, list[int]]:
+    """Returns the noiseless trajectories and the gaps of true shifts, three checkpoints or more from ends."""
+    n = len(steps)
+    level = np.zeros((n, len(listed)))
+    if truth.kind == "flat":
+        return level, []
+    chosen = rng.choice(BEHAVIOUR, truth.measures, replace=False)
+    splits = rng.choice(SPLITS, truth.splits, replace=False)
+    moved = [
+        i
+        for i, metric in enumerate(listed)
+        if metric.measure.removeprefix("heldout_") in chosen and metric.split in splits
+    ]
+    size = truth.size * total[moved]
+    if truth.kind == "drift":
+        level[:, moved] = ((steps - steps[0]) / (steps[-1] - steps[0]))[:, None] * size
+        return level, []
+    if truth.kind == "spike":
+        level[rng.integers(n), moved] = size
+        return level, []
+    places = [int(rng.integers(2, n - 3))]
+    if truth.kind == "two shifts":
+        places = [int(rng.integers(2, n // 2 - 1)), int(rng.integers(n // 2 + 2, n - 3))]
+    for place in places:
+        level[place + 1 :, moved] += size
+    return level, places
+
+
+def _autocorrelated(rng: np.random.Generator, n: int, width: int, autocorrelation: float) -> np.ndarray:
+    wobble = rng.standard_normal((n, width))
+    for c in range(1, n):
+        wobble[c] = autocorrelation * wobble[c - 1] + np.sqrt(1 - autocorrelation**2) * wobble[c]
+    return wobble
+
+
+def measure(
+    checkpoints: int, noise: Noise, truth: Truth, config: WindowConfig, *, runs: int, seed: int
+) -> dict[str, Any]:
+    """Returns how many simulated runs have windows, and how many true shifts one is centred on, within a checkpoint."""
+    rng = np.random.default_rng(seed)
+    with_windows = shifts = found = extra = 0
+    for start in range(0, runs, _RUNS_PER_BATCH):
+        batch = [simulate(rng, checkpoints, noise, truth, config) for _ in range(min(_RUNS_PER_BATCH, runs - start))]
+        for finding, (_, gaps) in zip(find_in_runs([run for run, _ in batch], config), batch, strict=True):
+            centres = [window.gap for window in finding.windows]
+            hits = [gap for gap in gaps if any(abs(centre - gap) <= 1 for centre in centres)]
+            with_windows += bool(centres)
+            shifts += len(gaps)
+            found += len(hits)
+            extra += len(_unexplained(finding, gaps)) > 0
+    return {
+        "checkpoints": checkpoints,
+        **dataclasses.asdict(noise),
+        **dataclasses.asdict(truth),
+        "runs": runs,
+        "runs_with_windows": with_windows,
+        "true_shifts": shifts,
+        "found": found,
+        "runs_with_false_windows": extra,
+    }
+
+
+def _unexplained(finding: RunFinding, gaps: Sequence[int]) -> list[int]:
+    return [w.gap for w in finding.windows if not any(abs(w.gap - gap) <= 1 for gap in gaps)]
+
+
+LENGTHS = (6, 8, 16, 48)
+NOISES = tuple(Noise(rho, share) for share in (0.3, 0.9) for rho in (0.0, 0.5, 0.8))
+MIDDLING = Noise(0.5, 0.6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="default")
+    parser.add_argument("--runs", type=int, default=200, help="simulated runs per row")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    config = read_config(find_config(arguments.config, "windows"), WindowConfig)
+    # Noise is estimated from resamples only by its standard deviation; 200 give it within 5 %.
+    config = config.model_copy(update={"resamples": 200})
+    plan: list[tuple[str, int, Noise, Truth]] = []
+    for length in LENGTHS:
+        for noise in NOISES:
+            plan.append(("flat", length, noise, Truth("flat")))
+            plan.append(("shift", length, noise, Truth("shift", 7.0)))
+    for length in (4, 5):
+        plan.extend(("few checkpoints", length, noise, Truth("flat")) for noise in NOISES)
+    for scale in (0.5, 2.0):
+        for length in (8, 48):
+            plan.append(
+                ("noise unlike the expected", length, dataclasses.replace(MIDDLING, scale=scale), Truth("flat"))
+            )
+            plan.append(
+                ("noise unlike the expected", length, dataclasses.replace(MIDDLING, scale=scale), Truth("shift", 7.0))
+            )
+    for size in (10.0, 20.0, 40.0):
+        plan.append(("spike", 16, MIDDLING, Truth("spike", size)))
+    plan.append(("spike", 6, MIDDLING, Truth("spike", 20.0)))
+    for size in (5.0, 10.0, 20.0, 40.0):
+        plan.append(("drift", 48, MIDDLING, Truth("drift", size)))
+    for length in (12, 16, 48):
+        plan.append(("two shifts", length, MIDDLING, Truth("two shifts", 7.0)))
+    for kind in ("flat", "drift", "shift"):
+        plan.append(("missing steps", 16, MIDDLING, Truth(kind, 7.0 if kind != "flat" else 0.0, missing=0.5)))
+    for measures, splits in ((1, 1), (1, 4), (2, 4), (6, 4)):
+        for size in (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 15.0):
+            plan.append(("power", 16, MIDDLING, Truth("shift", size, measures, splits)))
+    rows = []
+    begun = time.perf_counter()
+    for number, (table, length, noise, truth) in enumerate(plan):
+        row = measure(length, noise, truth, config, runs=arguments.runs, seed=arguments.seed + number)
+        rows.append({"table": table, **row})
+        found = f", {row['found']}/{row['true_shifts']} found" if row["true_shifts"] else ""
+        print(
+            f"{table:<26} {length:>3} checkpoints, wobble {noise.wobble_share:.1f} of the variance, autocorrelation "
+            f"{noise.autocorrelation:.1f}, scale {noise.scale:g}: {truth.kind} {truth.size:g} in {truth.measures}x"
+            f"{truth.splits}: {row['runs_with_windows']}/{row['runs']} with windows, "
+            f"{row['runs_with_false_windows']} false{found}",
+            flush=True,
+        )
+    result = {
+        "machine": machine(),
+        "config": config.model_dump(mode="json"),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "rows": rows,
+    }
+    print(markdown(rows))
+    print("written to", write_result("window_calibration", result))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the tables of docs/birth_windows.md."""
+
+    def share(part: int, of: int) -> str:
+        return f"{100 * part / of:.1f} %" if of else "–"
+
+    lines = [
+        "| checkpoints | wobble, share of variance | autocorrelation | flat runs with a window | shifts of 7 found |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- |")
+    key = ("checkpoints", "wobble_share", "autocorrelation")
+    found = {tuple(row[k] for k in key): row for row in rows if row["table"] == "shift"}
+    for row in rows:
+        if row["table"] in ("flat", "few checkpoints"):
+            same = found.get(tuple(row[k] for k in key))
+            cells = [*(str(row[k]) for k in key), share(row["runs_with_windows"], row["runs"])]
+            lines.append("| " + " | ".join([*cells, share(same["found"], same["true_shifts"]) if same else "–"]) + " |")
+    lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        if row["table"] in ("other noise", "spike", "drift", "two shifts", "missing steps"):
+            what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
+            what += ", half the steps missing" if row["missing"] else ""
+            cells = [what, str(row["checkpoints"]), f"{row['scale']:g}", share(row["runs_with_windows"], row["runs"])]
+            cells += [share(row["runs_with_false_windows"], row["runs"]), share(row["found"], row["true_shifts"])]
+            lines.append("| " + " | ".join(cells) + " |")
+    power = [row for row in rows if row["table"] == "power"]
+    sizes = sorted({row["size"] for row in power})
+    lines += ["", "| moves | " + " | ".join(f"{size:g}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
+    for measures, splits in dict.fromkeys((row["measures"], row["splits"]) for row in power):
+        of_size = {row["size"]: row for row in power if (row["measures"], row["splits"]) == (measures, splits)}
+        cells = [share(of_size[size]["found"], of_size[size]["true_shifts"]) for size in sizes]
+        lines.append(f"| measures: {measures}, splits: {splits} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Reading a sweep's arrays back, and `birth_windows.json`: its schema, writing and reading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+
+from kvjax.artifacts.files import read_json, write_json
+from kvjax.errors import unusable
+
+if TYPE_CHECKING:
+    import xarray
+
+WINDOWS_FILE = "birth_windows.json"
+
+Interval = tuple[float | None, float | None]  # an end is None where it lies beyond the run
+StepInterval = tuple[int | None, int | None]
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BirthEntry(_Part):
+    """When one metric was born on a split (docs/definitions.md, section 7).
+
+    `censored` says that the run ends before the birth can be seen; `reason` says how. Half-rises need the whole run and
+    are null while it is unfinished.
+    """
+
+    split: str
+    threshold: float | None
+    step: int | None
+    interval: StepInterval | None
+    censored: bool
+    half_rise_step: int | None
+    half_rise_interval: StepInterval | None
+    reason: str
+
+
+class TriggerEntry(_Part):
+    """A level shift in a window: `size` in the metric's unit at `step`, the first checkpoint after it."""
+
+    kind: str
+    metric: str
+    split: str
+    step: int
+    size: float
+    score: float
+
+
+class OrderEntry(_Part):
+    """When a metric moved, in steps; `interval` is the midpoint's, `between` the checkpoints around the midpoint."""
+
+    metric: str
+    split: str
+    onset: float | None
+    midpoint: float | None
+    completion: float | None
+    interval: Interval | None
+    between: tuple[int, int] | None
+
+
+class PrecedesEntry(_Part):
+    """Probability that the first metric's midpoint precedes the second's."""
+
+    first: str
+    second: str
+    probability: float
+
+
+class ComponentEntry(_Part):
+    """A head, or an MLP where `head` is null, by the accuracy its ablation costs."""
+
+    layer: int
+    head: int | None
+    importance_before: float
+    importance_inside: float
+    importance_after: float
+    rank_before: int
+    rank_inside: int
+    rank_after: int
+    first_step_above_null: int | None
+
+
+class WindowEntry(_Part):
+    """One birth window; `center_step` is the first checkpoint after the largest shift."""
+
+    start_step: int
+    center_step: int
+    end_step: int
+    steps: list[int]
+    triggers: list[TriggerEntry]
+    order: list[OrderEntry]
+    precedes: list[PrecedesEntry]
+    components: list[ComponentEntry]
+
+
+class MeasuredOn(_Part):
+    """The sweep that windows were found in: they are out of date once it differs."""
+
+    probe_set_sha256: str
+    steps: list[int]
+    checkpoints_sha256: list[str]
+
+
+class BirthWindows(_Part):
+    """`analysis/birth_windows.json` (docs/formats.md)."""
+
+    schema_version: int
+    run_name: str
+    verdict: Literal["windows", "no transition", "undecidable"]
+    reason: str
+    complete: bool
+    measured_on: MeasuredOn
+    config: dict[str, Any]
+    births: dict[str, BirthEntry]
+    windows: list[WindowEntry]
+
+
+def write_birth_windows(path: Path, document: dict[str, Any]) -> None:
+    """Writes the document atomically, checked against its schema first."""
+    write_json(path, BirthWindows.model_validate(document).model_dump(mode="json"))
+
+
+def read_birth_windows(path: Path) -> BirthWindows:
+    """Returns a run's birth windows.
+
+    Raises:
+      InputError: the file is missing or does not fit the schema.
+    """
+    document = read_json(path)
+    try:
+        return BirthWindows.model_validate(document)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the document"
+        raise unusable(path, "birth windows (run kvjax birth-windows)", f"{where}: {problem['msg']}") from None
+
+
+def read_sweep_arrays(path: Path) -> tuple[xarray.Dataset, xarray.Dataset]:
+    """Returns the labelled means of a sweep's netCDF file and the per-sequence values they are made of.
+
+    Raises:
+      InputError: there is no such file, or it is not a sweep's.
+    """
+    import xarray as xr
+
+    if not path.is_file():
+        raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep first)", "no such file")
+    groups = []
+    for group in (None, "events"):
+        try:
+            with xr.open_dataset(path, engine="h5netcdf", group=group) as dataset:
+                groups.append(dataset.load())
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", error) from None
+    return groups[0], groups[1]

@@ -1,0 +1,240 @@
+"""From scores to windows: which shifts are significant over a whole run, which belong together, how far they reach."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionSettings:
+    """When scores make a window (docs/birth_windows.md explains each; values come from the window config).
+
+    Attributes:
+      threshold: score that each of `corroboration` metrics must reach.
+      threshold_alone: score that suffices for a single metric.
+      corroboration: number of metrics that must move together.
+      similar_support: share of the larger group's support that the smaller needs for both to be one window.
+      calibrated_tests: number of (gap, metric) pairs the thresholds were calibrated for; more raise them.
+    """
+
+    threshold: float
+    threshold_alone: float
+    corroboration: int
+    similar_support: float
+    calibrated_tests: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """One metric's level shift: neighbouring gaps at which it holds, in one direction.
+
+    Attributes:
+      metric: index of the metric.
+      gap: where its size is largest; gap g lies between checkpoints g and g + 1.
+      first: first gap at which it holds.
+      last: last such gap.
+      size: at `gap`, in the metric's unit.
+      score: at `gap`, in its noise.
+      relative: |size| over the range of the metric in the run.
+    """
+
+    metric: int
+    gap: int
+    first: int
+    last: int
+    size: float
+    score: float
+    relative: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A stretch of checkpoints in which metrics moved together.
+
+    Attributes:
+      gap: the gap of the largest shift.
+      first: index of its first checkpoint.
+      last: index of its last checkpoint.
+      shifts: what moved there, the largest score first.
+    """
+
+    gap: int
+    first: int
+    last: int
+    shifts: tuple[Shift, ...]
+
+
+def scaled_thresholds(num_tests: int, settings: DetectionSettings) -> tuple[float, float]:
+    """Returns the thresholds (together, alone) for a run with `num_tests` (gap, metric) pairs.
+
+    They were calibrated for a number of tests; a larger family raises both as it raises a normal quantile at
+    Bonferroni's level. A smaller one does not lower them: with few checkpoints the noise is less known.
+    """
+    ratio = 1.0
+    if num_tests > settings.calibrated_tests:
+        ratio = stats.norm.isf(0.025 / num_tests) / stats.norm.isf(0.025 / settings.calibrated_tests)
+    return settings.threshold * ratio, settings.threshold_alone * ratio
+
+
+def find_shifts(
+    size_GxM: np.ndarray, score_GxM: np.ndarray, holds_GxM: np.ndarray, range_M: np.ndarray, *, threshold: float
+) -> list[Shift]:
+    """Returns every shift that holds and reaches the threshold: one per metric and run of neighbouring gaps.
+
+    Args:
+      size_GxM: sizes, NaN where a gap cannot be scored.
+      score_GxM: scores.
+      holds_GxM: where a shift holds.
+      range_M: largest minus smallest value of each metric in the run.
+      threshold: score to reach.
+    """
+    found = []
+    significant = holds_GxM & (np.nan_to_num(score_GxM) >= threshold)
+    for metric in np.flatnonzero(significant.any(axis=0)).tolist():
+        gaps = np.flatnonzero(significant[:, metric])
+        signs = np.sign(size_GxM[gaps, metric])
+        breaks = np.flatnonzero((np.diff(gaps) > 1) | (np.diff(signs) != 0)) + 1
+        for group in np.split(gaps, breaks):
+            gap = int(group[np.argmax(np.abs(size_GxM[group, metric]))])
+            size = float(size_GxM[gap, metric])
+            spread = float(range_M[metric])
+            found.append(
+                Shift(
+                    metric=metric,
+                    gap=gap,
+                    first=int(group[0]),
+                    last=int(group[-1]),
+                    size=size,
+                    score=float(score_GxM[gap, metric]),
+                    relative=min(abs(size) / spread, 1.0),
+                )
+            )
+    return found
+
+
+def find_windows(
+    shifts: Sequence[Shift],
+    courses: np.ndarray,
+    kinds: Sequence[str],
+    opens: Sequence[bool],
+    *,
+    steps: np.ndarray,
+    num_tests: int,
+    settings: DetectionSettings,
+) -> list[Window]:
+    """Returns the windows of a run, in order; none where no shifts are strong enough together.
+
+    The gap at which most kinds of metric moved most takes the shifts at itself and at the gaps touching it; what is
+    left is searched again. Two groups of similar weight with no pause between them, where at every gap enough metrics
+    still move, are one window; what leads up to a much larger movement stays one of its own. A window reaches from
+    where its fastest metric leaves its floor to where it reaches its plateau, at least one checkpoint to each side of
+    its centre.
+
+    Args:
+      shifts: from `find_shifts`.
+      courses: [shifts, 2] the step at which each leaves its floor and at which it reaches its plateau; NaN: unknown.
+      kinds: kind of each metric: in looking for the busiest gap a kind counts once, however many splits it has.
+      opens: whether each metric can open a window; one that cannot may still join one.
+      steps: [C] training steps.
+      num_tests: number of (gap, metric) pairs scored.
+      settings: thresholds.
+    """
+    together, alone = scaled_thresholds(num_tests, settings)
+    course_of = dict(zip(shifts, courses, strict=True))
+    groups = []
+    left = [shift for shift in shifts if opens[shift.metric]]
+    moving = np.zeros(len(steps) - 1, int)
+    for shift in left:
+        moving[shift.first : shift.last + 1] += 1
+    while left:
+        gap = _busiest_gap(left, kinds)
+        near = [shift for shift in left if abs(shift.gap - gap) <= 1]
+        left = [shift for shift in left if abs(shift.gap - gap) > 1]
+        strong = sum(shift.score >= together for shift in near)
+        if strong >= settings.corroboration or max(shift.score for shift in near) >= alone:
+            groups.append(Window(gap, *_extent(gap, near, course_of, steps), tuple(near)))
+    windows: list[Window] = []
+    for group in sorted(groups, key=lambda group: group.gap):
+        if windows and _are_one(windows[-1], group, moving, kinds, settings):
+            group = _joined(windows.pop(), group, kinds)
+        windows.append(group)
+    windows = _apart(windows, kinds)
+    joining = [shift for shift in shifts if not opens[shift.metric]]
+    return [_with(window, [s for s in joining if window.first <= s.gap < window.last]) for window in windows]
+
+
+def _support(shifts: Sequence[Shift], kinds: Sequence[str]) -> dict[int, float]:
+    """Returns, for each gap, the sum over kinds of the kind's largest relative shift there."""
+    largest: dict[tuple[int, str], float] = {}
+    for shift in shifts:
+        key = (shift.gap, kinds[shift.metric])
+        largest[key] = max(largest.get(key, 0.0), shift.relative)
+    support: dict[int, float] = {}
+    for (gap, _), relative in largest.items():
+        support[gap] = support.get(gap, 0.0) + relative
+    return support
+
+
+def _busiest_gap(shifts: Sequence[Shift], kinds: Sequence[str]) -> int:
+    """Returns the gap with the largest support; ties by gap."""
+    support = _support(shifts, kinds)
+    return min(support, key=lambda gap: (-support[gap], gap))
+
+
+def _are_one(
+    earlier: Window, later: Window, moving_G: np.ndarray, kinds: Sequence[str], settings: DetectionSettings
+) -> bool:
+    unbroken = (moving_G[earlier.gap + 1 : later.gap] >= settings.corroboration).all()
+    weights = sorted(max(_support(group.shifts, kinds).values()) for group in (earlier, later))
+    return bool(unbroken) and weights[0] >= settings.similar_support * weights[1]
+
+
+def _apart(windows: Sequence[Window], kinds: Sequence[str]) -> list[Window]:
+    """Returns windows in order, the lighter of two that overlap cut where the other begins or ends.
+
+    One checkpoint to each side of its centre it keeps in any case.
+    """
+    apart = list(windows)
+    for i in range(len(apart) - 1):
+        earlier, later = apart[i], apart[i + 1]
+        weights = [max(_support(window.shifts, kinds).values()) for window in (earlier, later)]
+        if weights[0] < weights[1]:
+            last = min(earlier.last, max(later.first, earlier.gap + 2))
+            apart[i] = dataclasses.replace(earlier, last=last)
+        else:
+            first = max(later.first, min(earlier.last, later.gap))
+            apart[i + 1] = dataclasses.replace(later, first=first)
+    return apart
+
+
+def _joined(earlier: Window, later: Window, kinds: Sequence[str]) -> Window:
+    shifts = (*earlier.shifts, *later.shifts)
+    gap = _busiest_gap(shifts, kinds)
+    return Window(gap, min(earlier.first, later.first), max(earlier.last, later.last), shifts)
+
+
+def _with(window: Window, more: Sequence[Shift]) -> Window:
+    shifts = sorted([*window.shifts, *more], key=lambda shift: (-shift.score, shift.metric))
+    return dataclasses.replace(window, shifts=tuple(shifts))
+
+
+def _extent(
+    gap: int, shifts: Sequence[Shift], course_of: Mapping[Shift, np.ndarray], steps: np.ndarray
+) -> tuple[int, int]:
+    """Returns the first and last checkpoint of the stretch over which the fastest metric moved.
+
+    Fastest is the largest relative shift, of those that hold at the gap itself.
+    """
+    at_gap = [shift for shift in shifts if shift.first <= gap <= shift.last] or list(shifts)
+    fastest = max(at_gap, key=lambda shift: (shift.relative, shift.score))
+    onset, completion = course_of[fastest]
+    first, last = fastest.first, fastest.last + 1
+    if np.isfinite(onset):
+        first = int(np.searchsorted(steps, onset, side="right")) - 1
+    if np.isfinite(completion):
+        last = int(np.searchsorted(steps, completion, side="left"))
+    return max(min(first, gap), 0), min(max(last, gap + 2), len(steps) - 1)

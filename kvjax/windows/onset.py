@@ -1,0 +1,193 @@
+"""When metrics moved: births by threshold, half-rises, and the course of a movement inside a window.
+
+Source: docs/definitions.md, sections 7 and 8. Axis letters as in `kvjax.windows.triggers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+COURSE_SHARES = (0.1, 0.5, 0.9)  # onset, midpoint, completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Birth:
+    """The first checkpoint at which a metric is at its threshold to stay.
+
+    Attributes:
+      index: of the checkpoint; None while there is none.
+      first_reached: the first checkpoint at or above the threshold, whatever follows; None where there is none.
+      open_ended: the metric is at its threshold at the end, but for too few checkpoints to call it a birth.
+    """
+
+    index: int | None
+    first_reached: int | None
+    open_ended: bool
+
+
+def birth(values_C: np.ndarray, threshold: float, *, persistence: int) -> Birth:
+    """Returns the birth of a metric: at or above the threshold, and so at `persistence` further checkpoints.
+
+    Args:
+      values_C: its trajectory; NaN is below any threshold.
+      threshold: to be reached.
+      persistence: number of further checkpoints, directly after, that must be at or above it as well.
+    """
+    reached = np.flatnonzero(values_C >= threshold)
+    (index,) = birth_indices(values_C[None], threshold, persistence=persistence).tolist()
+    born = index < len(values_C)
+    return Birth(
+        index=index if born else None,
+        first_reached=int(reached[0]) if len(reached) else None,
+        open_ended=not born and bool(len(reached)) and reached[-1] == len(values_C) - 1,
+    )
+
+
+def birth_indices(values_XxC: np.ndarray, threshold: float, *, persistence: int) -> np.ndarray:
+    """Returns the checkpoint index of each trajectory's birth, int [X]; C where there is none."""
+    n = values_XxC.shape[1]
+    at = values_XxC >= threshold
+    stays = np.zeros_like(at)
+    for c in range(n - persistence):
+        stays[:, c] = at[:, c : c + persistence + 1].all(axis=1)
+    return np.where(stays.any(axis=1), stays.argmax(axis=1), n)
+
+
+def half_rise_indices(values_XxC: np.ndarray, *, side: int, floor: float) -> np.ndarray:
+    """Returns where each trajectory first reaches halfway from its level before to its plateau, int [X].
+
+    Level and plateau are the averages of the first and last `side` checkpoints of the run. Like a birth, it needs no
+    later checkpoint: it is what a threshold would be that fits this run.
+
+    Returns:
+      Checkpoint indices; C where the rise from level to plateau is below `floor`, so that there is none to halve.
+    """
+    before, after = values_XxC[:, :side].mean(axis=1), values_XxC[:, -side:].mean(axis=1)
+    reached = values_XxC >= ((before + after) / 2)[:, None]
+    rose = (after - before >= floor) & reached.any(axis=1)
+    return np.where(rose, reached.argmax(axis=1), values_XxC.shape[1])
+
+
+def isotonic_fit(values_C: jax.Array, weights_C: jax.Array) -> jax.Array:
+    """Returns the weighted least-squares fit that never falls, [C]; weights may be 0.
+
+    The fit at i is the largest, over starts a <= i, of the smallest, over ends b >= i, average of values a to b.
+    Source: Barlow et al., Statistical Inference under Order Restrictions (1972), the max-min formula.
+    """
+    n = values_C.shape[0]
+    weighted = jnp.concatenate([jnp.zeros(1), jnp.cumsum(values_C * weights_C)])
+    total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(weights_C)])
+    sums = weighted[None, 1:] - weighted[:-1, None]
+    weights = total[None, 1:] - total[:-1, None]
+    ordered = jnp.arange(n)[None, :] >= jnp.arange(n)[:, None]
+    # A stretch without weight says nothing: it must neither lower a minimum nor raise a maximum.
+    said = ordered & (weights > 1e-6)
+    averages = jnp.where(said, sums / jnp.where(said, weights, 1.0), jnp.inf)
+    smallest = jax.lax.cummin(averages, axis=1, reverse=True)
+    starts = jnp.where(ordered & jnp.isfinite(smallest), smallest, -jnp.inf)
+    return starts.max(axis=0)
+
+
+def crossing_steps(fit_C: jax.Array, steps_C: jax.Array, inside_C: jax.Array, levels_X: jax.Array) -> jax.Array:
+    """Returns the step at which a rising curve first reaches each level, interpolated between checkpoints, [X].
+
+    Args:
+      fit_C: the curve.
+      steps_C: steps of its points.
+      inside_C: bool, the points that count, next to each other.
+      levels_X: the levels. One that the first point has reached already gives its step.
+
+    Returns:
+      Steps; NaN where the level is not reached.
+    """
+    n = fit_C.shape[0]
+    reached = inside_C[:, None] & (fit_C[:, None] >= levels_X[None])
+    index = jnp.argmax(reached, axis=0)
+    first = jnp.argmax(inside_C)
+    previous = jnp.clip(index - 1, 0, n - 1)
+    rise = fit_C[index] - fit_C[previous]
+    share = jnp.where(rise > 0, (levels_X - fit_C[previous]) / jnp.where(rise > 0, rise, 1.0), 1.0)
+    between = steps_C[previous] + jnp.clip(share, 0.0, 1.0) * (steps_C[index] - steps_C[previous])
+    step = jnp.where(index > first, between, steps_C[index])
+    return jnp.where(reached.any(axis=0), step, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def movement_steps(
+    values_XxMxC: jax.Array,
+    steps_C: jax.Array,
+    signs_M: jax.Array,
+    first_M: jax.Array,
+    last_M: jax.Array,
+    segments_Mx2: jax.Array,
+    *,
+    side: int,
+) -> jax.Array:
+    """Returns onset, midpoint and completion of metrics' movements, for a trajectory and all its resamples alike.
+
+    Between the average of the `side` checkpoints up to the movement's first gap, its floor, and the average of as many
+    from its last gap on, its plateau, an isotonic fit to them and what lies between is followed; onset, midpoint and
+    completion are where it has covered 10, 50 and 90 % of the way.
+
+    Args:
+      values_XxMxC: X versions (say, resamples) of M trajectories. NaN is left out of the fit.
+      steps_C: training steps.
+      signs_M: +1 for a rise, -1 for a fall.
+      first_M: first gap of each movement.
+      last_M: its last gap.
+      segments_Mx2: first and last checkpoint that belong to each movement and to no other of its metric.
+      side: checkpoints averaged for floor and plateau.
+
+    Returns:
+      Steps [X, M, 3]; NaN where the course cannot be followed.
+    """
+    n = values_XxMxC.shape[-1]
+    index = jnp.arange(n)
+
+    def one(values_C: jax.Array, sign: jax.Array, first: jax.Array, last: jax.Array, segment: jax.Array) -> jax.Array:
+        # Never further than floor and plateau: what comes later may undo the movement.
+        start = jnp.maximum(jnp.minimum(segment[0], first), first - side + 1)
+        end = jnp.minimum(jnp.maximum(segment[1], last + 1), last + side)
+        inside = (index >= start) & (index <= end)
+        there = jnp.isfinite(values_C)
+        rising = jnp.where(there, values_C * sign, 0.0)
+
+        def average(member: jax.Array) -> jax.Array:
+            weights = (member & inside & there).astype(rising.dtype)
+            return jnp.where(weights.sum() > 0, (rising * weights).sum() / jnp.maximum(weights.sum(), 1), jnp.nan)
+
+        low = average((index <= first) & (index > first - side))
+        high = average((index > last) & (index <= last + side))
+        fit = isotonic_fit(rising, (inside & there).astype(rising.dtype))
+        levels = low + jnp.asarray(COURSE_SHARES) * (high - low)
+        return jnp.where(high > low, crossing_steps(fit, steps_C, inside, levels), jnp.nan)
+
+    of_metrics = jax.vmap(one)
+    return jax.lax.map(lambda values: of_metrics(values, signs_M, first_M, last_M, segments_Mx2), values_XxMxC)
+
+
+def probability_of_preceding(first_J: np.ndarray, second_J: np.ndarray, steps_C: np.ndarray) -> float | None:
+    """Returns the share of joint resamples in which one midpoint comes before another.
+
+    Midpoints between the same two checkpoints count half each way: what happened there was not observed, and
+    interpolation does not make it so.
+
+    Args:
+      first_J: midpoints of the one metric, in steps.
+      second_J: of the other, under the same resamples.
+      steps_C: training steps of the checkpoints.
+
+    Returns:
+      The probability; None where no resample has both.
+    """
+    both = np.isfinite(first_J) & np.isfinite(second_J)
+    if not both.any():
+        return None
+    # Reached at a checkpoint means reached in the gap that ends there.
+    gaps = [np.searchsorted(steps_C, values[both], side="left") for values in (first_J, second_J)]
+    return float(((gaps[0] < gaps[1]) + 0.5 * (gaps[0] == gaps[1])).mean())

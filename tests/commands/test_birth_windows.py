@@ -1,0 +1,221 @@
+"""`birth-windows` and `status` as a person types them, on runs whose truth is built in."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from kvjax.artifacts.windows import read_birth_windows
+from kvjax.commands.main import main
+from tests.building import write_run
+from tests.commands.test_commands import refused, sweep_arguments
+
+STEPS = tuple(range(100, 900, 100))
+
+
+def set_states(run, model_of_step):
+    """Gives each checkpoint the weights that another run's checkpoint or this one's had."""
+    for step, state in model_of_step.items():
+        path = run / "checkpoints" / f"step_{step:06d}.pt"
+        document = torch.load(path, weights_only=True)
+        document["model_state"] = state
+        torch.save(document, path)
+
+
+def state_of(run, step):
+    return torch.load(run / "checkpoints" / f"step_{step:06d}.pt", weights_only=True)["model_state"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, small_benchmark):
+    """Swept runs of 8 checkpoints: one stands still, in one the read-out appears between steps 400 and 500."""
+    folder = tmp_path_factory.mktemp("runs")
+    formed, flat = (write_run(folder / name, small_benchmark, steps=STEPS) for name in ("formed", "flat"))
+    knows = state_of(formed, 100)
+    before = {**knows, "lm_head.weight": torch.randn(knows["lm_head.weight"].shape, generator=torch.manual_seed(1))}
+    set_states(formed, {step: before if step <= 400 else knows for step in STEPS})
+    set_states(flat, dict.fromkeys(STEPS, knows))
+    for run in (formed, flat):
+        config = run / "run_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_steps": 800, "run_name": run.name}))
+    assert main(sweep_arguments(folder / "*")) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(runs, tmp_path / "runs")
+
+
+def find(*run_dirs, **flags):
+    given = {"run_dirs": ",".join(map(str, run_dirs)), **flags}
+    return main(["birth-windows", *(f"--{name}={value}" for name, value in given.items())])
+
+
+def test_a_formation_is_found_where_it_was_put_and_a_run_that_stands_still_has_none(folder, capsys):
+    assert find(folder / "*") == 0
+    printed = capsys.readouterr().out
+    formed = read_birth_windows(folder / "formed" / "analysis" / "birth_windows.json")
+    assert formed.verdict == "windows"
+    (window,) = formed.windows
+    assert (window.start_step, window.center_step, window.end_step) == (400, 500, 600)
+    assert "answer_accuracy" in {trigger.kind for trigger in window.triggers}
+    assert {trigger.step for trigger in window.triggers} == {500}
+    accuracy = next(entry for entry in window.order if entry.metric == "answer_accuracy")
+    assert accuracy.between == (400, 500) and 400 < accuracy.midpoint < 500
+    assert all(pair.probability == 0.5 for pair in window.precedes), "all moved in one gap"
+    assert len(window.components) == 3 * 4 + 3
+    assert formed.births["answer_accuracy"].half_rise_step == 500
+    assert "window around step 500" in printed and "order of metrics" in printed
+
+    flat = read_birth_windows(folder / "flat" / "analysis" / "birth_windows.json")
+    assert flat.verdict == "no transition" and flat.windows == []
+    assert "no transition (no metric shifted beyond its floor" in printed
+
+
+def test_one_checkpoint_is_undecidable_not_an_error(folder, capsys):
+    run = folder / "flat"
+    for step in STEPS[1:]:
+        (run / "checkpoints" / f"step_{step:06d}.pt").unlink()
+    shutil.rmtree(run / "analysis")
+    assert main(sweep_arguments(run)) == 0
+    assert find(run) == 0
+    printed = capsys.readouterr().out
+    assert "undecidable (1 measured checkpoint:" in printed and "unfinished (100 of 800 steps)" in printed
+    assert read_birth_windows(run / "analysis" / "birth_windows.json").verdict == "undecidable"
+
+
+def status(*run_dirs, **flags):
+    given = {"run_dirs": ",".join(map(str, run_dirs)), **flags}
+    return main(["status", *(f"--{name}={value}" for name, value in given.items())])
+
+
+def lines_of(capsys):
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+class TestStatus:
+    def test_from_nothing_to_ready(self, folder, capsys):
+        run = folder / "formed"
+        assert status(run) == 0
+        lines = lines_of(capsys)
+        assert [line.split(":")[0] for line in lines if line.startswith(("yes", "no "))] == [
+            "yes  reference fixed",
+            "yes  probe set fixed",
+            "yes  sweep complete",
+            "no   windows identified",
+        ]
+        assert f"Next: kvjax birth-windows --run_dirs={run}" in lines
+        find(run)
+        capsys.readouterr()
+        assert status(run, require="true") == 0
+        lines = lines_of(capsys)
+        assert f"Next: kvjax intervene --run_dirs={run}" in lines and "1 of 1 run ready for circuit work" in lines
+
+    def test_a_run_that_was_never_swept(self, folder, capsys):
+        run = folder / "formed"
+        shutil.rmtree(run / "analysis")
+        assert status(run) == 0
+        lines = lines_of(capsys)
+        assert sum(line.startswith("no ") for line in lines) == 4
+        assert f"Next: kvjax checkpoint-sweep --run_dirs={run}" in lines
+
+    def test_a_checkpoint_that_is_not_measured_yet(self, folder, capsys):
+        run = folder / "formed"
+        find(run)
+        checkpoints = run / "checkpoints"
+        document = torch.load(checkpoints / "step_000800.pt", weights_only=True)
+        torch.save(document | {"step": 900}, checkpoints / "step_000900.pt")
+        capsys.readouterr()
+        assert status(run) == 0
+        assert any("1 of 9 checkpoints are not measured (steps 900)" in line for line in lines_of(capsys))
+        main(sweep_arguments(run))
+        capsys.readouterr()
+        status(run)
+        lines = lines_of(capsys)
+        assert any("the sweep has changed since windows were looked for" in line for line in lines)
+        assert f"Next: kvjax birth-windows --run_dirs={run}" in lines
+
+    def test_an_edited_probe_set(self, folder, capsys):
+        probe = folder / "formed" / "analysis" / "probe_set.jsonl"
+        probe.write_text(probe.read_text() + "\n")
+        status(folder / "formed")
+        assert any(line.startswith("no   probe set fixed") and "edited" in line for line in lines_of(capsys))
+
+    def test_an_unfinished_run_needs_a_named_reference(self, folder, capsys):
+        run = folder / "formed"
+        config = run / "run_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_steps": 2000}))
+        main(sweep_arguments(run))
+        capsys.readouterr()
+        status(run)
+        lines = lines_of(capsys)
+        assert any("no reference checkpoint is named" in line and "800 of 2000" in line for line in lines)
+        assert f"Next: kvjax checkpoint-sweep --run_dirs={run} --reference=800" in lines
+        main(sweep_arguments(run, reference="800"))
+        capsys.readouterr()
+        status(run)
+        assert "yes  reference fixed: the reference is step_000800" in lines_of(capsys)
+
+    def test_nothing_happened_is_a_condition_no_command_meets(self, folder, capsys):
+        find(folder / "flat")
+        capsys.readouterr()
+        status(folder / "flat")
+        lines = lines_of(capsys)
+        assert any("the verdict is no transition" in line for line in lines)
+        assert "Next: nothing to run; see the reason above" in lines
+
+    def test_require_refuses_with_the_reason_and_several_runs_are_counted(self, folder, capsys):
+        find(folder / "*")
+        capsys.readouterr()
+        status(folder / "*")
+        assert "1 of 2 runs ready for circuit work" in lines_of(capsys)
+        assert main(["status", f"--run_dirs={folder / '*'}", "--require"]) == 2
+        assert "expected windows identified; found the verdict is no transition" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("content", ["[]", "{", '{"verdict": "maybe"}'])
+    def test_odd_windows_are_a_condition_that_fails(self, folder, capsys, content):
+        (folder / "formed" / "analysis" / "birth_windows.json").write_text(content)
+        assert status(folder / "formed") == 0
+        assert any(line.startswith("no   windows identified") for line in lines_of(capsys))
+
+
+class TestBadInput:
+    def test_no_sweep(self, small_run, capsys):
+        line = refused(capsys, "birth-windows", f"--run_dirs={small_run}")
+        assert "sweep.json" in line and "run kvjax checkpoint-sweep first" in line
+
+    def test_damaged_arrays(self, folder, capsys):
+        path = folder / "flat" / "analysis" / "checkpoint_metrics.nc"
+        path.write_bytes(path.read_bytes()[:2000])
+        line = refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}")
+        assert "checkpoint_metrics.nc" in line
+
+    def test_sweep_json_without_checkpoints(self, folder, capsys):
+        (folder / "flat" / "analysis" / "sweep.json").write_text("{}")
+        assert "sweep.json" in refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}")
+        assert status(folder / "flat") == 0
+
+    @pytest.mark.parametrize(
+        ("change", "complaint"),
+        [
+            ({"threshold": 13.0}, "threshold_alone"),
+            ({"min_side_checkpoints": 5}, "min_side_checkpoints"),
+            ({"wobble_lags": [0]}, "wobble_lags"),
+            ({"treshold": 5.0}, "treshold"),
+            ({"min_checkpoints": 3}, "min_checkpoints"),
+        ],
+    )
+    def test_window_config(self, folder, tmp_path, capsys, change, complaint):
+        from kvjax.config import find_config
+
+        document = json.loads(find_config("default", "windows").read_text()) | change
+        config = tmp_path / "windows.json"
+        config.write_text(json.dumps(document))
+        line = refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}", f"--config={config}")
+        assert str(config) in line and complaint in line
+
+    def test_unknown_config(self, folder, capsys):
+        assert "(default)" in refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}", "--config=mine")
