@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 
 import jax
 import pytest
 import torch
 
+from kvjax.runtime import CACHE_VARIABLE
 from tests.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # so that every sweep in the tests is shared among devices
+# Commands under test keep compiled programs for each other, and away from the user's own.
+os.environ[CACHE_VARIABLE] = tempfile.mkdtemp(prefix="kvjax-test-")
 torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost more than they do
 
 

@@ -11,6 +11,7 @@ from absl import flags
 from kvjax.commands import common
 
 FLAGS = flags.FlagValues()
+common.define_runtime_flags(FLAGS)
 common.define_run_flags(FLAGS)
 flags.DEFINE_enum("to", "flax", ["flax", "torch"], "What to convert to.", flag_values=FLAGS)
 flags.DEFINE_enum(
@@ -28,6 +29,7 @@ def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
     from kvjax.task.benchmark import Benchmark
 
+    common.start_jax(FLAGS)
     runs = find_run_dirs(common.required(FLAGS, "run_dirs"))
     total = sum(len(run_dir.checkpoints) for run_dir in runs)
     reports = []

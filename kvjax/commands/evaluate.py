@@ -10,6 +10,7 @@ from absl import flags
 from kvjax.commands import common
 
 FLAGS = flags.FlagValues()
+common.define_runtime_flags(FLAGS)
 common.define_run_flags(FLAGS)
 flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, final or a step.", flag_values=FLAGS)
 flags.DEFINE_list("splits", None, "Splits to evaluate on; by default all but train.", flag_values=FLAGS)
@@ -22,6 +23,7 @@ def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
     from kvjax.task.benchmark import Benchmark
 
+    common.start_jax(FLAGS)
     runs = find_run_dirs(common.required(FLAGS, "run_dirs"))
     evaluator, evaluated = CheckpointEvaluator(), []
     with common.progress_bar(len(runs), "runs", show=FLAGS.progress) as advance:

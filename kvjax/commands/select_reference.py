@@ -11,6 +11,7 @@ from absl import flags
 from kvjax.commands import common
 
 FLAGS = flags.FlagValues()
+common.define_runtime_flags(FLAGS)
 common.define_run_flags(FLAGS)
 flags.DEFINE_float(
     "min_validation_answer_accuracy",
@@ -33,6 +34,7 @@ def run() -> None:
     from kvjax.errors import unusable
     from kvjax.task.benchmark import Benchmark
 
+    common.start_jax(FLAGS)
     runs = find_run_dirs(common.required(FLAGS, "run_dirs"))
     evaluator, candidates, benchmarks = CheckpointEvaluator(), [], set()
     with common.progress_bar(len(runs), "runs", show=FLAGS.progress) as advance:

@@ -11,6 +11,7 @@ from absl import flags
 from kvjax.commands import common
 
 FLAGS = flags.FlagValues()
+common.define_runtime_flags(FLAGS)
 flags.DEFINE_string("config", None, "Training config: a JSON file, or the name of a shipped one.", flag_values=FLAGS)
 flags.DEFINE_list(
     "seeds", None, "Seeds, such as 7,11,13; by default the config's own, in output_dir itself.", flag_values=FLAGS
@@ -29,6 +30,7 @@ def run() -> None:
     from kvjax.config import TrainConfig, find_config, read_config
     from kvjax.task.benchmark import Benchmark
 
+    common.start_jax(FLAGS)
     config = read_config(find_config(common.required(FLAGS, "config"), "train"), TrainConfig)
     if FLAGS.benchmark_dir:
         config = config.model_copy(update={"benchmark_dir": FLAGS.benchmark_dir})
