@@ -284,7 +284,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        if row["table"] in ("other noise", "spike", "drift", "two shifts", "missing steps"):
+        if row["table"] in ("noise unlike the expected", "spike", "drift", "two shifts", "missing steps"):
             what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
             what += ", half the steps missing" if row["missing"] else ""
             cells = [what, str(row["checkpoints"]), f"{row['scale']:g}", share(row["runs_with_windows"], row["runs"])]
