@@ -63,7 +63,7 @@ def best(logits: torch.Tensor, ids: list[int]) -> int:
     return max(ids, key=lambda i: float(logits[i]))
 
 
-def attention_of_read(patterns: list[torch.Tensor], read: dict[str, Any]) -> dict[tuple[int, int], dict[str, float]]:
+def attention_of_read(patterns: list[list], read: dict[str, Any]) -> dict[tuple[int, int], dict[str, float]]:
     """Returns (layer, head) -> attention of one read, from each layer's [H, T, T] pattern."""
     result = {}
     for layer, pattern in enumerate(patterns):
@@ -113,10 +113,11 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
             tokens.append({"split": record["split"], "role": roles[t], "right": right, "loss": loss})
         stages = lens(module, trace)
         ablated = ablations(module, batch)
+        patterns = [pattern[0].tolist() for pattern in trace["pattern"]]
         for index, read in enumerate(reads_of(names)):
             at, answer, key = read["predict"], ids[read["answer"]], ids[read["predict"]]
             probs = logits[at].softmax(-1)
-            attention = attention_of_read([p[0] for p in trace["pattern"]], read)
+            attention = attention_of_read(patterns, read)
             shares = {h: a["of_key"] / a["of_any"] for h, a in attention.items() if a["of_any"] >= 1e-6}
             chosen = max(shares, key=lambda h: shares[h]) if shares else None
             key_part = attention[chosen]["of_key"] if chosen else 0.0
