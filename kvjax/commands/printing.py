@@ -88,7 +88,9 @@ def print_readiness(state: Any, *, reasons: bool) -> None:
     for condition in state.conditions:
         mark = "yes" if condition.holds else "no "
         print(f"  {mark}  {condition.name}{f': {condition.reason}' if reasons else ''}")
-    if state.next_command is not None:
+    if state.ready:
+        print("  Next: circuit work in the windows of analysis/birth_windows.json")
+    elif state.next_command is not None:
         print(f"  Next: {state.next_command}")
     else:
         print("  Next: nothing to run; see the reason above")

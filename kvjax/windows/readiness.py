@@ -52,12 +52,9 @@ class Readiness:
 
     @property
     def next_command(self) -> str | None:
-        """What to run next: about the first condition that fails, else the circuit work itself.
-
-        None where a condition fails that no command can meet.
-        """
+        """What to run next about the first condition that fails; None where all hold, or no command can meet it."""
         failing = [condition for condition in self.conditions if not condition.holds]
-        return failing[0].command if failing else f"kvjax intervene {_run_flag(self.run)}"
+        return failing[0].command if failing else None
 
 
 def readiness(run: RunDir) -> Readiness:

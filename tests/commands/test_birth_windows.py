@@ -112,7 +112,8 @@ class TestStatus:
         capsys.readouterr()
         assert status(run, require="true") == 0
         lines = lines_of(capsys)
-        assert f"Next: kvjax intervene --run_dirs={run}" in lines and "1 of 1 run ready for circuit work" in lines
+        assert "Next: circuit work in the windows of analysis/birth_windows.json" in lines
+        assert "1 of 1 run ready for circuit work" in lines
 
     def test_a_run_that_was_never_swept(self, folder, capsys):
         run = folder / "formed"
