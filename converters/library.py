@@ -45,8 +45,9 @@ class CheckpointLibrary:
         if not path.is_file():
             raise unusable(path, "a PyTorch checkpoint", "no such file")
         if self._trust_store:
+            sha256 = file_sha256(path)  # outside the lock, so that readers hash side by side
             with self._lock:
-                found = self._store.find(file_sha256(path))
+                found = self._store.find(sha256)
             if found is not None and found[0].certificate is not None and expected_step in (None, found[0].step):
                 stored, params = found
                 recorded = {"metrics": stored.metrics}

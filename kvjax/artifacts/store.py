@@ -101,16 +101,16 @@ class ParameterStore:
         return None
 
     def add(self, checkpoints: Sequence[NewCheckpoint], recorded_config: Mapping[str, Any]) -> None:
-        """Writes checkpoints as one more part; entries of the same files, and damaged parts, are dropped."""
+        """Writes checkpoints as one more part; earlier entries of the same files, and damaged parts, are dropped."""
         if not checkpoints:
             return
         kept, parts = [], {}
         if self._manifest:
-            replaced = {checkpoint.sha256 for checkpoint in checkpoints}
+            damaged = {name for name, part in self._parts.items() if part is None}
+            # A file that has changed since has one entry, its newest.
+            replaced = {known for checkpoint in checkpoints for known in (checkpoint.sha256, checkpoint.file)}
             kept = [
-                c
-                for c in self._manifest.checkpoints
-                if c.sha256 not in replaced and self._parts.get(c.part, {}) is not None
+                c for c in self._manifest.checkpoints if not {c.sha256, c.file} & replaced and c.part not in damaged
             ]
             parts = {name: self._manifest.parts[name] for name in {c.part for c in kept}}
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])

@@ -162,8 +162,7 @@ class ProbeProgram:
             checkpoints=plan.over_checkpoints,
             devices=plan.devices,
         )
-        self._everywhere = NamedSharding(checkpoint_mesh(plan.devices), PartitionSpec())
-        self.data = jax.device_put(data, self._everywhere)
+        self.data = jax.device_put(data, NamedSharding(checkpoint_mesh(plan.devices), PartitionSpec()))
 
     def start(self, params: Sequence[Params]) -> PendingMeasurement:
         """Starts measuring up to `chunk` checkpoints, without waiting for the devices."""

@@ -323,6 +323,8 @@ def test_a_changed_file_is_converted_again(library, small_run, monkeypatch):
     torch.save(document, path)
     loaded = load_all(library(), small_run)
     assert converted.files == ["step_000200.pt"]
+    stored, _ = read_stored_run(small_run / "analysis" / "converted")
+    assert [c.file for c in stored.checkpoints] == [path.name for path in RunDir.open(small_run).checkpoints.values()]
     assert np.array_equal(loaded[1].params["final_norm"]["bias"], document["model_state"]["final_norm.bias"].numpy())
 
 
