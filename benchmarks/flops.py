@@ -12,7 +12,8 @@ def zero_ablation_flops(config: DecoderConfig, encoded: EncodedRecords) -> float
     """Returns the operations of the clean pass and of every head's and MLP's ablation, each restarted where it can be.
 
     Multiplications and additions count one each. An ablation in layer l computes again: a head's the output projection
-    and MLP of l, and either's all later layers, the last at the reads alone but for its keys and values.
+    and MLP of l, and either's all later layers, the last at the reads alone: with keys and values at every position, or
+    with the attended inputs of H rows per read, whichever is less.
     """
     width, hidden, layers = config.d_model, config.d_ff, config.n_layers
     lengths = encoded.lengths.astype(np.float64)
@@ -21,7 +22,9 @@ def zero_ablation_flops(config: DecoderConfig, encoded: EncodedRecords) -> float
     read_pairs = float((encoded.prediction_positions + 1)[encoded.is_read].sum())
     projection, mlp = 2 * width * width, 4 * width * hidden
     layer = tokens * (4 * projection + mlp) + 4 * width * pairs
-    last_layer = tokens * 2 * projection + reads * (2 * projection + mlp) + 4 * width * read_pairs
+    with_keys = tokens * 2 * projection + 4 * width * read_pairs
+    without_keys = reads * 2 * projection + 4 * width * config.n_heads * read_pairs
+    last_layer = min(with_keys, without_keys) + reads * (2 * projection + mlp)
     unembedding = 2 * width * config.vocab_size
     total = layers * layer + tokens * unembedding
     for index in range(layers):

@@ -153,6 +153,45 @@ class Attention(nn.Module):
         pattern_BxHxPxT = tap("pattern", pattern_BxHxPxT)
         return matmul(pattern_BxHxPxT, v_BxHxTxE).swapaxes(1, 2)
 
+    def head_outputs_of_few(
+        self, query_input_BxPxD: jax.Array, context_BxTxD: jax.Array, mask_Bx1xPxT: jax.Array
+    ) -> jax.Array:
+        """Returns every head's z, [B, P, H, E], for few queries, without making keys or values.
+
+        Scores are (W_K q)·x instead of q·(W_K x), and z is W_V applied to the attended mean of x: the same sums in
+        another order, H P rows of work per sequence where keys and values take D per position. What the keys' bias adds
+        to a query's scores is one number, which the softmax does not see.
+
+        Args:
+          query_input_BxPxD, context_BxTxD: what queries, and what keys and values are made from, after the LayerNorm.
+          mask_Bx1xPxT: from `attention_mask`.
+        """
+        config = self.config
+        matmul = functools.partial(jnp.matmul, precision=config.precision)
+        batch, queries, width = query_input_BxPxD.shape
+
+        def by_head(projection: nn.Dense) -> jax.Array:
+            kernel = projection.variables["params"]["kernel"]
+            return kernel.reshape(width, config.n_heads, config.d_head).swapaxes(0, 1)  # [H, D, E]
+
+        def heads_first(x_BxHxPxN: jax.Array) -> jax.Array:
+            return x_BxHxPxN.swapaxes(0, 1).reshape(config.n_heads, batch * queries, -1)
+
+        def heads_second(x_HxBPxN: jax.Array) -> jax.Array:
+            return x_HxBPxN.reshape(config.n_heads, batch, queries, -1).swapaxes(0, 1)
+
+        q_BxHxPxE = self._heads(self.q_proj, query_input_BxPxD)
+        towards_BxHxPxD = heads_second(matmul(heads_first(q_BxHxPxE), by_head(self.k_proj).swapaxes(1, 2)))
+        flat = towards_BxHxPxD.reshape(batch, -1, width)
+        scores = matmul(flat, context_BxTxD.swapaxes(1, 2)) * config.d_head**-0.5
+        scores = scores.reshape(batch, config.n_heads, queries, -1)
+        pattern_BxHxPxT = jax.nn.softmax(jnp.where(mask_Bx1xPxT, scores, -jnp.inf), axis=-1)
+        mixed = matmul(pattern_BxHxPxT.reshape(batch, -1, pattern_BxHxPxT.shape[-1]), context_BxTxD)
+        mixed_HxBPxD = heads_first(mixed.reshape(batch, config.n_heads, queries, width))
+        z_BxPxHxE = heads_second(matmul(mixed_HxBPxD, by_head(self.v_proj))).swapaxes(1, 2)
+        bias_HxE = self.v_proj.variables["params"]["bias"].reshape(config.n_heads, config.d_head)
+        return z_BxPxHxE + bias_HxE[None, None]
+
     def write(self, z_BxPxHxE: jax.Array) -> jax.Array:
         """Returns what the heads write into the residual stream, [B, P, D]."""
         return self.out_proj(z_BxPxHxE.reshape(*z_BxPxHxE.shape[:2], self.config.d_model))
@@ -213,6 +252,9 @@ class Block(nn.Module):
             return x if queries_BxP is None else take_positions(x, queries_BxP, 1)
 
         normed_BxTxD = self.ln_1(resid_BxTxD)
+        if queries_BxP is not None and prefix is None and self._few(queries_BxP.shape[1], tap):
+            z_BxPxHxE = self.attn.head_outputs_of_few(at_queries(normed_BxTxD), normed_BxTxD, mask_Bx1xPxT)
+            return self.from_head_z(at_queries(resid_BxTxD), z_BxPxHxE, tap)
 
         def attention_input(name: str, at: Callable[[jax.Array], jax.Array]) -> jax.Array:
             if not tap.wants(name):
@@ -227,6 +269,11 @@ class Block(nn.Module):
         )
         z_BxPxHxE = self.attn.head_outputs(inputs, mask_Bx1xPxT, tap, prefix)
         return self.from_head_z(at_queries(resid_BxTxD), z_BxPxHxE, tap)
+
+    def _few(self, queries: int, tap: Tap) -> bool:
+        """Whether attention at this many queries is cheaper without keys and values, and nothing asks for those."""
+        inside = ("query_input", "key_input", "value_input", "key", "value", "pattern")
+        return queries * self.config.n_heads < self.config.d_model and not any(map(tap.wants, inside))
 
     def from_head_z(self, resid_BxPxD: jax.Array, z_BxPxHxE: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
         """Returns the residual stream after the block, given the one before it and every head's z."""

@@ -107,35 +107,44 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
     clean_pass = functools.partial(
         measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=program.num_splits
     )
-    results, runs, states = [], [], []
-    for batches in data.buckets:
-        sums, run, at_reads = jax.lax.map(clean_pass, batches)
-        results.append(sums)
-        runs.append(run)
-        states.append(at_reads)
 
-    store = _token_store(runs) if "resample" in program.ablations else {}
-    if program.ablations:
-        for index, (batches, run) in enumerate(zip(data.buckets, runs, strict=True)):
-            horizon = program.horizons[index]
+    def ablate(batch: EncodedRecords, run: CleanRun, horizon: int, store: Trace, donors: jax.Array | None) -> Sums:
+        return measure_ablations(
+            params,
+            config,
+            run.cut(horizon),
+            batch,
+            kinds=program.ablations,
+            lift=program.interventions,
+            value_ids=value_ids,
+            means=means,
+            store=store,
+            donors_RxBxT=donors,
+        )
 
-            def ablate(part: tuple, horizon: int = horizon) -> Sums:
-                batch, run, donors = part
-                return measure_ablations(
-                    params,
-                    config,
-                    run.cut(horizon),
-                    batch,
-                    kinds=program.ablations,
-                    lift=program.interventions,
-                    value_ids=value_ids,
-                    means=means,
-                    store=store,
-                    donors_RxBxT=donors,
-                )
+    results, states = [], []
+    if "resample" in program.ablations:
+        # Resampling draws from every record of a split, so that all clean runs come before the first ablation.
+        runs = []
+        for batches in data.buckets:
+            sums, run, at_reads = jax.lax.map(clean_pass, batches)
+            results.append(sums)
+            runs.append(run)
+            states.append(at_reads)
+        store = _token_store(runs)
+        for sums, *parts, horizon in zip(results, data.buckets, runs, data.donors, program.horizons, strict=True):
+            sums |= jax.lax.map(lambda part, h=horizon: ablate(part[0], part[1], h, store, part[2]), tuple(parts))
+    else:
 
-            donors = data.donors[index] if data.donors else None
-            results[index] |= jax.lax.map(ablate, (batches, run, donors))
+        def clean_and_ablations(batch: EncodedRecords, horizon: int) -> tuple[Sums, jax.Array]:
+            # One microbatch after another, so that its clean run is still in cache when it is restarted from.
+            sums, run, at_reads = clean_pass(batch)
+            return sums | (ablate(batch, run, horizon, {}, None) if program.ablations else {}), at_reads
+
+        for batches, horizon in zip(data.buckets, program.horizons, strict=True):
+            sums, at_reads = jax.lax.map(functools.partial(clean_and_ablations, horizon=horizon), batches)
+            results.append(sums)
+            states.append(at_reads)
     if not program.probes:
         return results, {}
 
