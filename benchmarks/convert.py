@@ -7,7 +7,6 @@ Everything is read from a copy of the run, whose files the machine has in memory
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from absl import app, flags
 
+from benchmarks.longer_run import longer_run
 from benchmarks.reporting import machine, median_seconds, write_result
 from converters.library import CheckpointLibrary
 from converters.source import convert_checkpoint
@@ -33,7 +33,9 @@ flags.DEFINE_integer("repeats", 5, "Timed calls; the median is reported.", lower
 def main(argv: list[str]) -> None:
     del argv
     with tempfile.TemporaryDirectory() as scratch:
-        run, benchmark = _longer_run(Path(scratch))
+        given = RunDir.open(Path(FLAGS.run_dir))
+        benchmark = Benchmark.open(given.benchmark_dir(FLAGS.benchmark_dir))
+        run = longer_run(given, FLAGS.copies, Path(scratch) / "run")
         paths = list(run.checkpoints.values())
         tokens = np.ones((16, 56), np.int32)
         loading = median_seconds(lambda: [torch.load(path, weights_only=True) for path in paths], FLAGS.repeats)
@@ -75,22 +77,6 @@ def main(argv: list[str]) -> None:
         if isinstance(value, float):
             print(f"{name:36s} {value:9.3f}")
     print(path)
-
-
-def _longer_run(scratch: Path) -> tuple[RunDir, Benchmark]:
-    """Returns a copy of the run in which every checkpoint stands several times, with other bytes each time."""
-    given = RunDir.open(Path(FLAGS.run_dir))
-    benchmark = Benchmark.open(given.benchmark_dir(FLAGS.benchmark_dir))
-    target = scratch / "run"
-    (target / "checkpoints").mkdir(parents=True)
-    shutil.copyfile(given.path / "run_config.json", target / "run_config.json")
-    for index, (step, path) in enumerate(given.checkpoints.items()):
-        document = torch.load(path, weights_only=True)
-        for copy in range(FLAGS.copies):
-            document["step"] = step + copy
-            document["model_state"]["final_norm.bias"][0] += 1e-6 * (index + copy + 1)
-            torch.save(document, target / "checkpoints" / f"step_{step + copy:06d}.pt")
-    return RunDir.open(target), benchmark
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import torch
 
+from converters.converted import Certificate
 from converters.torch_decoder import TorchDecoder
 from kvjax.config import ModelConfig
 from kvjax.errors import unusable
@@ -18,29 +18,6 @@ from kvjax.model.transforms import plain_forward
 from kvjax.task.vocabulary import PAD_ID
 
 RELATIVE_TOLERANCE = 2e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """Agreement of the two implementations on sample sequences.
-
-    Attributes:
-      num_sequences: how many sequences were compared, at every non-pad position.
-      max_abs_logit: the largest |logit| of the PyTorch side.
-      max_abs_difference: the largest |logit difference|; at most `RELATIVE_TOLERANCE` of `max_abs_logit`.
-      argmax_near_ties: positions whose argmax differs because PyTorch's two largest logits are closer than twice
-        the tolerance. Any other difference of argmax refuses the conversion.
-    """
-
-    num_sequences: int
-    max_abs_logit: float
-    max_abs_difference: float
-    argmax_near_ties: int
-
-    @property
-    def relative_difference(self) -> float:
-        """The largest difference as a share of the largest |logit|; 0 where all logits are 0."""
-        return self.max_abs_difference / self.max_abs_logit if self.max_abs_logit else 0.0
 
 
 def certify(

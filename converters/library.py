@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.certificate import Certificate
-from converters.source import ConvertedCheckpoint, convert_checkpoint
+from converters.converted import Certificate, ConvertedCheckpoint
 from kvjax.artifacts.files import file_sha256
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.store import STORE_FOLDER, NewCheckpoint, ParameterStore
@@ -55,6 +54,8 @@ class CheckpointLibrary:
                 return ConvertedCheckpoint(
                     path, stored.sha256, stored.step, params, certificate, recorded, tuple(stored.notes)
                 )
+        from converters.source import convert_checkpoint  # torch takes 1.5 s to import; a full store needs none of it
+
         checkpoint = convert_checkpoint(
             path, self._run.config, self._benchmark, expected_step=expected_step, certify_on=self._certify_on
         )

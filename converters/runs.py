@@ -10,9 +10,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from converters.certificate import Certificate
+from converters.converted import Certificate, ConvertedCheckpoint
 from converters.library import CheckpointLibrary
-from converters.source import ConvertedCheckpoint
 from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint

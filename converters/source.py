@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from converters.certificate import Certificate, certify
+from converters.certificate import certify
+from converters.converted import ConvertedCheckpoint
 from converters.names import modern_name
 from converters.to_flax import to_flax
 from converters.torch_checkpoint import TorchCheckpoint, read_checkpoint, section
 from kvjax.artifacts.files import file_sha256
 from kvjax.config import RunConfig
 from kvjax.errors import unusable
-from kvjax.model.decoder import Params
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.vocabulary import Vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertedCheckpoint:
-    """A checkpoint as Flax parameters.
-
-    Attributes:
-      path: its `.pt` file, with `sha256` of that file's bytes.
-      step: the training step.
-      params: the Flax tree.
-      certificate: parity with PyTorch, where one was asked for.
-      recorded: what the file holds beside tensors: `config` and `metrics`, as JSON has them.
-      notes: what a reader should know of it, such as that it was trained on another benchmark.
-    """
-
-    path: Path
-    sha256: str
-    step: int
-    params: Params
-    certificate: Certificate | None
-    recorded: Mapping[str, Any]
-    notes: tuple[str, ...]
 
 
 def convert_checkpoint(

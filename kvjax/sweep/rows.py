@@ -45,6 +45,7 @@ _PROBE_CELLS = {
     "probe_stale_value_at_support": ("stale_value", "support"),
 }
 
+_ABLATION_DROPS = ["head_accuracy_drop", "head_margin_drop", "mlp_accuracy_drop", "mlp_margin_drop"]
 _DROP_COLUMNS = ("accuracy_drop", "accuracy_drop_mean", "accuracy_drop_resample")
 _SIGN_FLOOR = 0.01  # an accuracy change below this has no sign worth comparing
 _RANK_GAP = 3
@@ -54,6 +55,8 @@ Row = dict[str, Any]
 
 def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds: BirthThresholds) -> list[Row]:
     """Returns one row per checkpoint, in step order, ready for `CheckpointRow`."""
+    # What rows show, alone: labelled selection takes time by the variable.
+    dataset = dataset.drop_vars([name for name in dataset if str(name).endswith("_change")])
     whole = dataset.sel(split=ALL_SPLITS)
     splits = [split for split in dataset["split"].values.tolist() if split != ALL_SPLITS]
     series = {name: whole[name].values for name in DELTAS}
@@ -78,8 +81,8 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
     rows = []
     for c, step in enumerate(dataset["step"].values.tolist()):
         now, here = dataset.isel(step=c), whole.isel(step=c)
-        prediction = here.sel(position_role="prediction")
-        zero, norms = here.sel(ablation="zero"), here["mlp_write_norm"]
+        drifts = here[["residual_drift", "residual_drift_to_reference"]].sel(position_role="prediction")
+        zero, norms = here[_ABLATION_DROPS].sel(ablation="zero"), here["mlp_write_norm"]
         rows.append(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -89,7 +92,7 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
                 **{name: _number(values[c]) for name, values in per_step.items()},
                 "token_accuracy": _number(here["token_accuracy"]),
                 "split_accuracy": {s: _number(now["answer_accuracy"].sel(split=s)) for s in splits},
-                "split_metrics": {s: _split_metrics(now.sel(split=s)) for s in splits},
+                "split_metrics": _split_metrics(now, splits),
                 **_slices(now),
                 "difficulty_accuracy": _labelled(now["difficulty_accuracy"]),
                 "answer_margin_summary": _labelled(here["answer_margin_summary"]),
@@ -100,8 +103,8 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
                 "lens_support_value_accuracy_by_layer": _labelled(here["lens_support_value_accuracy"]),
                 "answer_margin_by_layer": _labelled(here["lens_answer_margin"]),
                 **_probes(here),
-                "residual_drift_by_layer": _labelled(prediction["residual_drift"]),
-                "residual_drift_to_reference_by_layer": _labelled(prediction["residual_drift_to_reference"]),
+                "residual_drift_by_layer": _labelled(drifts["residual_drift"]),
+                "residual_drift_to_reference_by_layer": _labelled(drifts["residual_drift_to_reference"]),
                 "top_heads_by_ablation": _top(
                     ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
                 ),
@@ -227,9 +230,10 @@ def _labelled(values: xr.DataArray) -> dict[str, float | None]:
     return {str(label): _number(value) for label, value in zip(values[dim].values, values.values, strict=True)}
 
 
-def _split_metrics(now: xr.Dataset) -> dict[str, float | None]:
-    metrics = {name: _number(now[name]) for name in SPLIT_METRICS}
-    return {**metrics, "w": metrics["answer_margin"]}
+def _split_metrics(now: xr.Dataset, splits: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    by_metric = {name: _labelled(now[name]) for name in SPLIT_METRICS}
+    by_metric["w"] = by_metric["answer_margin"]
+    return {split: {name: values[split] for name, values in by_metric.items()} for split in splits}
 
 
 def _slices(now: xr.Dataset) -> dict[str, dict[str, dict[str, Any]]]:
@@ -247,7 +251,7 @@ def _slices(now: xr.Dataset) -> dict[str, dict[str, dict[str, Any]]]:
 def _birth_flags(now: xr.Dataset, thresholds: BirthThresholds) -> Mapping[str, bool | None]:
     if BIRTH_SPLIT not in now["split"].values:
         return dict.fromkeys(BirthThresholds.model_fields)
-    there = now.sel(split=BIRTH_SPLIT)
+    there = now[["answer_accuracy", "q", "r", "answer_margin"]].sel(split=BIRTH_SPLIT)
     values = {"answer_accuracy": "answer_accuracy", "q": "q", "r": "r", "w": "answer_margin"}
     return {name: bool(there[source] >= getattr(thresholds, name)) for name, source in values.items()}
 

@@ -91,6 +91,18 @@ class SweepLog:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     first_call_seconds: float | None = None
     later_call_seconds: list[float] = dataclasses.field(default_factory=list)
+    # When the devices had last finished a call; the next, handed over before, runs from then on.
+    devices_free_since: float = 0.0
+
+    def add_call(self, handed_over: float, finished: float) -> float:
+        """Notes a device call, the first with its compilation, and returns the seconds it took."""
+        seconds = finished - max(handed_over, self.devices_free_since)
+        self.devices_free_since = finished
+        if self.first_call_seconds is None:
+            self.first_call_seconds = seconds
+        else:
+            self.later_call_seconds.append(seconds)
+        return seconds
 
 
 class ProbeProgram:
@@ -253,11 +265,7 @@ def sweep_run(
 
     def keep(chunk: list[tuple[str, LoadedCheckpoint]], pending: PendingMeasurement, start: float) -> None:
         measured = pending.collect()
-        seconds = time.perf_counter() - start
-        if log.first_call_seconds is None:
-            log.first_call_seconds = seconds
-        else:
-            log.later_call_seconds.append(seconds)
+        seconds = log.add_call(start, time.perf_counter())
         for (name, checkpoint), arrays in zip(chunk, measured, strict=True):
             info = {
                 "file": files[name][1].name,

@@ -1,0 +1,79 @@
+"""Seconds and memory of `kvjax checkpoint-sweep` on a run of many checkpoints, from `.pt` files to tables.
+
+    python -m benchmarks.whole_run --run_dir=… --benchmark_dir=… --probe_set=…
+
+The command runs three times, in a process of its own each: cold (nothing compiled, converted or measured), warm (compiled
+programs and converted parameters are there, all is measured again), and again with everything measured. What the devices
+did not take is the rest: start, hashing, reading, converting, rendering tables.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from benchmarks.longer_run import longer_run
+from benchmarks.reporting import machine, write_result
+from kvjax.artifacts.files import read_json
+from kvjax.artifacts.run_dir import RunDir
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "The run.", required=True)
+flags.DEFINE_string("benchmark_dir", None, "The run's benchmark.", required=True)
+flags.DEFINE_string("probe_set", None, "The probe set to measure on.", required=True)
+flags.DEFINE_integer("copies", 8, "How often each checkpoint is taken, to make a longer run.", lower_bound=1)
+flags.DEFINE_list("sweep_flags", ["--ablations=zero", "--probe=none"], "Flags of the sweep.")
+flags.DEFINE_string("name", "whole_run", "Name of the result file.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    calls = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        run = longer_run(RunDir.open(Path(FLAGS.run_dir)), FLAGS.copies, Path(scratch) / "run")
+        cache = Path(scratch) / "cache"
+        for name in ("cold", "warm", "again"):
+            if name == "warm":
+                shutil.rmtree(run.analysis / "measured")
+            calls[name] = _sweep(run, cache)
+            print(name, calls[name], flush=True)
+    result = {
+        "what": "kvjax checkpoint-sweep of one run, whole commands",
+        "machine": machine(),
+        "checkpoints": len(run.checkpoints),
+        "flags": FLAGS.sweep_flags,
+        "calls": calls,
+    }
+    print(write_result(FLAGS.name, result))
+
+
+def _sweep(run: RunDir, cache: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "kvjax.commands.main", "checkpoint-sweep", f"--run_dirs={run.path}", "--noprogress"]
+    command += [f"--benchmark_dir={FLAGS.benchmark_dir}", f"--probe_set={FLAGS.probe_set}", *FLAGS.sweep_flags]
+    start = time.perf_counter()
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "KVJAX_CACHE_DIR": str(cache)}
+    )
+    seconds = time.perf_counter() - start
+    timings = read_json(run.analysis / "sweep.json")["timings"]
+    on_devices = (timings["first_call_seconds"] or 0.0) + sum(timings["later_call_seconds"])
+    return {
+        "seconds": seconds,
+        "on_devices": on_devices,
+        "first_call": timings["first_call_seconds"] or 0.0,
+        "elsewhere": seconds - on_devices,
+        # The largest of the commands so far: later ones need no more than the first.
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
