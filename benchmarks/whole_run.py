@@ -2,9 +2,9 @@
 
     python -m benchmarks.whole_run --run_dir=… --benchmark_dir=… --probe_set=…
 
-The command runs three times, in a process of its own each: cold (nothing compiled, converted or measured), warm (compiled
-programs and converted parameters are there, all is measured again), and again with everything measured. What the devices
-did not take is the rest: start, hashing, reading, converting, rendering tables.
+The command runs three times, in a process of its own each: cold (nothing compiled, converted or measured), warm
+(compiled programs and converted parameters are there, all is measured again), and again with everything measured. What
+the devices did not take is the rest: start, hashing, reading, converting, rendering tables.
 """
 
 from __future__ import annotations
@@ -56,12 +56,17 @@ def main(argv: list[str]) -> None:
 
 
 def _sweep(run: RunDir, cache: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "kvjax.commands.main", "checkpoint-sweep", f"--run_dirs={run.path}", "--noprogress"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvjax.commands.main",
+        "checkpoint-sweep",
+        f"--run_dirs={run.path}",
+        "--noprogress",
+    ]
     command += [f"--benchmark_dir={FLAGS.benchmark_dir}", f"--probe_set={FLAGS.probe_set}", *FLAGS.sweep_flags]
     start = time.perf_counter()
-    subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "KVJAX_CACHE_DIR": str(cache)}
-    )
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "KVJAX_CACHE_DIR": str(cache)})
     seconds = time.perf_counter() - start
     timings = read_json(run.analysis / "sweep.json")["timings"]
     on_devices = (timings["first_call_seconds"] or 0.0) + sum(timings["later_call_seconds"])

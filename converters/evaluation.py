@@ -13,7 +13,7 @@ from converters.source import convert_checkpoint
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import unusable
 from kvjax.model.decoder import DecoderConfig
-from kvjax.sweep.evaluation import SplitEvaluation, SplitEvaluator
+from kvjax.sweeps.evaluation import SplitEvaluation, SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 
 

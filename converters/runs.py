@@ -20,7 +20,7 @@ from kvjax.artifacts.store import STORE_FOLDER, read_stored_run
 from kvjax.config import ModelConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig
-from kvjax.sweep.evaluation import SplitEvaluator
+from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 

@@ -1,6 +1,19 @@
 """kvjax: when, where and in what order the lookup mechanism of a small transformer forms.
 
-Importing the package is instant; JAX and the rest load with the subpackage that uses them.
+Importing the package is instant: JAX and the rest load with what uses them, when it is first asked for.
 """
 
 __version__ = "0.1.0"
+
+# Public name -> the module it lives in.
+_PUBLIC = {"sweep": "kvjax.api"}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'kvjax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -118,6 +118,22 @@ class BirthThresholds(_Section):
     w: float
 
 
+class Stabilization(_Section):
+    """From which checkpoint on a run's measures count as stable (docs/definitions.md, section 7)."""
+
+    residual_drift: float = pydantic.Field(
+        default=0.05,
+        gt=0.0,
+        description="Largest drift of any stage's mean state at p_e that is stable, per 1000 training steps.",
+    )
+    head_rank_correlation: float = pydantic.Field(
+        default=0.8,
+        ge=-1.0,
+        le=1.0,
+        description="Smallest rank correlation of the heads' accuracy drops with the previous checkpoint's.",
+    )
+
+
 class EvaluationConfig(_Section):
     """What a run evaluated while it trained."""
 
@@ -125,6 +141,7 @@ class EvaluationConfig(_Section):
     max_eval_batches: int | None = pydantic.Field(default=None, ge=1)
     tracked_splits: tuple[str, ...] = ()
     birth_thresholds: BirthThresholds
+    stabilization: Stabilization = Stabilization()
 
 
 class RunConfig(_Section):

@@ -46,14 +46,15 @@ class ResultStore:
     folder: Path
     identity: Mapping[str, Any]
 
-    def _load(self, name: str, checkpoint_sha256: str) -> CheckpointResult | None:
+    def find(self, name: str, key: str) -> CheckpointResult | None:
+        """Returns the result stored under a name, where it was measured on what `key` is the hash of, else None."""
         try:
             with np.load(self._path(name), allow_pickle=False) as stored:
                 info = json.loads(str(stored[_INFO]))
-                if info["fingerprint"] != self._fingerprint(checkpoint_sha256):
+                if info["fingerprint"] != self._fingerprint(key):
                     return None
                 arrays = {key: stored[key] for key in stored.files if key != _INFO}
-        except Exception:  # whatever a damaged file makes NumPy or zipfile raise, it is no result
+        except Exception:  # whatever a missing or damaged file makes NumPy or zipfile raise, it is no result
             return None
         return CheckpointResult(int(info["step"]), arrays, info)
 
@@ -61,13 +62,11 @@ class ResultStore:
         """Returns the stored result of a checkpoint file as it is now, or None where there is none to trust."""
         if not self._path(name).is_file() or not checkpoint.is_file():
             return None
-        return self._load(name, file_sha256(checkpoint))
+        return self.find(name, file_sha256(checkpoint))
 
-    def save(
-        self, name: str, checkpoint_sha256: str, step: int, arrays: Arrays, info: Mapping[str, Any]
-    ) -> CheckpointResult:
-        """Writes a result atomically and returns it."""
-        info = {**info, "step": step, "fingerprint": self._fingerprint(checkpoint_sha256)}
+    def save(self, name: str, key: str, step: int, arrays: Arrays, info: Mapping[str, Any]) -> CheckpointResult:
+        """Writes a result atomically and returns it; `key` is the hash of the checkpoint file it was measured on."""
+        info = {**info, "step": step, "fingerprint": self._fingerprint(key)}
         with replace_file(self._path(name)) as partial, partial.open("wb") as file:
             np.savez(file, **{_INFO: np.array(json.dumps(info, sort_keys=True))}, **arrays)
         return CheckpointResult(step, arrays, info)
@@ -75,6 +74,6 @@ class ResultStore:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
 
-    def _fingerprint(self, checkpoint_sha256: str) -> str:
-        document = json.dumps({**self.identity, "checkpoint": checkpoint_sha256}, sort_keys=True)
+    def _fingerprint(self, key: str) -> str:
+        document = json.dumps({**self.identity, "checkpoint": key}, sort_keys=True)
         return hashlib.sha256(document.encode()).hexdigest()

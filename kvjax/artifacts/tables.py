@@ -134,6 +134,7 @@ class CheckpointRow(_Row):
     delta_w: Number
     delta_key_selectivity: Number
     delta_recency_selectivity: Number
+    stabilized: dict[str, bool | None]
 
 
 class HeadRow(_Row):

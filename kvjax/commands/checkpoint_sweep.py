@@ -42,7 +42,19 @@ flags.DEFINE_list(
 flags.DEFINE_integer(
     "resample_draws", 1, "Draws per resample ablation; drops are means over them.", lower_bound=1, flag_values=FLAGS
 )
-flags.DEFINE_enum("probe", "ridge", ["ridge", "none"], "Trained linear probes to fit.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "probe",
+    "ridge",
+    ["ridge", "logistic", "none"],
+    "Trained linear probes to fit; logistic adds multinomial logistic ones at the steps that --steps names.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "event_drift",
+    True,
+    "Measure drift of single reads' states and linear CKA too, one more forward pass per checkpoint.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per device call: auto or a number.", flag_values=FLAGS)
 flags.DEFINE_float(
     "memory_gb",
@@ -65,43 +77,61 @@ flags.DEFINE_bool(
     flag_values=FLAGS,
 )
 flags.DEFINE_bool(
+    "follow",
+    False,
+    "Go on while the runs still train: look for new checkpoints twice a minute, until every run is complete.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
     "overwrite", False, "Measure again, also where the earlier sweep had other settings.", flag_values=FLAGS
 )
 
+_FOLLOW_SECONDS = 30
+
 
 def run() -> None:
-    from kvjax.artifacts.run_dir import find_run_dirs
-    from kvjax.errors import InputError
-    from kvjax.sweep.ablations import chosen_ablations
-    from kvjax.sweep.analysis import prepare_run, sweep_runs
-    from kvjax.sweep.stream import SweepSettings
+    import dataclasses
+    import functools
+    import time
+
+    from kvjax.api import sweep_reports
+    from kvjax.errors import InputError, unusable
+    from kvjax.sweeps.ablations import chosen_ablations
+    from kvjax.sweeps.stream import SweepSettings
 
     common.start_jax(FLAGS)
     settings = SweepSettings(
         ablations=chosen_ablations(FLAGS.ablations),
         resample_draws=FLAGS.resample_draws,
         probe=FLAGS.probe,
+        event_drift=FLAGS.event_drift,
         precision=FLAGS.precision,
         checkpoint_batch=FLAGS.checkpoint_batch,
         memory_gb=FLAGS.memory_gb,
-        skip_bad=FLAGS.skip_bad,
+        # A checkpoint that is still being written is unusable now and measured in the next round.
+        skip_bad=FLAGS.skip_bad or FLAGS.follow,
         overwrite=FLAGS.overwrite,
     )
-    prepared = [
-        prepare_run(
-            run_dir,
-            benchmark_dir=FLAGS.benchmark_dir,
+    if FLAGS.probe == "logistic" and FLAGS.steps == "all":
+        raise unusable(
+            "--probe", "steps to fit logistic probes at (--steps), for they take minutes each", "--steps=all"
+        )
+    while True:
+        reports = sweep_reports(
+            common.required(FLAGS, "run_dirs"),
             probe_set=FLAGS.probe_set,
+            benchmark_dir=FLAGS.benchmark_dir,
             steps=FLAGS.steps,
             reference=FLAGS.reference,
+            settings=settings,
+            progress=functools.partial(common.progress_bar, unit="checkpoints", show=FLAGS.progress),
         )
-        for run_dir in find_run_dirs(common.required(FLAGS, "run_dirs"))
-    ]
-    total = sum(len(work.wanted) for work in prepared)
-    with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:
-        reports = sweep_runs(prepared, common.torch_source, settings=settings, advance=advance)
-    for report in reports:
-        print_sweep_report(report)
+        for report in reports:
+            print_sweep_report(report)
+        if not FLAGS.follow or all(report.run.complete for report in reports):
+            break
+        settings = dataclasses.replace(settings, overwrite=False)  # once; later rounds measure what is new
+        time.sleep(_FOLLOW_SECONDS)
     useless = [report for report in reports if not report.rows]
     if useless:
         reason = next(iter(useless[0].log.refused.values()))

@@ -50,13 +50,6 @@ def progress_bar(total: int, unit: str, *, show: bool) -> Iterator[Callable[[int
         yield bar.update
 
 
-def torch_source(work: Any) -> Any:
-    """Returns where the sweep takes a prepared run's checkpoints from: its PyTorch files, through the store."""
-    from converters.library import CheckpointLibrary
-
-    return CheckpointLibrary(work.run, work.benchmark, certify_on=work.certificate_tokens)
-
-
 def define_runtime_flags(values: flags.FlagValues) -> None:
     """Defines the flags of commands that compile large programs."""
     flags.DEFINE_bool(

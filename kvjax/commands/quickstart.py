@@ -24,17 +24,17 @@ flags.DEFINE_bool("progress", True, "Show progress bars with the time left.", fl
 
 
 def run() -> None:
+    import functools
     from pathlib import Path
 
     import xarray as xr
 
     from converters.training import run_directories, train_missing_runs
-    from kvjax.artifacts.run_dir import RunDir
+    from kvjax.api import sweep_reports
     from kvjax.config import BenchmarkConfig, TrainConfig, WindowConfig, find_config, read_config
     from kvjax.errors import unusable
     from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
-    from kvjax.sweep.analysis import prepare_run, sweep_runs
-    from kvjax.sweep.stream import SweepSettings
+    from kvjax.sweeps.stream import SweepSettings
     from kvjax.task.benchmark import Benchmark, generate_benchmark
     from kvjax.windows.analysis import write_windows
 
@@ -57,13 +57,15 @@ def run() -> None:
         train_missing_runs(runs, benchmark, advance=advance)
 
     print("3/5  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated", flush=True)
-    prepared = [
-        prepare_run(RunDir.open(path), benchmark_dir=None, probe_set=None, steps="all", reference="final")
-        for path in runs
-    ]
-    total = sum(len(work.wanted) for work in prepared)
-    with common.progress_bar(total, "checkpoints", show=FLAGS.progress) as advance:
-        reports = sweep_runs(prepared, common.torch_source, settings=SweepSettings(), advance=advance)
+    reports = sweep_reports(
+        [str(path) for path in runs],
+        probe_set=None,
+        benchmark_dir=None,
+        steps="all",
+        reference="final",
+        settings=SweepSettings(),
+        progress=functools.partial(common.progress_bar, unit="checkpoints", show=FLAGS.progress),
+    )
     for report in reports:
         print_sweep_report(report)
 
@@ -79,6 +81,6 @@ def run() -> None:
 
     print("\n5/5  looking for birth windows", flush=True)
     window_config = read_config(find_config("default", "windows"), WindowConfig)
-    for report in write_windows([work.run for work in prepared], window_config):
+    for report in write_windows([report.run for report in reports], window_config):
         print_windows_report(report, show=8)
     print(f"Next: kvjax status --run_dirs='{output}/runs/*'")

@@ -10,8 +10,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 
 RIDGE = 1e-3  # penalty per fit row
+LOGISTIC_STEPS = 200  # of L-BFGS at most
+LOGISTIC_TOLERANCE = 1e-4  # of the gradient's largest entry, as scikit-learn has it
 
 NO_LABEL = -1
 
@@ -92,6 +95,43 @@ def fit_probes(system: RidgeSystem, labels_PxN: jax.Array, num_classes: int) -> 
     weights = solved.swapaxes(1, 2).reshape(groups, len(labels_PxN), num_classes, width)
     members = jax.vmap(lambda labels: jax.ops.segment_sum(system.counts, labels, num_classes + 1))(segments)
     return RidgeProbes(weights, members[:, :num_classes] / jnp.sum(system.counts))
+
+
+def fit_logistic(features_NxD: jax.Array, labels_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Returns a multinomial logistic probe: weights [K, D] on the features, and intercepts [K].
+
+    Minimises the mean cross-entropy over the rows that have a label plus `RIDGE` / 2 times the squared weights, by
+    L-BFGS. That is scikit-learn's `LogisticRegression` with C = 1 / (RIDGE · rows).
+
+    Args:
+      features_NxD: standardised.
+      labels_N: class of each row, `NO_LABEL` for rows that do not count.
+      num_classes: K.
+    """
+    counted = labels_N != NO_LABEL
+    targets = jnp.maximum(labels_N, 0)
+
+    def loss(probe: tuple[jax.Array, jax.Array]) -> jax.Array:
+        weights, intercepts = probe
+        logits = jnp.matmul(features_NxD, weights.T, precision="highest") + intercepts[None]
+        per_row = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(per_row * counted) / jnp.sum(counted) + 0.5 * RIDGE * jnp.sum(weights**2)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry: tuple) -> tuple:
+        probe, state, index, _ = carry
+        value, grad = value_and_grad(probe, state=state)
+        updates, state = solver.update(grad, state, probe, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(probe, updates), state, index + 1, optax.tree.norm(grad, ord=jnp.inf)
+
+    def unfinished(carry: tuple) -> jax.Array:
+        _, _, index, largest = carry
+        return (index < LOGISTIC_STEPS) & (largest > LOGISTIC_TOLERANCE)
+
+    probe = (jnp.zeros((num_classes, features_NxD.shape[1])), jnp.zeros(num_classes))
+    return jax.lax.while_loop(unfinished, step, (probe, solver.init(probe), 0, jnp.inf))[0]
 
 
 def _inverse(spd_DxD: jax.Array) -> jax.Array:

@@ -64,3 +64,38 @@ def cosine_drift(sums_SxD: np.ndarray, reference_SxD: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return 1.0 - np.sum(a * b, axis=-1) / norms
+
+
+def event_drift(states_GxNxD: jax.Array, others_GxNxD: jax.Array) -> jax.Array:
+    """Returns 1 - cosine of every event's state with its state in another checkpoint, [G, N]; NaN for a zero state."""
+
+    def unit(x: jax.Array) -> jax.Array:
+        norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1.0), jnp.nan)
+
+    # Half the squared distance of unit vectors: 1 - cosine itself would keep no digit of a drift below 1e-7.
+    return 0.5 * jnp.sum((unit(states_GxNxD) - unit(others_GxNxD)) ** 2, axis=-1)
+
+
+def linear_cka(states_GxNxD: jax.Array, others_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
+    """Returns the linear centred kernel alignment of two checkpoints' states over the same events, [G].
+
+    1 where one is a rotation and rescaling of the other, 0 where no direction of one varies with one of the other; NaN
+    where either does not vary.
+
+    Args:
+      states_GxNxD, others_GxNxD: of N events, for each of G stages and positions.
+      counted_N: bool, the events that count.
+      Source: Kornblith et al., Similarity of neural network representations revisited (2019), equation 5.
+    """
+    weights = counted_N[None, :, None].astype(jnp.float32)
+
+    def centred(x: jax.Array) -> jax.Array:
+        return (x - jnp.sum(x * weights, axis=1, keepdims=True) / jnp.sum(weights)) * weights
+
+    def frobenius(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(jnp.matmul(a.swapaxes(1, 2), b, precision="highest"), axis=(1, 2))
+
+    a, b = centred(states_GxNxD), centred(others_GxNxD)
+    scale = frobenius(a, a) * frobenius(b, b)
+    return jnp.where(scale > 0, frobenius(a, b) ** 2 / jnp.where(scale > 0, scale, 1.0), jnp.nan)

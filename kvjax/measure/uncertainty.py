@@ -7,6 +7,8 @@ move, are then compared within each resample. Everything is made from per-sequen
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,10 +49,51 @@ def bootstrap_ratios(counts_KxN: np.ndarray, sums_NxX: np.ndarray, totals_NxX: n
     Returns:
       sum(counts * sums) / sum(counts * totals); NaN where a resample holds no read that counts.
     """
-    chunks = range(0, sums_NxX.shape[1], _CHUNK)
+    statistics = sums_NxX.shape[1]
+    # Filled up to whole chunks, so that any number of statistics is one program.
+    filling = ((0, 0), (0, -statistics % _CHUNK))
+    sums, totals = (np.pad(np.asarray(x, np.float32), filling) for x in (sums_NxX, totals_NxX))
     counts = jnp.asarray(counts_KxN)
-    ratios = [_ratios(counts, sums_NxX[:, i : i + _CHUNK], totals_NxX[:, i : i + _CHUNK]) for i in chunks]
-    return np.concatenate([np.asarray(x) for x in ratios], axis=1)
+    chunks = range(0, sums.shape[1], _CHUNK)
+    ratios = [_ratios(counts, sums[:, i : i + _CHUNK], totals[:, i : i + _CHUNK]) for i in chunks]
+    return np.concatenate([np.asarray(x) for x in ratios], axis=1)[:, :statistics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The least and the largest value that a rate, or a difference of rates, can have."""
+
+    low: float
+    high: float
+
+
+RATE = Bounds(0.0, 1.0)
+DIFFERENCE_OF_RATES = Bounds(-1.0, 1.0)
+
+
+def interval(
+    values_X: np.ndarray, samples_KxX: np.ndarray, num_sequences: int, *, bounds: Bounds | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ends of the 95 % interval of X statistics, from their resamples.
+
+    Args:
+      values_X: the statistics.
+      samples_KxX: under K resamples of sequences.
+      num_sequences: how many sequences were resampled.
+      bounds: of a rate or a difference of rates. Where all resamples of one agree, as they do for rates of 0 and 1,
+        they say nothing of how rare the other outcome is: Wilson's bound does, for 0 of `num_sequences`.
+
+    Returns:
+      The percentile interval, [X] each; NaN where no resample has a value.
+    """
+    low, high = percentile_interval(samples_KxX)
+    if bounds is None:
+        return low, high
+    margin = wilson_interval(np.zeros(1), np.array([num_sequences]))[1][0]
+    agree = low == high
+    low = np.where(agree, np.maximum(values_X - margin, bounds.low), low)
+    high = np.where(agree, np.minimum(values_X + margin, bounds.high), high)
+    return low, high
 
 
 def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
@@ -59,15 +102,18 @@ def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tup
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     tail = 50 * (1 - level)
-    defined = ~np.isnan(samples_KxX).all(axis=0)
+    missing = np.isnan(samples_KxX)
+    whole, some = ~missing.any(axis=0), missing.any(axis=0) & ~missing.all(axis=0)
     ends = np.full((2, samples_KxX.shape[1]), np.nan)
-    if defined.any():
-        ends[:, defined] = np.nanpercentile(samples_KxX[:, defined], [tail, 100 - tail], axis=0)
+    # Percentiles that pass over NaN take a hundred times as long, and few statistics have any.
+    for columns, percentile in ((whole, np.percentile), (some, np.nanpercentile)):
+        if columns.any():
+            ends[:, columns] = percentile(samples_KxX[:, columns], [tail, 100 - tail], axis=0)
     return ends[0], ends[1]
 
 
 def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
-    """Returns Wilson's score interval of a rate, for rates of 0 or 1, where all resamples agree; NaN for no trial.
+    """Returns Wilson's score interval of a rate, [X] each; NaN for no trial.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """
@@ -82,7 +128,7 @@ def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.9
 @jax.jit
 def _ratios(counts_KxN: jax.Array, sums_NxX: jax.Array, totals_NxX: jax.Array) -> jax.Array:
     def drawn(x_NxX: jax.Array) -> jax.Array:
-        return jnp.matmul(counts_KxN, x_NxX.astype(jnp.float32), precision="highest")
+        return jnp.matmul(counts_KxN, x_NxX, precision="highest")
 
     totals = drawn(totals_NxX)
     return jnp.where(totals > 0, drawn(sums_NxX) / jnp.where(totals > 0, totals, 1.0), jnp.nan)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.files import replace_file
-from kvjax.sweep.dataset import ALL_SPLITS
+from kvjax.sweeps.dataset import ALL_SPLITS
 
 matplotlib.use("Agg")  # figures are files; no display is needed
 from matplotlib import pyplot as plt

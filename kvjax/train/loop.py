@@ -13,7 +13,7 @@ import numpy as np
 from kvjax.config import TrainConfig
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.sweep.evaluation import SplitEvaluator
+from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 from kvjax.train.schedule import adam_moments

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from kvjax.measure.probes import (
     NO_LABEL,
     RIDGE,
+    fit_logistic,
     fit_probes,
     label_wins,
     probe_scores,
@@ -75,3 +76,18 @@ def test_who_wins_by_hand():
     others = jnp.array([2, 1, 0])
     assert ranks_above(scores, jnp.array([1, 2, NO_LABEL]), others).tolist() == [True, True, False]
     assert ranks_above(scores, jnp.array([0, 2, 1]), jnp.array([1, NO_LABEL, 2])).tolist() == [False, False, True]
+
+
+def test_logistic_probes_predict_as_those_of_scikit_learn(fitted):
+    groups, tests, labels, system, _ = fitted
+    counted = labels[1] != NO_LABEL
+    weights, intercepts = fit_logistic(system.features[0], jnp.asarray(labels[1]), CLASSES)
+    scaler = StandardScaler().fit(groups[0].astype(np.float64))
+    model = LogisticRegression(C=1 / (RIDGE * counted.sum()), max_iter=5000, tol=1e-8)
+    model.fit(scaler.transform(groups[0].astype(np.float64))[counted], labels[1][counted])
+    rows = standardise(system, jnp.asarray(tests))[0]
+    scores = np.asarray(probe_scores(weights, intercepts, rows)).T
+    ours = np.exp(scores - scores.max(axis=1, keepdims=True))
+    ours /= ours.sum(axis=1, keepdims=True)
+    theirs = model.predict_proba(scaler.transform(tests[0].astype(np.float64)))
+    np.testing.assert_allclose(ours, theirs, atol=5e-3)

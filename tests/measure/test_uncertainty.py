@@ -3,7 +3,15 @@
 import numpy as np
 import scipy.stats
 
-from kvjax.measure.uncertainty import bootstrap_ratios, percentile_interval, resample_counts, wilson_interval
+from kvjax.measure.uncertainty import (
+    DIFFERENCE_OF_RATES,
+    RATE,
+    bootstrap_ratios,
+    interval,
+    percentile_interval,
+    resample_counts,
+    wilson_interval,
+)
 
 
 def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():
@@ -43,3 +51,25 @@ def test_wilson_agrees_with_scipy():
         theirs = scipy.stats.binomtest(right, trials).proportion_ci(method="wilson")
         np.testing.assert_allclose(wilson_interval(right, trials), (theirs.low, theirs.high), atol=1e-6)
     assert np.isnan(wilson_interval(0, 0)[0])
+
+
+def test_rates_on_which_all_resamples_agree_get_wilson_bounds():
+    values = np.array([0.0, 1.0, 0.3, 0.0])
+    samples = np.tile(values, (50, 1))
+    samples[:25, 2] = 0.4
+    low, high = interval(values, samples, 30, bounds=RATE)
+    theirs = scipy.stats.binomtest(0, 30).proportion_ci(method="wilson").high
+    np.testing.assert_allclose(low, [0, 1 - theirs, 0.3, 0], atol=1e-6)
+    np.testing.assert_allclose(high, [theirs, 1, 0.4, theirs], atol=1e-6)
+    low, high = interval(values, samples, 30, bounds=DIFFERENCE_OF_RATES)
+    np.testing.assert_allclose(low[[0, 1]], [-theirs, 1 - theirs], atol=1e-6)
+    low, high = interval(values, samples, 30)
+    assert (low[[0, 1, 3]] == high[[0, 1, 3]]).all(), "what is no rate has no such bound"
+
+
+def test_resamples_without_a_value_are_passed_over():
+    samples = np.array([[1.0, np.nan, 1.0], [np.nan, np.nan, 2.0], [3.0, np.nan, 3.0]])
+    low, high = percentile_interval(samples)
+    np.testing.assert_allclose(low[[0, 2]], [1.05, 1.05])
+    np.testing.assert_allclose(high[[0, 2]], [2.95, 2.95])
+    assert np.isnan(low[1]) and np.isnan(high[1])

@@ -13,7 +13,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions, ablate_head, ablate_mlp
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import Lift, over_interventions
-from kvjax.sweep.engine import CleanRun, restart
+from kvjax.sweeps.engine import CleanRun, restart
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from kvjax.measure import attribution, behaviour, heads, mlps, residual
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.sites import STAGE_SITES, Trace, take_positions
-from kvjax.sweep.engine import RESTART_CAPTURE, CleanRun, run_clean
-from kvjax.sweep.fit import probe_features
+from kvjax.sweeps.engine import RESTART_CAPTURE, CleanRun, run_clean
+from kvjax.sweeps.fit import probe_features
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]

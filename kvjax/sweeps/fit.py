@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kvjax.measure.probes import NO_LABEL, RidgeProbes, RidgeSystem, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import STAGE_SITES, Trace, residual_stages, take_positions
-from kvjax.sweep.engine import run_clean
+from kvjax.sweeps.engine import run_clean
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.vocabulary import PAD_ID
 

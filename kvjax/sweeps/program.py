@@ -17,10 +17,10 @@ from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_sco
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import Lift, over_checkpoints
-from kvjax.sweep.ablations import measure_ablations
-from kvjax.sweep.clean import Sums, measure_clean
-from kvjax.sweep.engine import CleanRun
-from kvjax.sweep.fit import PROBE_TARGETS, component_means, fit_all_probes, flatten_reads, probe_labels
+from kvjax.sweeps.ablations import measure_ablations
+from kvjax.sweeps.clean import Sums, measure_clean
+from kvjax.sweeps.engine import CleanRun
+from kvjax.sweeps.fit import PROBE_TARGETS, component_means, fit_all_probes, flatten_reads, probe_labels
 from kvjax.task.encoding import EncodedRecords
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.sweep.dataset import ProbeIndex
-from kvjax.sweep.stream import ProbeProgram, SweepSettings
+from kvjax.sweeps.means import ProbeIndex
+from kvjax.sweeps.stream import ProbeProgram, SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import TOKEN_ROLES, encode_records
 

@@ -12,56 +12,17 @@ import scipy.stats
 import torch
 import xarray as xr
 
-from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
-from kvjax.sweep.analysis import prepare_run, sweep_runs
-from kvjax.sweep.stream import SweepSettings
+from kvjax.sweeps.analysis import prepare_run, sweep_runs
+from kvjax.sweeps.stream import SweepSettings
 from tests.building import SMALL_MODEL, STEPS, read_lines, write_run, write_small_benchmark
 from tests.oracle import load_module, mean, measure
+from tests.sweeping import source, sweep
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
-
-
-def source(work):
-    """Returns where the commands take a prepared run's checkpoints from."""
-    return CheckpointLibrary(work.run, work.benchmark, certify_on=work.certificate_tokens)
-
-
-def sweep(run, *, steps="all", reference="final", **settings):
-    """Sweeps a run directory as the command does, and returns the report."""
-    prepared = prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps=steps, reference=reference)
-    (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
-    return report
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory, untied_run):
-    run = shutil.copytree(untied_run, tmp_path_factory.mktemp("swept") / "run")
-    sweep(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def rows(swept):
-    return {row["step"]: row for row in read_lines(swept / "analysis" / "checkpoint_metrics.jsonl")}
-
-
-@pytest.fixture(scope="module")
-def truth(swept, small_benchmark):
-    """step -> what the oracle measures."""
-    vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
-    records = read_lines(swept / "analysis" / "probe_set.jsonl")
-    return {
-        step: measure(
-            load_module(swept / "checkpoints" / f"step_{step:06d}.pt", SMALL_MODEL, len(vocabulary["tokens"])),
-            records,
-            vocabulary,
-        )
-        for step in STEPS
-    }
 
 
 def close(ours, theirs, what=""):

@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.stats
 
-from kvjax.sweep.dynamics import (
+from kvjax.sweeps.dynamics import (
     change_from_previous,
     rank_correlation_to_previous,
     ranking,

@@ -9,15 +9,16 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.tables import SCHEMA_VERSION
-from kvjax.config import HELDOUT_SPLIT, BirthThresholds
+from kvjax.config import HELDOUT_SPLIT, BirthThresholds, Stabilization
 from kvjax.measure.heads import ATTENTION_MEASURES
-from kvjax.sweep.dataset import ALL_SPLITS
-from kvjax.sweep.dynamics import (
+from kvjax.sweeps.dynamics import (
     change_from_previous,
     rank_correlation_to_previous,
     ranking,
+    stays_stable,
     turnover_from_previous,
 )
+from kvjax.sweeps.means import ALL_SPLITS
 
 TOP_COMPONENTS = 8  # how many a row names; the component tables hold all
 BIRTH_SPLIT = "validation_iid"  # the split the thresholds were written for
@@ -53,8 +54,22 @@ _RANK_GAP = 3
 Row = dict[str, Any]
 
 
-def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds: BirthThresholds) -> list[Row]:
-    """Returns one row per checkpoint, in step order, ready for `CheckpointRow`."""
+def checkpoint_rows(
+    dataset: xr.Dataset,
+    *,
+    run_name: str,
+    seed: int,
+    thresholds: BirthThresholds,
+    stabilization: Stabilization | None,
+) -> list[Row]:
+    """Returns one row per checkpoint, in step order, ready for `CheckpointRow`.
+
+    Args:
+      dataset: the sweep's means.
+      run_name, seed: of the run.
+      thresholds: of births.
+      stabilization: limits of stability; None while the run is incomplete, when nothing can be said to last.
+    """
     # What rows show, alone: labelled selection takes time by the variable.
     dataset = dataset.drop_vars([name for name in dataset if str(name).endswith("_change")])
     whole = dataset.sel(split=ALL_SPLITS)
@@ -78,6 +93,7 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
         "head_turnover": turnover_from_previous(flat_heads, max(1, flat_heads.shape[1] // 4)),
         "mlp_turnover": turnover_from_previous(mlp_drops, 1),
     }
+    stable = _stabilized(whole, per_step["head_rank_correlation_prev"], stabilization)
     rows = []
     for c, step in enumerate(dataset["step"].values.tolist()):
         now, here = dataset.isel(step=c), whole.isel(step=c)
@@ -98,6 +114,7 @@ def checkpoint_rows(dataset: xr.Dataset, *, run_name: str, seed: int, thresholds
                 "answer_margin_summary": _labelled(here["answer_margin_summary"]),
                 "token_role_accuracy": _labelled(here["token_role_accuracy"]),
                 "birth_flags": _birth_flags(now, thresholds),
+                "stabilized": {family: None if x is None else bool(x[c]) for family, x in stable.items()},
                 "lens_answer_accuracy_by_layer": _labelled(here["lens_answer_accuracy"]),
                 "lens_query_key_accuracy_by_layer": _labelled(here["lens_query_key_accuracy"]),
                 "lens_support_value_accuracy_by_layer": _labelled(here["lens_support_value_accuracy"]),
@@ -254,6 +271,20 @@ def _birth_flags(now: xr.Dataset, thresholds: BirthThresholds) -> Mapping[str, b
     there = now[["answer_accuracy", "q", "r", "answer_margin"]].sel(split=BIRTH_SPLIT)
     values = {"answer_accuracy": "answer_accuracy", "q": "q", "r": "r", "w": "answer_margin"}
     return {name: bool(there[source] >= getattr(thresholds, name)) for name, source in values.items()}
+
+
+def _stabilized(
+    whole: xr.Dataset, rank_correlations_C: np.ndarray, limits: Stabilization | None
+) -> dict[str, np.ndarray | None]:
+    """Returns, by family, from which checkpoint on the run stays stable, bool [C]; None while it is incomplete."""
+    if limits is None:
+        return {"residual": None, "heads": None}
+    drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]
+    thousands = np.diff(whole["step"].values, prepend=np.nan) / 1000
+    with np.errstate(invalid="ignore"):
+        slow = (drift / thousands[:, None] <= limits.residual_drift).all(axis=1)
+        ordered = rank_correlations_C >= limits.head_rank_correlation
+    return {"residual": stays_stable(slow), "heads": stays_stable(ordered)}
 
 
 def _top(axes: tuple[str, ...], by: xr.DataArray, **beside: xr.DataArray) -> list[Row]:

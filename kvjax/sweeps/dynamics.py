@@ -42,3 +42,8 @@ def turnover_from_previous(values_CxN: np.ndarray, k: int) -> np.ndarray:
     for c in range(1, len(tops)):
         turnovers[c] = 1.0 - len(tops[c] & tops[c - 1]) / len(tops[c] | tops[c - 1])
     return turnovers
+
+
+def stays_stable(stable_C: np.ndarray) -> np.ndarray:
+    """Returns whether each checkpoint and every later one is stable, bool [C]: where stability begins and holds."""
+    return np.logical_and.accumulate(stable_C[::-1])[::-1]

@@ -24,9 +24,13 @@ from kvjax.artifacts.tables import (
 )
 from kvjax.errors import unusable
 from kvjax.model.decoder import DecoderConfig
-from kvjax.sweep.dataset import ProbeIndex, build_dataset, build_events
-from kvjax.sweep.rows import checkpoint_rows, head_rows, mlp_rows
-from kvjax.sweep.stream import (
+from kvjax.sweeps.dataset import build_dataset, build_events
+from kvjax.sweeps.intervals import build_intervals
+from kvjax.sweeps.logistic import measure_logistic
+from kvjax.sweeps.means import ProbeIndex
+from kvjax.sweeps.movement import measure_movement
+from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
+from kvjax.sweeps.stream import (
     RESULT_VERSION,
     CheckpointSource,
     ProbeProgram,
@@ -52,12 +56,16 @@ class SweepReport:
       rows: the rows of `checkpoint_metrics.jsonl`; none, and no tables, where no checkpoint could be used.
       log: what was measured, reused and refused.
       notes: sentences a reader should know, such as why a field is empty.
+      dataset: every mean, labelled; None where there are no rows.
+      intervals: of the means that have them, labelled likewise.
     """
 
     run: RunDir
     rows: list[dict[str, Any]]
     log: SweepLog
     notes: list[str]
+    dataset: xr.Dataset | None = None
+    intervals: xr.Dataset | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,17 +163,18 @@ def sweep_runs(
                 fit=work.fit,
             )
         log = SweepLog()
+        checkpoints = source(work)
         results = sweep_run(
             work.run,
             work.wanted,
             programs[key],
             store,
-            source(work),
+            checkpoints,
             settings=settings,
             log=log,
             advance=advance,
         )
-        reports.append(_publish(work, results, store, settings, log))
+        reports.append(_publish(work, results, programs[key], store, checkpoints, settings, log))
     return reports
 
 
@@ -193,7 +202,8 @@ def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
         "precision": settings.precision,
         "ablations": list(settings.ablations),
         "resample_draws": settings.resample_draws,
-        "probe": settings.probe,
+        # Logistic probes come on top of ridge and are kept apart.
+        "probe": "none" if settings.probe == "none" else "ridge",
         "model": work.run.config.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"}),
     }
 
@@ -216,7 +226,9 @@ def _open_store(work: PreparedRun, settings: SweepSettings) -> ResultStore:
 def _publish(
     work: PreparedRun,
     results: Mapping[str, CheckpointResult],
+    program: ProbeProgram,
     store: ResultStore,
+    source: CheckpointSource,
     settings: SweepSettings,
     log: SweepLog,
 ) -> SweepReport:
@@ -227,21 +239,36 @@ def _publish(
         name = _result_name(step)
         if name not in work.wanted and (earlier := store.load(name, path)) is not None:
             results[name] = earlier
-    tabled = sorted((r for name, r in results.items() if name != BEST), key=lambda result: result.step)
+    tabled = {name: result for name, result in sorted(results.items(), key=lambda item: item[1].step) if name != BEST}
     if not tabled:
         return SweepReport(run, [], log, [])
     install_probe_set(work.probe, run.analysis)
-    steps = [result.step for result in tabled]
-    arrays = {name: np.stack([result.arrays[name] for result in tabled]) for name in tabled[0].arrays}
+    steps = [result.step for result in tabled.values()]
+    names = next(iter(tabled.values())).arrays
+    arrays = {name: np.stack([result.arrays[name] for result in tabled.values()]) for name in names}
     reference = results.get(work.reference) if work.reference else None
+    files = {_result_name(step): (step, path) for step, path in run.checkpoints.items()} | dict(work.wanted)
+    moved = None
+    if settings.event_drift:
+        named = (work.reference, reference) if reference else None
+        moved = measure_movement(list(tabled.items()), named, files, program, store, source)
+    logistic: list[Mapping[str, np.ndarray] | None] = []
+    if settings.probe != "none":
+        asked = settings.probe == "logistic"
+        found = measure_logistic(tabled, lambda name: asked and name in work.wanted, files, program, store, source)
+        logistic = [found.get(name) for name in tabled]
     index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
-    dataset = build_dataset(arrays, steps, index, reference=reference and reference.arrays)
+    dataset = build_dataset(
+        arrays, steps, index, reference=reference and reference.arrays, moved=moved, logistic=logistic
+    )
+    intervals = build_intervals(arrays, steps, index)
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
     rows = checkpoint_rows(
         dataset,
         run_name=run.config.run_name,
         seed=run.config.seed,
         thresholds=run.config.evaluation.birth_thresholds,
+        stabilization=run.config.evaluation.stabilization if run.complete else None,
     )
     write_rows(run.analysis / "checkpoint_metrics.jsonl", rows, CheckpointRow)
     candidates = run.analysis / "component_candidates"
@@ -249,10 +276,11 @@ def _publish(
     write_rows(candidates / "mlps.jsonl", mlp_rows(dataset), MlpRow)
     groups: list[tuple[str | None, xr.Dataset]] = [
         (None, dataset),
+        ("intervals", intervals),
         ("events", build_events(arrays, steps, index)),
     ]
     write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
-    notes = list(dict.fromkeys(note for result in tabled for note in result.info["notes"]))
+    notes = list(dict.fromkeys(note for result in tabled.values() for note in result.info["notes"]))
     if work.reference is not None and reference is None:
         notes.append(f"drift to the reference is null: {work.reference} could not be used")
     if work.reference is None:
@@ -276,7 +304,7 @@ def _publish(
             },
             "precision": settings.precision,
             "reference": work.reference,
-            "checkpoints": [{"step": result.step, **result.info} for result in tabled],
+            "checkpoints": [{"step": result.step, **result.info} for result in tabled.values()],
             "refused": log.refused,
             "notes": notes,
             "versions": software_versions(),
@@ -289,4 +317,4 @@ def _publish(
             },
         },
     )
-    return SweepReport(run, rows, log, notes)
+    return SweepReport(run, rows, log, notes, dataset, intervals)

@@ -20,9 +20,9 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import checkpoint_mesh
-from kvjax.sweep.chunking import plan_chunks
-from kvjax.sweep.collect import collect
-from kvjax.sweep.program import Program, SweepData, measure_checkpoints
+from kvjax.sweeps.chunking import plan_chunks
+from kvjax.sweeps.collect import collect
+from kvjax.sweeps.program import Program, SweepData, measure_checkpoints
 from kvjax.task.donors import donors_by_bucket, draw_donors
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length
 from kvjax.task.vocabulary import Vocabulary
@@ -65,7 +65,8 @@ class SweepSettings:
       precision: of matrix products, `highest` or `default`.
       ablations: kinds of ablation measured, of `ABLATIONS`.
       resample_draws: draws per resample ablation.
-      probe: trained probes, `ridge` or `none`.
+      probe: trained probes: `ridge`, `logistic` (ridge, and multinomial logistic at the named steps) or `none`.
+      event_drift: whether drift of single events and linear CKA are measured, one more forward pass per checkpoint.
       checkpoint_batch: `auto`, or checkpoints per device call.
       memory_gb: accelerator memory to use; None for most of what there is.
       skip_bad: list unusable checkpoints instead of stopping at the first.
@@ -76,6 +77,7 @@ class SweepSettings:
     ablations: tuple[str, ...] = ("zero", "mean", "resample")
     resample_draws: int = 1
     probe: str = "ridge"
+    event_drift: bool = True
     checkpoint_batch: str = "auto"
     memory_gb: float | None = None
     skip_bad: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,94 +9,22 @@ import xarray as xr
 
 from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
 from kvjax.measure.heads import ATTENTION_MEASURES
-from kvjax.measure.residual import cosine_drift
 from kvjax.model.sites import stage_names
-from kvjax.sweep.ablations import ABLATIONS
-from kvjax.sweep.dynamics import change_from_previous
-from kvjax.sweep.fit import PROBE_TARGETS
-from kvjax.task.encoding import NO_ROLE, RELATION_STALE, TOKEN_ROLES, EncodedRecords
-from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
-from kvjax.task.vocabulary import PAD_ID
-
-ALL_SPLITS = "all"  # the whole probe set, beside its splits
-
-READ_MEANS = {
-    "answer_accuracy": ("read/correct", "share of reads whose argmax over the vocabulary is the answer", "1"),
-    "answer_margin": ("read/margin", "logit of the answer minus the largest of the other values", "logits"),
-    "answer_entropy": ("read/entropy", "entropy of the prediction over the vocabulary", "nats"),
-    "answer_confidence": ("read/confidence", "probability of the answer", "1"),
-    "q": ("read/q", "largest attention of any head from p_e to the read's key token", "1"),
-    "r": ("read/r", "largest attention of any head from p_e to the support value", "1"),
-    "key_selectivity": ("read/key_selectivity", "largest share of the read key in a head's attention to values", "1"),
-    "recency_selectivity": ("read/recency_selectivity", "share of the current value in that head's key part", "1"),
-}  # fmt: skip
-
-LENS_MEANS = {
-    "lens_answer_accuracy": ("lens/answer_correct", "logit lens: answer among values, at p_e", "1"),
-    "lens_query_key_accuracy": ("lens/query_key_correct", "logit lens: read key among keys, at k_e", "1"),
-    "lens_support_value_accuracy": (
-        "lens/support_value_correct",
-        "logit lens: value among values, at s_e",
-        "1",
-    ),
-    "lens_answer_margin": ("lens/answer_margin", "logit lens: answer margin, at p_e", "logits"),
-}
-
-POSITION_ROLES = ("prediction", "support")  # p_e and s_e
-
-NULL_PERCENTILE = 95
+from kvjax.sweeps.ablations import ABLATIONS
+from kvjax.sweeps.dynamics import change_from_previous
+from kvjax.sweeps.means import (
+    ALL_SPLITS,
+    LENS_MEANS,
+    POSITION_ROLES,
+    READ_MEANS,
+    ProbeIndex,
+    mean_over_reads,
+    ratio,
+)
+from kvjax.sweeps.residual_means import put_drift, put_logistic, put_movement, put_probes
+from kvjax.task.encoding import NO_ROLE, RELATION_STALE, TOKEN_ROLES
 
 MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeIndex:
-    """What forming means needs to know of the probe set.
-
-    Attributes:
-      sample_ids: of the N records, in order.
-      splits: the split names, in order.
-      encoded: the records as arrays.
-      difficulty: [N] easy or hard.
-      axis_values: axis -> [N, Q] int, the value each read falls under.
-    """
-
-    sample_ids: tuple[str, ...]
-    splits: tuple[str, ...]
-    encoded: EncodedRecords
-    difficulty: np.ndarray
-    axis_values: Mapping[str, np.ndarray]
-
-    @classmethod
-    def of(
-        cls,
-        records: Sequence[Record],
-        encoded: EncodedRecords,
-        splits: Sequence[str],
-        difficulty: Mapping[str, str],
-    ) -> ProbeIndex:
-        """Returns the index of a probe set's records."""
-        axis_values = {}
-        for axis in (*SEQUENCE_AXES, *EVENT_AXES):
-            values = np.zeros(encoded.is_read.shape, int)
-            for n, record in enumerate(records):
-                events = record["query_events"]
-                values[n, : len(events)] = (
-                    [event[axis] for event in events] if axis in EVENT_AXES else record["axes"][axis]
-                )
-            axis_values[axis] = values
-        return cls(
-            sample_ids=tuple(record["sample_id"] for record in records),
-            splits=tuple(splits),
-            encoded=encoded,
-            difficulty=np.array([difficulty[record["sample_id"]] for record in records]),
-            axis_values=axis_values,
-        )
-
-    def split_weights(self) -> np.ndarray:
-        """Returns which records each of `all` and the splits holds, bool [1 + splits, N]."""
-        own = self.encoded.splits == np.arange(len(self.splits))[:, None]
-        return np.concatenate([np.ones((1, len(self.encoded)), bool), own])
 
 
 def build_dataset(
@@ -106,6 +33,8 @@ def build_dataset(
     probe: ProbeIndex,
     *,
     reference: Mapping[str, np.ndarray] | None,
+    moved: Sequence[Mapping[str, np.ndarray]] | None = None,
+    logistic: Sequence[Mapping[str, np.ndarray] | None] = (),
 ) -> xr.Dataset:
     """Returns every mean of a sweep, labelled by step, split, stage, layer, head, ….
 
@@ -114,6 +43,8 @@ def build_dataset(
       steps: the training steps, ascending.
       probe: what the records are.
       reference: the arrays of the checkpoint that drift is also measured to; that drift is NaN where None.
+      moved: how each checkpoint's states differ from others', as `measure_movement` returns it; None where not asked.
+      logistic: each checkpoint's logistic probes, None for those that have none; empty where not asked.
 
     Returns:
       A dataset; `split` runs over `all` and the splits. Drift is of the mean state at p_e and at s_e.
@@ -145,12 +76,12 @@ def build_dataset(
     def by_split(sums_CxN: np.ndarray, counts: np.ndarray = reads) -> np.ndarray:
         """Returns per-read means by split from per-sequence sums: [C, N, …] to [C, splits, …]."""
         totals = np.einsum("cn...,zn->cz...", sums_CxN.astype(np.float64), in_split)
-        return _ratio(totals, np.broadcast_to(counts.reshape(-1, *[1] * (totals.ndim - 2)), totals.shape))
+        return ratio(totals, np.broadcast_to(counts.reshape(-1, *[1] * (totals.ndim - 2)), totals.shape))
 
     put_count = {"long_name": "number of read events", "units": "events"}
     dataset["read_count"] = (("split",), reads, put_count)
     for name, (source, long_name, units) in READ_MEANS.items():
-        means, counts = _mean_over_reads(arrays[source], in_split, is_read)
+        means, counts = mean_over_reads(arrays[source], in_split, is_read)
         put(name, ("split",), means, long_name, units)
         if name.endswith("selectivity"):
             put(f"{name}_count", ("split",), counts, f"number of reads whose {name} is defined", "events")
@@ -166,7 +97,7 @@ def build_dataset(
     put(
         "difficulty_accuracy",
         ("difficulty",),
-        _mean_over_reads(correct, difficulty, is_read)[0],
+        mean_over_reads(correct, difficulty, is_read)[0],
         "answer accuracy",
         "1",
     )
@@ -217,9 +148,12 @@ def build_dataset(
                 units,
             )
     _put_attribution(put, arrays, by_split)
-    _put_probes(dataset, put, arrays, probe, in_split)
+    put_probes(dataset, put, arrays, probe)
     _put_changes(dataset, put)
-    _put_drift(put, arrays, reference)
+    put_drift(put, arrays, reference)
+    if moved is not None:
+        put_movement(put, moved, probe)
+    put_logistic(dataset, put, logistic, probe)
     return dataset
 
 
@@ -234,42 +168,6 @@ def _put_attribution(put, arrays: Mapping[str, np.ndarray], by_split) -> None:
             f"what the {term} adds to logit(answer) - mean logit over values",
             "logits",
         )
-
-
-def _put_probes(
-    dataset: xr.Dataset, put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_split: np.ndarray
-) -> None:
-    """Trained probes: accuracy and null by split, target, position and stage; the controls are labelled in `attrs`."""
-    if f"probe/{PROBE_TARGETS[0]}" not in arrays:
-        return
-    dataset.coords["target"] = list(PROBE_TARGETS)
-    is_read = probe.encoded.is_read
-    with_stale = is_read & (probe.encoded.stale_values != PAD_ID)
-    counted = {"stale_value": with_stale, "current_vs_stale": with_stale}
-    accuracies, nulls = {}, {}
-    for target in (*PROBE_TARGETS, "current_vs_stale"):
-        reads = in_split @ counted.get(target, is_read).sum(axis=1)
-        right = np.einsum("cng,zn->czg", arrays[f"probe/{target}"].astype(np.float64), in_split)
-        accuracies[target] = _ratio(right, np.broadcast_to(reads[None, :, None], right.shape))
-        own = arrays[f"null/{target}"].astype(np.float64)  # [C, permutations, splits, groups]
-        permuted = np.concatenate([own.sum(axis=2, keepdims=True), own], axis=2)
-        shares = _ratio(permuted, np.broadcast_to(reads[None, None, :, None], permuted.shape))
-        nulls[target] = np.percentile(shares, NULL_PERCENTILE, axis=1)
-
-    def by_position(values: Mapping[str, np.ndarray]) -> np.ndarray:
-        stacked = np.stack([values[target] for target in PROBE_TARGETS], axis=2)  # [C, splits, targets, 2 S]
-        return stacked.reshape(*stacked.shape[:3], len(POSITION_ROLES), -1)
-
-    dims = ("split", "target", "position_role", "stage")
-    put("probe_accuracy", dims, by_position(accuracies), "accuracy of a trained ridge probe of the target", "1")
-    put("probe_null", dims, by_position(nulls), "95th percentile of the accuracy with permuted fit labels", "1")
-    dataset["probe_accuracy"].attrs["controls"] = (
-        "query_key at prediction and value at support are the token that stands there: controls, not findings"
-    )
-    meaning = "share of reads whose value probe at p_e ranks the current value above the stale one; chance 0.5"
-    put("probe_current_vs_stale", ("split", "stage"), accuracies["current_vs_stale"], meaning, "1")
-    meaning = "95th percentile of that share with permuted fit labels"
-    put("probe_current_vs_stale_null", ("split", "stage"), nulls["current_vs_stale"], meaning, "1")
 
 
 def _put_changes(dataset: xr.Dataset, put) -> None:
@@ -307,20 +205,6 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
         elif kind in dims:
             dataset[name.replace("/", "_")] = (dims[kind][: values.ndim], values)
     return dataset
-
-
-def _mean_over_reads(
-    values_CxNxQ: np.ndarray, groups_ZxN: np.ndarray, is_read_NxQ: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean over the reads of each group of records, and their number, [C, Z] each.
-
-    Reads whose value is NaN are left out; the mean of none is NaN.
-    """
-    values = values_CxNxQ.astype(np.float64)
-    counted = is_read_NxQ & ~np.isnan(values)
-    totals = np.einsum("cn,zn->cz", np.where(counted, values, 0.0).sum(axis=-1), groups_ZxN)
-    counts = np.einsum("cn,zn->cz", counted.sum(axis=-1), groups_ZxN)
-    return _ratio(totals, counts), counts
 
 
 def _margin_summary(margins_CxNxQ: np.ndarray, in_split: np.ndarray, is_read: np.ndarray) -> np.ndarray:
@@ -387,35 +271,7 @@ def _put_tokens(
     put(
         "token_role_accuracy",
         ("split", "token_role"),
-        _ratio(right, np.broadcast_to(in_split @ role_counts, right.shape)),
+        ratio(right, np.broadcast_to(in_split @ role_counts, right.shape)),
         "share of targets of a role predicted right",
         "1",
     )
-
-
-def _put_drift(put, arrays: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray] | None) -> None:
-    def with_all(state_sums_xZxSxD: np.ndarray) -> np.ndarray:
-        return np.concatenate([state_sums_xZxSxD.sum(axis=-3, keepdims=True), state_sums_xZxSxD], axis=-3)
-
-    to_previous, to_reference = [], []
-    for role in POSITION_ROLES:
-        states = with_all(arrays[f"state/{role}"])  # [C, splits, S, D]
-        missing = np.full(states.shape[:3], np.nan)
-        previous = missing.copy()
-        previous[1:] = cosine_drift(states[1:], states[:-1])
-        to_previous.append(previous)
-        if reference is None:
-            to_reference.append(missing)
-        else:
-            to_reference.append(cosine_drift(states, with_all(reference[f"state/{role}"])[None]))
-    dims = ("split", "position_role", "stage")
-    for name, values, other in (
-        ("residual_drift", to_previous, "previous"),
-        ("residual_drift_to_reference", to_reference, "reference"),
-    ):
-        meaning = f"1 - cosine of the mean state at p_e or s_e with that of the {other} checkpoint"
-        put(name, dims, np.stack(values, axis=2), meaning, "1")
-
-
-def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts != 0)

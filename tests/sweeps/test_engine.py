@@ -18,7 +18,7 @@ from kvjax.model.decoder import DecoderConfig
 from kvjax.model.interventions import Edit, ablate_head
 from kvjax.model.sites import SITES, take_positions
 from kvjax.model.transforms import intervene, plain_forward
-from kvjax.sweep.engine import RESTART_CAPTURE, WINDOW_CAPTURE, restart, run_clean
+from kvjax.sweeps.engine import RESTART_CAPTURE, WINDOW_CAPTURE, restart, run_clean
 from tests.building import as_numpy, random_torch_model
 
 VOCAB, LENGTH, BATCH, READS = 20, 11, 3, 2

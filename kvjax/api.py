@@ -1,0 +1,108 @@
+"""The sweep as a function: what `kvjax checkpoint-sweep` does, with a labelled dataset in hand at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from converters.library import CheckpointLibrary
+from kvjax.artifacts.run_dir import find_run_dirs
+from kvjax.sweeps.analysis import PreparedRun, SweepReport, prepare_run, sweep_runs
+from kvjax.sweeps.stream import CheckpointSource, SweepSettings
+
+
+def sweep(
+    run_dirs: str | Path | Sequence[str | Path],
+    *,
+    probe_set: str | Path | None = None,
+    benchmark_dir: str | Path | None = None,
+    steps: str = "all",
+    reference: str = "final",
+    **settings: Any,
+) -> xr.Dataset:
+    """Measures every checkpoint of runs and returns the means; the tables beside each run are written as well.
+
+    Checkpoints that were measured before are not measured again.
+
+    Args:
+      run_dirs: run directories, or globs.
+      probe_set: what to measure on; each run's own where None.
+      benchmark_dir: the runs' benchmark; what each run's config records where None.
+      steps: `all`, or steps and ranges such as `250,1000-4000`.
+      reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
+      **settings: fields of `SweepSettings`, such as `ablations=("zero",)` or `probe="none"`.
+
+    Returns:
+      Every mean of docs/definitions.md with named dimensions (`step`, `split`, `stage`, `layer`, `head`, …) and the
+      attributes `units` and `long_name`; for several runs with a first dimension `run`, NaN where one lacks a step.
+      `<name>_low` and `<name>_high` are the ends of the 95 % intervals of the means that have one.
+
+    Raises:
+      InputError: a run, its benchmark or the probe set cannot be used.
+    """
+    given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
+    reports = sweep_reports(
+        [str(path) for path in given],
+        probe_set=probe_set and str(probe_set),
+        benchmark_dir=benchmark_dir and str(benchmark_dir),
+        steps=steps,
+        reference=reference,
+        settings=SweepSettings(**settings),
+    )
+    datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
+    if len(datasets) == 1:
+        return datasets[0]
+    names = [dataset.attrs["run_name"] for dataset in datasets]
+    return xr.concat(
+        datasets, xr.DataArray(names, dims="run", name="run"), join="outer", combine_attrs="drop_conflicts"
+    )
+
+
+def sweep_reports(
+    run_dirs: Sequence[str],
+    *,
+    probe_set: str | None,
+    benchmark_dir: str | None,
+    steps: str,
+    reference: str,
+    settings: SweepSettings,
+    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,
+) -> list[SweepReport]:
+    """Measures runs, writes their tables and returns what each has (see `sweep`).
+
+    Args:
+      progress: called with the number of checkpoints, for a progress bar: a context whose value is called with how
+        many more are done.
+    """
+    prepared = [
+        prepare_run(run, benchmark_dir=benchmark_dir, probe_set=probe_set, steps=steps, reference=reference)
+        for run in find_run_dirs(run_dirs)
+    ]
+    total = sum(len(work.wanted) for work in prepared)
+    with progress(total) if progress else nullcontext(lambda done: None) as advance:
+        return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
+
+
+def checkpoint_source(work: PreparedRun) -> CheckpointSource:
+    """Returns where a prepared run's checkpoints come from: its PyTorch files, through the parameter store."""
+    return CheckpointLibrary(work.run, work.benchmark, certify_on=work.certificate_tokens)
+
+
+def _with_intervals(report: SweepReport) -> xr.Dataset:
+    dataset = report.dataset
+    for end in ("low", "high"):
+        ends = report.intervals.sel(statistic=end, drop=True)
+        dataset = dataset.assign(
+            {
+                f"{name}_{end}": variable.assign_attrs(
+                    long_name=f"{end} end of the 95 % interval of {name}", units=dataset[name].attrs.get("units", "1")
+                )
+                for name, variable in ends.data_vars.items()
+                if name in dataset
+            }
+        )
+    return dataset

@@ -1,0 +1,154 @@
+"""Intervals of a sweep's means and of their changes, from what each sequence adds to them.
+
+Sequences are resampled within splits, the same ones for all checkpoints and measures, so that changes between
+checkpoints and differences between measures are paired (docs/definitions.md, section 7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+
+from kvjax.measure.heads import ATTENTION_MEASURES
+from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, RATE, Bounds, bootstrap_ratios, interval, resample_counts
+from kvjax.model.sites import stage_names
+from kvjax.sweeps.ablations import ABLATIONS
+from kvjax.sweeps.fit import PROBE_TARGETS
+from kvjax.sweeps.means import ALL_SPLITS, LENS_MEANS, POSITION_ROLES, READ_MEANS, ProbeIndex
+from kvjax.task.encoding import RELATION_STALE
+from kvjax.task.vocabulary import PAD_ID
+
+STATISTICS = ("estimate", "low", "high")
+
+INTERVAL_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceSums:
+    """A mean over reads as what each sequence adds to its two sides.
+
+    Attributes:
+      name: of the mean in the sweep's dataset.
+      dims: names of the axes X.
+      sums: [C, N, *X] summed over a sequence's reads.
+      counts: [1 or C, N], or with axes X, each of its length or 1: reads that count.
+      bounds: of a rate or a difference of rates, else None.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    sums: np.ndarray
+    counts: np.ndarray
+    bounds: Bounds | None
+
+
+def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
+    """Returns estimate and 95 % interval of every accuracy, margin, attention measure and drop, and of their changes.
+
+    Args:
+      arrays: measured sums [C, N, …] by name, as for `build_dataset`.
+      steps: the training steps, ascending.
+      probe: what the records are.
+
+    Returns:
+      Variables named as in `build_dataset`, with a leading dimension `statistic`; and `<name>_change`, from the
+      previous checkpoint, NaN for the first.
+    """
+    counts_KxN = resample_counts(probe.encoded.splits, seed=INTERVAL_SEED)
+    n_layers = arrays["mlp/write_norm"].shape[-1]
+    dataset = xr.Dataset(
+        coords={
+            "statistic": list(STATISTICS),
+            "step": list(steps),
+            "split": [ALL_SPLITS, *probe.splits],
+            "stage": list(stage_names(n_layers)),
+            "layer": np.arange(n_layers),
+            "head": np.arange(arrays["head/query_attention"].shape[-1]),
+            "ablation": _ablations(arrays),
+            "position_role": list(POSITION_ROLES),
+            "target": list(PROBE_TARGETS),
+        },
+        attrs={
+            "conventions": "95 % percentile bootstrap over sequences, stratified by split, paired across steps; "
+            "rates and differences of rates on which all sequences agree have Wilson bounds",
+            "resamples": len(counts_KxN),
+            "seed": INTERVAL_SEED,
+        },
+    )
+    members_of = [np.flatnonzero(member) for member in probe.split_weights()]
+    for one in _sequence_sums(arrays, probe):
+        levels, changes = zip(*(_with_interval(one, members, counts_KxN) for members in members_of), strict=True)
+        dims = ("statistic", "step", "split", *one.dims)
+        dataset[one.name] = (dims, np.stack(levels, axis=2))
+        dataset[f"{one.name}_change"] = (dims, np.stack(changes, axis=2))
+    return dataset
+
+
+def _with_interval(one: SequenceSums, members: np.ndarray, counts_KxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns estimate, low and high of a mean over some sequences, and of its changes: [3, C, *X] each."""
+    sums = one.sums[:, members].astype(np.float64)
+    shape = (len(sums), *sums.shape[2:])
+    counts = one.counts[:, members]
+    counts = np.broadcast_to(counts.reshape(*counts.shape, *[1] * (sums.ndim - counts.ndim)), sums.shape)
+    totals = counts.sum(axis=1)
+    values = np.divide(sums.sum(axis=1), totals, out=np.full(shape, np.nan), where=totals > 0)
+
+    def by_sequence(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x, 1, 0).reshape(len(members), -1)
+
+    samples = bootstrap_ratios(counts_KxN[:, members], by_sequence(sums), by_sequence(counts))
+    level = interval(values.reshape(-1), samples, len(members), bounds=one.bounds)
+    by_step = samples.reshape(len(samples), len(sums), -1)
+    moved = (by_step[:, 1:] - by_step[:, :-1]).reshape(len(samples), -1)
+    change = np.full((len(STATISTICS), *shape), np.nan)
+    change[0, 1:] = values[1:] - values[:-1]
+    bounds = one.bounds and DIFFERENCE_OF_RATES
+    for statistic, end in enumerate(interval(change[0, 1:].reshape(-1), moved, len(members), bounds=bounds), start=1):
+        change[statistic, 1:] = end.reshape(change[0, 1:].shape)
+    return np.stack([values, *(end.reshape(shape) for end in level)]), change
+
+
+def _ablations(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    return [kind for kind in ABLATIONS if f"head/{kind}/correct" in arrays]
+
+
+def _sequence_sums(arrays: Mapping[str, np.ndarray], probe: ProbeIndex) -> Iterator[SequenceSums]:
+    is_read = probe.encoded.is_read
+    reads = is_read.sum(axis=1)[None].astype(np.float64)
+    clean = {}
+    for name, (source, _, _) in READ_MEANS.items():
+        values = arrays[source].astype(np.float64)
+        counted = is_read & ~np.isnan(values)
+        sums = np.where(counted, values, 0.0).sum(axis=-1)
+        clean[name] = sums
+        yield SequenceSums(name, (), sums, counted.sum(axis=-1), RATE if name == "answer_accuracy" else None)
+    for name, (source, _, units) in LENS_MEANS.items():
+        yield SequenceSums(name, ("stage",), arrays[source], reads, RATE if units == "1" else None)
+    with_stale = (probe.encoded.relations == RELATION_STALE).any(axis=2).sum(axis=1)[None]
+    for name in ATTENTION_MEASURES:
+        counted = with_stale if name == "stale_attention" else reads
+        yield SequenceSums(f"head_{name}", ("layer", "head"), arrays[f"head/{name}"], counted, None)
+    for component, axes in (("head", ("layer", "head")), ("mlp", ("layer",))):
+        for measure, source, bounds in (("accuracy", "correct", DIFFERENCE_OF_RATES), ("margin", "margin", None)):
+            whole = clean[f"answer_{measure}"]
+            whole = whole.reshape(*whole.shape, *[1] * len(axes))
+            lost = [whole - arrays[f"{component}/{kind}/{source}"] for kind in _ablations(arrays)]
+            yield SequenceSums(
+                f"{component}_{measure}_drop", ("ablation", *axes), np.stack(lost, axis=2), reads, bounds
+            )
+    yield from _probe_sums(arrays, probe, reads)
+
+
+def _probe_sums(arrays: Mapping[str, np.ndarray], probe: ProbeIndex, reads_1xN: np.ndarray) -> Iterator[SequenceSums]:
+    if f"probe/{PROBE_TARGETS[0]}" not in arrays:
+        return
+    with_stale = (probe.encoded.is_read & (probe.encoded.stale_values != PAD_ID)).sum(axis=1)[None].astype(np.float64)
+    right = np.stack([arrays[f"probe/{target}"] for target in PROBE_TARGETS], axis=2)  # [C, N, targets, 2 S]
+    right = right.reshape(*right.shape[:3], len(POSITION_ROLES), -1)
+    counted = np.stack([with_stale if target == "stale_value" else reads_1xN for target in PROBE_TARGETS], axis=2)
+    yield SequenceSums("probe_accuracy", ("target", "position_role", "stage"), right, counted, RATE)
+    current = arrays["probe/current_vs_stale"]
+    yield SequenceSums("probe_current_vs_stale", ("stage",), current, with_stale, RATE)

@@ -1,0 +1,106 @@
+"""Intervals of the sweep against a bootstrap written as loops, over what PyTorch measured."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from kvjax.measure.uncertainty import resample_counts
+from kvjax.sweeps.intervals import INTERVAL_SEED
+from tests.building import STEPS
+
+
+@pytest.fixture(scope="module")
+def intervals(swept):
+    path = swept / "analysis" / "checkpoint_metrics.nc"
+    return xr.open_dataset(path, group="intervals", engine="h5netcdf").load()
+
+
+@pytest.fixture(scope="module")
+def means(swept):
+    return xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf").load()
+
+
+# Name in the file -> (where in it, what it is of one read).
+MEASURES = {
+    "answer_accuracy": ({}, lambda read: float(read["correct"])),
+    "answer_margin": ({}, lambda read: read["margin"]),
+    "recency_selectivity": ({}, lambda read: read["recency_selectivity"]),
+    "head_stale_attention": ({"layer": 1, "head": 2}, lambda read: read["attention"][1, 2]["stale_attention"]),
+    "head_margin_drop": (
+        {"layer": 0, "head": 3, "ablation": "zero"},
+        lambda read: read["margin"] - read["ablated"][0, 3]["margin"],
+    ),
+    "mlp_accuracy_drop": (
+        {"layer": 1, "ablation": "zero"},
+        lambda read: float(read["correct"]) - float(read["ablated"][1,]["correct"]),
+    ),
+    "lens_answer_accuracy": ({"stage": "layer_1_post_mlp"}, lambda read: read["lens_answer"]["layer_1_post_mlp"]),
+}
+
+
+def by_sequence(reads, of, split):
+    """Returns, for each sequence of a split in order, the values of its reads that exist."""
+    grouped = {}
+    for read in reads:
+        if read["split"] == split:
+            values = grouped.setdefault(read["sample_id"], [])
+            if (value := of(read)) is not None:
+                values.append(float(value))
+    return list(grouped.values())
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, intervals, truth, name):
+    where, of = MEASURES[name]
+    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="h5netcdf")
+    names = events["split"].values
+    splits = list(dict.fromkeys(names.tolist()))
+    counts = resample_counts(np.unique(names, return_inverse=True)[1], seed=INTERVAL_SEED).astype(int)
+    split = "heldout_pairs"
+    samples = {}
+    for step in STEPS[:2]:
+        sequences = by_sequence(truth[step]["reads"], of, split)
+        drawn = counts[:, names == split]
+        assert drawn.shape[1] == len(sequences) and split in splits
+        means = []
+        for row in drawn:
+            values = [value for times, sequence in zip(row, sequences, strict=True) for value in sequence * times]
+            means.append(sum(values) / len(values))
+        samples[step] = np.array(means)
+        ours = intervals[name].sel(step=step, split=split, **where).values
+        everything = [value for sequence in sequences for value in sequence]
+        expected = [np.mean(everything), *np.percentile(samples[step], [2.5, 97.5])]
+        np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
+    change = intervals[f"{name}_change"].sel(step=STEPS[1], split=split, **where).values[1:]
+    moved = np.percentile(samples[STEPS[1]] - samples[STEPS[0]], [2.5, 97.5])
+    np.testing.assert_allclose(change, moved, rtol=2e-4, atol=5e-5)
+
+
+def test_estimates_are_the_means(intervals, means):
+    compared = 0
+    for name, variable in intervals.data_vars.items():
+        if not name.endswith("_change"):
+            estimate = variable.sel(statistic="estimate")
+            np.testing.assert_allclose(
+                estimate, means[name].transpose(*estimate.dims), rtol=1e-5, atol=1e-6, err_msg=name
+            )
+            compared += 1
+    assert compared == 8 + 4 + 6 + 4 + 2
+
+
+def test_ends_enclose_the_estimate_and_first_changes_do_not_exist(intervals):
+    for name, variable in intervals.data_vars.items():
+        low, estimate, high = (variable.sel(statistic=s).values for s in ("low", "estimate", "high"))
+        there = np.isfinite(estimate)
+        assert (low[there] <= estimate[there] + 1e-5).mean() > 0.99, name
+        assert (estimate[there] <= high[there] + 1e-5).mean() > 0.99, name
+        if name.endswith("_change"):
+            assert np.isnan(variable.isel(step=0)).all(), name
+
+
+def test_a_rate_on_which_all_sequences_agree_is_not_certain(intervals):
+    rates = intervals["lens_query_key_accuracy"]
+    estimate, low, high = (rates.sel(statistic=s).values for s in ("estimate", "low", "high"))
+    assert (estimate == 1).any() or (estimate == 0).any()
+    assert (high - low)[np.isin(estimate, (0.0, 1.0))].min() > 0.01
+    assert low[np.isfinite(low)].min() >= 0 and high[np.isfinite(high)].max() <= 1

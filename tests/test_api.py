@@ -1,0 +1,45 @@
+"""The Python interface: what `import kvjax` offers, and the script of the docs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+import kvjax
+from tests.sweeping import sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_sweep_returns_what_the_files_hold_with_units_and_intervals(small_run):
+    report = sweep(small_run)
+    dataset = kvjax.sweep(small_run, probe_set=small_run / "analysis" / "probe_set.jsonl")
+    assert dataset.equals(dataset.assign(report.dataset.data_vars)), "nothing was measured again"
+    on_disk = xr.open_dataset(small_run / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf")
+    assert on_disk["answer_accuracy"].equals(dataset["answer_accuracy"])
+    for name, variable in dataset.data_vars.items():
+        assert {"units", "long_name"} <= variable.attrs.keys(), name
+    accuracy = dataset.sel(split="all")
+    assert (accuracy["answer_accuracy_low"] <= accuracy["answer_accuracy"]).all()
+    assert (accuracy["answer_accuracy"] <= accuracy["answer_accuracy_high"]).all()
+
+
+def test_several_runs_lie_along_a_dimension(small_run, tmp_path):
+    sweep(small_run)
+    shorter = shutil.copytree(small_run, tmp_path / "shorter")
+    (shorter / "checkpoints" / "step_000300.pt").unlink()
+    both = kvjax.sweep([small_run, shorter])
+    assert both["answer_accuracy"].dims[0] == "run" and both.sizes["run"] == 2
+    assert np.isnan(both["answer_accuracy"].isel(run=1).sel(step=300)).all()
+    assert both["answer_accuracy"].isel(run=0).sel(step=300).notnull().all()
+
+
+def test_the_script_of_the_docs_draws_three_trajectories(small_run, tmp_path):
+    sweep(small_run)
+    target = tmp_path / "figure.png"
+    script = [sys.executable, ROOT / "docs" / "plot_trajectories.py", small_run / "analysis" / "checkpoint_metrics.nc"]
+    subprocess.run([*script, target], check=True, env={"MPLBACKEND": "agg", "PATH": "", "HOME": str(tmp_path)})
+    assert target.read_bytes().startswith(b"\x89PNG")
