@@ -114,7 +114,7 @@ def restart(
             resid = take_positions(clean.trace["post_mlp"][-1], positions_BxQ, 1)
         return model.apply(variables, resid, read_tap, method=Decoder.read_out)
     if SITE_ORDER[site] < SITE_ORDER["head_z"]:
-        resid = span.rows(_before_layer(clean.trace, layer))
+        resid = span.rows(before_layer(clean.trace, layer))
         first = layer
     else:
         resid = _second_half(params, config, clean, edits, site, layer, span, in_last=in_last)
@@ -178,7 +178,7 @@ def _second_half(
 
     if site in ("head_z", "attn_out"):
         # The edited z is projected again: subtracting a head's output from the sum would lose precision.
-        before = kept(_before_layer(clean.trace, layer))
+        before = kept(before_layer(clean.trace, layer))
         return block.apply(variables, before, of_layer("head_z"), tap, method=Block.from_head_z)
     if site == "mlp_hidden" and "mlp_hidden" in clean.trace:
         kept_hidden = of_layer("mlp_hidden")
@@ -225,8 +225,8 @@ def _of_layer(x: jax.Array, layer: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
-def _before_layer(trace: Trace, layer: jax.Array | int) -> jax.Array:
-    """Returns the clean residual stream before a layer, [B, T, D]; `layer` may be traced."""
+def before_layer(trace: Trace, layer: jax.Array | int) -> jax.Array:
+    """Returns the residual stream of a run before a layer, [B, T, D]; `layer` may be traced."""
     if isinstance(layer, int):
         return trace["embedding"] if layer == 0 else trace["post_mlp"][layer - 1]
     previous = jax.lax.dynamic_index_in_dim(trace["post_mlp"], jnp.maximum(layer - 1, 0), 0, False)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -76,6 +77,17 @@ class EncodedRecords:
             taken[name] = taken[name][:, :reads]
         taken["relations"] = taken["relations"][:, :reads, :length]
         return EncodedRecords(**taken)
+
+
+class _Packed(Protocol):
+    """Records or pairs as arrays of one leading axis."""
+
+    weights: np.ndarray
+
+    def take(self, indices: np.ndarray) -> Self: ...
+
+
+Packed = TypeVar("Packed", bound=_Packed)
 
 
 def encode_records(
@@ -169,23 +181,33 @@ def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buck
       max_buckets: how many different lengths to pad to.
     """
     lengths = encoded.lengths
-    edges = _length_edges(lengths, max_buckets)
+    edges = length_edges(lengths, max_buckets)
     buckets = []
     for shorter, edge in itertools.pairwise((0, *edges)):
         members = np.flatnonzero((lengths > shorter) & (lengths <= edge))
         members = members[np.argsort(lengths[members], kind="stable")]
-        num_batches = math.ceil(len(members) / max(1, tokens_per_batch // edge))
-        batch_size = math.ceil(len(members) / num_batches)
-        indices = np.full(num_batches * batch_size, -1)
-        indices[: len(members)] = members
-        rows = encoded.take(np.where(indices < 0, members[-1], indices))
-        rows = dataclasses.replace(rows, weights=(indices >= 0).astype(np.float32))
-        batches = jax.tree.map(lambda a, b=batch_size: a.reshape(-1, b, *a.shape[1:]), rows)
-        buckets.append(Bucket(batches, indices))
+        buckets.append(Bucket(*microbatches(encoded, members, max(1, tokens_per_batch // edge))))
     return buckets
 
 
-def _length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:
+def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple[Packed, np.ndarray]:
+    """Returns some of the records in equal microbatches of at most about `batch_size`, and which record each row is.
+
+    Returns:
+      The arrays, reshaped to [microbatch, B, …]; and [microbatch * B] indices, -1 for rows that fill the last
+      microbatches, which repeat a record with weight 0.
+    """
+    num_batches = math.ceil(len(members) / batch_size)
+    batch_size = math.ceil(len(members) / num_batches)
+    indices = np.full(num_batches * batch_size, -1)
+    indices[: len(members)] = members
+    rows = encoded.take(np.where(indices < 0, members[-1], indices))
+    rows = dataclasses.replace(rows, weights=(indices >= 0).astype(np.float32))
+    return jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), rows), indices
+
+
+def length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:
+    """Returns the lengths to pad to that minimise the padding, ascending, at most `max_buckets` of them."""
     distinct, counts = np.unique(lengths, return_counts=True)
     best, cost = (int(distinct[-1]),), math.inf
     for inner in itertools.combinations(distinct[:-1], min(max_buckets, len(distinct)) - 1):

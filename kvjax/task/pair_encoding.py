@@ -10,7 +10,7 @@ import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
-from kvjax.task.encoding import NO_ROLE
+from kvjax.task.encoding import NO_ROLE, length_edges, microbatches
 from kvjax.task.pairs import StreamPair
 from kvjax.task.vocabulary import PAD_ID, Vocabulary
 
@@ -126,3 +126,37 @@ def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq
             encoded.corrupted_answers[n, q] = vocabulary.id_of[read.corrupted_answer]
         encoded.last_affected[n] = max(read.prediction_position for read in pair.reads if read.answer_changes)
     return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBucket:
+    """Pairs whose changes reach about as far, in microbatches.
+
+    Attributes:
+      batches: the arrays of `EncodedPairs`, reshaped to [microbatch, B, …].
+      indices: [microbatch * B] the row of the original arrays that each row is; -1 for filling.
+      window: from the first changed token on, as many positions hold everything that a change can reach.
+    """
+
+    batches: EncodedPairs
+    indices: np.ndarray
+    window: int
+
+
+def bucket_by_window(encoded: EncodedPairs, *, tokens_per_batch: int, max_buckets: int = 3) -> list[PairBucket]:
+    """Returns the pairs by how far it is from the first changed token to the last affected read.
+
+    Args:
+      encoded: the pairs.
+      tokens_per_batch: about how many tokens a microbatch holds.
+      max_buckets: how many different windows to pad to.
+    """
+    spans = encoded.last_affected - encoded.first_changed + 1
+    buckets, shorter = [], 0
+    for edge in length_edges(spans, max_buckets):
+        members = np.flatnonzero((spans > shorter) & (spans <= edge))
+        length = int(encoded.lengths[members].max())
+        batches, indices = microbatches(encoded, members, max(1, tokens_per_batch // length))
+        buckets.append(PairBucket(batches, indices, edge))
+        shorter = edge
+    return buckets

@@ -54,14 +54,14 @@ def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, inte
     where, of = MEASURES[name]
     events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="h5netcdf")
     names = events["split"].values
-    splits = list(dict.fromkeys(names.tolist()))
-    counts = resample_counts(np.unique(names, return_inverse=True)[1], seed=INTERVAL_SEED).astype(int)
-    split = "heldout_pairs"
+    order = intervals["split"].values.tolist()
+    counts = resample_counts(np.array([order.index(n) for n in names]), seed=INTERVAL_SEED).astype(int)
+    split = "validation_iid"  # some of its answers are right
     samples = {}
     for step in STEPS[:2]:
         sequences = by_sequence(truth[step]["reads"], of, split)
         drawn = counts[:, names == split]
-        assert drawn.shape[1] == len(sequences) and split in splits
+        assert drawn.shape[1] == len(sequences)
         means = []
         for row in drawn:
             values = [value for times, sequence in zip(row, sequences, strict=True) for value in sequence * times]
@@ -99,7 +99,7 @@ def test_ends_enclose_the_estimate_and_first_changes_do_not_exist(intervals):
 
 
 def test_a_rate_on_which_all_sequences_agree_is_not_certain(intervals):
-    rates = intervals["lens_query_key_accuracy"]
+    rates = intervals["answer_accuracy"]  # no held-out answer is right at the first step
     estimate, low, high = (rates.sel(statistic=s).values for s in ("estimate", "low", "high"))
     assert (estimate == 1).any() or (estimate == 0).any()
     assert (high - low)[np.isin(estimate, (0.0, 1.0))].min() > 0.01

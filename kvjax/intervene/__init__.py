@@ -1,0 +1,1 @@
+"""Interventions inside a birth window: what carries the behaviour, and how information flows."""

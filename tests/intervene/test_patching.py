@@ -1,0 +1,143 @@
+"""Activation and path patching by the engine against plain PyTorch patching, and against what was planted."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from converters.to_flax import to_flax
+from kvjax.config import ModelConfig
+from kvjax.intervene.pair_runs import DIRECTIONS, PairProgram
+from kvjax.intervene.patching import component_places, patching_effects, stage_places
+from kvjax.intervene.paths import all_edges, path_effects
+from kvjax.model.decoder import DecoderConfig
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.corruption import PAIR_ROLES
+from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pairs import generate_pairs
+from kvjax.task.probe_set import generate_probe_set
+from tests.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.patching_oracle import Node, Receiver, activation_patch, path_patches
+
+PLACES = stage_places(3) | component_places(3, 4)
+
+
+@pytest.fixture(scope="module")
+def encoded(small_benchmark, tmp_path_factory):
+    """Pairs of every kind from a small benchmark."""
+    benchmark = Benchmark.open(small_benchmark)
+    path = tmp_path_factory.mktemp("pairs") / "probe_set.jsonl"
+    probe = generate_probe_set(benchmark, path, examples_per_split=8, fit_examples=16, seed=1)
+    pairs = generate_pairs(probe, benchmark, pairs_per_kind=5)
+    return encode_pairs(pairs.pairs, benchmark.vocabulary, max_seq_len=SMALL_MODEL["max_seq_len"])
+
+
+@pytest.fixture(scope="module")
+def model(small_benchmark):
+    vocab_size = len(Benchmark.open(small_benchmark).vocabulary.tokens)
+    module = random_torch_model(SMALL_MODEL, vocab_size, 3, tied=False)
+    settings = ModelConfig.model_validate(SMALL_MODEL)
+    params = to_flax(as_numpy(module), settings, vocab_size, where="test")
+    return module, params, DecoderConfig.from_model_config(settings, vocab_size, tied=False)
+
+
+def stack(params, copies=1):
+    return jax.tree.map(lambda x: np.stack([x] * copies), params)
+
+
+def difference(logits, encoded):
+    """The metric summed over the affected reads of each pair."""
+    logits = logits.detach().numpy()
+    total = np.zeros(len(encoded))
+    for n, q in zip(*np.nonzero(encoded.is_affected), strict=True):
+        at = logits[n, encoded.prediction_positions[n, q]]
+        total[n] += at[encoded.clean_answers[n, q]] - at[encoded.corrupted_answers[n, q]]
+    return total
+
+
+def oracle_place(place):
+    match place.site:
+        case "head_z":
+            return ("z", place.layer, place.head)
+        case "embedding" | "final_norm":
+            return (place.site,)
+    return (place.site, place.layer)
+
+
+@pytest.fixture(scope="module", params=DIRECTIONS)
+def patched(request, model, encoded):
+    module, params, config = model
+    program = PairProgram(encoded, config, tokens_per_batch=300)
+
+    def measure(params, batch, extra, window):
+        return patching_effects(
+            params, config, batch, window=window, direction=request.param, places=tuple(PLACES.values())
+        )
+
+    tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
+    base, source = tokens if request.param == "denoising" else tokens[::-1]
+    return program.run(measure, stack(params)), base, source
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_place_and_position_equals_plain_patching(patched, model, encoded, name):
+    ours, base, source = patched
+    module, index = model[0], list(PLACES).index(name)
+    at = ours["difference"][0, :, index]  # [N, window + roles + 1]
+    roles = len(PAIR_ROLES) - 1
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        place = oracle_place(PLACES[name])
+        whole = difference(activation_patch(module, base, source, place), encoded)
+        unpatched = difference(module(base), encoded)
+        by_role = [
+            difference(activation_patch(module, base, source, place, torch.tensor(encoded.roles == role)), encoded)
+            for role in range(len(PAIR_ROLES))
+        ]
+        spans = encoded.last_affected - encoded.first_changed + 1
+        single = []
+        for offset in range(0, int(spans.max()), 3):
+            where = np.arange(encoded.clean_tokens.shape[1])[None] == (encoded.first_changed + offset)[:, None]
+            single.append(difference(activation_patch(module, base, source, place, torch.tensor(where)), encoded))
+    for pair in range(len(encoded)):
+        window = int(np.isfinite(at[pair]).sum()) - roles - 1
+        close(at[pair, window + roles], whole[pair])
+        close(at[pair, window : window + roles], [by_role[r][pair] for r in range(1, len(PAIR_ROLES))])
+        for step, values in enumerate(single):
+            if 3 * step < spans[pair]:
+                close(at[pair, 3 * step], values[pair])
+    close(ours["difference_before"][0, :, index], unpatched, err_msg="nothing differs before the change")
+    close(by_role[0], unpatched)
+    close(ours["difference_base"][0], unpatched)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_path_equals_plain_path_patching(model, encoded, direction):
+    module, params, config = model
+    program = PairProgram(encoded, config, tokens_per_batch=300, devices=2)
+
+    def measure(params, batch, extra, window):
+        return path_effects(params, config, batch, window=window, direction=direction)
+
+    ours = program.run(measure, stack(params, 2))["difference"]
+    np.testing.assert_array_equal(ours[0], ours[1])
+    tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
+    base, source = tokens if direction == "denoising" else tokens[::-1]
+    kinds = {"query_input": "query", "key_input": "key", "value_input": "value", "mlp_input": "mlp"}
+    theirs = []
+    for sender, receiver in all_edges(3, 4):
+        node = Node(sender.kind) if sender.kind == "embedding" else Node(*sender)
+        if sender.kind == "mlp":
+            node = Node("mlp", sender.layer)
+        if receiver.site == "logits_input":
+            to = Receiver("logits")
+        else:
+            head = None if receiver.site == "mlp_input" else receiver.head
+            to = Receiver(kinds[receiver.site], receiver.layer, head)
+        theirs.append((node, to))
+    with torch.no_grad():
+        for index, logits in enumerate(path_patches(module, base, source, theirs)):
+            expected = difference(logits, encoded)
+            np.testing.assert_allclose(ours[0, :, index], expected, rtol=1e-4, atol=2e-4, err_msg=str(theirs[index]))
