@@ -1,4 +1,4 @@
-"""The sweep as a function: what `kvjax checkpoint-sweep` does, with a labelled dataset in hand at the end."""
+"""What commands do to whole runs, as functions: the sweep, with a dataset in hand at the end; interventions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import xarray as xr
 
 from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
+from kvjax.intervene.analysis import (
+    InterventionReport,
+    InterventionSettings,
+    chosen_windows,
+    intervene_in_run,
+)
 from kvjax.sweeps.analysis import PreparedRun, SweepReport, prepare_run, sweep_runs
 from kvjax.sweeps.stream import CheckpointSource, SweepSettings
 
@@ -85,6 +91,37 @@ def sweep_reports(
     total = sum(len(work.wanted) for work in prepared)
     with progress(total) if progress else nullcontext(lambda done: None) as advance:
         return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
+
+
+def intervene_in_runs(
+    run_dirs: Sequence[str],
+    *,
+    probe_set: str | None,
+    benchmark_dir: str | None,
+    settings: InterventionSettings,
+    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,
+) -> list[InterventionReport]:
+    """Intervenes in the birth windows of runs, writes `analysis/interventions/` and returns what was found.
+
+    Args:
+      run_dirs: run directories, or globs.
+      probe_set, benchmark_dir: as for `sweep`.
+      settings: what to do.
+      progress: called with the number of (window, kind), for a progress bar, as for `sweep_reports`.
+
+    Raises:
+      InputError: a run is not ready for circuit work, or something cannot be used.
+    """
+    runs = find_run_dirs(run_dirs)
+    total = len(settings.kinds) * sum(len(chosen_windows(run, settings)) for run in runs)
+    reports = []
+    with progress(total) if progress else nullcontext(lambda done: None) as advance:
+        for run in runs:
+            work = prepare_run(
+                run, benchmark_dir=benchmark_dir, probe_set=probe_set, steps="all", reference=str(max(run.checkpoints))
+            )
+            reports += intervene_in_run(work, checkpoint_source(work), settings, advance=advance)
+    return reports
 
 
 def checkpoint_source(work: PreparedRun) -> CheckpointSource:

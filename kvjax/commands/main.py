@@ -23,6 +23,7 @@ COMMANDS = {
     "select-reference": "rank runs by their best checkpoint and select the reference",
     "checkpoint-sweep": "measure every checkpoint of one or several runs",
     "birth-windows": "find the few checkpoints between which something formed, or say that nothing did",
+    "intervene": "inside birth windows: patching, paths, component sets, subspaces, neurons",
     "status": "say which conditions for circuit work a run meets, and what to do next",
 }
 

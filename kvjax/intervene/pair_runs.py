@@ -129,16 +129,19 @@ class PairProgram:
           The arrays, [C, N, …], in the order of the pairs.
         """
         checkpoints = len(jax.tree.leaves(stacked)[0])
-        # Filled up to a multiple of the devices; one checkpoint has one device to itself.
+        # As many at once as devices share, filled up at the end: windows of any length are one compiled program.
         devices = min(self._devices, checkpoints)
-        rows = np.minimum(np.arange(-(-checkpoints // devices) * devices), checkpoints - 1)
-        filled = jax.tree.map(lambda x: np.asarray(x)[rows], stacked)
-        collected: dict[str, np.ndarray] = {}
-        for index, bucket in enumerate(self.buckets):
-            extra = per_bucket[index] if per_bucket is not None else None
-            outputs = _over_pairs(measure, bucket.window, devices, self._lift, filled, bucket.batches, extra, shared)
-            self._collect(collected, bucket, jax.device_get(outputs), checkpoints)
-        return collected
+        by_chunk = []
+        for start in range(0, checkpoints, devices):
+            rows = np.minimum(np.arange(start, start + devices), checkpoints - 1)
+            chunk = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], stacked)
+            collected: dict[str, np.ndarray] = {}
+            for index, bucket in enumerate(self.buckets):
+                extra = per_bucket[index] if per_bucket is not None else None
+                outputs = _over_pairs(measure, bucket.window, devices, self._lift, chunk, bucket.batches, extra, shared)
+                self._collect(collected, bucket, jax.device_get(outputs), devices)
+            by_chunk.append(collected)
+        return {name: np.concatenate([x[name] for x in by_chunk])[:checkpoints] for name in by_chunk[0]}
 
     def _collect(
         self, collected: dict[str, np.ndarray], bucket: PairBucket, outputs: dict[str, np.ndarray], checkpoints: int
@@ -154,6 +157,12 @@ class PairProgram:
                 collected[name] = np.pad(collected[name], missing, constant_values=np.nan)
             place = (slice(None), bucket.indices[real], *(slice(n) for n in rows.shape[2:]))
             collected[name][place] = rows
+
+
+@functools.cache
+def measuring(function: Callable[..., Any], *static: Any) -> Measure:
+    """Returns a function with its first arguments given, the same object for the same ones: compiled once."""
+    return functools.partial(function, *static)
 
 
 # (one checkpoint's tree, microbatch, its extra, window, shared) -> arrays [B, …]

@@ -7,7 +7,7 @@ positions from there to the last affected read are computed, on top of the base 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from kvjax.intervene.pair_runs import Direction, Effects, PairRuns, answer_effec
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.sites import SITES, stage_names
-from kvjax.model.transforms import over_interventions
 from kvjax.sweeps.engine import restart
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
@@ -48,6 +47,37 @@ def component_places(n_layers: int, n_heads: int) -> dict[str, Place]:
         places |= {f"L{layer}H{head}": Place("head_z", layer, head) for head in range(n_heads)}
         places[f"MLP{layer}"] = Place("mlp_out", layer)
     return places
+
+
+def stage_index(site: str, layer: jax.Array | int, n_layers: int) -> jax.Array | int:
+    """Returns which residual stage a site of a layer is, among the 2L + 2; `layer` may be traced."""
+    return {"embedding": 0, "post_attn": 1 + 2 * layer, "post_mlp": 2 + 2 * layer, "final_norm": 2 * n_layers + 1}[site]
+
+
+def over_places(
+    places: Sequence[Place], n_layers: int, function: Callable[[str, jax.Array | int, jax.Array], Effects]
+) -> Effects:
+    """Returns what a function of site, layer and head gives at each place, stacked on a leading axis.
+
+    Places of one site are one compiled loop over layers and heads; those of the last layer, whose restart is a program
+    of its own, are another.
+    """
+    found: dict[Place, Effects] = {}
+    last = n_layers - 1
+    for site in dict.fromkeys(place.site for place in places):
+        own = [place for place in places if place.site == site]
+        # A site outside the layers has no layer to trace.
+        fixed = [place for place in own if place.layer == last or not SITES[site].per_layer]
+        traced = [place for place in own if place not in fixed]
+        if traced:
+            layers, heads = jnp.array([p.layer for p in traced]), jnp.array([p.head for p in traced])
+            each = jax.lax.map(lambda at, s=site: function(s, at[0], at[1]), (layers, heads))
+            found |= {place: jax.tree.map(lambda x, i=i: x[i], each) for i, place in enumerate(traced)}
+        if fixed:
+            heads, layer = jnp.array([place.head for place in fixed]), fixed[0].layer
+            each = jax.lax.map(lambda head, s=site, at=layer: function(s, at, head), heads)
+            found |= {place: jax.tree.map(lambda x, i=i: x[i], each) for i, place in enumerate(fixed)}
+    return jax.tree.map(lambda *x: jnp.stack(x), *(found[place] for place in places))
 
 
 def patch_edit(runs: PairRuns, site: str, layer: jax.Array | int, head: jax.Array | int, where_BxT: jax.Array) -> Edit:
@@ -103,8 +133,7 @@ def patching_effects(
     masks = position_masks(runs)
     before_BxT = jnp.asarray(batch.roles) == PAIR_ROLES.index("before")
 
-    def effects(place: tuple, mask_BxT: jax.Array, *, site: str, windowed: bool) -> Effects:
-        layer, head = place
+    def patched(site: str, layer: jax.Array | int, head: jax.Array, mask_BxT: jax.Array, *, windowed: bool) -> Effects:
         logits = restart(
             params,
             config,
@@ -116,30 +145,12 @@ def patching_effects(
         )
         return answer_effects(logits, batch)
 
-    def of_place(layer: jax.Array | int, head: jax.Array, site: str) -> tuple[Effects, Effects]:
-        at_masks = over_interventions(lambda mask: effects((layer, head), mask, site=site, windowed=True), lift="map")(
-            masks
-        )
-        return at_masks, effects((layer, head), before_BxT, site=site, windowed=False)
+    def of_place(site: str, layer: jax.Array | int, head: jax.Array) -> tuple[Effects, Effects]:
+        at_masks = jax.lax.map(lambda mask: patched(site, layer, head, mask, windowed=True), masks)
+        return at_masks, patched(site, layer, head, before_BxT, windowed=False)
 
-    found: dict[Place, tuple[Effects, Effects]] = {}
-    last = config.n_layers - 1
-    for site in dict.fromkeys(place.site for place in places):
-        own = [place for place in places if place.site == site]
-        # The last layer is a program of its own; a site outside the layers is named by layer 0.
-        fixed = [place for place in own if place.layer == last or not SITES[site].per_layer]
-        traced = [place for place in own if place not in fixed]
-        if traced:
-            descriptors = tuple(jnp.array(x) for x in zip(*((p.layer, p.head) for p in traced), strict=True))
-            both = jax.lax.map(lambda d, s=site: of_place(d[0], d[1], s), descriptors)
-            found |= {place: jax.tree.map(lambda x, i=i: x[i], both) for i, place in enumerate(traced)}
-        if fixed:
-            heads, layer = jnp.array([place.head for place in fixed]), fixed[0].layer
-            both = jax.lax.map(lambda head, s=site, at=layer: of_place(at, head, s), heads)
-            found |= {place: jax.tree.map(lambda x, i=i: x[i], both) for i, place in enumerate(fixed)}
-    result: Effects = {}
-    for name in runs.base_effects:
-        result[name] = jnp.moveaxis(jnp.stack([found[place][0][name] for place in places]), -1, 0)
-        result[f"{name}_before"] = jnp.stack([found[place][1][name] for place in places], axis=-1)
-        result[f"{name}_base"], result[f"{name}_source"] = runs.base_effects[name], runs.source_effects[name]
-    return result
+    at_masks, before = over_places(places, config.n_layers, of_place)
+    result = {name: jnp.moveaxis(x, -1, 0) for name, x in at_masks.items()}
+    result |= {f"{name}_before": x.T for name, x in before.items()}
+    result |= {f"{name}_base": x for name, x in runs.base_effects.items()}
+    return result | {f"{name}_source": x for name, x in runs.source_effects.items()}

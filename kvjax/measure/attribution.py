@@ -32,14 +32,8 @@ def direct_logit_attribution(
       `embedding`, `final_norm_bias` [B, Q]; `attn_bias`, `mlp` [L, B, Q]; `head` [L, B, Q, H]; in logits.
       Source: Elhage et al., A mathematical framework for transformer circuits (2021); definitions, section 6.
     """
-    unembedding_VxD = params["unembedding"]["kernel"].T if "unembedding" in params else _tied(params)
-    target_BxQxD = unembedding_VxD[answers_BxQ] - jnp.mean(unembedding_VxD[value_ids], axis=0)[None, None]
-    final_BxQxD = trace_at_reads["post_mlp"][-1]
-    variance = jnp.var(final_BxQxD, axis=-1, keepdims=True)
-    norm = params["final_norm"]
-    towards = target_BxQxD * norm["scale"][None, None]
-    # Centring is symmetric, so that it can be applied to the direction instead of to every output.
-    direction_BxQxD = (towards - jnp.mean(towards, axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
+    target_BxQxD = _target(params, answers_BxQ, value_ids)
+    direction_BxQxD = answer_direction(params, trace_at_reads["post_mlp"][-1], answers_BxQ, value_ids)
 
     def along(outputs: jax.Array) -> jax.Array:
         extra = (None,) * (outputs.ndim - 3)
@@ -55,8 +49,30 @@ def direct_logit_attribution(
         "head": jnp.sum(z * z_direction, axis=-1),
         "attn_bias": along(out_proj["bias"][:, None, None]),
         "mlp": along(trace_at_reads["mlp_out"]),
-        "final_norm_bias": jnp.sum(target_BxQxD * norm["bias"][None, None], axis=-1),
+        "final_norm_bias": jnp.sum(target_BxQxD * params["final_norm"]["bias"][None, None], axis=-1),
     }
+
+
+def answer_direction(params: Params, final_BxQxD: jax.Array, answers_BxQ: jax.Array, value_ids: jax.Array) -> jax.Array:
+    """Returns the direction along which an output at p_e adds to logit(answer) - mean logit over values, [B, Q, D].
+
+    Args:
+      params: of the checkpoint.
+      final_BxQxD: the residual stream before the final LayerNorm, at p_e.
+      answers_BxQ: token ids y_e.
+      value_ids: [values] token ids.
+    """
+    towards = _target(params, answers_BxQ, value_ids) * params["final_norm"]["scale"][None, None]
+    scale = jax.lax.rsqrt(jnp.var(final_BxQxD, axis=-1, keepdims=True) + LAYER_NORM_EPS)
+    # Centring is symmetric, so that it can be applied to the direction instead of to every output.
+    return (towards - jnp.mean(towards, axis=-1, keepdims=True)) * scale
+
+
+def _target(params: Params, answers_BxQ: jax.Array, value_ids: jax.Array) -> jax.Array:
+    unembedding_VxD = params["unembedding"]["kernel"].T if "unembedding" in params else _tied(params)
+    # As an array of the device: indices are traced.
+    unembedding_VxD = jnp.asarray(unembedding_VxD)
+    return unembedding_VxD[answers_BxQ] - jnp.mean(unembedding_VxD[value_ids], axis=0)[None, None]
 
 
 def _tied(params: Params) -> jax.Array:

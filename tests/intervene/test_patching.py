@@ -68,7 +68,7 @@ def oracle_place(place):
 
 @pytest.fixture(scope="module", params=DIRECTIONS)
 def patched(request, model, encoded):
-    module, params, config = model
+    _, params, config = model
     program = PairProgram(encoded, config, tokens_per_batch=300)
 
     def measure(params, batch, extra, window):

@@ -1,0 +1,255 @@
+"""Interventions on a run's birth windows, from run directory to `analysis/interventions/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvjax.artifacts.files import write_json, write_json_lines
+from kvjax.artifacts.provenance import device_description, software_versions
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
+from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
+from kvjax.errors import InputError, unusable
+from kvjax.intervene import circuits, flow
+from kvjax.intervene.patching import component_places
+from kvjax.intervene.study import CPU_TOKENS_PER_BATCH, Outcome, Study
+from kvjax.model.decoder import DecoderConfig, stack_params
+from kvjax.sweeps.analysis import PreparedRun
+from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
+from kvjax.sweeps.stream import CheckpointSource
+from kvjax.task.corruption import PAIR_KINDS
+from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pairs import PairSet, own_pairs
+from kvjax.windows.readiness import readiness
+
+KINDS: Mapping[str, Callable[[Study], Outcome]] = {
+    "activation_patching": flow.activation_patching,
+    "path_patching": flow.path_patching,
+    "necessity": circuits.necessity,
+    "across_checkpoints": circuits.across_checkpoints,
+    "subspaces": circuits.subspaces,
+    "neurons": circuits.neurons,
+    "attribution": flow.attribution,
+}
+
+FOLDER = "interventions"
+
+
+@dataclasses.dataclass(frozen=True)
+class InterventionSettings:
+    """What is done, and on what.
+
+    Attributes:
+      kinds: of `KINDS`.
+      window: `all`, or the center step of one window.
+      steps: checkpoints to take instead of windows; None for windows.
+      pairs_per_kind: pairs of each kind that are used, the first of each; None for all.
+      components: names of the components whose set is tested for sufficiency; None for the smallest faithful one.
+      precision: of matrix products.
+      force: go on although a condition for circuit work fails.
+    """
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    window: str = "all"
+    steps: str | None = None
+    pairs_per_kind: int | None = None
+    components: tuple[str, ...] | None = None
+    precision: str = "highest"
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class InterventionReport:
+    """What was written for one kind of intervention in one window."""
+
+    run: RunDir
+    kind: str
+    window: str
+    path: Path
+    document: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Some checkpoints of a run, and the name their files have."""
+
+    name: str
+    description: dict[str, Any]
+    steps: tuple[int, ...]
+
+
+def intervene_in_run(
+    work: PreparedRun,
+    source: CheckpointSource,
+    settings: InterventionSettings,
+    *,
+    advance: Callable[[int], None],
+) -> list[InterventionReport]:
+    """Does every kind of intervention in a run's windows, writes what was found and returns it.
+
+    Args:
+      work: the run with its benchmark and probe set.
+      source: where its checkpoints come from.
+      settings: what to do.
+      advance: called with the number of (window, kind) done.
+
+    Raises:
+      InputError: the run is not ready for circuit work, has no such window or step, or a name is unknown.
+    """
+    windows = chosen_windows(work.run, settings)
+    places = component_places(work.run.config.model.n_layers, work.run.config.model.n_heads)
+    for name in settings.components or ():
+        if name not in places:
+            raise unusable("--components", f"components among {', '.join(places)}", name)
+    pair_set = own_pairs(work.probe, work.benchmark)
+    reports = []
+    for window in windows:
+        study = _study(work, source, window, pair_set, settings)
+        for kind in settings.kinds:
+            outcome = KINDS[kind](study)
+            reports.append(_publish(work, window, kind, study, pair_set, outcome, settings))
+            advance(1)
+    source.save()
+    return reports
+
+
+def chosen_kinds(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the kinds of intervention that a flag names, in the order of `KINDS`; raises `InputError` for others."""
+    unknown = [name for name in names if name not in KINDS]
+    if unknown or not names:
+        raise unusable("--kinds", f"kinds among {', '.join(KINDS)}", unknown[0] if unknown else "none")
+    return tuple(kind for kind in KINDS if kind in names)
+
+
+def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]:
+    """Returns the windows, or the named steps, to intervene in.
+
+    Raises:
+      InputError: a condition for circuit work fails and `force` is not set, or there is no such window or step.
+    """
+    ready = readiness(run)
+    if not ready.ready and not settings.force:
+        failing = next(condition for condition in ready.conditions if not condition.holds)
+        advice = f"run {failing.command}, or" if failing.command else "or"
+        raise InputError(
+            f'{run.path}: expected a run ready for circuit work; found that "{failing.name}" does not hold: '
+            f"{failing.reason} ({advice} go on with --force)"
+        )
+    if settings.steps is not None:
+        steps = tuple(run.select_steps(settings.steps))
+        name = f"steps_{steps[0]}" if len(steps) == 1 else f"steps_{steps[0]}_{steps[-1]}"
+        return [_Window(name, {"steps": list(steps)}, steps)]
+    path = run.analysis / WINDOWS_FILE
+    if not path.is_file():
+        raise unusable(path, "birth windows (run kvjax birth-windows, or name --steps)", "no such file")
+    found = read_birth_windows(path)
+    windows = []
+    for entry in found.windows:
+        if settings.window in ("all", str(entry.center_step)):
+            bounds = {"start_step": entry.start_step, "center_step": entry.center_step, "end_step": entry.end_step}
+            missing = [step for step in entry.steps if step not in run.checkpoints]
+            if missing:
+                raise unusable(run.path / "checkpoints", f"the window's checkpoint {missing[0]}", run.describe_steps())
+            windows.append(_Window(f"window_{entry.center_step}", bounds | {"steps": entry.steps}, tuple(entry.steps)))
+    if not windows:
+        centers = ", ".join(str(entry.center_step) for entry in found.windows) or f"none ({found.verdict})"
+        expected = "a window (or --steps)" if settings.window == "all" else f"a window around {settings.window}"
+        raise unusable(path, expected, f"windows around: {centers}")
+    return windows
+
+
+def _study(
+    work: PreparedRun,
+    source: CheckpointSource,
+    window: _Window,
+    pair_set: PairSet,
+    settings: InterventionSettings,
+) -> Study:
+    run, vocabulary = work.run, work.benchmark.vocabulary
+    pairs = [pair for kind in PAIR_KINDS for pair in pair_set.of_kind(kind)[: settings.pairs_per_kind]]
+    params = [source.load(run.checkpoints[step], step).params for step in window.steps]
+    stacked = stack_params(params)
+    config = DecoderConfig.from_model_config(
+        run.config.model,
+        len(vocabulary.tokens),
+        precision=settings.precision,
+        tied="unembedding" not in stacked,
+    )
+    on_cpu = jax.default_backend() == "cpu"
+    return Study(
+        config=config,
+        vocabulary=vocabulary,
+        steps=window.steps,
+        stacked=stacked,
+        encoded=encode_pairs(pairs, vocabulary, max_seq_len=run.config.model.max_seq_len),
+        pair_ids=tuple(pair.pair_id for pair in pairs),
+        fit=work.fit,
+        records=work.encoded,
+        num_splits=len(work.probe.manifest.splits),
+        components=settings.components,
+        devices=jax.local_device_count(),
+        tokens_per_batch=CPU_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,
+        record_tokens_per_batch=RECORD_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,
+    )
+
+
+def _publish(
+    work: PreparedRun,
+    window: _Window,
+    kind: str,
+    study: Study,
+    pair_set: PairSet,
+    outcome: Outcome,
+    settings: InterventionSettings,
+) -> InterventionReport:
+    run = work.run
+    path = run.analysis / FOLDER / kind / f"{window.name}.json"
+    groups = study.groups
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "run_name": run.config.run_name,
+        "kind": kind,
+        "window": window.description,
+        "steps": list(window.steps),
+        "pairs": {
+            "content_sha256": pair_set.manifest.content_sha256,
+            "probe_set_sha256": pair_set.manifest.probe_set_sha256,
+            "counts": {name: len(own) for name, own in groups.members.items()},
+            "affected_reads": {name: int(groups.reads_N[own].sum()) for name, own in groups.members.items()},
+        },
+        **outcome.summary,
+        "precision": settings.precision,
+        "forced": settings.force,
+        "device": device_description(),
+        "versions": software_versions(),
+    }
+    dataset = outcome.dataset
+    dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed, "kind": kind}
+    write_datasets(path.with_suffix(".nc"), [(None, dataset)])
+    write_json(path, document)
+    if kind == "neurons":
+        write_json_lines(run.analysis / "component_candidates" / "neurons.jsonl", _all_neuron_rows(run, dataset))
+    return InterventionReport(run, kind, window.name, path, document)
+
+
+def _all_neuron_rows(run: RunDir, newest: Any) -> list[dict[str, Any]]:
+    """Returns the neurons of every window measured so far, each step once, the newest measurement of it."""
+    import xarray as xr
+
+    rows: dict[int, list[dict[str, Any]]] = {}
+    folder = run.analysis / FOLDER / "neurons"
+    for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
+        with xr.open_dataset(path, engine="h5netcdf") as dataset:
+            for row in circuits.neuron_rows(Outcome(dataset.load(), {})):
+                rows.setdefault(row["step"], []).append(row)
+    for step in np.unique(newest["step"].values).tolist():
+        rows[step] = []
+    for row in circuits.neuron_rows(Outcome(newest, {})):
+        rows[row["step"]].append(row)
+    return [row for step in sorted(rows) for row in rows[step]]

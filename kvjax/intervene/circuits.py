@@ -1,0 +1,372 @@
+"""Component sets, checkpoints, subspaces and neurons of a window, as labelled arrays and a summary."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+
+from kvjax.intervene.across_checkpoints import ROLES, across_effects
+from kvjax.intervene.necessity import (
+    BASELINES,
+    FAITHFUL,
+    draw_donors,
+    growing_sets,
+    named_set,
+    set_effects,
+    sets_to_ablate,
+    smallest_faithful,
+)
+from kvjax.intervene.neurons import head_spectra, neuron_effects
+from kvjax.intervene.pair_runs import measuring
+from kvjax.intervene.patching import component_places, stage_places
+from kvjax.intervene.recovery import means_per_read, recoveries
+from kvjax.intervene.study import Outcome, Study, number, numbers
+from kvjax.intervene.subspaces import (
+    OPERATIONS,
+    SUBSPACES,
+    orthonormal_bases,
+    probe_directions,
+    subspace_effects,
+    usable_ranks,
+)
+from kvjax.intervene.subspaces import ROLES as SUBSPACE_ROLES
+from kvjax.model.decoder import DecoderConfig
+from kvjax.model.transforms import over_checkpoints
+from kvjax.sweeps.collect import collect
+from kvjax.task.encoding import bucket_by_length
+
+TOP_NEURONS = 20
+
+_ACCURACY = {"long_name": "share of affected reads answered right", "units": "1"}
+_LOGITS = "logit(clean answer) - logit(corrupted answer), mean over affected reads of clean streams"
+
+
+def necessity(study: Study) -> Outcome:
+    """Returns necessity, sufficiency, faithfulness, completeness and minimality of growing component sets.
+
+    Components are ranked by the metric that their mean ablation alone costs, over all pairs, at each checkpoint. The
+    set whose members are tested is the one that was named, or the smallest prefix that is faithful under mean ablation.
+    """
+    names = list(component_places(study.config.n_layers, study.config.n_heads))
+    donors = draw_donors(study.pairs.buckets, study.vocabulary)
+
+    def under(sets_CxKxX: np.ndarray, baseline: str) -> dict[str, np.ndarray]:
+        tree = {"params": study.stacked, "means": study.means, "sets": sets_CxKxX}
+        measure = measuring(_sets, study.config, BASELINES.index(baseline))
+        return study.pairs.run(measure, tree, per_bucket=donors)
+
+    single = np.broadcast_to(np.eye(len(names), dtype=bool), (len(study.steps), len(names), len(names)))
+    alone = under(single, "mean")
+    cost = alone["difference_base"].sum(axis=1)[:, None] - alone["difference"].sum(axis=1)  # [C, components]
+    rankings = np.argsort(-cost, axis=1, kind="stable")
+    given = None
+    if study.components is not None:
+        given = named_set(study.components, study.config.n_layers, study.config.n_heads)
+    named = np.stack([given if given is not None else np.ones(len(names), bool)] * len(rankings))
+    if given is None:
+        # What is faithful is seen from the curves; they do not depend on the named set.
+        curves = under(np.stack([~growing_sets(ranking) for ranking in rankings]), "mean")
+        pooled = curves["difference"].sum(axis=1)  # [C, prefixes]
+        full = curves["difference_base"].sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            faithful = (pooled - pooled[:, :1]) / (full[:, None] - pooled[:, :1])
+        named = np.stack([smallest_faithful(f, r) for f, r in zip(faithful, rankings, strict=True)])
+    # Named sets differ in size from checkpoint to checkpoint: those of fewer members repeat their last.
+    wanted = [sets_to_ablate(r, n) for r, n in zip(rankings, named, strict=True)]
+    most = max(len(sets["minimality"]) for sets in wanted)
+    for sets in wanted:
+        rows = np.minimum(np.arange(most), len(sets["minimality"]) - 1)
+        sets["minimality"] = sets["minimality"][rows]
+    offsets = np.cumsum([0, *(len(wanted[0][name]) for name in wanted[0])])
+    parts = {name: slice(a, b) for name, a, b in zip(wanted[0], offsets[:-1], offsets[1:], strict=True)}
+    stacked = np.stack([np.concatenate(list(sets.values())) for sets in wanted])
+    found = {baseline: under(stacked, baseline) for baseline in BASELINES}
+    return _necessity_outcome(study, names, rankings, named, found, parts, cost)
+
+
+def _necessity_outcome(
+    study: Study,
+    names: list[str],
+    rankings: np.ndarray,
+    named: np.ndarray,
+    found: dict[str, dict[str, np.ndarray]],
+    parts: dict[str, slice],
+    cost: np.ndarray,
+) -> Outcome:
+    sizes = np.arange(len(names) + 1)
+    dataset = study.dataset(baseline=BASELINES, set_size=sizes, rank=np.arange(1, len(names) + 1), component=names)
+    dataset["ranking"] = (("step", "rank"), np.array(names)[rankings], {"long_name": "components, the costliest first"})
+    dataset["cost_alone"] = (
+        ("step", "component"),
+        cost,
+        {"long_name": "metric its mean ablation costs", "units": "logits"},
+    )
+    dataset["in_named_set"] = (("step", "component"), named)
+    dims = ("statistic", "baseline", "pair_kind", "step", "set_size")
+    curves: dict[str, list[np.ndarray]] = {}
+    for arrays in found.values():
+        difference = arrays["difference"]
+        everything = difference[..., parts["necessity"]][..., -1]
+        kept, ablated = difference[..., parts["sufficiency"]], difference[..., parts["necessity"]]
+        base = arrays["difference_base"]
+        own = {
+            "metric_when_ablated": means_per_read(study.groups, ablated),
+            "metric_when_kept_alone": means_per_read(study.groups, kept),
+            "faithfulness": recoveries(study.groups, kept, everything, base),
+            # The complement's faithfulness as the set grows: what the set leaves behind.
+            "completeness": recoveries(study.groups, ablated, everything, base),
+        }
+        members = recoveries(study.groups, difference[..., parts["minimality"]], everything, base)
+        whole = recoveries(study.groups, difference[..., parts["named"]], everything, base)
+        own["minimality"] = _loss(whole[:, :, :, 1], members, named, len(names))
+        own["faithfulness_of_named_set"], own["completeness_of_named_set"] = whole[..., 1], whole[..., 0]
+        for name, x in own.items():
+            curves.setdefault(name, []).append(x)
+    last = {"minimality": ("component",), "faithfulness_of_named_set": (), "completeness_of_named_set": ()}
+    for name, by_baseline in curves.items():
+        stacked = np.stack(by_baseline, axis=1)
+        units = "logits" if name.startswith("metric") else "1"
+        dataset[name] = ((*dims[:4], *last.get(name, ("set_size",))), stacked, {"units": units})
+    dataset["metric_when_ablated"].attrs["long_name"] = _LOGITS
+    dataset["metric_when_kept_alone"].attrs["long_name"] = _LOGITS
+    for name in ("faithfulness", "completeness"):
+        area = np.trapezoid(dataset[name].sel(statistic="estimate").values, sizes / len(names), axis=-1)
+        dataset[f"{name}_area"] = (
+            dims[1:4],
+            area,
+            {"long_name": f"area under {name} by share of components", "units": "1"},
+        )
+    effects = []
+    for c, step in enumerate(study.steps):
+        for k, kind in enumerate(study.groups.kinds):
+            at = {"statistic": "estimate", "baseline": "mean", "pair_kind": kind, "step": step}
+            effects.append(
+                {
+                    "step": step,
+                    "pair_kind": kind,
+                    "named_set": [name for name, inside in zip(names, named[c], strict=True) if inside],
+                    "ranking": np.array(names)[rankings[c]].tolist(),
+                    "faithfulness_of_named_set": numbers(dataset["faithfulness_of_named_set"].values[:, 1, k, c]),
+                    "completeness_of_named_set": numbers(dataset["completeness_of_named_set"].values[:, 1, k, c]),
+                    "faithfulness_curve": [number(x) for x in dataset["faithfulness"].sel(at).values],
+                    "completeness_curve": [number(x) for x in dataset["completeness"].sel(at).values],
+                    "faithfulness_area": {
+                        b: number(dataset["faithfulness_area"].values[i, k, c]) for i, b in enumerate(BASELINES)
+                    },
+                    "minimality": {
+                        n: number(x)
+                        for n, x in zip(names, dataset["minimality"].sel(at).values, strict=True)
+                        if np.isfinite(x)
+                    },
+                }
+            )
+    baseline = study.baseline(found["mean"], "base")
+    return Outcome(
+        dataset, {"baseline": {"clean": baseline}, "effects": effects, "controls": {"faithful_from": FAITHFUL}}
+    )
+
+
+def _loss(whole: np.ndarray, members: np.ndarray, named: np.ndarray, count: int) -> np.ndarray:
+    """Returns the faithfulness each member's removal loses, [3, kinds, C, components]; NaN outside the named set."""
+    loss = np.full((*whole.shape, count), np.nan)
+    for c, inside in enumerate(named):
+        where = np.flatnonzero(inside)
+        loss[0, :, c, where] = (whole[0, :, c, None] - members[0, :, c, : len(where)]).T
+    return loss
+
+
+def across_checkpoints(study: Study) -> Outcome:
+    """Returns every ordered pair of checkpoints: the one run on with each stage's states of the other."""
+    stages = list(stage_places(study.config.n_layers))
+    arrays = study.pairs.run(measuring(_across, study.config), study.stacked, study.stacked)
+    dataset = study.dataset(states_of=study.steps, stage=stages, position_role=ROLES)
+    dims = ("statistic", "pair_kind", "step", "states_of", "stage", "position_role")
+    metric = means_per_read(study.groups, arrays["difference"])
+    dataset["metric"] = (dims, metric, {"long_name": _LOGITS, "units": "logits"})
+    accuracy = means_per_read(study.groups, arrays["clean_correct"])
+    dataset["answer_accuracy"] = (dims, accuracy, _ACCURACY)
+    dataset["stage"].attrs["note"] = (
+        "step is run on with the states of states_of; final_norm goes through step's unembedding"
+    )
+    effects = []
+    for a, b in np.ndindex(len(study.steps), len(study.steps)):
+        for s, stage in enumerate(stages):
+            by_kind = {
+                kind: {
+                    "metric": numbers(metric[:, k, a, b, s, 0]),
+                    "answer_accuracy": numbers(accuracy[:, k, a, b, s, 0]),
+                }
+                for k, kind in enumerate(study.groups.kinds)
+            }
+            effects.append({"step": study.steps[a], "states_of": study.steps[b], "stage": stage, **by_kind})
+    same = np.abs(
+        arrays["difference"][np.arange(len(study.steps)), :, np.arange(len(study.steps))]
+        - arrays["difference_base"][..., None, None]
+    )
+    return Outcome(
+        dataset,
+        {
+            "baseline": {"clean": study.baseline(arrays, "base")},
+            "effects": effects,
+            "controls": {"largest_effect_of_own_states_in_logits": float(same.max())},
+        },
+    )
+
+
+def subspaces(study: Study) -> Outcome:
+    """Returns every stage's probe, class-mean and random subspaces removed, kept alone and exchanged."""
+    ids = {"key_ids": tuple(study.vocabulary.key_ids.tolist()), "value_ids": tuple(study.vocabulary.value_ids.tolist())}
+    directions = study.each_checkpoint(functools.partial(_directions, **ids), study.fit_bucket.batches)
+    ranks = usable_ranks(study.config.d_model)
+    bases = np.stack(
+        [orthonormal_bases({name: x[c] for name, x in directions.items()}, max(ranks)) for c in range(len(study.steps))]
+    )
+    tree = {"params": study.stacked, "mean": directions["mean"], "bases": bases}
+    arrays = study.pairs.run(measuring(_subspaces, study.config), tree)
+    dataset = study.dataset(
+        stage=stage_places(study.config.n_layers),
+        position_role=SUBSPACE_ROLES,
+        subspace=SUBSPACES,
+        subspace_rank=ranks,
+        operation=OPERATIONS,
+    )
+    dims = ("statistic", "pair_kind", "step", "stage", "position_role", "subspace", "subspace_rank", "operation")
+    lost = recoveries(study.groups, arrays["difference"], arrays["difference_base"], arrays["difference_source"])
+    meaning = "share of the clean run's lead over the corrupted one that is lost"
+    dataset["loss"] = (dims, lost, {"long_name": meaning, "units": "1"})
+    accuracy = means_per_read(study.groups, arrays["clean_correct"])
+    dataset["clean_answer_accuracy"] = (
+        dims,
+        accuracy,
+        _ACCURACY,
+    )
+    effects = []
+    for operation in OPERATIONS:
+        for k, kind in enumerate(study.groups.kinds):
+            for c, step in enumerate(study.steps):
+                for role in SUBSPACE_ROLES:
+                    at = dataset["loss"].sel(statistic="estimate", operation=operation, position_role=role)
+                    at = at.isel(pair_kind=k, step=c)
+                    gap = (at.sel(subspace="probe") - at.sel(subspace="random")).values  # [stages, ranks]
+                    if not np.isfinite(gap).any():
+                        continue
+                    stage, rank = np.unravel_index(np.nanargmax(gap if operation != "kept" else -gap), gap.shape)
+                    here = {"stage": int(stage), "subspace_rank": int(rank)}
+                    effects.append(
+                        {
+                            "operation": operation,
+                            "pair_kind": kind,
+                            "step": step,
+                            "position_role": role,
+                            "stage": str(dataset["stage"].values[stage]),
+                            "rank": int(ranks[rank]),
+                            "loss": {s: number(at.isel(here).sel(subspace=s)) for s in SUBSPACES},
+                        }
+                    )
+    summary = {
+        "baseline": {"clean": study.baseline(arrays, "base"), "corrupted": study.baseline(arrays, "source")},
+        "effects": effects,
+        "controls": {"random_subspaces": "of the same rank, beside each effect"},
+    }
+    return Outcome(dataset, summary)
+
+
+def neurons(study: Study) -> Outcome:
+    """Returns every neuron's exact ablation, write strength and attribution on the probe set, and head spectra."""
+    buckets = bucket_by_length(study.records, tokens_per_batch=study.record_tokens_per_batch)
+    value_ids = tuple(study.vocabulary.value_ids.tolist())
+    outputs = []
+    for bucket in buckets:
+        devices = min(study.devices, len(study.steps))
+        each = []
+        for start in range(0, len(study.steps), devices):
+            rows = np.minimum(np.arange(start, start + devices), len(study.steps) - 1)
+            chunk = jax.tree.map(lambda x, rows=rows: x[rows], study.stacked)
+            each.append(
+                jax.device_get(_neurons(study.config, bucket.horizon, value_ids, devices, chunk, bucket.batches))
+            )
+        outputs.append(jax.tree.map(lambda *x: np.concatenate(x)[: len(study.steps)], *each))
+    arrays = collect(outputs, buckets, *study.records.is_read.shape)
+    reads = float(study.records.is_read.sum())
+    dataset = xr.Dataset(coords={"step": list(study.steps), "layer": np.arange(study.config.n_layers)})
+    dims = ("step", "layer", "neuron")
+    clean = {name: arrays[f"clean_{name}"].sum(axis=1)[:, None, None] for name in ("correct", "margin")}
+    lost = {name: (clean[name] - arrays[name].sum(axis=1, dtype=np.float64)) / reads for name in clean}
+    out = np.linalg.norm(np.asarray(study.stacked["blocks"]["mlp"]["fc_out"]["kernel"]), axis=-1)  # [C, L, F]
+    columns = {
+        "accuracy_drop": (lost["correct"], "clean minus ablated answer accuracy", "1"),
+        "margin_drop": (lost["margin"], "clean minus ablated answer margin", "logits"),
+        "write_strength": (
+            arrays["activation"].sum(axis=1) / reads * out,
+            "mean |activation| at p_e times the norm of its output weights",
+            "1",
+        ),
+        "direct_logit_attribution": (
+            arrays["direct_logit_attribution"].sum(axis=1) / reads,
+            "what it adds to logit(answer) - mean logit over values",
+            "logits",
+        ),
+    }
+    for name, (values, long_name, units) in columns.items():
+        dataset[name] = (dims, values, {"long_name": long_name, "units": units})
+    spectra = [head_spectra(study.checkpoint(c), study.config.n_heads) for c in range(len(study.steps))]
+    for name in spectra[0]:
+        axes = ("step", "layer", "head", "singular_value") if name.endswith("values") else ("step", "layer", "head")
+        dataset[name] = (axes, np.stack([x[name] for x in spectra]), {"units": "1"})
+    effects = []
+    for c, step in enumerate(study.steps):
+        drops = lost["margin"][c]
+        for index in np.argsort(-np.abs(drops).ravel(), kind="stable")[:TOP_NEURONS]:
+            layer, neuron = (int(i) for i in np.unravel_index(index, drops.shape))
+            row = {name: number(values[c, layer, neuron]) for name, (values, _, _) in columns.items()}
+            effects.append({"step": step, "layer": layer, "neuron": neuron, **row})
+    return Outcome(dataset, {"baseline": {}, "effects": effects, "controls": {}})
+
+
+def neuron_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """Returns one row per step and neuron, for `component_candidates/neurons.jsonl`; ranks are by margin drop."""
+    dataset = outcome.dataset
+    rows = []
+    names = ("accuracy_drop", "margin_drop", "write_strength", "direct_logit_attribution")
+    for c, step in enumerate(dataset["step"].values.tolist()):
+        values = {name: dataset[name].values[c] for name in names}
+        place = np.empty(values["margin_drop"].size, int)
+        place[np.argsort(-values["margin_drop"].ravel(), kind="stable")] = np.arange(1, place.size + 1)
+        for index in np.ndindex(*values["margin_drop"].shape):
+            own = {name: number(x[index]) for name, x in values.items()}
+            rank = int(place[np.ravel_multi_index(index, values["margin_drop"].shape)])
+            rows.append({"step": step, "layer": index[0], "neuron": index[1], **own, "rank": rank})
+    return rows
+
+
+def _sets(config, baseline_index, tree, batch, donors, window):
+    del window
+    return set_effects(tree, config, batch, donors, baseline_index)
+
+
+def _across(config, params, batch, extra, window, others):
+    del extra, window
+    return across_effects(params, config, batch, others)
+
+
+def _subspaces(config, tree, batch, extra, window):
+    del extra
+    return subspace_effects(tree, config, batch, window)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("key_ids", "value_ids"))
+def _directions(config: DecoderConfig, params, fit, *, key_ids, value_ids):
+    return probe_directions(config, params, fit, key_ids=np.array(key_ids), value_ids=np.array(value_ids))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _neurons(config, horizon, value_ids, devices, stacked, batches):
+    def one_checkpoint(params, batches):
+        measure = functools.partial(neuron_effects, params, config, horizon=horizon, value_ids=np.array(value_ids))
+        return jax.lax.map(measure, batches)
+
+    return over_checkpoints(one_checkpoint, lift="map", devices=devices)(stacked, batches)

@@ -1,0 +1,161 @@
+"""Necessity and sufficiency of component sets: faithfulness, completeness and minimality as sets grow.
+
+On the clean streams of the pairs. A set is *necessary* as far as the metric drops when it is ablated, *sufficient* as
+far as it stays when everything outside the set is. Sets are the prefixes of a ranking, and one that is named.
+
+Source: docs/definitions.md, section 9; Wang et al., Interpretability in the wild (2022), for the three criteria.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.intervene.pair_runs import Effects, answer_effects
+from kvjax.intervene.patching import Place, component_places
+from kvjax.model.decoder import DecoderConfig
+from kvjax.model.interventions import Edit, Interventions
+from kvjax.model.sites import Trace, take_positions
+from kvjax.sweeps.engine import RESTART_CAPTURE, restart, run_clean
+from kvjax.task.encoding import Bucket
+from kvjax.task.pair_encoding import EncodedPairs, PairBucket
+from kvjax.task.vocabulary import PAD_ID, READ, WRITE, Vocabulary
+
+BASELINES = ("zero", "mean", "resample")
+FAITHFUL = 0.9  # the smallest prefix that reaches this faithfulness is the set whose members are tested
+
+DONOR_SEED = 0
+
+
+def component_masks(chosen: np.ndarray, n_layers: int, n_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which heads [..., L, H] and MLPs [..., L] a choice among `component_places` [..., components] names."""
+    by_layer = chosen.reshape(*chosen.shape[:-1], n_layers, n_heads + 1)
+    return by_layer[..., :n_heads], by_layer[..., n_heads]
+
+
+def ablation(heads_LxH: jax.Array, mlps_L: jax.Array, values: Trace, *, n_layers: int, n_heads: int) -> Interventions:
+    """Returns the edits that replace the outputs of a set of heads and MLPs, at every position.
+
+    Args:
+      heads_LxH, mlps_L: bool, the set.
+      values: `head_z` and `mlp_out`, each of the site's axes, of their length or 1.
+    """
+    assert heads_LxH.shape == (n_layers, n_heads) and mlps_L.shape == (n_layers,)
+    return {
+        "head_z": Edit(heads_LxH[:, None, None, :, None], values["head_z"]),
+        "mlp_out": Edit(mlps_L[:, None, None, None], values["mlp_out"]),
+    }
+
+
+def set_effects(
+    tree: dict, config: DecoderConfig, batch: EncodedPairs, donors_BxT: jax.Array, baseline_index: int
+) -> Effects:
+    """Returns the metric on the clean streams under the ablation of each of K sets, [B, K] each.
+
+    Args:
+      tree: one checkpoint's `params`, `means` (`head_z`, `mlp_out`) and `sets` (bool [K, components]).
+      config: its shape.
+      batch: a microbatch of pairs.
+      donors_BxT: for each position, the position of the microbatch [B * T] whose outputs resampling takes.
+      baseline_index: what ablated outputs are replaced by, of `BASELINES`.
+    """
+    params, sets = tree["params"], tree["sets"]
+    tokens = jnp.asarray(batch.clean_tokens)
+    logits, clean = run_clean(params, config, tokens, RESTART_CAPTURE)
+    values = _replacements(clean.trace, tree["means"], donors_BxT, BASELINES[baseline_index])
+
+    def under(chosen: jax.Array) -> Effects:
+        by_layer = chosen.reshape(config.n_layers, config.n_heads + 1)
+        edits = ablation(by_layer[:, :-1], by_layer[:, -1], values, n_layers=config.n_layers, n_heads=config.n_heads)
+        read = restart(params, config, clean, edits, layer=0, positions_BxQ=batch.prediction_positions)
+        return answer_effects(read, batch)
+
+    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), jax.lax.map(under, sets))
+    full = answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)
+    return found | {f"{name}_base": x for name, x in full.items()}
+
+
+def _replacements(trace: Trace, means: Trace, donors_BxT: jax.Array, baseline: str) -> Trace:
+    if baseline == "mean":
+        return means
+    if baseline == "zero":
+        return {name: jnp.zeros_like(x) for name, x in means.items()}
+    by_token = {name: trace[name].reshape(len(trace[name]), -1, *trace[name].shape[3:]) for name in means}
+    return {name: x[:, donors_BxT] for name, x in by_token.items()}
+
+
+def growing_sets(ranking: np.ndarray) -> np.ndarray:
+    """Returns the prefixes of a ranking, from none to all: bool [components + 1, components]."""
+    place = np.argsort(ranking)
+    return place[None] < np.arange(len(ranking) + 1)[:, None]
+
+
+def sets_to_ablate(ranking: np.ndarray, named: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns every set that curves and criteria need ablated, bool [K, components] by what it is for.
+
+    `necessity`: each prefix of the ranking. `sufficiency`: what lies outside each prefix. `named`: the named set, and
+    what lies outside it. `minimality`: what lies outside the named set without each of its members, one after another
+    in the order of components.
+    """
+    prefixes = growing_sets(ranking)
+    members = np.flatnonzero(named)
+    without = np.tile(~named, (len(members), 1))
+    without[np.arange(len(members)), members] = True
+    return {
+        "necessity": prefixes,
+        "sufficiency": ~prefixes,
+        "named": np.stack([named, ~named]),
+        "minimality": without,
+    }
+
+
+def smallest_faithful(faithfulness: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+    """Returns the smallest prefix of a ranking whose faithfulness is at least `FAITHFUL`, bool [components]."""
+    reached = np.flatnonzero(np.nan_to_num(faithfulness, nan=-np.inf) >= FAITHFUL)
+    return growing_sets(ranking)[reached[0] if len(reached) else len(ranking)]
+
+
+def named_set(names: Sequence[str], n_layers: int, n_heads: int) -> np.ndarray:
+    """Returns the components of given names (`L1H3`, `MLP2`) as bool [components]; raises KeyError for another."""
+    places: dict[str, Place] = component_places(n_layers, n_heads)
+    index = {name: i for i, name in enumerate(places)}
+    chosen = np.zeros(len(places), bool)
+    chosen[[index[name] for name in names]] = True
+    return chosen
+
+
+def draw_donors(buckets: Sequence[PairBucket] | Sequence[Bucket], vocabulary: Vocabulary) -> list[np.ndarray]:
+    """Returns, for every position of the clean streams, one of the same token role in another stream of its microbatch.
+
+    Returns:
+      For each bucket, int32 [microbatch, B, T]: row * T + position in the microbatch. A position whose role no other
+      stream has, and padding, names itself.
+    """
+    rng = np.random.default_rng(DONOR_SEED)
+    operators = {vocabulary.id_of[WRITE]: 0, vocabulary.id_of[READ]: 3}
+    found = []
+    for bucket in buckets:
+        microbatches = np.asarray(bucket.batches.clean_tokens)
+        donors = np.empty(microbatches.shape, np.int32)
+        for m, tokens in enumerate(microbatches):
+            rows, length = tokens.shape
+            roles = np.full(tokens.shape, -1)
+            for at in range(1, length, 3):
+                kind = np.vectorize(lambda token: operators.get(token, -9))(tokens[:, at])
+                for part in range(min(3, length - at)):
+                    roles[:, at + part] = np.where(kind >= 0, kind + part, -2)
+            roles[tokens == PAD_ID] = -3
+            donors[m] = np.arange(rows * length).reshape(rows, length)
+            for role in range(6):
+                places = np.argwhere(roles == role)
+                if len(np.unique(places[:, 0])) < 2:
+                    continue
+                chosen = rng.integers(len(places), size=len(places))
+                while (own := places[chosen, 0] == places[:, 0]).any():
+                    chosen[own] = rng.integers(len(places), size=int(own.sum()))
+                donors[m][places[:, 0], places[:, 1]] = places[chosen, 0] * length + places[chosen, 1]
+        found.append(donors)
+    return found

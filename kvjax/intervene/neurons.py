@@ -1,0 +1,106 @@
+"""Neurons and weights of components: every neuron ablated alone, how much it writes, and what heads' matrices can do.
+
+Ablating a neuron leaves everything before its layer's end as it was, and changes the residual stream there by its
+activation times its output weights: one restart from the next block for each, exactly.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.measure import behaviour
+from kvjax.measure.attribution import answer_direction
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.interventions import Edit
+from kvjax.model.sites import take_positions
+from kvjax.sweeps.engine import RESTART_CAPTURE, restart, run_clean
+from kvjax.task.encoding import EncodedRecords
+
+Effects = dict[str, jax.Array]
+
+
+def neuron_effects(
+    params: Params, config: DecoderConfig, batch: EncodedRecords, *, horizon: int, value_ids: jax.Array
+) -> Effects:
+    """Returns what every neuron does at the reads of each sequence, summed over them.
+
+    Args:
+      params, config: one checkpoint.
+      batch: a microbatch of the probe set.
+      horizon: positions from this one on affect no read.
+      value_ids: token ids of values.
+
+    Returns:
+      [B, L, F] each: `correct` and `margin` under the neuron's zero ablation, `activation` (its absolute value at p_e)
+      and `direct_logit_attribution` (logits); and `clean_correct`, `clean_margin` [B].
+    """
+    tokens = jnp.asarray(batch.tokens)
+    logits, clean = run_clean(params, config, tokens, (*RESTART_CAPTURE, "mlp_hidden"))
+    clean = clean.cut(horizon)
+    positions = batch.prediction_positions
+    hidden_LxBxTxF = clean.trace["mlp_hidden"]
+    kernel_LxFxD = jnp.asarray(params["blocks"]["mlp"]["fc_out"]["kernel"])
+
+    def answers(read: jax.Array) -> Effects:
+        per_read = {
+            "correct": behaviour.answer_correct(read, batch.answers),
+            "margin": behaviour.answer_margin(read, batch.answers, value_ids),
+        }
+        return {name: jnp.sum(jnp.where(batch.is_read, x, 0.0), axis=-1) for name, x in per_read.items()}
+
+    def without(layer: jax.Array | int, neuron: jax.Array) -> Effects:
+        activation = jax.lax.dynamic_index_in_dim(hidden_LxBxTxF[layer], neuron, 2, keepdims=True)
+        value = clean.trace["post_mlp"][layer] - activation * kernel_LxFxD[layer, neuron][None, None]
+        mask = (jnp.arange(config.n_layers) == layer)[:, None, None, None]
+        edits = {"post_mlp": Edit(mask, value[None])}
+        return answers(restart(params, config, clean, edits, layer=layer, positions_BxQ=positions))
+
+    def of_layer(layer: jax.Array | int) -> Effects:
+        return jax.lax.map(lambda neuron: without(layer, neuron), jnp.arange(config.d_ff))
+
+    found = jax.tree.map(lambda x: x[None], of_layer(config.n_layers - 1))
+    if config.n_layers > 1:
+        earlier = jax.lax.map(of_layer, jnp.arange(config.n_layers - 1))
+        found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, found)
+    at_reads = jax.vmap(lambda x: take_positions(x, positions, 1))(hidden_LxBxTxF)  # [L, B, Q, F]
+    final = take_positions(clean.trace["post_mlp"][-1], positions, 1)
+    direction_BxQxD = answer_direction(params, final, jnp.asarray(batch.answers), value_ids)
+    towards = jnp.einsum("lfd,bqd->lbqf", kernel_LxFxD, direction_BxQxD, precision="highest")
+    written = {"activation": jnp.abs(at_reads), "direct_logit_attribution": at_reads * towards}
+    counted = batch.is_read[None, :, :, None]
+    result = {name: jnp.moveaxis(x, -1, 0) for name, x in found.items()}
+    result |= {n: jnp.sum(jnp.where(counted, x, 0.0), axis=2).swapaxes(0, 1) for n, x in written.items()}
+    return result | {f"clean_{name}": x for name, x in answers(take_positions(logits, positions, 1)).items()}
+
+
+def head_spectra(params: Params, n_heads: int) -> dict[str, np.ndarray]:
+    """Returns the singular values of every head's W_QK and W_OV, and their effective ranks.
+
+    W_QK = W_Q W_Kᵀ and W_OV = W_V W_O of one head, with the gain of the LayerNorm before it folded into W_Q, W_K and
+    W_V (biases left out): what queries can be matched with, and what attended positions can write.
+
+    Returns:
+      `qk_singular_values`, `ov_singular_values` [L, H, E], largest first; `qk_effective_rank`, `ov_effective_rank`
+      [L, H]: the exponential of the entropy of the normalised singular values.
+      Source: Elhage et al. (2021); Roy & Vetterli, The effective rank (2007).
+    """
+    attn, gain = params["blocks"]["attn"], np.asarray(params["blocks"]["ln_1"]["scale"], np.float64)
+    n_layers, width = gain.shape
+
+    def by_head(name: str) -> np.ndarray:
+        kernel = np.asarray(attn[name]["kernel"], np.float64) * gain[:, :, None]
+        return kernel.reshape(n_layers, width, n_heads, -1).swapaxes(1, 2)  # [L, H, D, E]
+
+    out = np.asarray(attn["out_proj"]["kernel"], np.float64).reshape(n_layers, n_heads, -1, width)
+    query, key, value = (by_head(name) for name in ("q_proj", "k_proj", "v_proj"))
+    found = {}
+    for name, left, right in (("qk", query, key.swapaxes(2, 3)), ("ov", value, out)):
+        # The product of [D, E] and [E, D] has E singular values at most: those of R_left R_rightᵀ.
+        narrow = np.linalg.qr(left, mode="r") @ np.linalg.qr(right.swapaxes(2, 3), mode="r").swapaxes(2, 3)
+        values = np.linalg.svd(narrow, compute_uv=False)
+        shares = values / values.sum(axis=-1, keepdims=True)
+        entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)), axis=-1)
+        found |= {f"{name}_singular_values": values, f"{name}_effective_rank": np.exp(entropy)}
+    return found

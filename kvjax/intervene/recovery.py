@@ -1,0 +1,100 @@
+"""From the metric of every pair to recoveries with intervals, by kind of pair (docs/definitions.md, section 9)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from kvjax.measure.uncertainty import bootstrap_ratios, percentile_interval, resample_counts
+from kvjax.task.corruption import PAIR_KINDS
+from kvjax.task.pair_encoding import EncodedPairs
+
+STATISTICS = ("estimate", "low", "high")
+
+RESAMPLE_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PairGroups:
+    """Which pairs are of which kind, how many reads each counts, and the resamples that all intervals share.
+
+    Attributes:
+      members: for each of `PAIR_KINDS` that there is, the indices of its pairs.
+      reads_N: affected reads of each pair.
+      counts_KxN: how often each pair is drawn in each resample, within its kind.
+    """
+
+    members: dict[str, np.ndarray]
+    reads_N: np.ndarray
+    counts_KxN: np.ndarray
+
+    @classmethod
+    def of(cls, encoded: EncodedPairs) -> PairGroups:
+        """Returns the groups of encoded pairs."""
+        members = {kind: np.flatnonzero(encoded.kinds == index) for index, kind in enumerate(PAIR_KINDS)}
+        return cls(
+            {kind: own for kind, own in members.items() if len(own)},
+            encoded.is_affected.sum(axis=1),
+            resample_counts(encoded.kinds, seed=RESAMPLE_SEED),
+        )
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(self.members)
+
+
+def means_per_read(groups: PairGroups, sums_CxNxX: np.ndarray) -> np.ndarray:
+    """Returns means over affected reads with intervals, [3, kinds, C, *X], from sums over each pair's reads."""
+    reads = np.broadcast_to(groups.reads_N.reshape(1, -1, *[1] * (sums_CxNxX.ndim - 2)), sums_CxNxX.shape)
+    return np.stack([_ratio(groups, own, sums_CxNxX, reads) for own in groups.members.values()], axis=1)
+
+
+def recoveries(
+    groups: PairGroups, patched_CxNxX: np.ndarray, base_CxN: np.ndarray, source_CxN: np.ndarray
+) -> np.ndarray:
+    """Returns (patched - base) / (source - base) as ratios of means over affected reads, with 95 % intervals.
+
+    Args:
+      groups: kinds of pairs, and resamples.
+      patched_CxNxX: the metric of every intervened run, summed over a pair's reads.
+      base_CxN, source_CxN: of the two runs without intervention.
+
+    Returns:
+      [3, kinds, C, *X]: estimate, low, high; NaN where the interval of the denominator includes 0.
+    """
+    extra = (1,) * (patched_CxNxX.ndim - 2)
+    moved = patched_CxNxX - base_CxN.reshape(*base_CxN.shape, *extra)
+    gap = (source_CxN - base_CxN).astype(np.float64)
+    found = []
+    for own in groups.members.values():
+        # The denominator's sign is turned positive, so that resamples divide by what they should.
+        sign = np.where(gap[:, own].sum(axis=1, keepdims=True) < 0, -1.0, 1.0)
+        signed = (sign * gap).reshape(*gap.shape, *extra)
+        ratio = _ratio(groups, own, moved * sign.reshape(-1, 1, *extra), np.broadcast_to(signed, moved.shape))
+        low, high = _interval(groups, own, gap)
+        undefined = (low <= 0) & (high >= 0)
+        ratio[:, undefined] = np.nan
+        found.append(ratio)
+    return np.stack(found, axis=1)
+
+
+def _ratio(groups: PairGroups, own: np.ndarray, sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Returns the ratio of sums over some pairs, with its interval: [3, C, *X]."""
+    sums, totals = sums[:, own].astype(np.float64), totals[:, own].astype(np.float64)
+    shape = (len(sums), *sums.shape[2:])
+
+    def by_pair(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x, 1, 0).reshape(len(own), -1)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = sums.sum(axis=1) / totals.sum(axis=1)
+    samples = bootstrap_ratios(groups.counts_KxN[:, own], by_pair(sums), by_pair(totals))
+    ends = [end.reshape(shape) for end in percentile_interval(samples)]
+    missing = ~np.isfinite(values)
+    return np.stack([np.where(missing, np.nan, x) for x in (values, *ends)])
+
+
+def _interval(groups: PairGroups, own: np.ndarray, sums_CxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    reads = np.broadcast_to(groups.reads_N[own][:, None], (len(own), len(sums_CxN))).astype(np.float64)
+    return percentile_interval(bootstrap_ratios(groups.counts_KxN[:, own], sums_CxN[:, own].T, reads))

@@ -1,0 +1,157 @@
+"""Residual subspaces: what a stage's state says about the answer only inside a few directions, or only outside them.
+
+At one stage and position role a subspace of rank r is removed (the state's part in it is set to the mean's), kept alone
+(the rest is set to the mean's), or exchanged between the runs of a pair. Subspaces are the row space of a trained
+probe's weights, that of class means, and a random one of the same rank for scale (definitions, section 9).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.intervene.pair_runs import Effects, answer_effects, run_pairs
+from kvjax.intervene.patching import over_places, stage_index, stage_places
+from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.interventions import Edit
+from kvjax.model.sites import SITES
+from kvjax.sweeps.engine import CleanRun, restart
+from kvjax.sweeps.fit import probe_labels
+from kvjax.sweeps.movement import read_states
+from kvjax.task.corruption import PAIR_ROLES
+from kvjax.task.encoding import EncodedRecords
+from kvjax.task.pair_encoding import EncodedPairs
+
+SUBSPACES = ("probe", "class_means", "random")
+OPERATIONS = ("removed", "kept", "exchanged")
+RANKS = (1, 4, 16, 64)
+# Position role of the pair -> index of the position that probes were fitted at: p_e, or s_e for the changed tokens.
+ROLES = ("prediction", "changed")
+
+RANDOM_SEED = 0
+
+
+def probe_directions(
+    config: DecoderConfig, params: Params, fit: EncodedRecords, *, key_ids: np.ndarray, value_ids: np.ndarray
+) -> dict[str, jax.Array]:
+    """Returns what the subspaces of one checkpoint are made of, from its fit set.
+
+    Args:
+      config, params: one checkpoint.
+      fit: the fit set's microbatches.
+      key_ids, value_ids: token ids.
+
+    Returns:
+      For the 2 S stages and positions, p_e first: `mean` [2 S, D]; `probe` [2 S, values, D], the weights of the value
+      probe on raw states; `class_means` [2 S, values, D], centred.
+    """
+    states_GxNxD = read_states(config, params, (fit,))
+    labels = probe_labels(fit, key_ids=key_ids, value_ids=value_ids)
+    counts = (labels["query_key"] != NO_LABEL).astype(jnp.float32)
+    system = ridge_system(states_GxNxD, counts)
+    probes = fit_probes(system, labels["value"][None], len(value_ids))
+    classes = jnp.where(labels["value"] == NO_LABEL, len(value_ids), labels["value"])
+
+    def means(states_NxD: jax.Array) -> jax.Array:
+        sums = jax.ops.segment_sum(states_NxD * counts[:, None], classes, len(value_ids) + 1)[:-1]
+        members = jax.ops.segment_sum(counts, classes, len(value_ids) + 1)[:-1]
+        overall = jnp.sum(sums, axis=0) / jnp.sum(members)
+        centred = sums / jnp.maximum(members, 1.0)[:, None] - overall[None]
+        return jnp.where(members[:, None] > 0, centred, 0.0)
+
+    return {
+        "mean": system.mean,
+        "probe": probes.weights[:, 0] / system.scale[:, None],
+        "class_means": jax.lax.map(means, states_GxNxD),
+    }
+
+
+def orthonormal_bases(directions: dict[str, np.ndarray], rank: int) -> np.ndarray:
+    """Returns the leading orthonormal directions of each subspace, [2 S, `SUBSPACES`, rank, D].
+
+    By singular value decomposition on the host: JAX's calls of LAPACK on several CPU devices at once can block. Random
+    subspaces are drawn once per stage and position, the same for every checkpoint.
+    """
+    groups, _, width = directions["probe"].shape
+    rng = np.random.default_rng(RANDOM_SEED)
+    drawn = rng.normal(size=(groups, width, width))
+    bases = np.zeros((groups, len(SUBSPACES), rank, width), np.float32)
+    for g in range(groups):
+        for k, rows in enumerate((directions["probe"][g], directions["class_means"][g], drawn[g])):
+            right = np.linalg.svd(rows.astype(np.float64), full_matrices=False)[2]
+            bases[g, k, : min(rank, len(right))] = right[:rank]
+    return bases
+
+
+def subspace_effects(tree: dict, config: DecoderConfig, batch: EncodedPairs, window: int) -> Effects:
+    """Returns the metric of clean runs with a subspace removed, kept alone, or exchanged with the corrupted run's.
+
+    Args:
+      tree: one checkpoint's `params`, `mean` [2 S, D] and `bases` [2 S, subspaces, rank, D].
+      config: its shape.
+      batch: a microbatch of pairs.
+      window: positions computed.
+
+    Returns:
+      Of each of `answer_effects`: `<name>` [B, stages, `ROLES`, `SUBSPACES`, ranks, `OPERATIONS`], and
+      `<name>_base`, `<name>_source` [B] of the clean and the corrupted run.
+    """
+    params = tree["params"]
+    runs = run_pairs(params, config, batch, "noising", window=window)
+    roles_BxT = jnp.asarray(batch.roles)
+    stages, ranks = 2 * config.n_layers + 2, jnp.array(usable_ranks(config.d_model))
+    role_of = jnp.array([PAIR_ROLES.index(role) for role in ROLES])
+    axes = (jnp.arange(len(ROLES)), jnp.arange(len(SUBSPACES)), ranks, jnp.arange(len(OPERATIONS)))
+    grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
+
+    def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
+        def states(run: CleanRun) -> jax.Array:
+            x = run.trace[site]
+            return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) if SITES[site].per_layer else x
+
+        clean_BxTxD, corrupted_BxTxD = states(runs.base), states(runs.source)
+
+        def one(choice: jax.Array) -> Effects:
+            role, subspace, rank, operation = choice
+            group = role * stages + stage_index(site, layer, config.n_layers)
+            mean, directions = tree["mean"][group][None, None], tree["bases"][group, subspace]
+            basis_RxD = jnp.where(jnp.arange(len(directions))[:, None] < rank, directions, 0.0)
+
+            def inside(x_BxTxD: jax.Array) -> jax.Array:
+                coordinates = jnp.matmul(x_BxTxD, basis_RxD.T, precision=config.precision)
+                return jnp.matmul(coordinates, basis_RxD, precision=config.precision)
+
+            part = inside(clean_BxTxD - mean)
+            exchanged = clean_BxTxD + inside(corrupted_BxTxD - clean_BxTxD)
+            value = jax.lax.select_n(operation, clean_BxTxD - part, mean + part, exchanged)
+            where_BxT = roles_BxT == role_of[role]
+            if SITES[site].per_layer:
+                mask = (jnp.arange(config.n_layers) == layer)[:, None, None, None] & where_BxT[None, :, :, None]
+                edit = Edit(mask, value[None])
+            else:
+                edit = Edit(where_BxT[:, :, None], value)
+            logits = restart(
+                params,
+                config,
+                runs.base,
+                {site: edit},
+                layer=layer,
+                positions_BxQ=batch.prediction_positions,
+                window_BxW=runs.window_BxW,
+            )
+            return answer_effects(logits, batch)
+
+        return jax.lax.map(one, grid.reshape(-1, len(axes)))
+
+    found = over_places(tuple(stage_places(config.n_layers).values()), config.n_layers, at_stage)
+    shape = (len(roles_BxT), stages, *grid.shape[:-1])
+    result = {name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in found.items()}
+    result |= {f"{name}_base": x for name, x in runs.base_effects.items()}
+    return result | {f"{name}_source": x for name, x in runs.source_effects.items()}
+
+
+def usable_ranks(width: int) -> tuple[int, ...]:
+    """Returns the ranks of `RANKS` that leave something outside the subspace."""
+    return tuple(rank for rank in RANKS if rank < width)
