@@ -135,8 +135,23 @@ def _patching_lines(document: dict[str, Any]) -> list[str]:
     return [
         f"recovery at step {_center(document)} when taken from the clean run, the largest by kind of pair:",
         *_best_by_kind(document, effects["components"], lambda e: e["place"]),
-        *_best_by_kind(document, effects["stages"], lambda e: f"{e['place']} at {e['position_role']}"),
+        "and stage by stage, from which positions most is recovered:",
+        *_holder_lines(document, effects["stages"]),
     ]
+
+
+def _holder_lines(document: dict[str, Any], stages: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for kind in document["pairs"]["counts"]:
+        own = [e for e in stages if (e["pair_kind"], e["step"]) == (kind, _center(document))]
+        own = [e for e in own if e["direction"] == "denoising"]
+        held: dict[str, list[str]] = {}
+        for e in own:
+            stage = e["place"].replace("layer_", "L").replace("_post_", ".")
+            held.setdefault(e["position_role"], []).append(f"{stage} {_cell(e['recovery']['estimate'], '.2f')}")
+        shown = "; ".join(f"{role}: {', '.join(parts)}" for role, parts in held.items())
+        lines.append(f"{kind:<6} {shown or 'no gap between the runs to recover'}")
+    return lines
 
 
 def _path_lines(document: dict[str, Any]) -> list[str]:

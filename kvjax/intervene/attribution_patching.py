@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.intervene.pair_runs import Direction, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import PairRuns, answer_effects, run_pairs
 from kvjax.intervene.paths import all_edges, all_senders, sender_changes
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
@@ -30,7 +30,7 @@ _TRACE = ("embedding", "head_z", "mlp_out", "post_attn", "post_mlp")
 
 
 def attribution_scores(
-    params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int, direction: Direction
+    params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int, direction: jax.Array | int
 ) -> dict[str, jax.Array]:
     """Returns the first-order effect on the metric of patching each node and each direct path.
 

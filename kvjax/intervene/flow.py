@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from kvjax.intervene.attribution_patching import METHODS, attribution_scores
-from kvjax.intervene.pair_runs import DIRECTIONS, measuring
+from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, both_directions, measuring
 from kvjax.intervene.patching import component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_effects
 from kvjax.intervene.recovery import means_per_read, recoveries
@@ -33,10 +33,8 @@ def activation_patching(study: Study) -> Outcome:
     )
     places = stages | components
     length = study.encoded.clean_tokens.shape[1]
-    by_direction = []
-    for direction in DIRECTIONS:
-        measure = measuring(_patching, study.config, direction, tuple(places.values()))
-        by_direction.append(study.pairs.run(measure, study.stacked))
+    arrays = study.pairs.run(measuring(_patching, study.config, tuple(places.values())), study.stacked)
+    by_direction = _each_direction(arrays)
     dataset = study.dataset(
         direction=DIRECTIONS, place=places, position_role=ROLES, position=range(length), pair=study.pair_ids
     )
@@ -72,7 +70,7 @@ def activation_patching(study: Study) -> Outcome:
     )
     effects = {
         "components": _top(dataset["recovery_by_role"].sel(place=list(components), position_role="all")),
-        "stages": _top(dataset["recovery_by_role"].sel(place=list(stages), position_role=list(ROLES[:-2]))),
+        "stages": _holders(dataset["recovery_by_role"].sel(place=list(stages), position_role=list(ROLES[:-2]))),
     }
     return Outcome(
         dataset,
@@ -90,9 +88,7 @@ def activation_patching(study: Study) -> Outcome:
 def path_patching(study: Study) -> Outcome:
     """Returns every direct path patched, in both directions."""
     edges = all_edges(study.config.n_layers, study.config.n_heads)
-    by_direction = [
-        study.pairs.run(measuring(_paths, study.config, direction), study.stacked) for direction in DIRECTIONS
-    ]
+    by_direction = _each_direction(study.pairs.run(measuring(_paths, study.config), study.stacked))
     names = [f"{edge.sender.name}->{edge.receiver.name}" for edge in edges]
     dataset = study.dataset(direction=DIRECTIONS, path=names, pair=study.pair_ids)
     dataset["sender"] = ("path", [edge.sender.name for edge in edges])
@@ -124,11 +120,13 @@ def attribution(study: Study) -> Outcome:
     """Returns first-order scores of every node and path beside the exact effects, denoising."""
     scores = study.pairs.run(measuring(_attribution, study.config), study.stacked)
     places = component_places(study.config.n_layers, study.config.n_heads)
-    nodes = study.pairs.run(
-        measuring(_patching, study.config, "denoising", (stage_places(1)["embedding"], *places.values())),
-        study.stacked,
+    nodes, paths = (
+        _each_direction(study.pairs.run(measure, study.stacked))[DENOISING]
+        for measure in (
+            measuring(_patching, study.config, (stage_places(study.config.n_layers)["embedding"], *places.values())),
+            measuring(_paths, study.config),
+        )
     )
-    paths = study.pairs.run(measuring(_paths, study.config, "denoising"), study.stacked)
     senders = all_senders(study.config.n_layers, study.config.n_heads)
     edges = all_edges(study.config.n_layers, study.config.n_heads)
     dataset = study.dataset(
@@ -173,19 +171,27 @@ def attribution(study: Study) -> Outcome:
     return Outcome(dataset, {"baseline": {}, "effects": {"rank_correlation_with_exact": correlations}, "controls": {}})
 
 
-def _patching(config, direction, places, params, batch, extra, window):
+def _patching(config, places, params, batch, extra, window):
     del extra
-    return patching_effects(params, config, batch, window=window, direction=direction, places=places)
+
+    def one(direction):
+        return patching_effects(params, config, batch, window=window, direction=direction, places=places)
+
+    return both_directions(one)
 
 
-def _paths(config, direction, params, batch, extra, window):
+def _paths(config, params, batch, extra, window):
     del extra
-    return path_effects(params, config, batch, window=window, direction=direction)
+    return both_directions(lambda d: path_effects(params, config, batch, window=window, direction=d))
 
 
 def _attribution(config, params, batch, extra, window):
     del extra
-    return attribution_scores(params, config, batch, window=window, direction="denoising")
+    return attribution_scores(params, config, batch, window=window, direction=DENOISING)
+
+
+def _each_direction(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [{name: x[:, :, d] for name, x in arrays.items()} for d in range(len(DIRECTIONS))]
 
 
 def _split(values_CxNxXxK: np.ndarray, roles: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,6 +246,21 @@ def _top(recovery: xr.DataArray) -> list[dict[str, Any]]:
             labels = {dim: recovery[dim].values[i] for dim, i in zip((*outer, *inner), where, strict=True)}
             row = {dim: int(label) if dim == "step" else str(label) for dim, label in labels.items()}
             rows.append(row | {"recovery": numbers(flat[:, index])})
+    return rows
+
+
+def _holders(recovery: xr.DataArray) -> list[dict[str, Any]]:
+    """Returns, for each stage, the role of the positions that hold most of what was changed."""
+    rows = []
+    ordered = recovery.transpose("direction", "pair_kind", "step", "place", "statistic", "position_role")
+    for at in np.ndindex(*ordered.shape[:4]):
+        here = ordered.values[at]
+        if np.isfinite(here[0]).any():
+            role = int(np.nanargmax(here[0]))
+            labels = {dim: ordered[dim].values[i] for dim, i in zip(ordered.dims, at, strict=False)}
+            row = {dim: int(label) if dim == "step" else str(label) for dim, label in labels.items()}
+            row["position_role"] = str(ordered["position_role"].values[role])
+            rows.append(row | {"recovery": numbers(here[:, role])})
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from kvjax.sweeps.engine import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, run_c
 from kvjax.task.pair_encoding import EncodedPairs, PairBucket, bucket_by_window
 
 # Denoising puts activations of the clean run into the corrupted one, noising those of the corrupted into the clean.
-Direction = Literal["denoising", "noising"]
-DIRECTIONS: tuple[Direction, ...] = ("denoising", "noising")
+DIRECTIONS = ("denoising", "noising")
+DENOISING, NOISING = range(2)
 
 PAIR_CAPTURE = (*RESTART_CAPTURE, *WINDOW_CAPTURE, "final_norm")
 
@@ -55,17 +55,39 @@ class PairRuns:
 
 
 def run_pairs(
-    params: Params, config: DecoderConfig, batch: EncodedPairs, direction: Direction, *, window: int
+    params: Params, config: DecoderConfig, batch: EncodedPairs, direction: jax.Array | int, *, window: int
 ) -> PairRuns:
-    """Returns both runs of a batch of pairs, each keeping what restarts and patches need."""
-    runs, effects = {}, {}
-    for name, tokens in (("clean", batch.clean_tokens), ("corrupted", batch.corrupted_tokens)):
-        logits, runs[name] = run_clean(params, config, jnp.asarray(tokens), PAIR_CAPTURE)
-        effects[name] = answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)
-    base, source = ("corrupted", "clean") if direction == "denoising" else ("clean", "corrupted")
+    """Returns both runs of a batch of pairs, each keeping what restarts and patches need.
+
+    Args:
+      params, config: one checkpoint.
+      batch: the pairs.
+      direction: index into `DIRECTIONS`; where it is traced, one program serves both.
+      window: positions computed, from the first changed one on.
+    """
+    runs, effects = [], []
+    for tokens in (batch.clean_tokens, batch.corrupted_tokens):
+        logits, run = run_clean(params, config, jnp.asarray(tokens), PAIR_CAPTURE)
+        runs.append(run)
+        effects.append(answer_effects(take_positions(logits, batch.prediction_positions, 1), batch))
     last = batch.clean_tokens.shape[1] - 1
     window_BxW = jnp.minimum(batch.first_changed[:, None] + jnp.arange(window)[None], last)
-    return PairRuns(runs[base], runs[source], batch, window_BxW, effects[base], effects[source])
+    clean, corrupted = zip(runs, effects, strict=True)
+    if isinstance(direction, int):
+        (base, base_effects), (source, source_effects) = (
+            (corrupted, clean) if direction == DENOISING else (clean, corrupted)
+        )
+    else:
+        (base, base_effects), (source, source_effects) = (
+            jax.tree.map(lambda a, b: jnp.where(direction == DENOISING, a, b), *both)
+            for both in ((corrupted, clean), (clean, corrupted))
+        )
+    return PairRuns(base, source, batch, window_BxW, base_effects, source_effects)
+
+
+def both_directions(function: Callable[[jax.Array], Effects]) -> Effects:
+    """Returns what a function of the direction gives for each of `DIRECTIONS`, on the axis after the pairs."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(function, jnp.arange(len(DIRECTIONS))))
 
 
 def answer_effects(logits_BxQxV: jax.Array, batch: EncodedPairs) -> Effects:
@@ -95,6 +117,7 @@ class PairProgram:
       tokens_per_batch: about how many tokens a microbatch holds.
       devices: how many devices share the checkpoints.
       lift: how the checkpoints of one device are run.
+      max_buckets: how many different windows pairs are padded to; each is compiled.
 
     Attributes:
       buckets: the pairs by window, in microbatches.
@@ -108,9 +131,10 @@ class PairProgram:
         tokens_per_batch: int,
         devices: int = 1,
         lift: Lift = "map",
+        max_buckets: int = 2,
     ):
         self.encoded, self.config = encoded, config
-        self.buckets = bucket_by_window(encoded, tokens_per_batch=tokens_per_batch)
+        self.buckets = bucket_by_window(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
         self._devices, self._lift = devices, lift
 
     def run(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.intervene.pair_runs import Direction, Effects, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import Effects, PairRuns, answer_effects, run_pairs
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.sites import SITES, stage_names
@@ -112,7 +112,7 @@ def patching_effects(
     batch: EncodedPairs,
     *,
     window: int,
-    direction: Direction,
+    direction: jax.Array | int,
     places: Sequence[Place],
 ) -> Effects:
     """Returns the effects of patching every place at the positions of `position_masks`, and before the change.
@@ -121,7 +121,7 @@ def patching_effects(
       params, config: one checkpoint.
       batch: a microbatch of pairs.
       window: positions computed, from the first changed one on.
-      direction: which run is patched.
+      direction: which run is patched, an index into `DIRECTIONS`; may be traced.
       places: what to patch.
 
     Returns:

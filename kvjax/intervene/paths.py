@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.intervene.pair_runs import Direction, Effects, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import Effects, PairRuns, answer_effects, run_pairs
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.sweeps.engine import before_layer, restart
@@ -118,7 +118,7 @@ def path_edits(
 
 
 def path_effects(
-    params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int, direction: Direction
+    params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int, direction: jax.Array | int
 ) -> Effects:
     """Returns the effects of patching every direct path.
 
@@ -126,7 +126,7 @@ def path_effects(
       params, config: one checkpoint.
       batch: a microbatch of pairs.
       window: positions computed, from the first changed one on.
-      direction: which run is patched.
+      direction: which run is patched, an index into `DIRECTIONS`; may be traced.
 
     Returns:
       Of each of `answer_effects`: `<name>` [B, edges] in the order of `all_edges`; `<name>_base`, `<name>_source` [B].

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.intervene.pair_runs import Effects, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import NOISING, Effects, answer_effects, run_pairs
 from kvjax.intervene.patching import over_places, stage_index, stage_places
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
@@ -99,7 +99,7 @@ def subspace_effects(tree: dict, config: DecoderConfig, batch: EncodedPairs, win
       `<name>_base`, `<name>_source` [B] of the clean and the corrupted run.
     """
     params = tree["params"]
-    runs = run_pairs(params, config, batch, "noising", window=window)
+    runs = run_pairs(params, config, batch, NOISING, window=window)
     roles_BxT = jnp.asarray(batch.roles)
     stages, ranks = 2 * config.n_layers + 2, jnp.array(usable_ranks(config.d_model))
     role_of = jnp.array([PAIR_ROLES.index(role) for role in ROLES])

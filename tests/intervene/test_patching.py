@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -69,11 +70,16 @@ def oracle_place(place):
 @pytest.fixture(scope="module", params=DIRECTIONS)
 def patched(request, model, encoded):
     _, params, config = model
-    program = PairProgram(encoded, config, tokens_per_batch=300)
+    program, way = PairProgram(encoded, config, tokens_per_batch=300), DIRECTIONS.index(request.param)
 
     def measure(params, batch, extra, window):
         return patching_effects(
-            params, config, batch, window=window, direction=request.param, places=tuple(PLACES.values())
+            params,
+            config,
+            batch,
+            window=window,
+            direction=DIRECTIONS.index(request.param),
+            places=tuple(PLACES.values()),
         )
 
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
@@ -119,7 +125,7 @@ def test_every_path_equals_plain_path_patching(model, encoded, direction):
     program = PairProgram(encoded, config, tokens_per_batch=300, devices=2)
 
     def measure(params, batch, extra, window):
-        return path_effects(params, config, batch, window=window, direction=direction)
+        return path_effects(params, config, batch, window=window, direction=jnp.int32(DIRECTIONS.index(direction)))
 
     ours = program.run(measure, stack(params, 2))["difference"]
     np.testing.assert_array_equal(ours[0], ours[1])
