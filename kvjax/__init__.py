@@ -6,7 +6,13 @@ Importing the package is instant: JAX and the rest load with what uses them, whe
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in.
-_PUBLIC = {"sweep": "kvjax.api"}
+_PUBLIC = {
+    "sweep": "kvjax.api",
+    "ablate": "kvjax.intervene.functions",
+    "patch": "kvjax.intervene.functions",
+    "path_patch": "kvjax.intervene.functions",
+    "across_checkpoints": "kvjax.intervene.functions",
+}
 
 __all__ = sorted(_PUBLIC)
 

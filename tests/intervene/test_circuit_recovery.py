@@ -1,0 +1,159 @@
+"""The planted circuit is what the engine finds: every true node, path and position, and no other."""
+
+import jax
+import numpy as np
+import pytest
+
+from kvjax.intervene import circuits, flow
+from kvjax.intervene.patching import component_places, stage_places
+from kvjax.intervene.paths import all_edges
+from kvjax.intervene.study import Study
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
+from kvjax.task.encoding import encode_records
+from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pairs import generate_pairs
+from kvjax.task.probe_set import generate_probe_set
+from tests.known_circuit import (
+    N_HEADS,
+    N_LAYERS,
+    PLANTED_NODES,
+    SHOWN_EDGES,
+    SHOWN_NODES,
+    SHOWN_ROLES,
+    known_circuit,
+)
+
+TRUE, FALSE = 0.98, 0.02  # recovery of the planted and of everything else
+SITES = {
+    "query": "query_input",
+    "key": "key_input",
+    "value": "value_input",
+    "mlp": "mlp_input",
+    "logits": "logits_input",
+}
+
+
+@pytest.fixture(scope="module")
+def study(small_benchmark, tmp_path_factory):
+    """The planted model as a window of one checkpoint."""
+    benchmark = Benchmark.open(small_benchmark)
+    circuit = known_circuit(benchmark.vocabulary)
+    path = tmp_path_factory.mktemp("circuit") / "probe_set.jsonl"
+    probe = generate_probe_set(benchmark, path, examples_per_split=12, fit_examples=40, seed=2)
+    pairs = generate_pairs(probe, benchmark, pairs_per_kind=6).pairs
+    longest = circuit.config.max_seq_len
+    return Study(
+        config=circuit.config,
+        vocabulary=benchmark.vocabulary,
+        steps=(100,),
+        stacked=jax.tree.map(lambda x: x[None], circuit.params),
+        encoded=encode_pairs(pairs, benchmark.vocabulary, max_seq_len=longest),
+        pair_ids=tuple(pair.pair_id for pair in pairs),
+        fit=encode_records(probe.fit_records, benchmark.vocabulary, ["train"], max_seq_len=longest),
+        records=encode_records(probe.records, benchmark.vocabulary, probe.manifest.splits, max_seq_len=longest),
+        num_splits=len(probe.manifest.splits),
+        components=tuple(_name(node) for node in PLANTED_NODES.values()),
+        devices=1,
+        tokens_per_batch=2000,
+        record_tokens_per_batch=900,
+    )
+
+
+def _name(node):
+    return f"MLP{node.layer}" if node.kind == "mlp" else f"L{node.layer}H{node.head}"
+
+
+def check(recovery, is_true, what):
+    for statistic in recovery["statistic"].values:
+        value = float(recovery.sel(statistic=statistic))
+        assert (TRUE < value < 2 - TRUE) if is_true else abs(value) < FALSE, (what, statistic, value)
+
+
+@pytest.fixture(scope="module")
+def patched(study):
+    return flow.activation_patching(study)
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("kind", PAIR_KINDS)
+def test_nodes_and_stages(patched, kind, direction):
+    recovery = patched.dataset["recovery_by_role"].sel(pair_kind=kind, direction=direction, step=100)
+    shown = {_name(node) for node in SHOWN_NODES[kind]}
+    for name in component_places(N_LAYERS, N_HEADS):
+        check(recovery.sel(place=name, position_role="all"), name in shown, name)
+    for stage, holder in SHOWN_ROLES[kind].items():
+        for role in PAIR_ROLES[1:]:
+            check(recovery.sel(place=stage, position_role=role), role == holder, (stage, role))
+        check(recovery.sel(place=stage, position_role="before"), False, (stage, "before"))
+        check(recovery.sel(place=stage, position_role="all"), True, (stage, "all"))
+    assert patched.summary["controls"]["largest_effect_before_the_change_in_logits"] < 1e-3
+
+
+def test_exact_positions_sum_up_what_roles_hold(patched, study):
+    """For value pairs the changed token alone carries the value through the first layers."""
+    single = patched.dataset["metric_by_position"].sel(direction="denoising", step=100, place="layer_0_post_mlp").values
+    base = patched.dataset["metric_corrupted"].sel(step=100).values
+    clean = patched.dataset["metric_clean"].sel(step=100).values
+    encoded = study.encoded
+    for n in np.flatnonzero(encoded.kinds == PAIR_KINDS.index("value")):
+        share = (single[n] - base[n]) / (clean[n] - base[n])
+        written = np.flatnonzero(encoded.roles[n] == PAIR_ROLES.index("changed"))
+        assert len(written) == 1 and share[written[0]] > TRUE
+        assert np.abs(np.delete(share, written)).max() < FALSE
+
+
+@pytest.fixture(scope="module")
+def paths(study):
+    return flow.path_patching(study).dataset
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("kind", PAIR_KINDS)
+def test_paths(paths, kind, direction):
+    shown = {
+        (s.kind if s.kind == "embedding" else _name(s), SITES[r.kind], r.layer or 0, r.head or 0)
+        for s, r in SHOWN_EDGES[kind]
+    }
+    found = paths["recovery"].sel(pair_kind=kind, direction=direction, step=100)
+    for index, edge in enumerate(all_edges(N_LAYERS, N_HEADS)):
+        receiver = edge.receiver
+        key = (edge.sender.name, receiver.site, receiver.layer, receiver.head)
+        check(found.isel(path=index), key in shown, edge)
+
+
+def test_the_planted_set_is_faithful_complete_and_minimal(study):
+    dataset = circuits.necessity(study).dataset.sel(step=100)
+    for baseline in ("mean", "resample"):
+        own = dataset.sel(baseline=baseline, statistic="estimate")
+        for kind in PAIR_KINDS:
+            assert abs(float(own["faithfulness_of_named_set"].sel(pair_kind=kind)) - 1) < 0.05, (baseline, kind)
+    own = dataset.sel(baseline="mean", statistic="estimate")
+    for kind in PAIR_KINDS:
+        assert abs(float(own["completeness_of_named_set"].sel(pair_kind=kind))) < 0.05
+        for node in PLANTED_NODES.values():
+            assert float(own["minimality"].sel(pair_kind=kind, component=_name(node))) > 0.3, (kind, node)
+        curve = own["faithfulness"].sel(pair_kind=kind).values
+        assert abs(curve[0]) < 1e-6 and abs(curve[-1] - 1) < 1e-6
+        assert abs(own["completeness"].sel(pair_kind=kind).values[0] - 1) < 1e-6
+    outside = set(component_places(N_LAYERS, N_HEADS)) - {_name(node) for node in PLANTED_NODES.values()}
+    assert np.isnan(own["minimality"].sel(component=sorted(outside))).all()
+
+
+def test_a_checkpoint_with_its_own_states_is_itself(study):
+    outcome = circuits.across_checkpoints(study)
+    assert outcome.summary["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
+    assert outcome.dataset.sizes["stage"] == len(stage_places(N_LAYERS))
+
+
+def test_subspaces_hold_the_answer_only_where_it_is(study):
+    """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
+    loss = circuits.subspaces(study).dataset["loss"].sel(statistic="estimate", step=100, pair_kind="value")
+    late = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="probe")
+    early = loss.sel(stage="layer_1_post_mlp", position_role="prediction")
+    assert float(late.sel(subspace_rank=64, operation="exchanged")) > 0.9
+    assert float(abs(early.sel(operation="exchanged")).max()) < FALSE
+    at_write = loss.sel(stage="layer_1_post_mlp", position_role="changed", subspace="probe", operation="exchanged")
+    assert float(at_write.sel(subspace_rank=64)) > 0.9
+    random = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="random", operation="exchanged")
+    assert float(random.sel(subspace_rank=4)) < 0.3

@@ -1,0 +1,150 @@
+"""The public functions: their docstrings' examples, the plain oracle, and jit, vmap and grad of each."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import kvjax
+from kvjax.errors import InputError
+from kvjax.intervene import functions
+from tests.patching_oracle import Node, Receiver, activation_patch, forward, path_patches, zero_ablate
+
+
+def test_the_examples_of_the_docstrings_run():
+    found = doctest.testmod(functions)
+    assert found.attempted >= 20 and found.failed == 0
+
+
+@pytest.fixture(scope="module")
+def tokens(encoded):
+    """Unpadded prefixes of a few pairs: clean and corrupted."""
+    length = int(encoded.lengths.min())
+    return encoded.clean_tokens[:4, :length], encoded.corrupted_tokens[:4, :length]
+
+
+def as_torch(x):
+    return torch.tensor(np.asarray(x)).long()
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("site", "layer", "head", "place"),
+    [
+        ("embedding", 0, None, ("embedding",)),
+        ("post_attn", 1, None, ("post_attn", 1)),
+        ("head_z", 2, 3, ("z", 2, 3)),
+        ("mlp_out", 0, None, ("mlp_out", 0)),
+        ("query_input", 1, 2, ("query", 1, 2)),
+        ("final_norm", 0, None, ("final_norm",)),
+    ],
+)
+def test_patch(model, tokens, site, layer, head, place):
+    module, params, config = model
+    clean, corrupted = tokens
+    where = np.arange(clean.shape[1])[None] % 3 == np.arange(len(clean))[:, None] % 3
+    ours = jax.jit(
+        lambda layer: kvjax.patch(params, config, corrupted, clean, site=site, layer=layer, head=head, where_BxT=where)
+    )(layer)
+    close(ours, activation_patch(module, as_torch(corrupted), as_torch(clean), place, torch.tensor(where)))
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver"),
+    [
+        (("embedding", 0, 0), ("value_input", 1, 2)),
+        (("head_z", 0, 1), ("query_input", 2, 0)),
+        (("head_z", 1, 3), ("mlp_input", 1, None)),
+        (("mlp_out", 1, 0), ("logits_input", 0, None)),
+    ],
+)
+def test_path_patch(model, tokens, sender, receiver):
+    module, params, config = model
+    clean, corrupted = tokens
+    kinds = {"embedding": "embedding", "head_z": "head", "mlp_out": "mlp"}
+    node = {
+        "embedding": Node("embedding"),
+        "head": Node("head", *sender[1:]),
+        "mlp": Node("mlp", sender[1]),
+    }[kinds[sender[0]]]
+    part = receiver[0].removesuffix("_input")
+    to = Receiver("logits") if part == "logits" else Receiver(part, *receiver[1:])
+    ours = kvjax.path_patch(
+        params,
+        config,
+        corrupted,
+        clean,
+        sender=sender[0],
+        sender_layer=sender[1],
+        sender_head=sender[2],
+        receiver=receiver[0],
+        receiver_layer=receiver[1],
+        receiver_head=receiver[2],
+    )
+    close(ours, next(iter(path_patches(module, as_torch(corrupted), as_torch(clean), [(node, to)]))))
+
+
+def test_ablate_over_all_heads_at_once(model, tokens):
+    module, params, config = model
+    masks = jnp.eye(12, dtype=bool).reshape(12, 3, 4)
+    ours = jax.vmap(lambda mask: kvjax.ablate(params, config, tokens[0], heads_LxH=mask))(masks)
+    for index in (0, 5, 11):
+        close(ours[index], zero_ablate(module, as_torch(tokens[0]), Node("head", index // 4, index % 4)))
+    mlps = kvjax.ablate(params, config, tokens[0], mlps_L=jnp.array([False, True, False]))
+    close(mlps, zero_ablate(module, as_torch(tokens[0]), Node("mlp", 1)))
+
+
+def test_across_checkpoints(model, tokens, other_model):
+    module, params, config = model
+    other_module, other_params = other_model
+    ours = kvjax.across_checkpoints(params, other_params, config, tokens[0], site="post_attn", layer=1)
+    theirs = forward(other_module, as_torch(tokens[0]))["post_attn", 1]
+    close(ours, forward(module, as_torch(tokens[0]), {("post_attn", 1): lambda x: theirs})["out",])
+
+
+def test_gradients_flow_through_patches(model, tokens):
+    _, params, config = model
+    clean, corrupted = tokens
+
+    def metric(scale):
+        scaled = jax.tree.map(lambda x: x * scale, params)
+        logits = kvjax.path_patch(
+            scaled, config, corrupted, clean, sender="mlp_out", receiver="key_input", receiver_layer=1, receiver_head=1
+        )
+        return jnp.mean(logits[:, -1] ** 2)
+
+    slope = float(jax.grad(metric)(1.0))
+    step = 1e-2
+    numeric = float(metric(1.0 + step) - metric(1.0 - step)) / (2 * step)
+    np.testing.assert_allclose(slope, numeric, rtol=2e-2)
+
+
+def test_identities(model, tokens):
+    """A run patched into itself is unchanged; a whole stage gives the source's output; nothing precedes the change."""
+    _, params, config = model
+    clean, corrupted = tokens
+    own, other = (kvjax.ablate(params, config, x) for x in (corrupted, clean))
+    same = kvjax.patch(params, config, corrupted, corrupted, site="post_mlp", layer=1)
+    np.testing.assert_array_equal(same, own)
+    whole = kvjax.patch(params, config, corrupted, clean, site="post_attn", layer=0)
+    np.testing.assert_allclose(whole, other, rtol=1e-5, atol=1e-5)
+    first = (clean != corrupted).argmax(axis=1)
+    before = np.arange(clean.shape[1])[None] < first[:, None]
+    nothing = kvjax.patch(params, config, corrupted, clean, site="head_z", layer=1, where_BxT=before)
+    np.testing.assert_array_equal(nothing, own)
+
+
+def test_unknown_places_are_refused(model, tokens):
+    _, params, config = model
+    with pytest.raises(InputError, match="expected a site among"):
+        kvjax.patch(params, config, *tokens, site="resid_pre")
+    with pytest.raises(InputError, match="expected a sender among"):
+        kvjax.path_patch(params, config, *tokens, sender="post_mlp", receiver="mlp_input")
+    with pytest.raises(InputError, match="expected a receiver"):
+        kvjax.path_patch(params, config, *tokens, sender="mlp_out", receiver="post_mlp")
