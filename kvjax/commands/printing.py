@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 _SHOWN_ROWS = 24
@@ -33,7 +34,7 @@ def print_sweep_report(report: Any) -> None:
 
 
 def _cell(value: float | None, form: str) -> str:
-    return format(value, form) if value is not None else "-".rjust(int(form.partition(".")[0]))
+    return format(value, form) if value is not None else "-".rjust(int(form.partition(".")[0] or 1))
 
 
 def print_windows_report(report: Any, *, show: int) -> None:
@@ -89,7 +90,7 @@ def print_readiness(state: Any, *, reasons: bool) -> None:
         mark = "yes" if condition.holds else "no "
         print(f"  {mark}  {condition.name}{f': {condition.reason}' if reasons else ''}")
     if state.ready:
-        print("  Next: circuit work in the windows of analysis/birth_windows.json")
+        print(f"  Next: kvjax intervene --run_dirs={shlex.quote(str(state.run.path))}")
     elif state.next_command is not None:
         print(f"  Next: {state.next_command}")
     else:

@@ -5,13 +5,15 @@ import shutil
 
 import pytest
 import torch
+import xarray as xr
 
 from kvjax.artifacts.windows import read_birth_windows
 from kvjax.commands.main import main
-from tests.building import write_run
+from tests.building import SMALL_MODEL, read_lines, write_run
 from tests.commands.test_commands import refused, sweep_arguments
 
 STEPS = tuple(range(100, 900, 100))
+SMALL = ("--pairs_per_kind=2", "--noprogress")
 
 
 def set_states(run, model_of_step):
@@ -112,7 +114,7 @@ class TestStatus:
         capsys.readouterr()
         assert status(run, require="true") == 0
         lines = lines_of(capsys)
-        assert "Next: circuit work in the windows of analysis/birth_windows.json" in lines
+        assert f"Next: kvjax intervene --run_dirs={run}" in lines
         assert "1 of 1 run ready for circuit work" in lines
 
     def test_a_run_that_was_never_swept(self, folder, capsys):
@@ -220,3 +222,52 @@ class TestBadInput:
 
     def test_unknown_config(self, folder, capsys):
         assert "(default)" in refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}", "--config=mine")
+
+
+class TestIntervene:
+    def test_a_window_gets_a_summary_and_every_number(self, folder, capsys):
+        run = folder / "formed"
+        find(run)
+        kinds = ("necessity", "across_checkpoints", "neurons")
+        assert main(["intervene", f"--run_dirs={run}", f"--kinds={','.join(kinds)}", *SMALL]) == 0
+        printed = capsys.readouterr().out
+        analysis = run / "analysis"
+        for kind in kinds:
+            path = analysis / "interventions" / kind / "window_500.json"
+            document = json.loads(path.read_text())
+            assert document["kind"] == kind and document["window"]["center_step"] == 500
+            assert document["steps"] == [400, 500, 600] and document["pairs"]["counts"]["swap"] == 2
+            assert document["effects"] and str(path) in printed
+            with xr.open_dataset(path.with_suffix(".nc"), engine="h5netcdf") as dataset:
+                assert dataset["step"].values.tolist() == [400, 500, 600]
+                assert dataset.attrs["run_name"] == "formed"
+        rows = read_lines(analysis / "component_candidates" / "neurons.jsonl")
+        assert len(rows) == 3 * 3 * SMALL_MODEL["d_ff"]
+        ranks = [row["rank"] for row in rows if row["step"] == 500]
+        assert sorted(ranks) == list(range(1, 3 * SMALL_MODEL["d_ff"] + 1))
+        states = json.loads((analysis / "interventions" / "across_checkpoints" / "window_500.json").read_text())
+        assert states["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
+
+    def test_what_is_not_ready_is_refused_with_the_next_command_unless_forced(self, folder, capsys):
+        run = folder / "formed"
+        line = refused(capsys, "intervene", f"--run_dirs={run}", *SMALL)
+        assert "windows identified" in line and f"run kvjax birth-windows --run_dirs={run}" in line
+        forced = ["--force", "--steps=500", "--kinds=necessity", "--components=L0H1,MLP2"]
+        assert main(["intervene", f"--run_dirs={run}", *forced, *SMALL]) == 0
+        document = json.loads((run / "analysis" / "interventions" / "necessity" / "steps_500.json").read_text())
+        assert document["forced"] and document["effects"][0]["named_set"] == ["L0H1", "MLP2"]
+
+    def test_bad_input_is_one_line(self, folder, capsys):
+        run = folder / "formed"
+        find(run)
+        capsys.readouterr()
+        for flags, expected in (
+            (["--kinds=surgery"], "--kinds: expected kinds among activation_patching"),
+            (["--window=300"], "expected a window around 300; found windows around: 500"),
+            (["--components=L9H9"], "--components: expected components among L0H0"),
+            (["--steps=250"], "step"),
+        ):
+            assert expected in refused(capsys, "intervene", f"--run_dirs={run}", *flags, *SMALL)
+        find(folder / "flat")
+        capsys.readouterr()
+        assert "no transition" in refused(capsys, "intervene", f"--run_dirs={folder / 'flat'}", *SMALL)
