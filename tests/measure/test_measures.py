@@ -12,8 +12,10 @@ from kvjax.measure.behaviour import (
     selectivities,
     wins_among,
 )
+from kvjax.measure.heads import attention_per_read
 from kvjax.measure.mlps import write_norm_sums
-from kvjax.measure.residual import cosine_drift
+from kvjax.measure.residual import cosine_drift, event_drift, lens_sums, linear_cka
+from kvjax.sweeps.dynamics import stays_stable
 from kvjax.task.encoding import TOKEN_ROLES
 
 VALUES = jnp.array([2, 3, 4])
@@ -86,3 +88,57 @@ def test_drift_of_parallel_opposite_and_missing_states():
 def test_write_norms_count_real_reads_only():
     out = jnp.array([[[[3.0, 4.0], [6.0, 8.0]]]])  # one layer, one sequence, two reads
     assert write_norm_sums(out, jnp.array([[True, False]])).tolist() == [[5.0]]
+
+
+def test_lens_sums_by_hand():
+    # One stage, two sequences of two reads, the last of which is none; tokens 2-4 are values, 0-1 keys.
+    at_prediction = jnp.array([[[[0, 9, 1, 2, 0], [9, 0, 5, 1, 1]], [[1, 0, 0, 0, 7], [0, 0, 0, 9, 0]]]], jnp.float32)
+    at_support = jnp.array([[[[0, 0, 0, 3, 1], [0, 0, 1, 0, 0]], [[0, 0, 2, 1, 1], [0, 0, 0, 0, 1]]]], jnp.float32)
+    answers, keys = jnp.array([[3, 2], [4, 3]]), jnp.array([[1, 1], [0, 1]])
+    is_read = jnp.array([[True, True], [True, False]])
+    sums = lens_sums(at_prediction, at_support, answers, keys, is_read, value_ids=VALUES, key_ids=jnp.array([0, 1]))
+    assert sums["answer_correct"].tolist() == [[2, 1]]  # among values 3 and 2 win, then 4
+    assert sums["query_key_correct"].tolist() == [[1, 1]]  # key 1 wins the first read only, key 0 the third
+    assert sums["support_value_correct"].tolist() == [[2, 0]]
+    assert sums["answer_margin"].tolist() == [[1.0 + 4.0, 7.0]]
+
+
+def test_attention_measures_by_hand():
+    """Tokens: bos, W, key, value, R, key, answer. The read predicts at 5, its value stands at 3, its key token at 2."""
+    rows = {3: [0.1, 0.0, 0.6, 0.3, 0, 0, 0], 5: [0.0, 0.0, 0.25, 0.5, 0.0, 0.25, 0]}
+    pattern = np.zeros((1, 1, 1, 7, 7), np.float32)
+    for position, row in rows.items():
+        pattern[0, 0, 0, position] = row
+    relations = jnp.array([0, 0, 0, 1, 0, 0, 0]).reshape(1, 1, 7)
+    found = attention_per_read(jnp.asarray(pattern), jnp.array([[5]]), jnp.array([[3]]), relations)
+    expected = {
+        "query_attention": 0.25,
+        "support_attention": 0.5,
+        "current_value_attention": 0.5,
+        "stale_attention": 0.0,
+        "binding_attention": 0.6,
+        "attention_entropy": 0.5 * np.log(4) + 0.5 * np.log(2),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].ravel(), [value], rtol=1e-6)
+
+
+def test_event_drift_and_cka_by_hand():
+    # Two events that turn by a right angle and not at all; then a rotation of all, and an unrelated direction.
+    a = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
+    b = jnp.array([[[0.0, 3.0], [0.0, 5.0]]])
+    np.testing.assert_allclose(event_drift(a, b), [[1.0, 0.0]], atol=1e-6)
+    states = jnp.array([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
+    counted = jnp.ones(4, bool)
+    turned = states @ jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+    np.testing.assert_allclose(linear_cka(states, 3 * turned + 7, counted), [1.0], rtol=1e-5)
+    # The first two events vary along x in one, the last two in the other: half of the variance is shared with none.
+    one, other = states * jnp.array([[[1.0, 0.0]]]), states * jnp.array([[[0.0, 1.0]]])
+    np.testing.assert_allclose(linear_cka(one, other, counted), [0.0], atol=1e-6)
+    # <one, states>: cross Gram (2, 0), Grams 2 and diag(2, 2): 4 / (2 · 2√2).
+    np.testing.assert_allclose(linear_cka(one, states, counted), [1 / np.sqrt(2)], rtol=1e-5)
+
+
+def test_stability_begins_where_it_lasts():
+    assert stays_stable(np.array([True, False, True, True])).tolist() == [False, False, True, True]
+    assert stays_stable(np.array([True, False])).tolist() == [False, False]

@@ -1,17 +1,24 @@
 """TransformerLens as an oracle: it is the same model, and its patches mean what PyTorch's own hooks say they mean."""
 
+import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import torch
 
 from converters.to_flax import to_flax
 from kvjax.config import ModelConfig
+from kvjax.intervene.pair_runs import DENOISING, PairProgram
+from kvjax.intervene.patching import component_places, patching_effects, stage_places
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.transforms import plain_forward
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
+from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pairs import generate_pairs
+from kvjax.task.probe_set import generate_probe_set
 from tests import oracle
 from tests.building import SMALL_MODEL, as_numpy, fit_read_out, random_torch_model
 
@@ -209,3 +216,58 @@ def test_pairs_that_do_not_fit_are_refused(tiny):
         patch_arrays(hooked, clean, corrupted, answers[0][:2], *answers[1:])
     with pytest.raises(ValueError, match="at most 9 tokens"):
         patch_arrays(hooked, np.tile(clean, 2), np.tile(corrupted, 2), *answers)
+
+
+def test_kvjaxs_patching_equals_transformer_lens_at_every_layer_and_position(small_benchmark, tmp_path):
+    benchmark = Benchmark.open(small_benchmark)
+    probe = generate_probe_set(benchmark, tmp_path / "probe.jsonl", examples_per_split=8, fit_examples=16, seed=1)
+    pairs = generate_pairs(probe, benchmark, pairs_per_kind=3).pairs
+    encoded = encode_pairs(pairs, benchmark.vocabulary, max_seq_len=MODEL.max_seq_len)
+    # Its metric is of one read of each pair.
+    encoded = dataclasses.replace(encoded, is_affected=encoded.is_target)
+    vocab_size = len(benchmark.vocabulary.tokens)
+    module = random_torch_model(SMALL_MODEL, vocab_size, 2, tied=False)
+    params = to_flax(as_numpy(module), MODEL, vocab_size, where="test")
+    config = DecoderConfig.from_model_config(MODEL, vocab_size, tied=False)
+    places = stage_places(MODEL.n_layers) | component_places(MODEL.n_layers, MODEL.n_heads)
+
+    def measure(params, batch, extra, window):
+        return patching_effects(
+            params, config, batch, window=window, direction=DENOISING, places=tuple(places.values())
+        )
+
+    program = PairProgram(encoded, config, tokens_per_batch=400)
+    ours = program.run(measure, jax.tree.map(lambda x: x[None], params))["difference"][0]
+    rows, target = np.arange(len(encoded)), encoded.is_target.argmax(axis=1)
+    theirs = patch_arrays(
+        hooked_transformer(MODEL, module.state_dict()),
+        encoded.clean_tokens,
+        encoded.corrupted_tokens,
+        encoded.prediction_positions[rows, target],
+        encoded.clean_answers[rows, target],
+        encoded.corrupted_answers[rows, target],
+    )
+    compared = 0
+    for name, place in places.items():
+        match place.site:
+            case "embedding":
+                peer = theirs["resid_pre"][0]
+            case "post_attn":
+                peer = theirs["resid_mid"][place.layer]
+            case "post_mlp" if place.layer + 1 < MODEL.n_layers:
+                peer = theirs["resid_pre"][place.layer + 1]
+            case "head_z":
+                peer = theirs["z"][place.layer, :, place.head]
+            case "mlp_out":
+                peer = theirs["mlp_out"][place.layer]
+            case _:
+                continue
+        for n in rows:
+            first, last = int(encoded.first_changed[n]), int(encoded.last_affected[n])
+            mine = ours[n, list(places).index(name), : last - first + 1]
+            np.testing.assert_allclose(mine, peer[first : last + 1, n], rtol=1e-4, atol=1e-4, err_msg=name)
+            # Before the change nothing differs, and what comes after the read does not reach it.
+            outside = np.concatenate([peer[:first, n], peer[last + 1 :, n]])
+            assert np.ptp(outside) < 1e-4
+            compared += last - first + 1
+    assert compared > 1000

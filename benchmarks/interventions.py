@@ -1,0 +1,199 @@
+"""Seconds of activation patching, path patching and neuron ablation at one checkpoint, against doing it plainly.
+
+    python -m benchmarks.interventions --run_dir=… --benchmark_dir=… --probe_set=…
+
+Activation patching: every residual stage at every position, 96 pairs, against TransformerLens' own `patching` (extra
+`peers`) on the same pairs and cores. Path patching: every direct path, against a loop that runs the whole model for
+each. Neurons: each alone, on the whole probe set. What both sides find is compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl import app, flags
+
+from benchmarks.reporting import machine, median_seconds, write_result
+from converters.source import convert_checkpoint
+from converters.to_torch import to_torch
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.intervene.neurons import neuron_effects
+from kvjax.intervene.pair_runs import DENOISING, PairProgram, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.patching import patching_effects, stage_places
+from kvjax.intervene.paths import all_edges, all_senders, path_edits, path_effects, sender_changes
+from kvjax.intervene.study import CPU_TOKENS_PER_BATCH
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.sites import take_positions
+from kvjax.model.transforms import over_checkpoints, plain_forward
+from kvjax.runtime import share_cpu_cores
+from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import EncodedRecords, bucket_by_length, encode_records
+from kvjax.task.pair_encoding import EncodedPairs, encode_pairs
+from kvjax.task.pairs import own_pairs
+from kvjax.task.probe_set import open_probe_set
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "The run whose last checkpoint is intervened in.", required=True)
+flags.DEFINE_string("benchmark_dir", None, "The run's benchmark.", required=True)
+flags.DEFINE_string("probe_set", None, "The probe set to make pairs from.", required=True)
+flags.DEFINE_integer("repeats", 3, "Timed calls; the median is reported.", lower_bound=1)
+flags.DEFINE_bool("neurons", True, "Time the neurons too.")
+HAS_TRANSFORMER_LENS = importlib.util.find_spec("transformer_lens") is not None
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    share_cpu_cores()
+    with tempfile.TemporaryDirectory() as scratch:
+        run, benchmark, encoded, records, params, config = _inputs(Path(scratch))
+    devices = jax.local_device_count()
+    together = jax.tree.map(lambda x: np.stack([x] * devices), params)
+    alone = jax.tree.map(lambda x: x[None], params)
+    program = PairProgram(encoded, config, tokens_per_batch=CPU_TOKENS_PER_BATCH, devices=devices)
+    result = {
+        "what": "interventions at one checkpoint, seconds",
+        "machine": machine(),
+        "model": run.config.model.model_dump(),
+        "pairs": len(encoded),
+    }
+    places = stage_places(config.n_layers)
+    measures = {
+        "activation_patching": functools.partial(_patch, config, tuple(places.values())),
+        "path_patching": functools.partial(_paths, config),
+    }
+    found = {}
+    for name in measures:
+        found[name] = program.run(measures[name], alone)  # compiles
+        program.run(measures[name], together)
+        result[name] = {
+            "one_checkpoint": median_seconds(lambda n=name: program.run(measures[n], alone), FLAGS.repeats),
+            "each_of_several": median_seconds(lambda n=name: program.run(measures[n], together), FLAGS.repeats)
+            / devices,
+        }
+    loop = functools.partial(_plain_paths, config)
+    plain = program.run(loop, alone)
+    result["path_patching"]["plain_loop"] = median_seconds(lambda: program.run(loop, alone), 1)
+    gap = np.abs(plain["difference"] - found["path_patching"]["difference"]).max()
+    result["path_patching"] |= {
+        "paths": len(all_edges(config.n_layers, config.n_heads)),
+        "ratio": result["path_patching"]["plain_loop"] / result["path_patching"]["one_checkpoint"],
+        "largest_difference_in_logits": float(gap),
+    }
+    if HAS_TRANSFORMER_LENS:
+        result["activation_patching"] |= _transformer_lens(run, params, encoded, found["activation_patching"], places)
+        ratio = result["activation_patching"]["transformer_lens"] / result["activation_patching"]["one_checkpoint"]
+        result["activation_patching"]["ratio"] = ratio
+    if FLAGS.neurons:
+        result["neurons"] = _time_neurons(config, benchmark.vocabulary.value_ids, together, records, devices)
+    print(result)
+    print(write_result("interventions", result))
+
+
+def _inputs(scratch: Path) -> tuple[RunDir, Benchmark, EncodedPairs, EncodedRecords, Params, DecoderConfig]:
+    run = RunDir.open(Path(FLAGS.run_dir))
+    benchmark = Benchmark.open(run.benchmark_dir(FLAGS.benchmark_dir))
+    given = Path(FLAGS.probe_set)
+    for path in given.parent.glob(f"{given.stem}.*"):
+        shutil.copy(path, scratch / path.name)
+    probe = open_probe_set(scratch / given.name, benchmark)
+    longest = run.config.model.max_seq_len
+    pairs = encode_pairs(own_pairs(probe, benchmark).of_kind("value"), benchmark.vocabulary, max_seq_len=longest)
+    # The peers' metric is of one read: the one that the pair was made for.
+    pairs = dataclasses.replace(pairs, is_affected=pairs.is_target)
+    records = encode_records(probe.records, benchmark.vocabulary, probe.manifest.splits, max_seq_len=longest)
+    step, path = list(run.checkpoints.items())[-1]
+    params = convert_checkpoint(path, run.config, benchmark, expected_step=step).params
+    config = DecoderConfig.from_model_config(run.config.model, len(benchmark.vocabulary.tokens))
+    return run, benchmark, pairs, records, params, config
+
+
+def _patch(config, places, params, batch, extra, window):
+    del extra
+    return patching_effects(params, config, batch, window=window, direction=DENOISING, places=places)
+
+
+def _paths(config, params, batch, extra, window):
+    del extra
+    return path_effects(params, config, batch, window=window, direction=DENOISING)
+
+
+def _plain_paths(config, params, batch, extra, window):
+    """Every path by the whole model, edited, one after another in a compiled loop: nothing kept but the two runs."""
+    del extra
+    runs: PairRuns = run_pairs(params, config, batch, DENOISING, window=window)
+    changes = sender_changes(params, config, runs)
+    senders = all_senders(config.n_layers, config.n_heads)
+    edges = all_edges(config.n_layers, config.n_heads)
+    found = {}
+    for site in dict.fromkeys(edge.receiver.site for edge in edges):
+        own = [edge for edge in edges if edge.receiver.site == site]
+        rows = [(edge.receiver.layer, edge.receiver.head, senders.index(edge.sender)) for edge in own]
+
+        def one(row: tuple, site: str = site):
+            layer, head, sender = row
+            edits = path_edits(runs, config, site, layer, head, changes[sender])
+            logits, _ = plain_forward(config)(params, runs.base.tokens, edits=edits)
+            return answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)["difference"]
+
+        each = jax.lax.map(one, tuple(jnp.array(column) for column in zip(*rows, strict=True)))
+        found |= dict(zip(own, each, strict=True))
+    return {"difference": jnp.stack([found[edge] for edge in edges], axis=-1)}
+
+
+def _transformer_lens(run, params, encoded, ours, places) -> dict[str, float]:
+    from benchmarks.peers.transformer_lens import hooked_transformer, library_patch_means, patch_arrays
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = hooked_transformer(run.config.model, to_torch(params))
+    rows = np.arange(len(encoded))
+    target = encoded.is_target.argmax(axis=1)
+    arguments = (
+        encoded.clean_tokens,
+        encoded.corrupted_tokens,
+        encoded.prediction_positions[rows, target],
+        encoded.clean_answers[rows, target],
+        encoded.corrupted_answers[rows, target],
+    )
+    library_patch_means(model, *(x[:4] for x in arguments))  # warm-up
+    seconds = median_seconds(lambda: library_patch_means(model, *arguments), 1)
+    few = slice(0, 8)
+    theirs = patch_arrays(model, *(x[few] for x in arguments), sites=("resid_mid",))["resid_mid"]
+    gap = 0.0
+    for layer in range(len(theirs)):
+        stage = list(places).index(f"layer_{layer}_post_attn")
+        for n in range(8):
+            first, last = int(encoded.first_changed[n]), int(encoded.last_affected[n])
+            mine = ours["difference"][0, n, stage, : last - first + 1]
+            gap = max(gap, float(np.abs(mine - theirs[layer, first : last + 1, n]).max()))
+    return {"transformer_lens": seconds, "largest_difference_in_logits": gap}
+
+
+def _time_neurons(config, value_ids, stacked, records, devices) -> dict[str, float]:
+    buckets = bucket_by_length(records, tokens_per_batch=RECORD_TOKENS_PER_BATCH)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(horizon, stacked, batches):
+        def one_checkpoint(params, batches):
+            measure = functools.partial(neuron_effects, params, config, horizon=horizon, value_ids=value_ids)
+            return jax.lax.map(measure, batches)
+
+        return over_checkpoints(one_checkpoint, lift="map", devices=devices)(stacked, batches)
+
+    compiled = [run.lower(b.horizon, stacked, b.batches).compile() for b in buckets]
+    seconds = median_seconds(lambda: [f(stacked, b.batches) for f, b in zip(compiled, buckets, strict=True)], 1)
+    return {"neurons": config.n_layers * config.d_ff, "records": len(records), "each_of_several": seconds / devices}
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,107 @@
+"""Mean, resample and random ablation against PyTorch: the same replacements, put in by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from converters.to_flax import to_flax
+from kvjax.config import ModelConfig
+from kvjax.model.decoder import DecoderConfig
+from kvjax.sweeps.ablations import RANDOM_DRAWS, RANDOM_SEED
+from kvjax.sweeps.stream import DONOR_SEED, ProbeProgram, SweepSettings
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.donors import draw_donors
+from kvjax.task.encoding import encode_records
+from tests.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.oracle import margin
+from tests.patching_oracle import forward
+
+SPLITS = ("validation_iid", "structural_ood")
+COMPONENTS = {(0, 2): ("z", 0, 2), (2, 1): ("z", 2, 1), (1,): ("mlp_out", 1), (2,): ("mlp_out", 2)}
+
+
+@pytest.fixture(scope="module")
+def case(small_benchmark):
+    """The sweep's sums of a random model, the model, the records and the fit set."""
+    benchmark = Benchmark.open(small_benchmark)
+    vocabulary = benchmark.vocabulary
+    records = [record for split in SPLITS for record in benchmark.read_split(split)[:5]]
+    longest = SMALL_MODEL["max_seq_len"]
+    encoded = encode_records(records, vocabulary, SPLITS, max_seq_len=longest)
+    fit = encode_records(benchmark.read_split("train")[:12], vocabulary, ["train"], max_seq_len=longest)
+    settings = ModelConfig.model_validate(SMALL_MODEL)
+    module = random_torch_model(SMALL_MODEL, len(vocabulary.tokens), 6, tied=True)
+    params = to_flax(as_numpy(module), settings, len(vocabulary.tokens), where="test")
+    program = ProbeProgram(
+        DecoderConfig.from_model_config(settings, len(vocabulary.tokens)),
+        vocabulary,
+        encoded,
+        len(SPLITS),
+        SweepSettings(ablations=("zero", "mean", "resample", "random"), resample_draws=2, probe="none"),
+        fit=fit,
+    )
+    return program.measure([params])[0], module, encoded, fit, vocabulary.value_ids.tolist()
+
+
+def margins(logits, encoded, value_ids):
+    """Margins summed over the reads of each record."""
+    total = np.zeros(len(encoded))
+    for n, q in zip(*np.nonzero(encoded.is_read), strict=True):
+        at = encoded.prediction_positions[n, q]
+        total[n] += margin(logits[n, at], int(encoded.answers[n, q]), value_ids)
+    return total
+
+
+def ours(sums, kind, component):
+    return sums[f"{'head' if len(component) == 2 else 'mlp'}/{kind}/margin"][:, *component]
+
+
+def tokens_of(encoded):
+    return torch.tensor(encoded.tokens).long()
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@torch.no_grad()
+def test_mean_ablation(case, component):
+    sums, module, encoded, fit, value_ids = case
+    place = COMPONENTS[component]
+    real = torch.tensor(fit.tokens != 0)
+    mean = forward(module, tokens_of(fit))[place][real].mean(dim=0)
+    logits = forward(module, tokens_of(encoded), {place: lambda x: mean.expand_as(x)})["out",]
+    np.testing.assert_allclose(ours(sums, "mean", component), margins(logits, encoded, value_ids), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@torch.no_grad()
+def test_resample_ablation(case, component):
+    sums, module, encoded, _, value_ids = case
+    place = COMPONENTS[component]
+    own = forward(module, tokens_of(encoded))[place]
+    expected = np.zeros(len(encoded))
+    donors = draw_donors(encoded, draws=2, seed=DONOR_SEED)
+    for draw in donors:
+        taken = own.reshape(-1, own.shape[-1])[torch.tensor(draw)]
+        logits = forward(module, tokens_of(encoded), {place: lambda x, taken=taken: taken})["out",]
+        expected += margins(logits, encoded, value_ids) / len(donors)
+    np.testing.assert_allclose(ours(sums, "resample", component), expected, rtol=1e-4, atol=1e-3)
+    assert np.abs(expected - ours(sums, "mean", component)).max() > 0.1, "kinds that agree test nothing"
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@torch.no_grad()
+def test_the_random_control_takes_steps_as_long_as_the_output(case, component):
+    import jax
+
+    sums, module, encoded, _, value_ids = case
+    layer = component[0]
+    directions = np.asarray(jax.random.normal(jax.random.key(RANDOM_SEED), (RANDOM_DRAWS, SMALL_MODEL["d_model"])))
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    trace = forward(module, tokens_of(encoded))
+    written = trace["head_out", *component] if len(component) == 2 else trace["mlp_out", layer]
+    after = ("post_attn", layer) if len(component) == 2 else ("post_mlp", layer)
+    expected = np.zeros(len(encoded))
+    for direction in directions:
+        step = written.norm(dim=-1, keepdim=True) * torch.tensor(direction)
+        logits = forward(module, tokens_of(encoded), {after: lambda x, step=step: x - step})["out",]
+        expected += margins(logits, encoded, value_ids) / RANDOM_DRAWS
+    np.testing.assert_allclose(ours(sums, "random", component), expected, rtol=1e-4, atol=1e-3)

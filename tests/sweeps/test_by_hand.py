@@ -1,0 +1,193 @@
+"""Two sequences, two checkpoints, one layer of two heads: every mean of a row worked out by hand."""
+
+import numpy as np
+import pytest
+
+from kvjax.config import BirthThresholds, Stabilization
+from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
+from kvjax.measure.heads import ATTENTION_MEASURES
+from kvjax.sweeps.dataset import build_dataset
+from kvjax.sweeps.intervals import build_intervals
+from kvjax.sweeps.means import LENS_MEANS, ProbeIndex
+from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import encode_records
+
+SPLITS = ("validation_iid", "heldout_pairs")
+STAGES = ("embedding", "layer_0_post_attn", "layer_0_post_mlp", "final_norm")
+NAN = np.nan
+
+
+@pytest.fixture(scope="module")
+def probe(small_benchmark):
+    """A sequence of 3 reads and one of 4."""
+    benchmark = Benchmark.open(small_benchmark)
+    chosen = [
+        next(r for r in benchmark.read_split(split) if len(r["query_events"]) == reads)
+        for split, reads in zip(SPLITS, (3, 4), strict=True)
+    ]
+    encoded = encode_records(chosen, benchmark.vocabulary, SPLITS, max_seq_len=64)
+    difficulty = {chosen[0]["sample_id"]: "easy", chosen[1]["sample_id"]: "hard"}
+    return ProbeIndex.of(chosen, encoded, SPLITS, difficulty)
+
+
+@pytest.fixture(scope="module")
+def arrays(probe):
+    """What the device would have summed: [checkpoint, sequence, …]."""
+
+    def per_read(first, second):
+        return np.array([[[*a, NAN][:4], b] for a, b in (first, second)], np.float32)
+
+    def both(values):
+        return np.array(values, np.float32)
+
+    correct = per_read(([1, 0, 0], [0, 0, 0, 0]), ([1, 1, 1], [1, 0, 0, 1]))
+    roles = probe.encoded.token_roles
+    targets = np.stack([(roles[:, 1:] == role).sum(axis=1) for role in range(7)], axis=1)
+    stages = np.arange(4)
+    arrays = {
+        "read/correct": np.nan_to_num(correct).astype(bool),
+        "read/margin": per_read(([1, -1, -3], [-2, -2, -4, -4]), ([5, 3, 1], [2, -1, -1, 4])),
+        "read/entropy": per_read(([3, 3, 3], [4, 4, 4, 4]), ([1, 1, 1], [2, 2, 2, 2])),
+        "read/confidence": per_read(([0.1] * 3, [0.2] * 4), ([0.8] * 3, [0.1] * 4)),
+        "read/q": per_read(([0.5] * 3, [0.5] * 4), ([0.5] * 3, [0.5] * 4)),
+        "read/r": per_read(([0.1] * 3, [0.1] * 4), ([0.7] * 3, [0.0] * 4)),
+        # A read whose heads attend to no value has no selectivity.
+        "read/key_selectivity": per_read(([0.6, NAN, 0.8], [NAN] * 4), ([0.9] * 3, [0.2] * 4)),
+        "read/recency_selectivity": per_read(([0.5, NAN, NAN], [NAN] * 4), ([1.0] * 3, [0.5] * 4)),
+        "token/loss": both([[60, 90], [30, 45]]),
+        "token/role_correct": np.stack([targets * 0, targets]),
+        "head/zero/correct": both([[[[1, 1]], [[0, 0]]], [[[0, 3]], [[1, 2]]]]),
+        "head/zero/margin": both([[[[-3, -3]], [[-12, -12]]], [[[2, 9]], [[-3, 4]]]]),
+        "mlp/zero/correct": both([[[1], [0]], [[3], [0]]]),
+        "mlp/zero/margin": both([[[-3], [-12]], [[9], [-10]]]),
+        "mlp/write_norm": both([[[6], [8]], [[9], [12]]]),
+        "mlp/write_norm_support": both([[[3], [4]], [[3], [4]]]),
+        # Sums of states over reads, [checkpoint, split, stage, 2].
+        "state/prediction": np.array([[[[1, 0]] * 4, [[0, 1]] * 4], [[[0, 1]] * 4, [[0, 1]] * 4]], float),
+        "state/support": np.array([[[[1, 0]] * 4, [[1, 0]] * 4]] * 2, float),
+    }
+    for index, (source, _, _) in enumerate(LENS_MEANS.values()):
+        arrays[source] = np.stack([np.tile(stages, (2, 1)), np.tile(stages + index, (2, 1))]).astype(np.float32)
+    for name in ATTENTION_MEASURES:
+        arrays[f"head/{name}"] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
+    for term in WHOLE_TERMS:
+        arrays[f"attribution/{term}"] = both([[3, 4], [6, 8]])
+    for term in LAYER_TERMS:
+        shape = (1, 2) if term == "head" else (1,)
+        arrays[f"attribution/{term}"] = np.full((2, 2, *shape), 7.0, np.float32)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def dataset(arrays, probe):
+    reference = {name: x[1] for name, x in arrays.items()}
+    return build_dataset(arrays, [100, 300], probe, reference=reference)
+
+
+@pytest.fixture(scope="module")
+def rows(dataset):
+    return checkpoint_rows(
+        dataset,
+        run_name="by_hand",
+        seed=1,
+        thresholds=BirthThresholds(answer_accuracy=0.9, q=0.6, r=0.65, w=2.0),
+        stabilization=Stabilization(residual_drift=10.0, head_rank_correlation=0.5),
+    )
+
+
+def test_behaviour(rows):
+    first, last = rows
+    assert first["answer_accuracy"] == pytest.approx(1 / 7) and last["answer_accuracy"] == pytest.approx(5 / 7)
+    assert last["split_accuracy"] == {"validation_iid": 1.0, "heldout_pairs": 0.5}
+    assert first["heldout_answer_accuracy"] == 0.0 and last["delta_heldout_answer_accuracy"] == 0.5
+    assert first["answer_margin"] == pytest.approx(-15 / 7) and last["answer_margin"] == pytest.approx(13 / 7)
+    assert last["w"] == last["answer_margin"] and last["delta_w"] == pytest.approx(4.0)
+    summary = last["answer_margin_summary"]
+    margins = [5, 3, 1, 2, -1, -1, 4]
+    assert summary["p50"] == 2 and summary["share_positive"] == pytest.approx(5 / 7)
+    assert summary["std"] == pytest.approx(np.sqrt(sum((m - 13 / 7) ** 2 for m in margins) / 7))
+    assert first["answer_entropy"] == pytest.approx(25 / 7) and last["answer_entropy"] == pytest.approx(11 / 7)
+    assert last["answer_confidence"] == pytest.approx((2.4 + 0.4) / 7)
+    assert last["q"] == pytest.approx(0.5) and last["r"] == pytest.approx(2.1 / 7)
+    # Two of seven reads have a key selectivity at the first checkpoint, one a recency selectivity.
+    assert first["key_selectivity"] == pytest.approx(0.7) and first["recency_selectivity"] == pytest.approx(0.5)
+    assert first["split_metrics"]["heldout_pairs"]["key_selectivity"] is None
+    assert last["key_selectivity"] == pytest.approx(3.5 / 7) and last["delta_key_selectivity"] == pytest.approx(-0.2)
+    assert last["difficulty_accuracy"] == {"easy": 1.0, "hard": 0.5}
+    assert last["birth_flags"] == {"answer_accuracy": True, "q": False, "r": True, "w": True}
+    assert first["birth_flags"] == {"answer_accuracy": False, "q": False, "r": False, "w": False}
+    assert first["delta_answer_accuracy"] is None and last["delta_answer_accuracy"] == pytest.approx(4 / 7)
+
+
+def test_slices(rows, probe):
+    last = rows[1]
+    assert probe.axis_values["num_queries"][:, 0].tolist() == [3, 4]
+    assert last["slice_accuracy"]["num_queries"] == {"3": 1.0, "4": 0.5}
+    assert last["slice_count"]["num_queries"] == {"3": 3, "4": 4}
+
+
+def test_tokens(rows, probe):
+    targets = int((probe.encoded.token_roles[:, 1:] >= 0).sum())
+    assert rows[0]["loss"] == pytest.approx(150 / targets) and rows[1]["loss"] == pytest.approx(75 / targets)
+    assert rows[0]["token_accuracy"] == 0.0 and rows[1]["token_accuracy"] == 1.0
+    assert set(rows[1]["token_role_accuracy"].values()) == {1.0}
+
+
+def test_residual_stream(rows):
+    first, last = rows
+    # Two sequences with 0, 1, 2, 3 right of 7 reads in all at the four stages.
+    expected = dict(zip(STAGES, (0, 2 / 7, 4 / 7, 6 / 7), strict=True))
+    assert first["lens_answer_accuracy_by_layer"] == pytest.approx(expected)
+    # The mean state at p_e: (1, 1) to (0, 2), at 45 degrees.
+    drift = 1 - 1 / np.sqrt(2)
+    assert first["residual_drift_by_layer"] == dict.fromkeys(STAGES)
+    assert last["residual_drift_by_layer"] == pytest.approx(dict.fromkeys(STAGES, drift))
+    assert first["residual_drift_to_reference_by_layer"] == pytest.approx(dict.fromkeys(STAGES, drift))
+    assert last["residual_drift_to_reference_by_layer"] == pytest.approx(dict.fromkeys(STAGES, 0.0), abs=1e-12)
+
+
+def test_heads(dataset, rows):
+    table = head_rows(dataset)
+    assert [(row["step"], row["head"]) for row in table] == [(100, 0), (100, 1), (300, 0), (300, 1)]
+    # Of 5 right answers head 0 leaves 1, head 1 leaves all; margins 13 - (-1) and 13 - 13 over 7 reads.
+    assert table[2]["accuracy_drop"] == pytest.approx(4 / 7) and table[3]["accuracy_drop"] == pytest.approx(0)
+    assert table[2]["margin_drop"] == pytest.approx(14 / 7) and table[3]["margin_drop"] == pytest.approx(0)
+    assert table[2]["rank"] == 1 and table[3]["rank"] == 2
+    assert table[2]["support_attention_mean"] == pytest.approx(0.5)
+    assert table[3]["query_attention_mean"] == pytest.approx(4 / 7)
+    assert table[0]["direct_logit_attribution"] == pytest.approx(2.0)
+    assert table[0]["delta_accuracy_drop"] is None and table[2]["delta_accuracy_drop"] == pytest.approx(4 / 7)
+    assert table[2]["accuracy_drop_mean"] is None and table[2]["ablations_disagree"] is None
+    top = rows[1]["top_heads_by_ablation"]
+    assert [(head["layer"], head["head"]) for head in top] == [(0, 0), (0, 1)]
+    located = rows[1]["top_heads_by_localization"]
+    assert (located[0]["head"], located[0]["value"]) == (1, pytest.approx(4 / 7))
+    # Both heads drop nothing at the first checkpoint: no order, no correlation; the top head stays the first.
+    assert rows[1]["head_rank_correlation_prev"] is None and rows[1]["head_turnover"] == 0.0
+    assert rows[1]["stabilized"] == {"residual": True, "heads": False}
+    assert rows[0]["stabilized"] == {"residual": False, "heads": False}
+
+
+def test_mlps(dataset, rows):
+    table = mlp_rows(dataset)
+    assert table[1]["accuracy_drop"] == pytest.approx(2 / 7) and table[1]["margin_drop"] == pytest.approx(14 / 7)
+    assert table[0]["write_norm_mean"] == pytest.approx(2.0) and table[1]["write_norm_mean"] == pytest.approx(3.0)
+    assert table[1]["write_norm_support_mean"] == pytest.approx(1.0)
+    # The lens margin's sums are 2 · (stage + 3) at the last checkpoint: 2/7 from one half of the layer to the next.
+    assert table[1]["answer_margin_delta_mean"] == pytest.approx(2 / 7)
+    assert rows[1]["mlp_write_norm_by_layer"] == {
+        "0": {"prediction": pytest.approx(3.0), "support": pytest.approx(1.0)}
+    }
+
+
+def test_intervals_of_splits_of_one_sequence_know_nothing_beyond_it(arrays, probe):
+    """Resampling one sequence gives the same one: rates get Wilson's bound for one sequence, means none."""
+    intervals = build_intervals(arrays, [100, 300], probe)
+    held = intervals["answer_accuracy"].sel(split="heldout_pairs", step=300)
+    bound = 1.959964**2 / (1 + 1.959964**2)
+    assert held.values == pytest.approx([0.5, 0.0, 1.0]) and 0.5 - bound < 0
+    margin = intervals["answer_margin"].sel(split="heldout_pairs", step=300)
+    assert margin.values == pytest.approx([1.0, 1.0, 1.0])
+    change = intervals["answer_margin_change"].sel(split="validation_iid", step=300)
+    assert change.values == pytest.approx([4.0, 4.0, 4.0])
