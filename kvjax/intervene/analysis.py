@@ -16,7 +16,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
 from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError, unusable
-from kvjax.intervene import circuits, flow
+from kvjax.intervene import components, flow, states
 from kvjax.intervene.patching import component_places
 from kvjax.intervene.study import CPU_TOKENS_PER_BATCH, Outcome, Study
 from kvjax.model.decoder import DecoderConfig, stack_params
@@ -31,10 +31,10 @@ from kvjax.windows.readiness import readiness
 KINDS: Mapping[str, Callable[[Study], Outcome]] = {
     "activation_patching": flow.activation_patching,
     "path_patching": flow.path_patching,
-    "necessity": circuits.necessity,
-    "across_checkpoints": circuits.across_checkpoints,
-    "subspaces": circuits.subspaces,
-    "neurons": circuits.neurons,
+    "necessity": components.necessity,
+    "across_checkpoints": states.across_checkpoints,
+    "subspaces": states.subspaces,
+    "neurons": components.neurons,
     "attribution": flow.attribution,
 }
 
@@ -246,10 +246,10 @@ def _all_neuron_rows(run: RunDir, newest: Any) -> list[dict[str, Any]]:
     folder = run.analysis / FOLDER / "neurons"
     for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
         with xr.open_dataset(path, engine="h5netcdf") as dataset:
-            for row in circuits.neuron_rows(Outcome(dataset.load(), {})):
+            for row in components.neuron_rows(Outcome(dataset.load(), {})):
                 rows.setdefault(row["step"], []).append(row)
     for step in np.unique(newest["step"].values).tolist():
         rows[step] = []
-    for row in circuits.neuron_rows(Outcome(newest, {})):
+    for row in components.neuron_rows(Outcome(newest, {})):
         rows[row["step"]].append(row)
     return [row for step in sorted(rows) for row in rows[step]]

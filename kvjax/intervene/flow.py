@@ -13,7 +13,7 @@ from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, both_directions, me
 from kvjax.intervene.patching import component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_effects
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.intervene.study import Outcome, Study, numbers
+from kvjax.intervene.study import ANSWER_ACCURACY, Outcome, Study, numbers
 from kvjax.task.corruption import PAIR_ROLES
 
 TOP = 12  # effects a summary names
@@ -22,7 +22,6 @@ ROLES = (*PAIR_ROLES[1:], "all", PAIR_ROLES[0])
 
 _RECOVERY = {"long_name": "(patched - base) / (source - base) of the metric", "units": "1"}
 _METRIC = {"long_name": "logit(clean answer) - logit(corrupted answer), summed over a pair's reads", "units": "logits"}
-_ACCURACY = {"long_name": "share of affected reads whose argmax is the clean answer", "units": "1"}
 
 
 def activation_patching(study: Study) -> Outcome:
@@ -59,7 +58,7 @@ def activation_patching(study: Study) -> Outcome:
     dataset["recovery_by_role"] = ((*dims, "position_role"), recovery(by_role), _RECOVERY)
     dataset["recovery_by_position"] = ((*dims, "position"), recovery(by_position), _RECOVERY)
     accuracy = np.stack([means_per_read(study.groups, x["clean_correct"]) for x in by_role], axis=1)
-    dataset["clean_answer_accuracy_by_role"] = ((*dims, "position_role"), accuracy, _ACCURACY)
+    dataset["clean_answer_accuracy_by_role"] = ((*dims, "position_role"), accuracy, ANSWER_ACCURACY)
     own = ("direction", "step", "pair", "place")
     for name, found in (("position_role", by_role), ("position", by_position)):
         stacked = np.stack([x["difference"] for x in found]).astype(np.float32)
@@ -99,7 +98,7 @@ def path_patching(study: Study) -> Outcome:
     )
     dataset["recovery"] = (("statistic", "direction", "pair_kind", "step", "path"), found, _RECOVERY)
     accuracy = np.stack([means_per_read(study.groups, a["clean_correct"]) for a in by_direction], axis=1)
-    dataset["clean_answer_accuracy"] = (dataset["recovery"].dims, accuracy, _ACCURACY)
+    dataset["clean_answer_accuracy"] = (dataset["recovery"].dims, accuracy, ANSWER_ACCURACY)
     stacked = np.stack([a["difference"] for a in by_direction]).astype(np.float32)
     dataset["metric"] = (("direction", "step", "pair", "path"), stacked, _METRIC)
     _put_runs(dataset, by_direction)

@@ -22,6 +22,12 @@ from kvjax.task.vocabulary import Vocabulary
 # Tokens per microbatch of pairs: windows are short, so that more streams than a sweep's microbatch holds fit the cache.
 CPU_TOKENS_PER_BATCH = 2500
 
+ANSWER_ACCURACY = {"long_name": "share of affected reads whose argmax is the clean answer", "units": "1"}
+CLEAN_METRIC = {
+    "long_name": "logit(clean answer) - logit(corrupted answer), mean over affected reads of clean streams",
+    "units": "logits",
+}
+
 Summary = dict[str, Any]
 
 

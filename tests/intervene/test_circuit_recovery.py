@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.intervene import circuits, flow
+from kvjax.intervene import components, flow, states
 from kvjax.intervene.patching import component_places, stage_places
 from kvjax.intervene.paths import all_edges
 from kvjax.intervene.study import Study
@@ -123,7 +123,7 @@ def test_paths(paths, kind, direction):
 
 
 def test_the_planted_set_is_faithful_complete_and_minimal(study):
-    dataset = circuits.necessity(study).dataset.sel(step=100)
+    dataset = components.necessity(study).dataset.sel(step=100)
     for baseline in ("mean", "resample"):
         own = dataset.sel(baseline=baseline, statistic="estimate")
         for kind in PAIR_KINDS:
@@ -141,14 +141,14 @@ def test_the_planted_set_is_faithful_complete_and_minimal(study):
 
 
 def test_a_checkpoint_with_its_own_states_is_itself(study):
-    outcome = circuits.across_checkpoints(study)
+    outcome = states.across_checkpoints(study)
     assert outcome.summary["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
     assert outcome.dataset.sizes["stage"] == len(stage_places(N_LAYERS))
 
 
 def test_subspaces_hold_the_answer_only_where_it_is(study):
     """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
-    loss = circuits.subspaces(study).dataset["loss"].sel(statistic="estimate", step=100, pair_kind="value")
+    loss = states.subspaces(study).dataset["loss"].sel(statistic="estimate", step=100, pair_kind="value")
     late = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="probe")
     early = loss.sel(stage="layer_1_post_mlp", position_role="prediction")
     assert float(late.sel(subspace_rank=64, operation="exchanged")) > 0.9
