@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A file of tests stays in one process, so that what it compiles is compiled once.
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: setup quickstart test lint format clean
 

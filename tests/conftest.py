@@ -20,6 +20,13 @@ os.environ[CACHE_VARIABLE] = tempfile.mkdtemp(prefix="kvjax-test-")
 torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost more than they do
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_modules_are_let_go():
+    """Each compiled program holds memory maps, of which a process may have some 65,000: all modules' are too many."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def small_benchmark(tmp_path_factory):
     """A small benchmark directory; tests only read it."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import converters.library
+import converters.source
 from converters.certificate import certify
 from converters.library import CheckpointLibrary
 from converters.names import PARAMETERS, torch_names
@@ -290,13 +290,13 @@ class Unread:
     """Stands in for the converter, to see which files are converted."""
 
     def __init__(self, monkeypatch):
-        self.files, real = [], converters.library.convert_checkpoint
+        self.files, real = [], converters.source.convert_checkpoint
 
         def counted(path, *args, **kwargs):
             self.files.append(path.name)
             return real(path, *args, **kwargs)
 
-        monkeypatch.setattr(converters.library, "convert_checkpoint", counted)
+        monkeypatch.setattr(converters.source, "convert_checkpoint", counted)
 
 
 def test_what_is_stored_is_not_converted_again_and_new_checkpoints_are_added(library, small_run, monkeypatch):
