@@ -114,7 +114,7 @@ def run() -> None:
     )
     if FLAGS.probe == "logistic" and FLAGS.steps == "all":
         raise unusable(
-            "--probe", "steps to fit logistic probes at (--steps), for they take minutes each", "--steps=all"
+            "--probe", "steps to fit logistic probes at (--steps), for they take far longer than ridge", "--steps=all"
         )
     while True:
         reports = sweep_reports(
