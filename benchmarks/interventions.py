@@ -27,14 +27,14 @@ from benchmarks.reporting import machine, median_seconds, write_result
 from converters.source import convert_checkpoint
 from converters.to_torch import to_torch
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.intervene.neurons import neuron_effects
+from kvjax.intervene.components import neuron_sums
 from kvjax.intervene.pair_runs import DENOISING, PairProgram, PairRuns, answer_effects, run_pairs
 from kvjax.intervene.patching import patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_edits, path_effects, sender_changes
 from kvjax.intervene.study import CPU_TOKENS_PER_BATCH
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import take_positions
-from kvjax.model.transforms import over_checkpoints, plain_forward
+from kvjax.model.transforms import plain_forward
 from kvjax.runtime import share_cpu_cores
 from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.task.benchmark import Benchmark
@@ -182,16 +182,12 @@ def _transformer_lens(run, params, encoded, ours, places) -> dict[str, float]:
 def _time_neurons(config, value_ids, stacked, records, devices) -> dict[str, float]:
     buckets = bucket_by_length(records, tokens_per_batch=RECORD_TOKENS_PER_BATCH)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(horizon, stacked, batches):
-        def one_checkpoint(params, batches):
-            measure = functools.partial(neuron_effects, params, config, horizon=horizon, value_ids=value_ids)
-            return jax.lax.map(measure, batches)
+    def run() -> list:
+        ids = tuple(value_ids.tolist())
+        return [neuron_sums(config, b.horizon, ids, devices, stacked, b.batches) for b in buckets]
 
-        return over_checkpoints(one_checkpoint, lift="map", devices=devices)(stacked, batches)
-
-    compiled = [run.lower(b.horizon, stacked, b.batches).compile() for b in buckets]
-    seconds = median_seconds(lambda: [f(stacked, b.batches) for f, b in zip(compiled, buckets, strict=True)], 1)
+    jax.block_until_ready(run())  # compiles
+    seconds = median_seconds(run, 1)
     return {"neurons": config.n_layers * config.d_ff, "records": len(records), "each_of_several": seconds / devices}
 
 

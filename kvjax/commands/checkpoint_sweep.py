@@ -63,13 +63,7 @@ flags.DEFINE_float(
     lower_bound=0.1,
     flag_values=FLAGS,
 )
-flags.DEFINE_enum(
-    "precision",
-    "highest",
-    ["highest", "default"],
-    "Precision of float32 matrix products; default lets a GPU use TF32.",
-    flag_values=FLAGS,
-)
+common.define_precision_flag(FLAGS)
 flags.DEFINE_bool(
     "skip_bad",
     False,

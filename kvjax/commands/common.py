@@ -23,6 +23,17 @@ def define_run_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("progress", True, "Show a progress bar with the time left.", flag_values=values)
 
 
+def define_precision_flag(values: flags.FlagValues) -> None:
+    """Defines the flag of commands that run models."""
+    flags.DEFINE_enum(
+        "precision",
+        "highest",
+        ["highest", "default"],
+        "Precision of float32 matrix products; default lets a GPU use TF32.",
+        flag_values=values,
+    )
+
+
 def required(values: flags.FlagValues, name: str) -> Any:
     """Returns the value of a flag that has no default; raises `InputError` where it was not given."""
     value = values[name].value

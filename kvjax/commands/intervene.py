@@ -42,13 +42,7 @@ flags.DEFINE_list(
     "Components, such as L1H3,MLP2, whose set is tested for sufficiency; by default the smallest faithful set.",
     flag_values=FLAGS,
 )
-flags.DEFINE_enum(
-    "precision",
-    "highest",
-    ["highest", "default"],
-    "Precision of float32 matrix products; default lets a GPU use TF32.",
-    flag_values=FLAGS,
-)
+common.define_precision_flag(FLAGS)
 flags.DEFINE_bool(
     "force", False, "Go on although the run is not ready for circuit work (kvjax status).", flag_values=FLAGS
 )

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, PairRuns, answer_effects
+from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, answer_effects
 from kvjax.intervene.patching import over_places, patch_edit, stage_places
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import take_positions
-from kvjax.sweeps.engine import CleanRun, restart, run_clean
+from kvjax.sweeps.engine import restart, run_clean
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
@@ -44,11 +44,10 @@ def across_effects(params: Params, config: DecoderConfig, batch: EncodedPairs, s
 
     def taken_from(other: Params) -> Effects:
         _, theirs = run_clean(other, config, tokens, PAIR_CAPTURE)
-        runs = _as_pair(own, theirs, batch, base)
 
         def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
             def at_role(mask_BxT: jax.Array) -> Effects:
-                edits = {site: patch_edit(runs, site, layer, head, mask_BxT)}
+                edits = patch_edit(config, theirs, site, layer, head, mask_BxT)
                 read = restart(params, config, own, edits, layer=layer, positions_BxQ=batch.prediction_positions)
                 return answer_effects(read, batch)
 
@@ -58,7 +57,3 @@ def across_effects(params: Params, config: DecoderConfig, batch: EncodedPairs, s
 
     found = jax.lax.map(taken_from, stacked_others)
     return {name: jnp.moveaxis(x, -1, 0) for name, x in found.items()} | {f"{n}_base": x for n, x in base.items()}
-
-
-def _as_pair(own: CleanRun, theirs: CleanRun, batch: EncodedPairs, base: Effects) -> PairRuns:
-    return PairRuns(own, theirs, batch, jnp.zeros((len(own.tokens), 0), jnp.int32), base, base)

@@ -191,7 +191,6 @@ def _study(
         pair_ids=tuple(pair.pair_id for pair in pairs),
         fit=work.fit,
         records=work.encoded,
-        num_splits=len(work.probe.manifest.splits),
         components=settings.components,
         devices=jax.local_device_count(),
         tokens_per_batch=CPU_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,

@@ -26,6 +26,7 @@ from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.intervene.study import CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.model.transforms import over_checkpoints
 from kvjax.sweeps.collect import collect
+from kvjax.sweeps.dynamics import places
 from kvjax.task.encoding import bucket_by_length
 
 TOP_NEURONS = 20
@@ -177,7 +178,7 @@ def neurons(study: Study) -> Outcome:
             rows = np.minimum(np.arange(start, start + devices), len(study.steps) - 1)
             chunk = jax.tree.map(lambda x, rows=rows: x[rows], study.stacked)
             each.append(
-                jax.device_get(_neurons(study.config, bucket.horizon, value_ids, devices, chunk, bucket.batches))
+                jax.device_get(neuron_sums(study.config, bucket.horizon, value_ids, devices, chunk, bucket.batches))
             )
         outputs.append(jax.tree.map(lambda *x: np.concatenate(x)[: len(study.steps)], *each))
     arrays = collect(outputs, buckets, *study.records.is_read.shape)
@@ -224,12 +225,10 @@ def neuron_rows(outcome: Outcome) -> list[dict[str, Any]]:
     names = ("accuracy_drop", "margin_drop", "write_strength", "direct_logit_attribution")
     for c, step in enumerate(dataset["step"].values.tolist()):
         values = {name: dataset[name].values[c] for name in names}
-        place = np.empty(values["margin_drop"].size, int)
-        place[np.argsort(-values["margin_drop"].ravel(), kind="stable")] = np.arange(1, place.size + 1)
-        for index in np.ndindex(*values["margin_drop"].shape):
-            own = {name: number(x[index]) for name, x in values.items()}
-            rank = int(place[np.ravel_multi_index(index, values["margin_drop"].shape)])
-            rows.append({"step": step, "layer": index[0], "neuron": index[1], **own, "rank": rank})
+        ranks = places(values["margin_drop"])
+        for layer, neuron in np.ndindex(*ranks.shape):
+            own = {name: number(x[layer, neuron]) for name, x in values.items()}
+            rows.append({"step": step, "layer": layer, "neuron": neuron, **own, "rank": int(ranks[layer, neuron])})
     return rows
 
 
@@ -239,7 +238,9 @@ def _sets(config, baseline_index, tree, batch, donors, window):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _neurons(config, horizon, value_ids, devices, stacked, batches):
+def neuron_sums(config, horizon, value_ids, devices, stacked, batches):
+    """Returns `neuron_effects` of every microbatch [microbatch, B, …] at stacked checkpoints, shared among devices."""
+
     def one_checkpoint(params, batches):
         measure = functools.partial(neuron_effects, params, config, horizon=horizon, value_ids=np.array(value_ids))
         return jax.lax.map(measure, batches)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from kvjax.intervene.attribution_patching import METHODS, attribution_scores
 from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, both_directions, measuring
-from kvjax.intervene.patching import component_places, patching_effects, stage_places
+from kvjax.intervene.patching import Place, component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_effects
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.intervene.study import ANSWER_ACCURACY, Outcome, Study, numbers
+from kvjax.intervene.study import ANSWER_ACCURACY, Outcome, Study, number, numbers
+from kvjax.sweeps.dynamics import rank_correlation_to_previous
 from kvjax.task.corruption import PAIR_ROLES
 
 TOP = 12  # effects a summary names
@@ -32,8 +32,7 @@ def activation_patching(study: Study) -> Outcome:
     )
     places = stages | components
     length = study.encoded.clean_tokens.shape[1]
-    arrays = study.pairs.run(measuring(_patching, study.config, tuple(places.values())), study.stacked)
-    by_direction = _each_direction(arrays)
+    by_direction = _patched(study, tuple(places.values()))
     dataset = study.dataset(
         direction=DIRECTIONS, place=places, position_role=ROLES, position=range(length), pair=study.pair_ids
     )
@@ -87,7 +86,7 @@ def activation_patching(study: Study) -> Outcome:
 def path_patching(study: Study) -> Outcome:
     """Returns every direct path patched, in both directions."""
     edges = all_edges(study.config.n_layers, study.config.n_heads)
-    by_direction = _each_direction(study.pairs.run(measuring(_paths, study.config), study.stacked))
+    by_direction = _path_patched(study)
     names = [f"{edge.sender.name}->{edge.receiver.name}" for edge in edges]
     dataset = study.dataset(direction=DIRECTIONS, path=names, pair=study.pair_ids)
     dataset["sender"] = ("path", [edge.sender.name for edge in edges])
@@ -119,13 +118,8 @@ def attribution(study: Study) -> Outcome:
     """Returns first-order scores of every node and path beside the exact effects, denoising."""
     scores = study.pairs.run(measuring(_attribution, study.config), study.stacked)
     places = component_places(study.config.n_layers, study.config.n_heads)
-    nodes, paths = (
-        _each_direction(study.pairs.run(measure, study.stacked))[DENOISING]
-        for measure in (
-            measuring(_patching, study.config, (stage_places(study.config.n_layers)["embedding"], *places.values())),
-            measuring(_paths, study.config),
-        )
-    )
+    everything = tuple((stage_places(study.config.n_layers) | places).values())
+    nodes, paths = _patched(study, everything)[DENOISING], _path_patched(study)[DENOISING]
     senders = all_senders(study.config.n_layers, study.config.n_heads)
     edges = all_edges(study.config.n_layers, study.config.n_heads)
     dataset = study.dataset(
@@ -135,6 +129,7 @@ def attribution(study: Study) -> Outcome:
         pair=study.pair_ids,
     )
     whole = _split(nodes["difference"], len(PAIR_ROLES))[1][..., -1]
+    whole = whole[:, :, [0, *(everything.index(place) for place in places.values())]]  # the embedding, then components
     exact = {"nodes": whole - nodes["difference_base"][..., None]}
     exact["edges"] = paths["difference"] - paths["difference_base"][..., None]
     correlations: list[dict[str, Any]] = []
@@ -164,10 +159,26 @@ def attribution(study: Study) -> Outcome:
                             "method": method,
                             "pair_kind": kind,
                             "step": step,
-                            "rank_correlation": _spearman(screened[0, m, k, c], measured[0, k, c]),
+                            "rank_correlation": number(
+                                rank_correlation_to_previous(np.stack([screened[0, m, k, c], measured[0, k, c]]))[1]
+                            ),
                         }
                     )
     return Outcome(dataset, {"baseline": {}, "effects": {"rank_correlation_with_exact": correlations}, "controls": {}})
+
+
+def _patched(study: Study, places: tuple[Place, ...]) -> list[dict[str, np.ndarray]]:
+    """Returns the patching of places, by direction; run once for all kinds that look at it."""
+
+    def run() -> list[dict[str, np.ndarray]]:
+        return _each_direction(study.pairs.run(measuring(_patching, study.config, places), study.stacked))
+
+    return study.once(("patched", places), run)
+
+
+def _path_patched(study: Study) -> list[dict[str, np.ndarray]]:
+    """Returns the patching of every path, by direction; run once for all kinds that look at it."""
+    return study.once("paths", lambda: _each_direction(study.pairs.run(measuring(_paths, study.config), study.stacked)))
 
 
 def _patching(config, places, params, batch, extra, window):
@@ -261,10 +272,3 @@ def _holders(recovery: xr.DataArray) -> list[dict[str, Any]]:
             row["position_role"] = str(ordered["position_role"].values[role])
             rows.append(row | {"recovery": numbers(here[:, role])})
     return rows
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    ranks = pd.DataFrame({"a": a, "b": b}).rank()
-    if ranks["a"].nunique() < 2 or ranks["b"].nunique() < 2:
-        return None
-    return float(np.corrcoef(ranks["a"], ranks["b"])[0, 1])

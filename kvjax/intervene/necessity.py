@@ -30,12 +30,6 @@ FAITHFUL = 0.9  # the smallest prefix that reaches this faithfulness is the set 
 DONOR_SEED = 0
 
 
-def component_masks(chosen: np.ndarray, n_layers: int, n_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which heads [..., L, H] and MLPs [..., L] a choice among `component_places` [..., components] names."""
-    by_layer = chosen.reshape(*chosen.shape[:-1], n_layers, n_heads + 1)
-    return by_layer[..., :n_heads], by_layer[..., n_heads]
-
-
 def ablation(heads_LxH: jax.Array, mlps_L: jax.Array, values: Trace, *, n_layers: int, n_heads: int) -> Interventions:
     """Returns the edits that replace the outputs of a set of heads and MLPs, at every position.
 

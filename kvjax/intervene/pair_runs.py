@@ -17,9 +17,10 @@ import numpy as np
 
 from kvjax.measure.behaviour import answer_correct
 from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.interventions import Interventions
 from kvjax.model.sites import take_positions
-from kvjax.model.transforms import Lift, over_checkpoints
-from kvjax.sweeps.engine import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, run_clean
+from kvjax.model.transforms import over_checkpoints
+from kvjax.sweeps.engine import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
 from kvjax.task.pair_encoding import EncodedPairs, PairBucket, bucket_by_window
 
 # Denoising puts activations of the clean run into the corrupted one, noising those of the corrupted into the clean.
@@ -108,6 +109,34 @@ def answer_effects(logits_BxQxV: jax.Array, batch: EncodedPairs) -> Effects:
     return {name: jnp.sum(jnp.where(batch.is_affected, x, 0.0), axis=-1) for name, x in per_read.items()}
 
 
+def effects_under(
+    params: Params,
+    config: DecoderConfig,
+    runs: PairRuns,
+    edits: Interventions,
+    layer: jax.Array | int,
+    *,
+    windowed: bool = True,
+) -> Effects:
+    """Returns the effects of edits on the base run, restarted in `layer`; inside the window alone where `windowed`."""
+    logits = restart(
+        params,
+        config,
+        runs.base,
+        edits,
+        layer=layer,
+        positions_BxQ=runs.batch.prediction_positions,
+        window_BxW=runs.window_BxW if windowed else None,
+    )
+    return answer_effects(logits, runs.batch)
+
+
+def with_runs(effects: Effects, runs: PairRuns) -> Effects:
+    """Returns effects with those of the two runs without intervention beside them: `<name>_base`, `<name>_source`."""
+    effects = effects | {f"{name}_base": x for name, x in runs.base_effects.items()}
+    return effects | {f"{name}_source": x for name, x in runs.source_effects.items()}
+
+
 class PairProgram:
     """Pairs on the devices, and how functions of a batch of them run over all pairs and checkpoints.
 
@@ -116,7 +145,6 @@ class PairProgram:
       config: the checkpoints' shape.
       tokens_per_batch: about how many tokens a microbatch holds.
       devices: how many devices share the checkpoints.
-      lift: how the checkpoints of one device are run.
       max_buckets: how many different windows pairs are padded to; each is compiled.
 
     Attributes:
@@ -130,12 +158,11 @@ class PairProgram:
         *,
         tokens_per_batch: int,
         devices: int = 1,
-        lift: Lift = "map",
         max_buckets: int = 2,
     ):
         self.encoded, self.config = encoded, config
         self.buckets = bucket_by_window(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
-        self._devices, self._lift = devices, lift
+        self._devices = devices
 
     def run(
         self, measure: Measure, stacked: Any, *shared: Any, per_bucket: Sequence[Any] | None = None
@@ -162,7 +189,7 @@ class PairProgram:
             collected: dict[str, np.ndarray] = {}
             for index, bucket in enumerate(self.buckets):
                 extra = per_bucket[index] if per_bucket is not None else None
-                outputs = _over_pairs(measure, bucket.window, devices, self._lift, chunk, bucket.batches, extra, shared)
+                outputs = _over_pairs(measure, bucket.window, devices, chunk, bucket.batches, extra, shared)
                 self._collect(collected, bucket, jax.device_get(outputs), devices)
             by_chunk.append(collected)
         return {name: np.concatenate([x[name] for x in by_chunk])[:checkpoints] for name in by_chunk[0]}
@@ -193,9 +220,9 @@ def measuring(function: Callable[..., Any], *static: Any) -> Measure:
 Measure = Callable[..., dict[str, jax.Array]]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _over_pairs(measure, window, devices, lift, stacked, batches, extra, shared):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _over_pairs(measure, window, devices, stacked, batches, extra, shared):
     def one_checkpoint(tree: Any, batches: EncodedPairs, extra: Any, shared: Any) -> dict[str, jax.Array]:
         return jax.lax.map(lambda part: measure(tree, part[0], part[1], window, *shared), (batches, extra))
 
-    return over_checkpoints(one_checkpoint, lift=lift, devices=devices)(stacked, batches, extra, shared)
+    return over_checkpoints(one_checkpoint, lift="map", devices=devices)(stacked, batches, extra, shared)

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.intervene.pair_runs import Effects, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import Effects, PairRuns, effects_under, run_pairs, with_runs
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.interventions import Edit
+from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.sites import SITES, stage_names
-from kvjax.sweeps.engine import restart
+from kvjax.sweeps.engine import CleanRun
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
@@ -55,41 +55,60 @@ def stage_index(site: str, layer: jax.Array | int, n_layers: int) -> jax.Array |
 
 
 def over_places(
-    places: Sequence[Place], n_layers: int, function: Callable[[str, jax.Array | int, jax.Array], Effects]
-) -> Effects:
-    """Returns what a function of site, layer and head gives at each place, stacked on a leading axis.
+    places: Sequence[tuple], n_layers: int, function: Callable[..., Effects | tuple[Effects, ...]]
+) -> Effects | tuple[Effects, ...]:
+    """Returns what a function gives at each place, stacked on a leading axis.
 
-    Places of one site are one compiled loop over layers and heads; those of the last layer, whose restart is a program
-    of its own, are another.
+    Places of one site are one compiled loop over layers; those of the last layer, whose restart is a program of its
+    own, are another.
+
+    Args:
+      places: site, layer and whatever else tells places apart, as numbers: a `Place`, or with a sender.
+      n_layers: the model's.
+      function: of site, layer (traced, or the last one's number) and the other numbers (traced).
     """
-    found: dict[Place, Effects] = {}
+    found: dict[tuple, Effects | tuple[Effects, ...]] = {}
     last = n_layers - 1
-    for site in dict.fromkeys(place.site for place in places):
-        own = [place for place in places if place.site == site]
+    for site in dict.fromkeys(place[0] for place in places):
+        own = [place for place in places if place[0] == site]
         # A site outside the layers has no layer to trace.
-        fixed = [place for place in own if place.layer == last or not SITES[site].per_layer]
+        fixed = [place for place in own if place[1] == last or not SITES[site].per_layer]
         traced = [place for place in own if place not in fixed]
-        if traced:
-            layers, heads = jnp.array([p.layer for p in traced]), jnp.array([p.head for p in traced])
-            each = jax.lax.map(lambda at, s=site: function(s, at[0], at[1]), (layers, heads))
-            found |= {place: jax.tree.map(lambda x, i=i: x[i], each) for i, place in enumerate(traced)}
-        if fixed:
-            heads, layer = jnp.array([place.head for place in fixed]), fixed[0].layer
-            each = jax.lax.map(lambda head, s=site, at=layer: function(s, at, head), heads)
-            found |= {place: jax.tree.map(lambda x, i=i: x[i], each) for i, place in enumerate(fixed)}
+        for group, is_traced in ((traced, True), (fixed, False)):
+            if group:
+                _, *columns = zip(*group, strict=True)
+                numbers = tuple(map(jnp.array, columns))
+
+                def one(at: tuple, site: str = site, fixed_layer: int | None = None if is_traced else group[0][1]):
+                    return function(site, at[0] if fixed_layer is None else fixed_layer, *at[1:])
+
+                each = jax.lax.map(one, numbers)
+                found |= {place: jax.tree.map(lambda x, i=i: x[i], each) for i, place in enumerate(group)}
     return jax.tree.map(lambda *x: jnp.stack(x), *(found[place] for place in places))
 
 
-def patch_edit(runs: PairRuns, site: str, layer: jax.Array | int, head: jax.Array | int, where_BxT: jax.Array) -> Edit:
-    """Returns the edit that takes a place's activation from the source run at some positions."""
-    value = runs.source.trace[site]
+def place_mask(
+    config: DecoderConfig, site: str, layer: jax.Array | int, head: jax.Array | int, where_BxT: jax.Array
+) -> jax.Array:
+    """Returns where an edit of a place applies, of the site's rank; only `head_z` looks at the head."""
     if not SITES[site].per_layer:
-        return Edit(where_BxT[:, :, None], value)
-    n_layers = len(value)
-    mask = (jnp.arange(n_layers) == layer)[:, None, None, None] & where_BxT[None, :, :, None]
+        return where_BxT[:, :, None]
+    mask = (jnp.arange(config.n_layers) == layer)[:, None, None, None] & where_BxT[None, :, :, None]
     if site == "head_z":
-        mask = mask[..., None] & (jnp.arange(value.shape[3]) == head)[None, None, None, :, None]
-    return Edit(mask, value)
+        mask = mask[..., None] & (jnp.arange(config.n_heads) == head)[None, None, None, :, None]
+    return mask
+
+
+def patch_edit(
+    config: DecoderConfig,
+    source: CleanRun,
+    site: str,
+    layer: jax.Array | int,
+    head: jax.Array | int,
+    where_BxT: jax.Array,
+) -> Interventions:
+    """Returns the edit that takes a place's activation from another run at some positions."""
+    return {site: Edit(place_mask(config, site, layer, head, where_BxT), source.trace[site])}
 
 
 def position_masks(runs: PairRuns) -> jax.Array:
@@ -134,16 +153,8 @@ def patching_effects(
     before_BxT = jnp.asarray(batch.roles) == PAIR_ROLES.index("before")
 
     def patched(site: str, layer: jax.Array | int, head: jax.Array, mask_BxT: jax.Array, *, windowed: bool) -> Effects:
-        logits = restart(
-            params,
-            config,
-            runs.base,
-            {site: patch_edit(runs, site, layer, head, mask_BxT)},
-            layer=layer,
-            positions_BxQ=batch.prediction_positions,
-            window_BxW=runs.window_BxW if windowed else None,
-        )
-        return answer_effects(logits, batch)
+        edits = patch_edit(config, runs.source, site, layer, head, mask_BxT)
+        return effects_under(params, config, runs, edits, layer, windowed=windowed)
 
     def of_place(site: str, layer: jax.Array | int, head: jax.Array) -> tuple[Effects, Effects]:
         at_masks = jax.lax.map(lambda mask: patched(site, layer, head, mask, windowed=True), masks)
@@ -151,6 +162,4 @@ def patching_effects(
 
     at_masks, before = over_places(places, config.n_layers, of_place)
     result = {name: jnp.moveaxis(x, -1, 0) for name, x in at_masks.items()}
-    result |= {f"{name}_before": x.T for name, x in before.items()}
-    result |= {f"{name}_base": x for name, x in runs.base_effects.items()}
-    return result | {f"{name}_source": x for name, x in runs.source_effects.items()}
+    return with_runs(result | {f"{name}_before": x.T for name, x in before.items()}, runs)

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.intervene.pair_runs import Effects, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import Effects, PairRuns, effects_under, run_pairs, with_runs
+from kvjax.intervene.patching import over_places
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
-from kvjax.sweeps.engine import before_layer, restart
+from kvjax.sweeps.engine import before_layer
 from kvjax.task.pair_encoding import EncodedPairs
 
 HEAD_INPUTS = ("query_input", "key_input", "value_input")
@@ -133,41 +134,12 @@ def path_effects(
     """
     runs = run_pairs(params, config, batch, direction, window=window)
     changes = sender_changes(params, config, runs)
+
+    def along(site: str, layer: jax.Array | int, head: jax.Array, sender: jax.Array) -> Effects:
+        edits = path_edits(runs, config, site, layer, head, changes[sender])
+        return effects_under(params, config, runs, edits, layer)
+
     senders = all_senders(config.n_layers, config.n_heads)
-    edges = all_edges(config.n_layers, config.n_heads)
-
-    def effects(site: str, layer: jax.Array | int, head: jax.Array, sender: jax.Array) -> Effects:
-        logits = restart(
-            params,
-            config,
-            runs.base,
-            path_edits(runs, config, site, layer, head, changes[sender]),
-            layer=layer,
-            positions_BxQ=batch.prediction_positions,
-            window_BxW=runs.window_BxW,
-        )
-        return answer_effects(logits, batch)
-
-    found: dict[Edge, Effects] = {}
-    last = config.n_layers - 1
-    for site in (*HEAD_INPUTS, "mlp_input", "logits_input"):
-        own = [edge for edge in edges if edge.receiver.site == site]
-        fixed = [edge for edge in own if edge.receiver.layer == last or site == "logits_input"]
-        for group, is_last in (([edge for edge in own if edge not in fixed], False), (fixed, True)):
-            if not group:
-                continue
-            rows = [(edge.receiver.layer, edge.receiver.head, senders.index(edge.sender)) for edge in group]
-            layers, heads, sent = (jnp.array(column) for column in zip(*rows, strict=True))
-            at = group[0].receiver.layer
-
-            def one(row: tuple, site: str = site, is_last: bool = is_last, at: int = at) -> Effects:
-                layer, head, sender = row
-                return effects(site, at if is_last else layer, head, sender)
-
-            both = jax.lax.map(one, (layers, heads, sent))
-            found |= {edge: jax.tree.map(lambda x, i=i: x[i], both) for i, edge in enumerate(group)}
-    result: Effects = {}
-    for name in runs.base_effects:
-        result[name] = jnp.stack([found[edge][name] for edge in edges], axis=-1)
-        result[f"{name}_base"], result[f"{name}_source"] = runs.base_effects[name], runs.source_effects[name]
-    return result
+    edges = [(*edge.receiver, senders.index(edge.sender)) for edge in all_edges(config.n_layers, config.n_heads)]
+    found = over_places(edges, config.n_layers, along)
+    return with_runs({name: x.T for name, x in found.items()}, runs)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kvjax.measure.uncertainty import bootstrap_ratios, percentile_interval, resample_counts
+from kvjax.measure.uncertainty import percentile_interval, resample_counts, resampled_ratios
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import EncodedPairs
 
@@ -72,7 +72,7 @@ def recoveries(
         sign = np.where(gap[:, own].sum(axis=1, keepdims=True) < 0, -1.0, 1.0)
         signed = (sign * gap).reshape(*gap.shape, *extra)
         ratio = _ratio(groups, own, moved * sign.reshape(-1, 1, *extra), np.broadcast_to(signed, moved.shape))
-        low, high = _interval(groups, own, gap)
+        _, low, high = _ratio(groups, own, gap, np.broadcast_to(groups.reads_N[None], gap.shape))
         undefined = (low <= 0) & (high >= 0)
         ratio[:, undefined] = np.nan
         found.append(ratio)
@@ -81,20 +81,6 @@ def recoveries(
 
 def _ratio(groups: PairGroups, own: np.ndarray, sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Returns the ratio of sums over some pairs, with its interval: [3, C, *X]."""
-    sums, totals = sums[:, own].astype(np.float64), totals[:, own].astype(np.float64)
-    shape = (len(sums), *sums.shape[2:])
-
-    def by_pair(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x, 1, 0).reshape(len(own), -1)
-
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = sums.sum(axis=1) / totals.sum(axis=1)
-    samples = bootstrap_ratios(groups.counts_KxN[:, own], by_pair(sums), by_pair(totals))
-    ends = [end.reshape(shape) for end in percentile_interval(samples)]
-    missing = ~np.isfinite(values)
-    return np.stack([np.where(missing, np.nan, x) for x in (values, *ends)])
-
-
-def _interval(groups: PairGroups, own: np.ndarray, sums_CxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    reads = np.broadcast_to(groups.reads_N[own][:, None], (len(own), len(sums_CxN))).astype(np.float64)
-    return percentile_interval(bootstrap_ratios(groups.counts_KxN[:, own], sums_CxN[:, own].T, reads))
+    values, samples = resampled_ratios(groups.counts_KxN[:, own], sums[:, own], totals[:, own])
+    ends = (end.reshape(values.shape) for end in percentile_interval(samples.reshape(len(samples), -1)))
+    return np.stack([values, *(np.where(np.isnan(values), np.nan, end) for end in ends)])

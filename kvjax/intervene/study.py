@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,6 @@ CLEAN_METRIC = {
     "units": "logits",
 }
 
-Summary = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -41,7 +39,7 @@ class Outcome:
     """
 
     dataset: xr.Dataset
-    summary: Summary
+    summary: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +55,11 @@ class Study:
       pair_ids: their names.
       fit: the fit set.
       records: the probe set.
-      num_splits: splits of the probe set.
       components: names of the components whose set is tested; None for the smallest faithful one.
       devices: how many devices share the checkpoints.
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
+      found: what was measured once and is looked at by several kinds of intervention.
     """
 
     config: DecoderConfig
@@ -72,11 +70,11 @@ class Study:
     pair_ids: tuple[str, ...]
     fit: EncodedRecords
     records: EncodedRecords
-    num_splits: int
     components: tuple[str, ...] | None
     devices: int
     tokens_per_batch: int
     record_tokens_per_batch: int
+    found: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def pairs(self) -> PairProgram:
@@ -99,6 +97,12 @@ class Study:
         """Mean component outputs of every checkpoint: `head_z` [C, L, 1, 1, H, E] and `mlp_out` [C, L, 1, 1, D]."""
         found = self.each_checkpoint(_means, self.fit_bucket.batches)
         return {name: np.asarray(x) for name, x in found.items()}
+
+    def once(self, name: Any, measure: Callable[[], Any]) -> Any:
+        """Returns what was measured under a name, measuring it the first time."""
+        if name not in self.found:
+            self.found[name] = measure()
+        return self.found[name]
 
     def checkpoint(self, index: int) -> Params:
         """Returns one checkpoint's parameters."""

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.intervene.pair_runs import NOISING, Effects, answer_effects, run_pairs
-from kvjax.intervene.patching import over_places, stage_index, stage_places
+from kvjax.intervene.pair_runs import NOISING, Effects, effects_under, run_pairs, with_runs
+from kvjax.intervene.patching import over_places, place_mask, stage_index, stage_places
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.sites import SITES
-from kvjax.sweeps.engine import CleanRun, restart
+from kvjax.sweeps.engine import CleanRun
 from kvjax.sweeps.fit import probe_labels
 from kvjax.sweeps.movement import read_states
 from kvjax.task.corruption import PAIR_ROLES
@@ -126,30 +126,15 @@ def subspace_effects(tree: dict, config: DecoderConfig, batch: EncodedPairs, win
             part = inside(clean_BxTxD - mean)
             exchanged = clean_BxTxD + inside(corrupted_BxTxD - clean_BxTxD)
             value = jax.lax.select_n(operation, clean_BxTxD - part, mean + part, exchanged)
-            where_BxT = roles_BxT == role_of[role]
-            if SITES[site].per_layer:
-                mask = (jnp.arange(config.n_layers) == layer)[:, None, None, None] & where_BxT[None, :, :, None]
-                edit = Edit(mask, value[None])
-            else:
-                edit = Edit(where_BxT[:, :, None], value)
-            logits = restart(
-                params,
-                config,
-                runs.base,
-                {site: edit},
-                layer=layer,
-                positions_BxQ=batch.prediction_positions,
-                window_BxW=runs.window_BxW,
-            )
-            return answer_effects(logits, batch)
+            mask = place_mask(config, site, layer, head, roles_BxT == role_of[role])
+            edits = {site: Edit(mask, value[None] if SITES[site].per_layer else value)}
+            return effects_under(params, config, runs, edits, layer)
 
         return jax.lax.map(one, grid.reshape(-1, len(axes)))
 
     found = over_places(tuple(stage_places(config.n_layers).values()), config.n_layers, at_stage)
     shape = (len(roles_BxT), stages, *grid.shape[:-1])
-    result = {name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in found.items()}
-    result |= {f"{name}_base": x for name, x in runs.base_effects.items()}
-    return result | {f"{name}_source": x for name, x in runs.source_effects.items()}
+    return with_runs({name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in found.items()}, runs)
 
 
 def usable_ranks(width: int) -> tuple[int, ...]:

@@ -59,6 +59,28 @@ def bootstrap_ratios(counts_KxN: np.ndarray, sums_NxX: np.ndarray, totals_NxX: n
     return np.concatenate([np.asarray(x) for x in ratios], axis=1)[:, :statistics]
 
 
+def resampled_ratios(
+    counts_KxN: np.ndarray, sums_CxNxX: np.ndarray, totals_CxNxX: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ratios of sums over sequences, [C, *X], NaN where nothing counts, and those of resamples, [K, C, *X].
+
+    Args:
+      counts_KxN: from `resample_counts`.
+      sums_CxNxX: per sequence, what the ratios sum, at each checkpoint.
+      totals_CxNxX: per sequence, what they are divided by.
+    """
+    shape = (len(sums_CxNxX), *sums_CxNxX.shape[2:])
+
+    def by_sequence(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+
+    totals = totals_CxNxX.sum(axis=1, dtype=np.float64)
+    sums = sums_CxNxX.sum(axis=1, dtype=np.float64)
+    values = np.divide(sums, totals, out=np.full(shape, np.nan), where=totals != 0)
+    samples = bootstrap_ratios(counts_KxN, by_sequence(sums_CxNxX), by_sequence(totals_CxNxX))
+    return values, samples.reshape(-1, *shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """The least and the largest value that a rate, or a difference of rates, can have."""

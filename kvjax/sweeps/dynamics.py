@@ -18,6 +18,13 @@ def ranking(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, kind="stable")
 
 
+def places(values: np.ndarray) -> np.ndarray:
+    """Returns each component's place by value, from 1, largest first, ties by index; of the shape of `values`."""
+    found = np.empty(values.size, int)
+    found[ranking(values.ravel())] = np.arange(1, values.size + 1)
+    return found.reshape(values.shape)
+
+
 def rank_correlation_to_previous(values_CxN: np.ndarray) -> np.ndarray:
     """Returns Spearman's correlation (average ranks) of each checkpoint's component values with the previous one's.
 

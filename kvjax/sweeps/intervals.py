@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from kvjax.measure.heads import ATTENTION_MEASURES
-from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, RATE, Bounds, bootstrap_ratios, interval, resample_counts
+from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, RATE, Bounds, interval, resample_counts, resampled_ratios
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.ablations import ABLATIONS
 from kvjax.sweeps.fit import PROBE_TARGETS
@@ -90,25 +90,20 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
 def _with_interval(one: SequenceSums, members: np.ndarray, counts_KxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns estimate, low and high of a mean over some sequences, and of its changes: [3, C, *X] each."""
     sums = one.sums[:, members].astype(np.float64)
-    shape = (len(sums), *sums.shape[2:])
     counts = one.counts[:, members]
     counts = np.broadcast_to(counts.reshape(*counts.shape, *[1] * (sums.ndim - counts.ndim)), sums.shape)
-    totals = counts.sum(axis=1)
-    values = np.divide(sums.sum(axis=1), totals, out=np.full(shape, np.nan), where=totals > 0)
-
-    def by_sequence(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x, 1, 0).reshape(len(members), -1)
-
-    samples = bootstrap_ratios(counts_KxN[:, members], by_sequence(sums), by_sequence(counts))
-    level = interval(values.reshape(-1), samples, len(members), bounds=one.bounds)
-    by_step = samples.reshape(len(samples), len(sums), -1)
-    moved = (by_step[:, 1:] - by_step[:, :-1]).reshape(len(samples), -1)
-    change = np.full((len(STATISTICS), *shape), np.nan)
-    change[0, 1:] = values[1:] - values[:-1]
+    values, samples = resampled_ratios(counts_KxN[:, members], sums, counts)
+    level = _ends(values, samples, len(members), one.bounds)
+    change = np.full((len(STATISTICS), *values.shape), np.nan)
     bounds = one.bounds and DIFFERENCE_OF_RATES
-    for statistic, end in enumerate(interval(change[0, 1:].reshape(-1), moved, len(members), bounds=bounds), start=1):
-        change[statistic, 1:] = end.reshape(change[0, 1:].shape)
-    return np.stack([values, *(end.reshape(shape) for end in level)]), change
+    change[:, 1:] = _ends(values[1:] - values[:-1], samples[:, 1:] - samples[:, :-1], len(members), bounds)
+    return level, change
+
+
+def _ends(values_X: np.ndarray, samples_KxX: np.ndarray, num_sequences: int, bounds: Bounds | None) -> np.ndarray:
+    flat = samples_KxX.reshape(len(samples_KxX), -1)
+    low, high = interval(values_X.reshape(-1), flat, num_sequences, bounds=bounds)
+    return np.stack([values_X, low.reshape(values_X.shape), high.reshape(values_X.shape)])
 
 
 def _ablations(arrays: Mapping[str, np.ndarray]) -> list[str]:

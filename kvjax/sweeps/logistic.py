@@ -43,8 +43,6 @@ def measure_logistic(
     Returns:
       Result name -> `logistic/<target>` [splits, 2 S], right answers by split, stages at p_e first.
     """
-    fit = jax.device_get(program.data.fit)
-    buckets = tuple(bucket.batches for bucket in program.buckets)
     measured = {}
     for name, result in results.items():
         key = result.info["sha256"]
@@ -57,8 +55,8 @@ def measure_logistic(
                 program.program.value_ids,
                 program.program.num_splits,
                 source.load(path, step).params,
-                fit,
-                buckets,
+                jax.device_get(program.data.fit),
+                tuple(bucket.batches for bucket in program.buckets),
             )
             arrays = {f"logistic/{target}": np.asarray(x) for target, x in right.items()}
             stored = store.save(f"logistic_{name}", key, result.step, arrays, {})

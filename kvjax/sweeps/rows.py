@@ -13,6 +13,7 @@ from kvjax.config import HELDOUT_SPLIT, BirthThresholds, Stabilization
 from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.sweeps.dynamics import (
     change_from_previous,
+    places,
     rank_correlation_to_previous,
     ranking,
     stays_stable,
@@ -186,7 +187,7 @@ def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[s
     rows = []
     for c, step in enumerate(steps.tolist()):
         drops = {name: values[name][c] for name in _DROP_COLUMNS if values[name] is not None}
-        ranks = {name: _ranks(drop) for name, drop in drops.items()}
+        ranks = {name: places(drop) for name, drop in drops.items()}
         for index in np.ndindex(*values["accuracy_drop"].shape[1:]):
             numbers = {name: None if x is None else _number(x[(c, *index)]) for name, x in values.items()}
             told = [drop[index] for drop in drops.values()], [rank[index] for rank in ranks.values()]
@@ -200,13 +201,6 @@ def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[s
                 }
             )
     return rows
-
-
-def _ranks(drops: np.ndarray) -> np.ndarray:
-    """Returns each component's place by drop, from 1, largest first."""
-    ranks = np.empty(drops.size, int)
-    ranks[ranking(drops.ravel())] = np.arange(1, drops.size + 1)
-    return ranks.reshape(drops.shape)
 
 
 def _disagree(drops: Sequence[float], ranks: Sequence[int]) -> bool:

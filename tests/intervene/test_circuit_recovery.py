@@ -52,7 +52,6 @@ def study(small_benchmark, tmp_path_factory):
         pair_ids=tuple(pair.pair_id for pair in pairs),
         fit=encode_records(probe.fit_records, benchmark.vocabulary, ["train"], max_seq_len=longest),
         records=encode_records(probe.records, benchmark.vocabulary, probe.manifest.splits, max_seq_len=longest),
-        num_splits=len(probe.manifest.splits),
         components=tuple(_name(node) for node in PLANTED_NODES.values()),
         devices=1,
         tokens_per_batch=2000,

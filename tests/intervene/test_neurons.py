@@ -104,15 +104,19 @@ def test_spectra_are_those_of_the_whole_matrices(model):
             assert 1 <= rank <= width
 
 
-def test_attribution_scores_are_first_order_effects(model, encoded):
-    """Gradients by PyTorch's autograd in the corrupted run, times the change of the sender's output."""
-    module, params, config = model
-    program = PairProgram(encoded, config, tokens_per_batch=2000)
+@pytest.fixture(scope="module")
+def scores(model, encoded):
+    _, params, config = model
 
     def measure(params, batch, extra, window):
         return attribution_scores(params, config, batch, window=window, direction=DENOISING)
 
-    ours = program.run(measure, jax.tree.map(lambda x: x[None], params))
+    return PairProgram(encoded, config, tokens_per_batch=2000).run(measure, jax.tree.map(lambda x: x[None], params))
+
+
+def test_attribution_scores_are_first_order_effects(model, encoded, scores):
+    """Gradients by PyTorch's autograd in the corrupted run, times the change of the sender's output."""
+    module = model[0]
     clean, corrupted = (torch.tensor(x).long() for x in (encoded.clean_tokens, encoded.corrupted_tokens))
     with torch.no_grad():
         source = forward(module, clean)
@@ -142,25 +146,18 @@ def test_attribution_scores_are_first_order_effects(model, encoded):
         else:
             place = ("embedding",) if sender.kind == "embedding" else ("mlp_out", sender.layer)
             expected = (change(sender) * zeros[place].grad).sum(dim=(1, 2))
-        np.testing.assert_allclose(ours["nodes/gradient"][0, :, index], expected, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(scores["nodes/gradient"][0, :, index], expected, rtol=2e-3, atol=2e-3)
     for index, (sender, receiver) in enumerate(all_edges(3, 4)):
         kind = receiver.site.removesuffix("_input")
         place = {"logits": ("logits", None, None), "mlp": ("mlp", receiver.layer, None)}.get(
             kind, (kind, receiver.layer, receiver.head)
         )
         expected = (change(sender) * zeros[place].grad).sum(dim=(1, 2))
-        np.testing.assert_allclose(ours["edges/gradient"][0, :, index], expected, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(scores["edges/gradient"][0, :, index], expected, rtol=2e-3, atol=2e-3)
 
 
-def test_integrated_gradients_of_the_embedding_add_up(model, encoded):
+def test_integrated_gradients_of_the_embedding_add_up(model, encoded, scores):
     """The embedding's integrated gradient is the whole change of the metric, but for the steps of the integral."""
-    _, params, config = model
-    program = PairProgram(encoded, config, tokens_per_batch=2000)
-
-    def measure(params, batch, extra, window):
-        return attribution_scores(params, config, batch, window=window, direction=DENOISING)
-
-    ours = program.run(measure, jax.tree.map(lambda x: x[None], params))
     module = model[0]
     with torch.no_grad():
         change = np.zeros(len(encoded))
@@ -169,6 +166,6 @@ def test_integrated_gradients_of_the_embedding_add_up(model, encoded):
             for n, q in zip(*np.nonzero(encoded.is_affected), strict=True):
                 at = logits[n, encoded.prediction_positions[n, q]]
                 change[n] += sign * (at[encoded.clean_answers[n, q]] - at[encoded.corrupted_answers[n, q]])
-    integrated = ours["nodes/integrated_gradients"][0, :, 0]
-    once = ours["nodes/gradient"][0, :, 0]
+    integrated = scores["nodes/integrated_gradients"][0, :, 0]
+    once = scores["nodes/gradient"][0, :, 0]
     assert np.abs(integrated - change).mean() < 0.3 * np.abs(once - change).mean()
