@@ -11,6 +11,7 @@ import xarray as xr
 
 from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
+from kvjax.errors import unusable
 from kvjax.intervene.analysis import (
     InterventionReport,
     InterventionSettings,
@@ -44,7 +45,8 @@ def sweep(
 
     Returns:
       Every mean of docs/definitions.md with named dimensions (`step`, `split`, `stage`, `layer`, `head`, …) and the
-      attributes `units` and `long_name`; for several runs with a first dimension `run`, NaN where one lacks a step.
+      attributes `units` and `long_name`; for several runs with a first dimension `run` (names, or paths where names
+      repeat) and a coordinate `seed`, NaN where one lacks a step.
       `<name>_low` and `<name>_high` are the ends of the 95 % intervals of the means that have one.
 
     Raises:
@@ -60,12 +62,16 @@ def sweep(
         settings=SweepSettings(**settings),
     )
     datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
+    if not datasets:
+        raise unusable(", ".join(map(str, given)), "a run with a usable checkpoint", "none")
     if len(datasets) == 1:
         return datasets[0]
     names = [dataset.attrs["run_name"] for dataset in datasets]
-    return xr.concat(
-        datasets, xr.DataArray(names, dims="run", name="run"), join="outer", combine_attrs="drop_conflicts"
-    )
+    if len(set(names)) < len(names):
+        names = [str(report.run.path) for report in reports if report.dataset is not None]
+    runs = xr.DataArray(names, dims="run", name="run")
+    joined = xr.concat(datasets, runs, join="outer", combine_attrs="drop_conflicts")
+    return joined.assign_coords(seed=("run", [dataset.attrs["seed"] for dataset in datasets]))
 
 
 def sweep_reports(
@@ -130,16 +136,15 @@ def checkpoint_source(work: PreparedRun) -> CheckpointSource:
 
 
 def _with_intervals(report: SweepReport) -> xr.Dataset:
+    """Returns the means with the ends of their intervals, and of those of changes, beside them."""
     dataset = report.dataset
-    for end in ("low", "high"):
-        ends = report.intervals.sel(statistic=end, drop=True)
-        dataset = dataset.assign(
-            {
-                f"{name}_{end}": variable.assign_attrs(
-                    long_name=f"{end} end of the 95 % interval of {name}", units=dataset[name].attrs.get("units", "1")
-                )
-                for name, variable in ends.data_vars.items()
-                if name in dataset
-            }
-        )
+    for name, variable in report.intervals.data_vars.items():
+        mean = str(name).removesuffix("_change")
+        units = {"units": dataset[mean].attrs["units"]}
+        if name not in dataset:
+            attrs = units | {"long_name": f"change of {mean} from the previous checkpoint"}
+            dataset = dataset.assign({name: variable.sel(statistic="estimate", drop=True).assign_attrs(attrs)})
+        for end in ("low", "high"):
+            attrs = units | {"long_name": f"{end} end of the 95 % interval of {name}"}
+            dataset = dataset.assign({f"{name}_{end}": variable.sel(statistic=end, drop=True).assign_attrs(attrs)})
     return dataset

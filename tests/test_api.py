@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import xarray as xr
 
 import kvjax
+from kvjax.errors import InputError
 from tests.sweeping import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,7 @@ def test_several_runs_lie_along_a_dimension(small_run, tmp_path):
     both = kvjax.sweep([small_run, shorter])
     assert both["answer_accuracy"].dims[0] == "run" and both.sizes["run"] == 2
     assert np.isnan(both["answer_accuracy"].isel(run=1).sel(step=300)).all()
+    assert both["seed"].values.tolist() == [5, 5] and len(set(both["run"].values.tolist())) == 2
     assert both["answer_accuracy"].isel(run=0).sel(step=300).notnull().all()
 
 
@@ -43,3 +46,10 @@ def test_the_script_of_the_docs_draws_three_trajectories(small_run, tmp_path):
     script = [sys.executable, ROOT / "docs" / "plot_trajectories.py", small_run / "analysis" / "checkpoint_metrics.nc"]
     subprocess.run([*script, target], check=True, env={"MPLBACKEND": "agg", "PATH": "", "HOME": str(tmp_path)})
     assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_usable_checkpoint_is_said(small_run):
+    for path in (small_run / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="expected a run with a usable checkpoint; found none"):
+        kvjax.sweep(small_run, skip_bad=True)

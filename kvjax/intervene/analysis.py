@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import xarray as xr
 
 from kvjax.artifacts.files import write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
@@ -24,7 +25,7 @@ from kvjax.sweeps.analysis import PreparedRun
 from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.corruption import PAIR_KINDS
-from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import PairSet, own_pairs
 from kvjax.windows.readiness import readiness
 
@@ -143,8 +144,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]
         )
     if settings.steps is not None:
         steps = tuple(run.select_steps(settings.steps))
-        name = f"steps_{steps[0]}" if len(steps) == 1 else f"steps_{steps[0]}_{steps[-1]}"
-        return [_Window(name, {"steps": list(steps)}, steps)]
+        return [_Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
     path = run.analysis / WINDOWS_FILE
     if not path.is_file():
         raise unusable(path, "birth windows (run kvjax birth-windows, or name --steps)", "no such file")
@@ -164,6 +164,15 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]
     return windows
 
 
+def _steps_name(run: RunDir, steps: tuple[int, ...]) -> str:
+    """Returns the name of files about some steps: the ends of a whole stretch of the run, or every step."""
+    stretch = tuple(step for step in run.checkpoints if steps[0] <= step <= steps[-1])
+    if len(steps) == 1 or stretch == steps:
+        return "_".join(["steps", *dict.fromkeys(map(str, (steps[0], steps[-1])))])
+    every = "-".join(map(str, steps))
+    return f"steps_{every if len(every) < 60 else hashlib.sha256(every.encode()).hexdigest()[:12]}"
+
+
 def _study(
     work: PreparedRun,
     source: CheckpointSource,
@@ -181,14 +190,18 @@ def _study(
         precision=settings.precision,
         tied="unembedding" not in stacked,
     )
+    longest = run.config.model.max_seq_len
+    clean, clean_rows = encode_clean_streams(pairs, vocabulary, max_seq_len=longest)
     on_cpu = jax.default_backend() == "cpu"
     return Study(
         config=config,
         vocabulary=vocabulary,
         steps=window.steps,
         stacked=stacked,
-        encoded=encode_pairs(pairs, vocabulary, max_seq_len=run.config.model.max_seq_len),
+        encoded=encode_pairs(pairs, vocabulary, max_seq_len=longest),
         pair_ids=tuple(pair.pair_id for pair in pairs),
+        clean=clean,
+        clean_rows=clean_rows,
         fit=work.fit,
         records=work.encoded,
         components=settings.components,
@@ -233,22 +246,18 @@ def _publish(
     write_datasets(path.with_suffix(".nc"), [(None, dataset)])
     write_json(path, document)
     if kind == "neurons":
-        write_json_lines(run.analysis / "component_candidates" / "neurons.jsonl", _all_neuron_rows(run, dataset))
+        write_json_lines(run.analysis / "component_candidates" / "neurons.jsonl", _all_neuron_rows(run))
     return InterventionReport(run, kind, window.name, path, document)
 
 
-def _all_neuron_rows(run: RunDir, newest: Any) -> list[dict[str, Any]]:
-    """Returns the neurons of every window measured so far, each step once, the newest measurement of it."""
-    import xarray as xr
-
+def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:
+    """Returns the neurons of every window measured so far, each step once, by its newest measurement."""
     rows: dict[int, list[dict[str, Any]]] = {}
     folder = run.analysis / FOLDER / "neurons"
     for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
+        own: dict[int, list[dict[str, Any]]] = {}
         with xr.open_dataset(path, engine="h5netcdf") as dataset:
-            for row in components.neuron_rows(Outcome(dataset.load(), {})):
-                rows.setdefault(row["step"], []).append(row)
-    for step in np.unique(newest["step"].values).tolist():
-        rows[step] = []
-    for row in components.neuron_rows(Outcome(newest, {})):
-        rows[row["step"]].append(row)
+            for row in components.neuron_rows(dataset.load()):
+                own.setdefault(row["step"], []).append(row)
+        rows |= own
     return [row for step in sorted(rows) for row in rows[step]]

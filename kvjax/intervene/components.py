@@ -12,18 +12,19 @@ import xarray as xr
 from kvjax.intervene.necessity import (
     BASELINES,
     FAITHFUL,
-    draw_donors,
     growing_sets,
     named_set,
+    pair_donors,
     set_effects,
     sets_to_ablate,
     smallest_faithful,
+    token_outputs,
 )
 from kvjax.intervene.neurons import head_spectra, neuron_effects
 from kvjax.intervene.pair_runs import measuring
 from kvjax.intervene.patching import component_places
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.intervene.study import CLEAN_METRIC, Outcome, Study, number, numbers
+from kvjax.intervene.study import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.model.transforms import over_checkpoints
 from kvjax.sweeps.collect import collect
 from kvjax.sweeps.dynamics import places
@@ -39,12 +40,22 @@ def necessity(study: Study) -> Outcome:
     set whose members are tested is the one that was named, or the smallest prefix that is faithful under mean ablation.
     """
     names = list(component_places(study.config.n_layers, study.config.n_heads))
-    donors = draw_donors(study.pairs.buckets, study.vocabulary)
+    values = {"mean": study.means, "zero": {name: np.zeros_like(x) for name, x in study.means.items()}}
+    donors = pair_donors(study.clean, study.clean_rows, study.pairs.buckets)
 
     def under(sets_CxKxX: np.ndarray, baseline: str) -> dict[str, np.ndarray]:
-        tree = {"params": study.stacked, "means": study.means, "sets": sets_CxKxX}
-        measure = measuring(_sets, study.config, BASELINES.index(baseline))
-        return study.pairs.run(measure, tree, per_bucket=donors)
+        measure = measuring(_sets, study.config)
+        tree = {"params": study.stacked, "sets": sets_CxKxX}
+        if baseline != "resample":
+            return study.pairs.run(measure, tree | {"values": values[baseline]})
+        # Outputs at every token are too many to hold for all checkpoints.
+        each = []
+        for c in range(len(study.steps)):
+            own = jax.tree.map(lambda x, c=c: x[c : c + 1], tree)
+            outputs = jax.device_get(token_outputs(study.config, study.checkpoint(c), study.clean_batches))
+            own["values"] = jax.tree.map(lambda x: x[None], outputs)
+            each.append(study.pairs.run(measure, own, per_bucket=donors))
+        return {name: np.concatenate([x[name] for x in each]) for name in each[0]}
 
     single = np.broadcast_to(np.eye(len(names), dtype=bool), (len(study.steps), len(names), len(names)))
     alone = under(single, "mean")
@@ -96,20 +107,24 @@ def _necessity_outcome(
     dims = ("statistic", "baseline", "pair_kind", "step", "set_size")
     curves: dict[str, list[np.ndarray]] = {}
     for arrays in found.values():
-        difference = arrays["difference"]
+        difference, right = arrays["difference"], arrays["clean_correct"]
         everything = difference[..., parts["necessity"]][..., -1]
         kept, ablated = difference[..., parts["sufficiency"]], difference[..., parts["necessity"]]
         base = arrays["difference_base"]
         own = {
             "metric_when_ablated": means_per_read(study.groups, ablated),
             "metric_when_kept_alone": means_per_read(study.groups, kept),
+            "answer_accuracy_when_ablated": means_per_read(study.groups, right[..., parts["necessity"]]),
+            "answer_accuracy_when_kept_alone": means_per_read(study.groups, right[..., parts["sufficiency"]]),
             "faithfulness": recoveries(study.groups, kept, everything, base),
             # The complement's faithfulness as the set grows: what the set leaves behind.
             "completeness": recoveries(study.groups, ablated, everything, base),
         }
-        members = recoveries(study.groups, difference[..., parts["minimality"]], everything, base)
+        without = difference[..., parts["minimality"]]
+        # The loss of faithfulness, of one denominator with it, so in the same resamples.
+        lost = everything[..., None] + difference[..., parts["named"]][..., 1:] - without
         whole = recoveries(study.groups, difference[..., parts["named"]], everything, base)
-        own["minimality"] = _loss(whole[:, :, :, 1], members, named, len(names))
+        own["minimality"] = _by_component(recoveries(study.groups, lost, everything, base), named)
         own["faithfulness_of_named_set"], own["completeness_of_named_set"] = whole[..., 1], whole[..., 0]
         for name, x in own.items():
             curves.setdefault(name, []).append(x)
@@ -118,8 +133,9 @@ def _necessity_outcome(
         stacked = np.stack(by_baseline, axis=1)
         units = "logits" if name.startswith("metric") else "1"
         dataset[name] = ((*dims[:4], *last.get(name, ("set_size",))), stacked, {"units": units})
-    for name in ("metric_when_ablated", "metric_when_kept_alone"):
-        dataset[name].attrs |= CLEAN_METRIC
+    for end in ("when_ablated", "when_kept_alone"):
+        dataset[f"metric_{end}"].attrs |= CLEAN_METRIC
+        dataset[f"answer_accuracy_{end}"].attrs |= ANSWER_ACCURACY
     for name in ("faithfulness", "completeness"):
         area = np.trapezoid(dataset[name].sel(statistic="estimate").values, sizes / len(names), axis=-1)
         dataset[f"{name}_area"] = (
@@ -157,13 +173,12 @@ def _necessity_outcome(
     )
 
 
-def _loss(whole: np.ndarray, members: np.ndarray, named: np.ndarray, count: int) -> np.ndarray:
-    """Returns the faithfulness each member's removal loses, [3, kinds, C, components]; NaN outside the named set."""
-    loss = np.full((*whole.shape, count), np.nan)
+def _by_component(losses: np.ndarray, named: np.ndarray) -> np.ndarray:
+    """Returns the losses of members, [3, kinds, C, components], from those of a set's members in order; NaN outside."""
+    found = np.full((*losses.shape[:-1], named.shape[1]), np.nan)
     for c, inside in enumerate(named):
-        where = np.flatnonzero(inside)
-        loss[0, :, c, where] = (whole[0, :, c, None] - members[0, :, c, : len(where)]).T
-    return loss
+        found[:, :, c, inside] = losses[:, :, c, : int(inside.sum())]
+    return found
 
 
 def neurons(study: Study) -> Outcome:
@@ -218,9 +233,8 @@ def neurons(study: Study) -> Outcome:
     return Outcome(dataset, {"baseline": {}, "effects": effects, "controls": {}})
 
 
-def neuron_rows(outcome: Outcome) -> list[dict[str, Any]]:
+def neuron_rows(dataset: xr.Dataset) -> list[dict[str, Any]]:
     """Returns one row per step and neuron, for `component_candidates/neurons.jsonl`; ranks are by margin drop."""
-    dataset = outcome.dataset
     rows = []
     names = ("accuracy_drop", "margin_drop", "write_strength", "direct_logit_attribution")
     for c, step in enumerate(dataset["step"].values.tolist()):
@@ -232,9 +246,9 @@ def neuron_rows(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def _sets(config, baseline_index, tree, batch, donors, window):
+def _sets(config, tree, batch, donors, window):
     del window
-    return set_effects(tree, config, batch, donors, baseline_index)
+    return set_effects(tree, config, batch, donors)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -54,10 +54,13 @@ def activation_patching(study: Study) -> Outcome:
         return np.stack(each, axis=1)
 
     dims = ("statistic", "direction", "pair_kind", "step", "place")
-    dataset["recovery_by_role"] = ((*dims, "position_role"), recovery(by_role), _RECOVERY)
-    dataset["recovery_by_position"] = ((*dims, "position"), recovery(by_position), _RECOVERY)
-    accuracy = np.stack([means_per_read(study.groups, x["clean_correct"]) for x in by_role], axis=1)
-    dataset["clean_answer_accuracy_by_role"] = ((*dims, "position_role"), accuracy, ANSWER_ACCURACY)
+    for name, found in (("position_role", by_role), ("position", by_position)):
+        short = name.removeprefix("position_")
+        accuracy = np.stack([means_per_read(study.groups, x["clean_correct"]) for x in found], axis=1)
+        has = _has_positions(study) if name == "position_role" else True
+        dataset[f"recovery_by_{short}"] = ((*dims, name), np.where(has, recovery(found), np.nan), _RECOVERY)
+        accuracy = np.where(has, accuracy, np.nan)
+        dataset[f"clean_answer_accuracy_by_{short}"] = ((*dims, name), accuracy, ANSWER_ACCURACY)
     own = ("direction", "step", "pair", "place")
     for name, found in (("position_role", by_role), ("position", by_position)):
         stacked = np.stack([x["difference"] for x in found]).astype(np.float32)
@@ -67,7 +70,7 @@ def activation_patching(study: Study) -> Outcome:
         float(np.nanmax(np.abs(a["difference_before"] - a["difference_base"][..., None]))) for a in by_direction
     )
     effects = {
-        "components": _top(dataset["recovery_by_role"].sel(place=list(components), position_role="all")),
+        "components": _top(dataset, "by_role", {"place": list(components), "position_role": "all"}),
         "stages": _holders(dataset["recovery_by_role"].sel(place=list(stages), position_role=list(ROLES[:-2]))),
     }
     return Outcome(
@@ -108,7 +111,7 @@ def path_patching(study: Study) -> Outcome:
                 "clean": study.baseline(by_direction[0], "source"),
                 "corrupted": study.baseline(by_direction[0], "base"),
             },
-            "effects": {"paths": _top(dataset["recovery"])},
+            "effects": {"paths": _top(dataset, "", {})},
             "controls": {},
         },
     )
@@ -200,6 +203,16 @@ def _attribution(config, params, batch, extra, window):
     return attribution_scores(params, config, batch, window=window, direction=DENOISING)
 
 
+def _has_positions(study: Study) -> np.ndarray:
+    """Returns whether any pair of a kind has positions of each of `ROLES`: [kinds, 1, 1, roles]."""
+    roles = study.encoded.roles
+    has = [
+        [name == "all" or bool((roles[own] == PAIR_ROLES.index(name)).any()) for name in ROLES]
+        for own in study.groups.members.values()
+    ]
+    return np.array(has)[:, None, None, :]
+
+
 def _each_direction(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     return [{name: x[:, :, d] for name, x in arrays.items()} for d in range(len(DIRECTIONS))]
 
@@ -241,21 +254,24 @@ def _put_runs(dataset: xr.Dataset, by_direction: list[dict[str, np.ndarray]]) ->
         )
 
 
-def _top(recovery: xr.DataArray) -> list[dict[str, Any]]:
-    """Returns the largest recoveries of each kind of pair, direction and step."""
+def _top(dataset: xr.Dataset, suffix: str, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the largest recoveries of each kind of pair, direction and step, with the accuracy beside each."""
     rows = []
     outer = ("direction", "pair_kind", "step")
+    names = ("recovery", "clean_answer_accuracy")
+    recovery, accuracy = (dataset[f"{name}_{suffix}" if suffix else name].sel(where) for name in names)
     inner = [dim for dim in recovery.dims if dim not in ("statistic", *outer)]
-    ordered = recovery.transpose(*outer, "statistic", *inner)
-    for at in np.ndindex(*ordered.shape[: len(outer)]):
-        here = ordered.values[at]
-        flat = here.reshape(len(here), -1)
+    recovery, accuracy = (x.transpose(*outer, "statistic", *inner) for x in (recovery, accuracy))
+    for at in np.ndindex(*recovery.shape[: len(outer)]):
+        here = recovery.values[at]
+        flat, right = here.reshape(len(here), -1), accuracy.values[at].reshape(len(here), -1)
         order = np.argsort(-np.nan_to_num(flat[0], nan=-np.inf), kind="stable")
         for index in order[np.isfinite(flat[0, order])][:TOP]:
-            where = (*at, *np.unravel_index(index, here.shape[1:]))
-            labels = {dim: recovery[dim].values[i] for dim, i in zip((*outer, *inner), where, strict=True)}
+            place = (*at, *np.unravel_index(index, here.shape[1:]))
+            labels = {dim: recovery[dim].values[i] for dim, i in zip((*outer, *inner), place, strict=True)}
             row = {dim: int(label) if dim == "step" else str(label) for dim, label in labels.items()}
-            rows.append(row | {"recovery": numbers(flat[:, index])})
+            found = {"recovery": numbers(flat[:, index]), "clean_answer_accuracy": numbers(right[:, index])}
+            rows.append(row | found)
     return rows
 
 

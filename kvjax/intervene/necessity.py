@@ -8,6 +8,7 @@ Source: docs/definitions.md, section 9; Wang et al., Interpretability in the wil
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,13 +17,13 @@ import numpy as np
 
 from kvjax.intervene.pair_runs import Effects, answer_effects
 from kvjax.intervene.patching import Place, component_places
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.sites import Trace, take_positions
 from kvjax.sweeps.engine import RESTART_CAPTURE, restart, run_clean
-from kvjax.task.encoding import Bucket
+from kvjax.task.donors import draw_donors
+from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs, PairBucket
-from kvjax.task.vocabulary import PAD_ID, READ, WRITE, Vocabulary
 
 BASELINES = ("zero", "mean", "resample")
 FAITHFUL = 0.9  # the smallest prefix that reaches this faithfulness is the set whose members are tested
@@ -44,22 +45,22 @@ def ablation(heads_LxH: jax.Array, mlps_L: jax.Array, values: Trace, *, n_layers
     }
 
 
-def set_effects(
-    tree: dict, config: DecoderConfig, batch: EncodedPairs, donors_BxT: jax.Array, baseline_index: int
-) -> Effects:
+def set_effects(tree: dict, config: DecoderConfig, batch: EncodedPairs, donors_BxT: jax.Array | None) -> Effects:
     """Returns the metric on the clean streams under the ablation of each of K sets, [B, K] each.
 
     Args:
-      tree: one checkpoint's `params`, `means` (`head_z`, `mlp_out`) and `sets` (bool [K, components]).
+      tree: one checkpoint's `params`, `sets` (bool [K, components]) and `values`, for `head_z` and `mlp_out`: what
+        replaces them, with the sites' axes, or the outputs at every token that donors are named among.
       config: its shape.
       batch: a microbatch of pairs.
-      donors_BxT: for each position, the position of the microbatch [B * T] whose outputs resampling takes.
-      baseline_index: what ablated outputs are replaced by, of `BASELINES`.
+      donors_BxT: the token that each position's replacement comes from; None where `values` are what replaces.
     """
     params, sets = tree["params"], tree["sets"]
     tokens = jnp.asarray(batch.clean_tokens)
     logits, clean = run_clean(params, config, tokens, RESTART_CAPTURE)
-    values = _replacements(clean.trace, tree["means"], donors_BxT, BASELINES[baseline_index])
+    values = tree["values"]
+    if donors_BxT is not None:
+        values = {name: x[:, donors_BxT] for name, x in values.items()}
 
     def under(chosen: jax.Array) -> Effects:
         by_layer = chosen.reshape(config.n_layers, config.n_heads + 1)
@@ -70,15 +71,6 @@ def set_effects(
     found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), jax.lax.map(under, sets))
     full = answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)
     return found | {f"{name}_base": x for name, x in full.items()}
-
-
-def _replacements(trace: Trace, means: Trace, donors_BxT: jax.Array, baseline: str) -> Trace:
-    if baseline == "mean":
-        return means
-    if baseline == "zero":
-        return {name: jnp.zeros_like(x) for name, x in means.items()}
-    by_token = {name: trace[name].reshape(len(trace[name]), -1, *trace[name].shape[3:]) for name in means}
-    return {name: x[:, donors_BxT] for name, x in by_token.items()}
 
 
 def growing_sets(ranking: np.ndarray) -> np.ndarray:
@@ -121,35 +113,36 @@ def named_set(names: Sequence[str], n_layers: int, n_heads: int) -> np.ndarray:
     return chosen
 
 
-def draw_donors(buckets: Sequence[PairBucket] | Sequence[Bucket], vocabulary: Vocabulary) -> list[np.ndarray]:
-    """Returns, for every position of the clean streams, one of the same token role in another stream of its microbatch.
+def pair_donors(clean: EncodedRecords, clean_rows: np.ndarray, buckets: Sequence[PairBucket]) -> list[np.ndarray]:
+    """Returns, for every position of the pairs' clean streams, the token that resampling takes its outputs from.
+
+    One draw of `draw_donors` over the distinct clean streams: of the same token role, in another stream of the same
+    split, whatever the batches.
+
+    Args:
+      clean: the distinct clean streams.
+      clean_rows: which of them each pair has.
+      buckets: the pairs.
 
     Returns:
-      For each bucket, int32 [microbatch, B, T]: row * T + position in the microbatch. A position whose role no other
-      stream has, and padding, names itself.
+      For each bucket, int32 [microbatch, B, T]; a token is named row * length + position.
     """
-    rng = np.random.default_rng(DONOR_SEED)
-    operators = {vocabulary.id_of[WRITE]: 0, vocabulary.id_of[READ]: 3}
+    (donors,) = draw_donors(clean, draws=1, seed=DONOR_SEED)
     found = []
     for bucket in buckets:
-        microbatches = np.asarray(bucket.batches.clean_tokens)
-        donors = np.empty(microbatches.shape, np.int32)
-        for m, tokens in enumerate(microbatches):
-            rows, length = tokens.shape
-            roles = np.full(tokens.shape, -1)
-            for at in range(1, length, 3):
-                kind = np.vectorize(lambda token: operators.get(token, -9))(tokens[:, at])
-                for part in range(min(3, length - at)):
-                    roles[:, at + part] = np.where(kind >= 0, kind + part, -2)
-            roles[tokens == PAD_ID] = -3
-            donors[m] = np.arange(rows * length).reshape(rows, length)
-            for role in range(6):
-                places = np.argwhere(roles == role)
-                if len(np.unique(places[:, 0])) < 2:
-                    continue
-                chosen = rng.integers(len(places), size=len(places))
-                while (own := places[chosen, 0] == places[:, 0]).any():
-                    chosen[own] = rng.integers(len(places), size=int(own.sum()))
-                donors[m][places[:, 0], places[:, 1]] = places[chosen, 0] * length + places[chosen, 1]
-        found.append(donors)
+        shape = bucket.batches.clean_tokens.shape
+        rows = clean_rows[np.where(bucket.indices < 0, bucket.indices.max(), bucket.indices)]
+        found.append(donors[rows, : shape[-1]].reshape(shape).astype(np.int32))
     return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def token_outputs(config: DecoderConfig, params: Params, batches: EncodedRecords) -> Trace:
+    """Returns what components put out at every token of records in microbatches: [L, tokens, …] by site."""
+
+    def of_batch(batch: EncodedRecords) -> Trace:
+        _, clean = run_clean(params, config, batch.tokens, ("head_z", "mlp_out"))
+        return {name: clean.trace[name] for name in ("head_z", "mlp_out")}
+
+    by_batch = jax.lax.map(of_batch, batches)  # [M, L, B, T, …]
+    return {name: jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1, *x.shape[4:]) for name, x in by_batch.items()}

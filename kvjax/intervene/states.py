@@ -14,13 +14,13 @@ from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.intervene.study import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.intervene.subspaces import (
     OPERATIONS,
+    POSITIONS,
     SUBSPACES,
     orthonormal_bases,
     probe_directions,
     subspace_effects,
     usable_ranks,
 )
-from kvjax.intervene.subspaces import ROLES as SUBSPACE_ROLES
 from kvjax.model.decoder import DecoderConfig
 
 
@@ -58,6 +58,7 @@ def across_checkpoints(study: Study) -> Outcome:
             "baseline": {"clean": study.baseline(arrays, "base")},
             "effects": effects,
             "controls": {"largest_effect_of_own_states_in_logits": float(same.max())},
+            "notes": ["final_norm is the state of states_of through the unembedding of step"],
         },
     )
 
@@ -66,15 +67,16 @@ def subspaces(study: Study) -> Outcome:
     """Returns every stage's probe, class-mean and random subspaces removed, kept alone and exchanged."""
     ids = {"key_ids": tuple(study.vocabulary.key_ids.tolist()), "value_ids": tuple(study.vocabulary.value_ids.tolist())}
     directions = study.each_checkpoint(functools.partial(_directions, **ids), study.fit_bucket.batches)
-    ranks = usable_ranks(study.config.d_model)
+    num_values = len(study.vocabulary.value_tokens)
+    ranks = usable_ranks(study.config.d_model, num_values)
     bases = np.stack(
         [orthonormal_bases({name: x[c] for name, x in directions.items()}, max(ranks)) for c in range(len(study.steps))]
     )
     tree = {"params": study.stacked, "mean": directions["mean"], "bases": bases}
-    arrays = study.pairs.run(measuring(_subspaces, study.config), tree)
+    arrays = study.pairs.run(measuring(_subspaces, study.config, num_values), tree)
     dataset = study.dataset(
         stage=stage_places(study.config.n_layers),
-        position_role=SUBSPACE_ROLES,
+        position_role=POSITIONS,
         subspace=SUBSPACES,
         subspace_rank=ranks,
         operation=OPERATIONS,
@@ -93,7 +95,7 @@ def subspaces(study: Study) -> Outcome:
     for operation in OPERATIONS:
         for k, kind in enumerate(study.groups.kinds):
             for c, step in enumerate(study.steps):
-                for role in SUBSPACE_ROLES:
+                for role in POSITIONS:
                     at = dataset["loss"].sel(statistic="estimate", operation=operation, position_role=role)
                     at = at.isel(pair_kind=k, step=c)
                     gap = (at.sel(subspace="probe") - at.sel(subspace="random")).values  # [stages, ranks]
@@ -125,9 +127,9 @@ def _across(config, params, batch, extra, window, others):
     return across_effects(params, config, batch, others)
 
 
-def _subspaces(config, tree, batch, extra, window):
+def _subspaces(config, num_values, tree, batch, extra, window):
     del extra
-    return subspace_effects(tree, config, batch, window)
+    return subspace_effects(tree, config, batch, window=window, num_values=num_values)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("key_ids", "value_ids"))

@@ -15,7 +15,7 @@ from kvjax.intervene.pair_runs import PairProgram
 from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.fit import component_means
-from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length
+from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length, microbatches
 from kvjax.task.pair_encoding import EncodedPairs
 from kvjax.task.vocabulary import Vocabulary
 
@@ -53,6 +53,7 @@ class Study:
       stacked: their parameters, stacked on a leading axis C.
       encoded: the pairs.
       pair_ids: their names.
+      clean: the distinct clean streams of the pairs, and which of them each pair's is (`clean_rows`).
       fit: the fit set.
       records: the probe set.
       components: names of the components whose set is tested; None for the smallest faithful one.
@@ -68,6 +69,8 @@ class Study:
     stacked: Params
     encoded: EncodedPairs
     pair_ids: tuple[str, ...]
+    clean: EncodedRecords
+    clean_rows: np.ndarray
     fit: EncodedRecords
     records: EncodedRecords
     components: tuple[str, ...] | None
@@ -91,6 +94,12 @@ class Study:
         """The fit set in microbatches of one length."""
         (bucket,) = bucket_by_length(self.fit, tokens_per_batch=self.record_tokens_per_batch, max_buckets=1)
         return bucket
+
+    @functools.cached_property
+    def clean_batches(self) -> EncodedRecords:
+        """The distinct clean streams in microbatches, in order, filled up at the end."""
+        size = max(1, self.record_tokens_per_batch // self.clean.tokens.shape[1])
+        return microbatches(self.clean, np.arange(len(self.clean)), size)[0]
 
     @functools.cached_property
     def means(self) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
 """Residual subspaces: what a stage's state says about the answer only inside a few directions, or only outside them.
 
-At one stage and position role a subspace of rank r is removed (the state's part in it is set to the mean's), kept alone
-(the rest is set to the mean's), or exchanged between the runs of a pair. Subspaces are the row space of a trained
-probe's weights, that of class means, and a random one of the same rank for scale (definitions, section 9).
+At one stage and one position of the affected reads a subspace of rank r is removed (the state's part in it is set to
+the mean's), kept alone (the rest is set to the mean's), or exchanged between the runs of a pair. Subspaces are the row
+space of a trained probe's weights, that of class means, and a random one of the same rank for scale (definitions,
+section 9).
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from kvjax.model.sites import SITES
 from kvjax.sweeps.engine import CleanRun
 from kvjax.sweeps.fit import probe_labels
 from kvjax.sweeps.movement import read_states
-from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs
 
 SUBSPACES = ("probe", "class_means", "random")
 OPERATIONS = ("removed", "kept", "exchanged")
 RANKS = (1, 4, 16, 64)
-# Position role of the pair -> index of the position that probes were fitted at: p_e, or s_e for the changed tokens.
-ROLES = ("prediction", "changed")
+# p_e and the clean stream's s_e of affected reads: where the subspaces' probes and means were fitted.
+POSITIONS = ("prediction", "support")
 
 RANDOM_SEED = 0
 
@@ -85,37 +85,39 @@ def orthonormal_bases(directions: dict[str, np.ndarray], rank: int) -> np.ndarra
     return bases
 
 
-def subspace_effects(tree: dict, config: DecoderConfig, batch: EncodedPairs, window: int) -> Effects:
+def subspace_effects(
+    tree: dict, config: DecoderConfig, batch: EncodedPairs, *, window: int, num_values: int
+) -> Effects:
     """Returns the metric of clean runs with a subspace removed, kept alone, or exchanged with the corrupted run's.
 
     Args:
       tree: one checkpoint's `params`, `mean` [2 S, D] and `bases` [2 S, subspaces, rank, D].
       config: its shape.
       batch: a microbatch of pairs.
-      window: positions computed.
+      window: positions computed where p_e alone is edited.
+      num_values: of the vocabulary.
 
     Returns:
-      Of each of `answer_effects`: `<name>` [B, stages, `ROLES`, `SUBSPACES`, ranks, `OPERATIONS`], and
+      Of each of `answer_effects`: `<name>` [B, stages, `POSITIONS`, `SUBSPACES`, ranks, `OPERATIONS`], and
       `<name>_base`, `<name>_source` [B] of the clean and the corrupted run.
     """
     params = tree["params"]
     runs = run_pairs(params, config, batch, NOISING, window=window)
-    roles_BxT = jnp.asarray(batch.roles)
-    stages, ranks = 2 * config.n_layers + 2, jnp.array(usable_ranks(config.d_model))
-    role_of = jnp.array([PAIR_ROLES.index(role) for role in ROLES])
-    axes = (jnp.arange(len(ROLES)), jnp.arange(len(SUBSPACES)), ranks, jnp.arange(len(OPERATIONS)))
+    stages, ranks = 2 * config.n_layers + 2, usable_ranks(config.d_model, num_values)
+    axes = (jnp.arange(len(SUBSPACES)), jnp.array(ranks), jnp.arange(len(OPERATIONS)))
     grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
 
-    def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
+    def at_stage(site: str, layer: jax.Array | int, head: jax.Array, position: int, where_BxT: jax.Array) -> Effects:
         def states(run: CleanRun) -> jax.Array:
             x = run.trace[site]
             return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) if SITES[site].per_layer else x
 
         clean_BxTxD, corrupted_BxTxD = states(runs.base), states(runs.source)
+        group = position * stages + stage_index(site, layer, config.n_layers)
+        mask = place_mask(config, site, layer, head, where_BxT)
 
         def one(choice: jax.Array) -> Effects:
-            role, subspace, rank, operation = choice
-            group = role * stages + stage_index(site, layer, config.n_layers)
+            subspace, rank, operation = choice
             mean, directions = tree["mean"][group][None, None], tree["bases"][group, subspace]
             basis_RxD = jnp.where(jnp.arange(len(directions))[:, None] < rank, directions, 0.0)
 
@@ -126,17 +128,32 @@ def subspace_effects(tree: dict, config: DecoderConfig, batch: EncodedPairs, win
             part = inside(clean_BxTxD - mean)
             exchanged = clean_BxTxD + inside(corrupted_BxTxD - clean_BxTxD)
             value = jax.lax.select_n(operation, clean_BxTxD - part, mean + part, exchanged)
-            mask = place_mask(config, site, layer, head, roles_BxT == role_of[role])
             edits = {site: Edit(mask, value[None] if SITES[site].per_layer else value)}
-            return effects_under(params, config, runs, edits, layer)
+            # A support may lie before the first changed token: outside the window.
+            return effects_under(params, config, runs, edits, layer, windowed=POSITIONS[position] == "prediction")
 
         return jax.lax.map(one, grid.reshape(-1, len(axes)))
 
-    found = over_places(tuple(stage_places(config.n_layers).values()), config.n_layers, at_stage)
-    shape = (len(roles_BxT), stages, *grid.shape[:-1])
-    return with_runs({name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in found.items()}, runs)
+    places = tuple(stage_places(config.n_layers).values())
+    found = []
+    for index, positions_BxQ in enumerate((batch.prediction_positions, batch.support_positions)):
+        at_reads = jax.nn.one_hot(positions_BxQ, batch.clean_tokens.shape[1], dtype=bool)
+        where_BxT = jnp.any(at_reads & batch.is_affected[..., None], axis=1)
+        found.append(
+            over_places(
+                places,
+                config.n_layers,
+                lambda site, layer, head, i=index, where=where_BxT: at_stage(site, layer, head, i, where),
+            )
+        )
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), *found)  # [stages, positions, choices, B]
+    shape = (len(batch.is_affected), stages, len(POSITIONS), *grid.shape[:-1])
+    return with_runs({name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in both.items()}, runs)
 
 
-def usable_ranks(width: int) -> tuple[int, ...]:
-    """Returns the ranks of `RANKS` that leave something outside the subspace."""
-    return tuple(rank for rank in RANKS if rank < width)
+def usable_ranks(width: int, num_values: int) -> tuple[int, ...]:
+    """Returns the ranks of `RANKS` that leave something outside, none above what probes and class means span.
+
+    Targets that sum to one, and means around their own mean, span one direction less than there are values.
+    """
+    return tuple(sorted({min(rank, num_values - 1) for rank in RANKS if min(rank, num_values - 1) < width}))

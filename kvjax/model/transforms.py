@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from kvjax.errors import InputError
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Interventions, check_interventions, compose
 from kvjax.model.sites import SITES, Trace
@@ -40,6 +41,9 @@ def plain_forward(config: DecoderConfig) -> Apply:
 
     def apply(params, tokens_BxT, *, edits=CLEAN, capture=()):
         check_interventions(edits)
+        if ("unembedding" in params) == config.tied:
+            expected, found = ("a tied", "one of its own") if config.tied else ("an own", "none")
+            raise InputError(f"parameters: expected {expected} unembedding as the config says; found {found}")
         unknown = set(capture) - set(SITES)
         if unknown:
             raise KeyError(f"expected sites among {', '.join(SITES)}; found {', '.join(sorted(unknown))}")

@@ -74,6 +74,7 @@ class PreparedRun:
 
     Attributes:
       wanted: result name -> (step the file's name states or None, file) of what this sweep measures.
+      named: those of them that `--steps` names; the reference is measured with them.
       reference: result name of the checkpoint that drift is measured to; None where the run has none yet.
     """
 
@@ -83,6 +84,7 @@ class PreparedRun:
     encoded: EncodedRecords
     fit: EncodedRecords
     wanted: Mapping[str, tuple[int | None, Path]]
+    named: frozenset[str]
     reference: str | None
 
     @property
@@ -104,6 +106,7 @@ def prepare_run(
     """
     benchmark = Benchmark.open(run.benchmark_dir(benchmark_dir))
     wanted = {_result_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
+    named = frozenset(wanted)
     reference_name = _reference_name(run, reference)
     if reference_name == BEST:
         wanted[BEST] = (None, run.best_checkpoint()[1])
@@ -124,7 +127,7 @@ def prepare_run(
         [probe.manifest.fit_split],
         max_seq_len=run.config.model.max_seq_len,
     )
-    return PreparedRun(run, benchmark, probe, encoded, fit, wanted, reference_name)
+    return PreparedRun(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
 
 
 def sweep_runs(
@@ -255,7 +258,7 @@ def _publish(
     logistic: list[Mapping[str, np.ndarray] | None] = []
     if settings.probe != "none":
         asked = settings.probe == "logistic"
-        found = measure_logistic(tabled, lambda name: asked and name in work.wanted, files, program, store, source)
+        found = measure_logistic(tabled, lambda name: asked and name in work.named, files, program, store, source)
         logistic = [found.get(name) for name in tabled]
     index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
     dataset = build_dataset(
@@ -268,7 +271,8 @@ def _publish(
         run_name=run.config.run_name,
         seed=run.config.seed,
         thresholds=run.config.evaluation.birth_thresholds,
-        stabilization=run.config.evaluation.stabilization if run.complete else None,
+        # What lasts until the run's end is known once every checkpoint up to it is in the table.
+        stabilization=run.config.evaluation.stabilization if run.complete and steps == list(run.checkpoints) else None,
     )
     write_rows(run.analysis / "checkpoint_metrics.jsonl", rows, CheckpointRow)
     candidates = run.analysis / "component_candidates"

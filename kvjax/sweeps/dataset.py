@@ -14,6 +14,7 @@ from kvjax.sweeps.ablations import ABLATIONS
 from kvjax.sweeps.dynamics import change_from_previous
 from kvjax.sweeps.means import (
     ALL_SPLITS,
+    DIFFICULTIES,
     LENS_MEANS,
     POSITION_ROLES,
     READ_MEANS,
@@ -22,7 +23,7 @@ from kvjax.sweeps.means import (
     ratio,
 )
 from kvjax.sweeps.residual_means import put_drift, put_logistic, put_movement, put_probes
-from kvjax.task.encoding import NO_ROLE, RELATION_STALE, TOKEN_ROLES
+from kvjax.task.encoding import RELATION_STALE, TOKEN_ROLES
 
 MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
 
@@ -64,7 +65,7 @@ def build_dataset(
             "ablation": ablations,
             "position_role": list(POSITION_ROLES),
             "token_role": list(TOKEN_ROLES),
-            "difficulty": ["easy", "hard"],
+            "difficulty": list(DIFFICULTIES),
             "margin_statistic": list(MARGIN_STATISTICS),
         },
         attrs={"conventions": "means over read events; see docs/definitions.md"},
@@ -93,7 +94,7 @@ def build_dataset(
         "logits",
     )
     correct = arrays["read/correct"]
-    difficulty = np.stack([probe.difficulty == tag for tag in ("easy", "hard")])
+    difficulty = np.stack([probe.difficulty == tag for tag in DIFFICULTIES])
     put(
         "difficulty_accuracy",
         ("difficulty",),
@@ -227,12 +228,10 @@ def _margin_summary(margins_CxNxQ: np.ndarray, in_split: np.ndarray, is_read: np
 
 def _put_slices(dataset: xr.Dataset, correct_CxNxQ: np.ndarray, probe: ProbeIndex) -> None:
     names, counts, accuracies = [], [], []
-    for axis, values in probe.axis_values.items():
-        for value in np.unique(values[probe.encoded.is_read]):
-            member = probe.encoded.is_read & (values == value)
-            names.append(f"{axis}={value}")
-            counts.append(int(member.sum()))
-            accuracies.append(correct_CxNxQ[:, member].mean(axis=1))
+    for name, member in probe.slices():
+        names.append(name)
+        counts.append(int(member.sum()))
+        accuracies.append(correct_CxNxQ[:, member].mean(axis=1))
     dataset.coords["axis_value"] = names
     dataset["slice_accuracy"] = (
         ("step", "axis_value"),
@@ -249,10 +248,8 @@ def _put_slices(dataset: xr.Dataset, correct_CxNxQ: np.ndarray, probe: ProbeInde
 def _put_tokens(
     dataset: xr.Dataset, put, arrays: Mapping[str, np.ndarray], probe: ProbeIndex, in_split: np.ndarray
 ) -> None:
-    roles = probe.encoded.token_roles
-    targets = roles[:, 1:] != NO_ROLE
-    role_counts = np.stack([(roles[:, 1:] == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
-    target_counts = in_split @ targets.sum(axis=1)
+    role_counts = probe.targets_by_role()
+    target_counts = in_split @ role_counts.sum(axis=1)
     dataset["token_role_count"] = (
         ("split", "token_role"),
         in_split @ role_counts,

@@ -17,8 +17,8 @@ from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, RATE, Bounds, interva
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.ablations import ABLATIONS
 from kvjax.sweeps.fit import PROBE_TARGETS
-from kvjax.sweeps.means import ALL_SPLITS, LENS_MEANS, POSITION_ROLES, READ_MEANS, ProbeIndex
-from kvjax.task.encoding import RELATION_STALE
+from kvjax.sweeps.means import ALL_SPLITS, DIFFICULTIES, LENS_MEANS, POSITION_ROLES, READ_MEANS, ProbeIndex
+from kvjax.task.encoding import RELATION_STALE, TOKEN_ROLES
 from kvjax.task.vocabulary import PAD_ID
 
 STATISTICS = ("estimate", "low", "high")
@@ -36,6 +36,7 @@ class SequenceSums:
       sums: [C, N, *X] summed over a sequence's reads.
       counts: [1 or C, N], or with axes X, each of its length or 1: reads that count.
       bounds: of a rate or a difference of rates, else None.
+      by_split: whether the dataset has it by split, or over the whole probe set alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SequenceSums:
     sums: np.ndarray
     counts: np.ndarray
     bounds: Bounds | None
+    by_split: bool = True
 
 
 def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
@@ -70,6 +72,9 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
             "ablation": _ablations(arrays),
             "position_role": list(POSITION_ROLES),
             "target": list(PROBE_TARGETS),
+            "token_role": list(TOKEN_ROLES),
+            "difficulty": list(DIFFICULTIES),
+            "axis_value": [name for name, _ in probe.slices()],
         },
         attrs={
             "conventions": "95 % percentile bootstrap over sequences, stratified by split, paired across steps; "
@@ -80,10 +85,13 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
     )
     members_of = [np.flatnonzero(member) for member in probe.split_weights()]
     for one in _sequence_sums(arrays, probe):
-        levels, changes = zip(*(_with_interval(one, members, counts_KxN) for members in members_of), strict=True)
-        dims = ("statistic", "step", "split", *one.dims)
-        dataset[one.name] = (dims, np.stack(levels, axis=2))
-        dataset[f"{one.name}_change"] = (dims, np.stack(changes, axis=2))
+        over = members_of if one.by_split else members_of[:1]
+        levels, changes = zip(*(_with_interval(one, members, counts_KxN) for members in over), strict=True)
+        for name, ends in ((one.name, levels), (f"{one.name}_change", changes)):
+            if one.by_split:
+                dataset[name] = (("statistic", "step", "split", *one.dims), np.stack(ends, axis=2))
+            else:
+                dataset[name] = (("statistic", "step", *one.dims), ends[0])
     return dataset
 
 
@@ -120,6 +128,18 @@ def _sequence_sums(arrays: Mapping[str, np.ndarray], probe: ProbeIndex) -> Itera
         sums = np.where(counted, values, 0.0).sum(axis=-1)
         clean[name] = sums
         yield SequenceSums(name, (), sums, counted.sum(axis=-1), RATE if name == "answer_accuracy" else None)
+    correct = arrays["read/correct"] & is_read
+    for name, dim, groups in (
+        ("slice_accuracy", "axis_value", [member for _, member in probe.slices()]),
+        ("difficulty_accuracy", "difficulty", [(probe.difficulty == tag)[:, None] & is_read for tag in DIFFICULTIES]),
+    ):
+        members = np.stack(groups)  # [groups, N, Q]
+        right = np.einsum("cnq,anq->cna", correct.astype(np.float64), members.astype(np.float64))
+        counted = members.sum(axis=2).T[None].astype(np.float64)
+        yield SequenceSums(name, (dim,), right, counted, RATE, by_split=False)
+    right, targets = arrays["token/role_correct"].astype(np.float64), probe.targets_by_role()[None]
+    yield SequenceSums("token_role_accuracy", ("token_role",), right, targets, RATE)
+    yield SequenceSums("token_accuracy", (), right.sum(axis=-1), targets.sum(axis=-1), RATE)
     for name, (source, _, units) in LENS_MEANS.items():
         yield SequenceSums(name, ("stage",), arrays[source], reads, RATE if units == "1" else None)
     with_stale = (probe.encoded.relations == RELATION_STALE).any(axis=2).sum(axis=1)[None]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvjax.task.encoding import EncodedRecords
+from kvjax.task.encoding import TOKEN_ROLES, EncodedRecords
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
 
 ALL_SPLITS = "all"  # the whole probe set, beside its splits
@@ -35,6 +35,8 @@ LENS_MEANS = {
 }
 
 POSITION_ROLES = ("prediction", "support")  # p_e and s_e
+
+DIFFICULTIES = ("easy", "hard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,20 @@ class ProbeIndex:
             difficulty=np.array([difficulty[record["sample_id"]] for record in records]),
             axis_values=axis_values,
         )
+
+    def slices(self) -> list[tuple[str, np.ndarray]]:
+        """Returns every value of every axis, as `axis=value`, with the reads that fall under it, bool [N, Q]."""
+        is_read = self.encoded.is_read
+        return [
+            (f"{axis}={value}", is_read & (values == value))
+            for axis, values in self.axis_values.items()
+            for value in np.unique(values[is_read])
+        ]
+
+    def targets_by_role(self) -> np.ndarray:
+        """Returns the number of targets of each token role in each record, [N, roles]."""
+        roles = self.encoded.token_roles[:, 1:]
+        return np.stack([(roles == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
 
     def split_weights(self) -> np.ndarray:
         """Returns which records each of `all` and the splits holds, bool [1 + splits, N]."""

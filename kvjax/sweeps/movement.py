@@ -7,6 +7,7 @@ order, and what was found of a pair is kept like any other measurement.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,8 @@ def measure_movement(
 @functools.partial(jax.jit, static_argnums=0)
 def read_states(config: DecoderConfig, params: Params, buckets: tuple[EncodedRecords, ...]) -> jax.Array:
     """Returns every stage's states at p_e and s_e of all reads, bucket after bucket: [2 S, reads, D]."""
+
+    config = dataclasses.replace(config, tied="unembedding" not in params)  # as the checkpoint has it
 
     def of_batch(batch: EncodedRecords) -> jax.Array:
         _, clean = run_clean(params, config, batch.tokens, STAGE_SITES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
-from kvjax.task.encoding import NO_ROLE, length_edges, microbatches
+from kvjax.task.encoding import NO_ROLE, EncodedRecords, encode_records, length_edges, microbatches
 from kvjax.task.pairs import StreamPair
+from kvjax.task.stream import replay
 from kvjax.task.vocabulary import PAD_ID, Vocabulary
 
 
@@ -30,6 +32,7 @@ class EncodedPairs:
       is_affected: [N, Q] bool: whether the read's answer differs between the streams.
       is_target: [N, Q] bool: the one read the corruption was made for.
       prediction_positions: [N, Q] int32 p_e, 0 for no read.
+      support_positions: [N, Q] int32 s_e in the clean stream, 0 for no read.
       clean_answers, corrupted_answers: [N, Q] int32 token ids, 0 for no read; equal where the read is not affected.
       roles: [N, T] int8 index into `PAIR_ROLES`; `NO_ROLE` after the last affected prediction position.
       is_changed: [N, T] bool: whether the tokens differ there, up to the last affected prediction position.
@@ -45,6 +48,7 @@ class EncodedPairs:
     is_affected: np.ndarray
     is_target: np.ndarray
     prediction_positions: np.ndarray
+    support_positions: np.ndarray
     clean_answers: np.ndarray
     corrupted_answers: np.ndarray
     roles: np.ndarray
@@ -72,6 +76,7 @@ class EncodedPairs:
             "is_affected",
             "is_target",
             "prediction_positions",
+            "support_positions",
             "clean_answers",
             "corrupted_answers",
         ):
@@ -102,6 +107,7 @@ def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq
         is_affected=np.zeros(by_read, bool),
         is_target=np.zeros(by_read, bool),
         prediction_positions=np.zeros(by_read, np.int32),
+        support_positions=np.zeros(by_read, np.int32),
         clean_answers=np.zeros(by_read, np.int32),
         corrupted_answers=np.zeros(by_read, np.int32),
         roles=np.full(by_token, NO_ROLE, np.int8),
@@ -118,6 +124,8 @@ def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq
         encoded.is_changed[n, changed] = True
         encoded.first_changed[n] = min(changed)
         encoded.is_target[n, pair.target_read] = True
+        for q, found in enumerate(replay(pair.clean_tokens)):
+            encoded.support_positions[n, q] = found.support_value_position
         for q, read in enumerate(pair.reads):
             encoded.is_read[n, q] = True
             encoded.is_affected[n, q] = read.answer_changes
@@ -126,6 +134,28 @@ def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq
             encoded.corrupted_answers[n, q] = vocabulary.id_of[read.corrupted_answer]
         encoded.last_affected[n] = max(read.prediction_position for read in pair.reads if read.answer_changes)
     return encoded
+
+
+def encode_clean_streams(
+    pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq_len: int
+) -> tuple[EncodedRecords, np.ndarray]:
+    """Returns the distinct clean streams of pairs as records, and which of them each pair's is: int [N].
+
+    Splits are numbered as they appear. A split with one stream alone shares a number with another such, or with the
+    first: there is then some other stream to resample from.
+    """
+    streams = {tuple(pair.clean_tokens): pair for pair in pairs}
+    splits = Counter(pair.split for pair in streams.values())
+    alone = [split for split, count in splits.items() if count == 1]
+    joined = dict.fromkeys(alone, alone[0] if len(alone) > 1 else next(iter(splits)))
+    names = [joined.get(pair.split, pair.split) for pair in streams.values()]
+    records = [
+        {"sample_id": pair.clean_id, "split": name, "tokens": pair.clean_tokens}
+        for pair, name in zip(streams.values(), names, strict=True)
+    ]
+    encoded = encode_records(records, vocabulary, list(dict.fromkeys(names)), max_seq_len=max_seq_len)
+    index = {tokens: n for n, tokens in enumerate(streams)}
+    return encoded, np.array([index[tuple(pair.clean_tokens)] for pair in pairs])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,6 +245,13 @@ class TestIntervene:
         assert len(rows) == 3 * 3 * SMALL_MODEL["d_ff"]
         ranks = [row["rank"] for row in rows if row["step"] == 500]
         assert sorted(ranks) == list(range(1, 3 * SMALL_MODEL["d_ff"] + 1))
+        # Other steps, some of them the window's: each step stays once in the table, under the newest measurement.
+        assert main(["intervene", f"--run_dirs={run}", "--steps=100,500", "--kinds=neurons", *SMALL]) == 0
+        assert (analysis / "interventions" / "neurons" / "steps_100-500.json").is_file()
+        again = read_lines(analysis / "component_candidates" / "neurons.jsonl")
+        assert len(again) == 4 * 3 * SMALL_MODEL["d_ff"] and len(
+            {(r["step"], r["layer"], r["neuron"]) for r in again}
+        ) == len(again)
         states = json.loads((analysis / "interventions" / "across_checkpoints" / "window_500.json").read_text())
         assert states["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
 

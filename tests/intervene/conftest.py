@@ -15,13 +15,18 @@ from tests.building import SMALL_MODEL, as_numpy, random_torch_model
 
 
 @pytest.fixture(scope="session")
-def encoded(small_benchmark, tmp_path_factory):
-    """Pairs of every kind from a small benchmark."""
+def pair_set(small_benchmark, tmp_path_factory):
+    """Pairs of every kind from a small benchmark, and its vocabulary."""
     benchmark = Benchmark.open(small_benchmark)
     path = tmp_path_factory.mktemp("pairs") / "probe_set.jsonl"
     probe = generate_probe_set(benchmark, path, examples_per_split=8, fit_examples=16, seed=1)
-    pairs = generate_pairs(probe, benchmark, pairs_per_kind=5)
-    return encode_pairs(pairs.pairs, benchmark.vocabulary, max_seq_len=SMALL_MODEL["max_seq_len"])
+    return generate_pairs(probe, benchmark, pairs_per_kind=5).pairs, benchmark.vocabulary
+
+
+@pytest.fixture(scope="session")
+def encoded(pair_set):
+    """The pairs as arrays."""
+    return encode_pairs(*pair_set, max_seq_len=SMALL_MODEL["max_seq_len"])
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from kvjax.intervene.study import Study
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
 from kvjax.task.encoding import encode_records
-from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
 from tests.known_circuit import (
@@ -43,6 +43,7 @@ def study(small_benchmark, tmp_path_factory):
     probe = generate_probe_set(benchmark, path, examples_per_split=12, fit_examples=40, seed=2)
     pairs = generate_pairs(probe, benchmark, pairs_per_kind=6).pairs
     longest = circuit.config.max_seq_len
+    clean, clean_rows = encode_clean_streams(pairs, benchmark.vocabulary, max_seq_len=longest)
     return Study(
         config=circuit.config,
         vocabulary=benchmark.vocabulary,
@@ -50,6 +51,8 @@ def study(small_benchmark, tmp_path_factory):
         stacked=jax.tree.map(lambda x: x[None], circuit.params),
         encoded=encode_pairs(pairs, benchmark.vocabulary, max_seq_len=longest),
         pair_ids=tuple(pair.pair_id for pair in pairs),
+        clean=clean,
+        clean_rows=clean_rows,
         fit=encode_records(probe.fit_records, benchmark.vocabulary, ["train"], max_seq_len=longest),
         records=encode_records(probe.records, benchmark.vocabulary, probe.manifest.splits, max_seq_len=longest),
         components=tuple(_name(node) for node in PLANTED_NODES.values()),
@@ -76,13 +79,16 @@ def patched(study):
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("kind", PAIR_KINDS)
-def test_nodes_and_stages(patched, kind, direction):
+def test_nodes_and_stages(patched, study, kind, direction):
     recovery = patched.dataset["recovery_by_role"].sel(pair_kind=kind, direction=direction, step=100)
     shown = {_name(node) for node in SHOWN_NODES[kind]}
     for name in component_places(N_LAYERS, N_HEADS):
         check(recovery.sel(place=name, position_role="all"), name in shown, name)
     for stage, holder in SHOWN_ROLES[kind].items():
         for role in PAIR_ROLES[1:]:
+            if not (study.encoded.roles[study.groups.members[kind]] == PAIR_ROLES.index(role)).any():
+                assert recovery.sel(place=stage, position_role=role).isnull().all(), "no such positions, no number"
+                continue
             check(recovery.sel(place=stage, position_role=role), role == holder, (stage, role))
         check(recovery.sel(place=stage, position_role="before"), False, (stage, "before"))
         check(recovery.sel(place=stage, position_role="all"), True, (stage, "all"))
@@ -147,12 +153,15 @@ def test_a_checkpoint_with_its_own_states_is_itself(study):
 
 def test_subspaces_hold_the_answer_only_where_it_is(study):
     """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
-    loss = states.subspaces(study).dataset["loss"].sel(statistic="estimate", step=100, pair_kind="value")
+    circuit_loss = states.subspaces(study).dataset["loss"].sel(statistic="estimate", step=100)
+    loss = circuit_loss.sel(pair_kind="value")
     late = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="probe")
     early = loss.sel(stage="layer_1_post_mlp", position_role="prediction")
-    assert float(late.sel(subspace_rank=64, operation="exchanged")) > 0.9
+    assert float(late.sel(operation="exchanged").isel(subspace_rank=-1)) > 0.9
     assert float(abs(early.sel(operation="exchanged")).max()) < FALSE
-    at_write = loss.sel(stage="layer_1_post_mlp", position_role="changed", subspace="probe", operation="exchanged")
-    assert float(at_write.sel(subspace_rank=64)) > 0.9
+    at_write = loss.sel(stage="layer_1_post_mlp", position_role="support", subspace="probe", operation="exchanged")
+    assert float(at_write.isel(subspace_rank=-1)) > 0.9
+    bound = circuit_loss.sel(pair_kind="swap", stage="layer_0_post_mlp", position_role="support", operation="exchanged")
+    assert float(abs(bound).max()) < FALSE, "before the binder the value's position knows nothing of its key"
     random = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="random", operation="exchanged")
     assert float(random.sel(subspace_rank=4)) < 0.3

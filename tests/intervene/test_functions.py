@@ -1,5 +1,6 @@
 """The public functions: their docstrings' examples, the plain oracle, and jit, vmap and grad of each."""
 
+import dataclasses
 import doctest
 
 import jax
@@ -138,6 +139,12 @@ def test_identities(model, tokens):
     before = np.arange(clean.shape[1])[None] < first[:, None]
     nothing = kvjax.patch(params, config, corrupted, clean, site="head_z", layer=1, where_BxT=before)
     np.testing.assert_array_equal(nothing, own)
+
+
+def test_a_config_that_is_not_the_parameters_is_refused(model, tokens):
+    _, params, config = model
+    with pytest.raises(InputError, match="expected a tied unembedding as the config says; found one of its own"):
+        kvjax.ablate(params, dataclasses.replace(config, tied=True), tokens[0])
 
 
 def test_unknown_places_are_refused(model, tokens):

@@ -1,15 +1,19 @@
 """Component sets and states across checkpoints, each against PyTorch doing the same to one stream at a time."""
 
+import functools
+
 import jax
 import numpy as np
+import pytest
 import torch
 
 from kvjax.intervene.across_checkpoints import ROLES, across_effects
-from kvjax.intervene.necessity import BASELINES, draw_donors, growing_sets, set_effects, sets_to_ablate
+from kvjax.intervene.necessity import growing_sets, pair_donors, set_effects, sets_to_ablate, token_outputs
 from kvjax.intervene.pair_runs import PairProgram
 from kvjax.intervene.patching import component_places, stage_places
-from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_ROLES
+from kvjax.task.encoding import microbatches
+from kvjax.task.pair_encoding import encode_clean_streams
 from tests.intervene.test_patching import difference
 from tests.patching_oracle import forward, stage_place
 
@@ -27,63 +31,82 @@ def test_sets_by_hand():
     assert sets["minimality"].tolist() == [[True, True, False], [False, True, True]]
 
 
-def test_sets_are_ablated_as_in_pytorch(model, encoded, small_benchmark):
+@pytest.fixture(scope="module")
+def sets():
+    return np.random.default_rng(2).random((3, 15)) < 0.4
+
+
+def pytorchs(module, encoded, chosen, value_of):
+    """The metric with a set of components replaced: value_of(place, own output) is what by."""
+    edits = {}
+    for (name, place), inside in zip(component_places(3, 4).items(), chosen, strict=True):
+        del name
+        if inside:
+            at = ("z", place.layer, place.head) if place.site == "head_z" else ("mlp_out", place.layer)
+            edits[at] = lambda x, place=place, at=at: value_of(place, at, x)
+    with torch.no_grad():
+        return difference(forward(module, torch.tensor(encoded.clean_tokens).long(), edits)["out",], encoded)
+
+
+def measure(tree, batch, donors, window, config):
+    return set_effects(tree, config, batch, donors)
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
+def test_sets_are_ablated_as_in_pytorch(model, encoded, sets, baseline):
     module, params, config = model
-    vocabulary = Benchmark.open(small_benchmark).vocabulary
-    program = PairProgram(encoded, config, tokens_per_batch=400)
-    donors = draw_donors(program.buckets, vocabulary)
-    rng = np.random.default_rng(2)
-    sets = rng.random((3, 15)) < 0.4
-    means = {
+    rng = np.random.default_rng(3)
+    values = {
         "head_z": rng.normal(size=(3, 1, 1, 4, 6)).astype(np.float32),
         "mlp_out": rng.normal(size=(3, 1, 1, 24)).astype(np.float32),
     }
-    tree = jax.tree.map(lambda x: x[None], {"params": params, "means": means, "sets": sets})
-    tokens = torch.tensor(encoded.clean_tokens).long()
-    names = list(component_places(3, 4))
-    for index, baseline in enumerate(BASELINES):
+    if baseline == "zero":
+        values = jax.tree.map(np.zeros_like, values)
+    tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
+    program = PairProgram(encoded, config, tokens_per_batch=400)
+    ours = program.run(functools.partial(measure, config=config), tree)["difference"][0]
 
-        def measure(tree, batch, donors, window, index=index):
-            return set_effects(tree, config, batch, donors, index)
+    def value_of(place, at, x):
+        value = values[place.site][place.layer, 0, 0]
+        return torch.tensor(value[place.head] if place.site == "head_z" else value).expand_as(x)
 
-        ours = program.run(measure, tree, per_bucket=donors)["difference"][0]
-        if baseline == "resample":
-            assert np.isfinite(ours).all()
-            continue
-        for k, chosen in enumerate(sets):
-            edits = {}
-            for name, inside in zip(names, chosen, strict=True):
-                place = component_places(3, 4)[name]
-                if inside:
-                    value = means[place.site][place.layer, 0, 0]
-                    value = torch.tensor(value[place.head] if place.site == "head_z" else value)
-                    value = value * (baseline == "mean")
-                    at = ("z", place.layer, place.head) if place.site == "head_z" else ("mlp_out", place.layer)
-                    edits[at] = lambda x, value=value: value.expand_as(x)
-            with torch.no_grad():
-                expected = difference(forward(module, tokens, edits)["out",], encoded)
-            np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=1e-4)
+    for k, chosen in enumerate(sets):
+        expected = pytorchs(module, encoded, chosen, value_of)
+        np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_donors_are_of_the_same_role_in_another_stream(encoded, model, small_benchmark):
-    vocabulary = Benchmark.open(small_benchmark).vocabulary
-    program = PairProgram(encoded, model[2], tokens_per_batch=400)
-    roles = {"W": 0, "R": 3}
-    for bucket, donors in zip(program.buckets, draw_donors(program.buckets, vocabulary), strict=True):
-        for tokens, donor in zip(np.asarray(bucket.batches.clean_tokens), donors, strict=True):
-            rows, length = tokens.shape
+def test_resampled_sets_take_other_streams_outputs_of_the_same_role_and_split(model, encoded, pair_set, sets):
+    module, params, config = model
+    pairs, vocabulary = pair_set
+    clean, rows = encode_clean_streams(pairs, vocabulary, max_seq_len=config.max_seq_len)
+    assert (clean.tokens[rows][:, : encoded.clean_tokens.shape[1]] == encoded.clean_tokens).all()
+    program = PairProgram(encoded, config, tokens_per_batch=400)
+    donors = pair_donors(clean, rows, program.buckets)
+    length = clean.tokens.shape[1]
+    by_pair = np.tile(np.arange(encoded.clean_tokens.shape[1]), (len(encoded), 1))
+    for bucket, own in zip(program.buckets, donors, strict=True):
+        flat = own.reshape(-1, own.shape[-1])
+        for n, named in zip(bucket.indices, flat, strict=True):
+            if n >= 0:
+                by_pair[n, : len(named)] = named
+    for n, row in enumerate(rows):
+        for at in range(int(encoded.lengths[n])):
+            other, position = divmod(int(by_pair[n, at]), length)
+            assert clean.token_roles[row, at] == clean.token_roles[other, position]
+            assert clean.splits[row] == clean.splits[other] and other != row
+    batches, _ = microbatches(clean, np.arange(len(clean)), 4)
+    outputs = jax.device_get(token_outputs(config, params, batches))
+    tree = jax.tree.map(lambda x: x[None], {"params": params, "values": outputs, "sets": sets})
+    ours = program.run(functools.partial(measure, config=config), tree, per_bucket=donors)["difference"][0]
+    with torch.no_grad():
+        trace = forward(module, torch.tensor(clean.tokens).long())
 
-            def role(row, at, tokens=tokens):
-                name = vocabulary.tokens[tokens[row, at - (at - 1) % 3]]
-                return roles.get(name, -9) + (at - 1) % 3 if at else -1
+    def value_of(place, at, x):
+        return trace[at].reshape(-1, x.shape[-1])[torch.tensor(by_pair)]
 
-            moved = 0
-            for row in range(rows):
-                for at in range(1, int((tokens[row] != 0).sum()) - 1):
-                    there, position = divmod(int(donor[row, at]), length)
-                    assert role(row, at) == role(there, position)
-                    moved += there != row
-            assert rows == 1 or moved > 0
+    for k, chosen in enumerate(sets):
+        expected = pytorchs(module, encoded, chosen, value_of)
+        np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=2e-4)
 
 
 def test_states_across_checkpoints_as_in_pytorch(model, other_model, encoded):

@@ -85,7 +85,7 @@ def test_estimates_are_the_means(intervals, means):
                 estimate, means[name].transpose(*estimate.dims), rtol=1e-5, atol=1e-6, err_msg=name
             )
             compared += 1
-    assert compared == 8 + 4 + 6 + 4 + 2
+    assert compared == 8 + 4 + 6 + 4 + 2 + 4
 
 
 def test_ends_enclose_the_estimate_and_first_changes_do_not_exist(intervals):
@@ -96,6 +96,25 @@ def test_ends_enclose_the_estimate_and_first_changes_do_not_exist(intervals):
         assert (estimate[there] <= high[there] + 1e-5).mean() > 0.99, name
         if name.endswith("_change"):
             assert np.isnan(variable.isel(step=0)).all(), name
+
+
+def test_a_slice_is_resampled_by_sequence(swept, intervals, truth):
+    """Against loops: the reads of sequences with two active keys, among all sequences of all splits."""
+    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="h5netcdf")
+    names = events["split"].values
+    order = intervals["split"].values.tolist()
+    counts = resample_counts(np.array([order.index(n) for n in names]), seed=INTERVAL_SEED).astype(int)
+    right = {}
+    for read in truth[200]["reads"]:
+        own = right.setdefault(read["sample_id"], [])
+        own.extend([read["correct"]] if read["axes"]["active_keys"] == 2 else [])
+    sequences = [right[sample] for sample in events["sequence"].values.tolist()]
+    rates = []
+    for row in counts:
+        drawn = [x for times, sequence in zip(row, sequences, strict=True) for x in sequence * times]
+        rates.append(sum(drawn) / len(drawn))
+    ours = intervals["slice_accuracy"].sel(step=200, axis_value="active_keys=2").values
+    np.testing.assert_allclose(ours[1:], np.percentile(rates, [2.5, 97.5]), atol=1e-5)
 
 
 def test_a_rate_on_which_all_sequences_agree_is_not_certain(intervals):

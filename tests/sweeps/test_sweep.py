@@ -244,6 +244,8 @@ def test_steps_are_measured_in_any_order_and_earlier_ones_stay_in_the_table(smal
     only_last = sweep(small_run, steps="300")
     assert [row["step"] for row in only_last.rows] == [300]
     assert only_last.rows[0]["delta_answer_accuracy"] is None, "no predecessor was measured"
+    assert only_last.rows[0]["stabilized"] == {"residual": None, "heads": None}, "what lasts is not known from a part"
+    assert None not in whole[0]["stabilized"].values()
     assert sweep(small_run, steps="100-200").rows == whole
 
 
