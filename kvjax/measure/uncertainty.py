@@ -103,14 +103,25 @@ def interval(
       samples_KxX: under K resamples of sequences.
       num_sequences: how many sequences were resampled.
       bounds: of a rate or a difference of rates. Where all resamples of one agree, as they do for rates of 0 and 1,
-        they say nothing of how rare the other outcome is: Wilson's bound does, for 0 of `num_sequences`.
+        they say nothing of how rare the other outcome is: Wilson's bound does, for 0 of `num_sequences`. A rate's
+        interval is no narrower than Wilson's for as many independent trials as would vary as much as its resamples,
+        and no more than sequences where some resample lacks an outcome: where a few sequences hold all of the rarer
+        one, percentiles end too near it (`benchmarks/README.md`).
 
     Returns:
-      The percentile interval, [X] each; NaN where no resample has a value.
+      The ends, [X] each; NaN where no resample has a value.
     """
     low, high = percentile_interval(samples_KxX)
     if bounds is None:
         return low, high
+    if bounds == RATE:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            trials = values_X * (1 - values_X) / np.nanvar(samples_KxX, axis=0)
+        # Too few sequences hold the rarer outcome to show whether reads of one go together: suppose they do.
+        few = (samples_KxX == bounds.low).any(axis=0) | (samples_KxX == bounds.high).any(axis=0)
+        trials = np.where(few, np.minimum(trials, num_sequences), trials)
+        rare_low, rare_high = wilson_interval(values_X * trials, trials)
+        low, high = np.fmin(low, rare_low), np.fmax(high, rare_high)  # which pass over NaN: no spread
     margin = wilson_interval(np.zeros(1), np.array([num_sequences]))[1][0]
     agree = low == high
     low = np.where(agree, np.maximum(values_X - margin, bounds.low), low)

@@ -12,6 +12,7 @@ from kvjax.measure.uncertainty import (
     resample_counts,
     wilson_interval,
 )
+from tests.scores import score_interval
 
 
 def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():
@@ -59,12 +60,34 @@ def test_rates_on_which_all_resamples_agree_get_wilson_bounds():
     samples[:25, 2] = 0.4
     low, high = interval(values, samples, 30, bounds=RATE)
     theirs = scipy.stats.binomtest(0, 30).proportion_ci(method="wilson").high
-    np.testing.assert_allclose(low, [0, 1 - theirs, 0.3, 0], atol=1e-6)
-    np.testing.assert_allclose(high, [theirs, 1, 0.4, theirs], atol=1e-6)
+    np.testing.assert_allclose(low[[0, 1, 3]], [0, 1 - theirs, 0], atol=1e-6)
+    np.testing.assert_allclose(high[[0, 1, 3]], [theirs, 1, theirs], atol=1e-6)
+    # Resamples that vary by 0.05 around 0.3 are those of 84 independent trials.
+    np.testing.assert_allclose([low[2], high[2]], score_interval(0.3, 84), atol=1e-5)
     low, high = interval(values, samples, 30, bounds=DIFFERENCE_OF_RATES)
     np.testing.assert_allclose(low[[0, 1]], [-theirs, 1 - theirs], atol=1e-6)
     low, high = interval(values, samples, 30)
     assert (low[[0, 1, 3]] == high[[0, 1, 3]]).all(), "what is no rate has no such bound"
+    assert (low[2], high[2]) == (0.3, 0.4)
+
+
+def test_the_interval_of_a_rare_rate_is_that_of_as_many_trials_as_sequences_that_agree():
+    right = np.zeros((96, 1))
+    right[0] = 7.0  # all of one sequence's reads, none of another's
+    samples = bootstrap_ratios(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
+    _, high = interval(right.mean(axis=0) / 7, samples, 96, bounds=RATE)
+    theirs = scipy.stats.binomtest(1, 96).proportion_ci(method="wilson").high
+    assert percentile_interval(samples)[1] < 0.8 * theirs
+    np.testing.assert_allclose(high, theirs, rtol=0.05)
+
+
+def test_a_read_here_and_there_counts_as_a_sequence():
+    """Two sequences with one right read each do not show that reads of a sequence are independent."""
+    right = np.zeros((96, 1))
+    right[[3, 50]] = 1.0
+    samples = bootstrap_ratios(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
+    _, high = interval(right.mean(axis=0) / 7, samples, 96, bounds=RATE)
+    np.testing.assert_allclose(high, score_interval(2 / 672, 96)[1], rtol=1e-5)
 
 
 def test_resamples_without_a_value_are_passed_over():

@@ -7,6 +7,7 @@ import xarray as xr
 from kvjax.measure.uncertainty import resample_counts
 from kvjax.sweeps.intervals import INTERVAL_SEED
 from tests.building import STEPS
+from tests.scores import score_interval
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,21 @@ def by_sequence(reads, of, split):
     return list(grouped.values())
 
 
+def ends(mean, samples, name, sequences):
+    """Returns the ends of an interval: of a rate, no narrower than of independent trials that vary as much.
+
+    Trials are no more than sequences where a resample has one outcome alone.
+    """
+    low, high = np.percentile(samples, [2.5, 97.5])
+    if name.endswith("accuracy") and 0 < mean < 1:
+        trials = mean * (1 - mean) / np.var(samples)
+        if min(samples) == 0 or max(samples) == 1:
+            trials = min(trials, sequences)
+        by_score = score_interval(mean, trials)
+        return min(low, by_score[0]), max(high, by_score[1])
+    return low, high
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, intervals, truth, name):
     where, of = MEASURES[name]
@@ -69,7 +85,7 @@ def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, inte
         samples[step] = np.array(means)
         ours = intervals[name].sel(step=step, split=split, **where).values
         everything = [value for sequence in sequences for value in sequence]
-        expected = [np.mean(everything), *np.percentile(samples[step], [2.5, 97.5])]
+        expected = [np.mean(everything), *ends(np.mean(everything), samples[step], name, len(sequences))]
         np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
     change = intervals[f"{name}_change"].sel(step=STEPS[1], split=split, **where).values[1:]
     moved = np.percentile(samples[STEPS[1]] - samples[STEPS[0]], [2.5, 97.5])
@@ -114,7 +130,7 @@ def test_a_slice_is_resampled_by_sequence(swept, intervals, truth):
         drawn = [x for times, sequence in zip(row, sequences, strict=True) for x in sequence * times]
         rates.append(sum(drawn) / len(drawn))
     ours = intervals["slice_accuracy"].sel(step=200, axis_value="active_keys=2").values
-    np.testing.assert_allclose(ours[1:], np.percentile(rates, [2.5, 97.5]), atol=1e-5)
+    np.testing.assert_allclose(ours[1:], ends(ours[0], rates, "slice_accuracy", len(names)), atol=1e-5)
 
 
 def test_a_rate_on_which_all_sequences_agree_is_not_certain(intervals):
