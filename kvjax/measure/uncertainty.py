@@ -8,6 +8,7 @@ move, are then compared within each resample. Everything is made from per-sequen
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,8 @@ def interval(
     if bounds is None:
         return low, high
     if bounds == RATE:
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of columns without any value, which stay NaN
             trials = values_X * (1 - values_X) / np.nanvar(samples_KxX, axis=0)
         # Too few sequences hold the rarer outcome to show whether reads of one go together: suppose they do.
         few = (samples_KxX == bounds.low).any(axis=0) | (samples_KxX == bounds.high).any(axis=0)

@@ -78,7 +78,8 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
         },
         attrs={
             "conventions": "95 % percentile bootstrap over sequences, stratified by split, paired across steps; "
-            "rates and differences of rates on which all sequences agree have Wilson bounds",
+            "rates and differences of rates on which all sequences agree have Wilson bounds, and no rate's are "
+            "narrower than Wilson's for independent trials of the same spread",
             "resamples": len(counts_KxN),
             "seed": INTERVAL_SEED,
         },

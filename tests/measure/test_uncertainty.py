@@ -1,5 +1,7 @@
 """Resampling sequences: counts, ratios and intervals, against what can be computed directly."""
 
+import warnings
+
 import numpy as np
 import scipy.stats
 
@@ -96,3 +98,10 @@ def test_resamples_without_a_value_are_passed_over():
     np.testing.assert_allclose(low[[0, 2]], [1.05, 1.05])
     np.testing.assert_allclose(high[[0, 2]], [2.95, 2.95])
     assert np.isnan(low[1]) and np.isnan(high[1])
+
+
+def test_a_rate_without_any_read_has_no_interval_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low, high = interval(np.array([np.nan, 0.0]), np.array([[np.nan, 0.0]] * 20), 12, bounds=RATE)
+    assert np.isnan([low[0], high[0]]).all() and high[1] > 0.1
