@@ -207,7 +207,7 @@ class Mlp(nn.Module):
         self.fc_out = nn.Dense(self.config.d_model, precision=self.config.precision)
 
     def __call__(self, x_BxPxD: jax.Array, tap: Tap) -> jax.Array:
-        return self.write(gelu(self.fc_in(x_BxPxD)), tap)
+        return self.write(gelu(tap("mlp_pre", self.fc_in(x_BxPxD))), tap)
 
     def write(self, hidden_BxPxF: jax.Array, tap: Tap) -> jax.Array:
         """Returns what the hidden activations write into the residual stream, [B, P, D]."""

@@ -58,6 +58,7 @@ SITES: Mapping[str, Site] = {
         Site("attn_out", "LBPD"),
         Site("post_attn", "LBPD"),
         Site("mlp_input", "LBPD"),
+        Site("mlp_pre", "LBPF"),  # before GELU
         Site("mlp_hidden", "LBPF"),
         Site("mlp_out", "LBPD"),
         Site("post_mlp", "LBPD"),

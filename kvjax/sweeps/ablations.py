@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from kvjax.errors import unusable
 from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.interventions import Edit, Interventions, ablate_head, ablate_mlp
+from kvjax.model.head_writes import HeadWrites
+from kvjax.model.interventions import Edit, Interventions, ablate_mlp
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import Lift, over_interventions
-from kvjax.sweeps.engine import CleanRun, restart
+from kvjax.sweeps.engine import CleanRun, restart, restart_from_head
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]
@@ -40,6 +41,7 @@ def chosen_ablations(names: Sequence[str]) -> tuple[str, ...]:
 def measure_ablations(
     params: Params,
     config: DecoderConfig,
+    writes: HeadWrites,
     clean: CleanRun,
     batch: EncodedRecords,
     *,
@@ -55,6 +57,7 @@ def measure_ablations(
     Args:
       params: one checkpoint.
       config: its shape.
+      writes: what its heads write.
       clean: its clean run on the microbatch.
       batch: the microbatch.
       kinds: of `ABLATIONS`.
@@ -75,17 +78,20 @@ def measure_ablations(
     kind_of_slot = jnp.array([replacing.index(kind) for kind, _ in slots])
     draw_of_slot = jnp.array([draw for _, draw in slots])
 
-    def replacement(name: str, layer: jax.Array | int, slot: jax.Array) -> jax.Array:
-        shape = (1, batch_size, length, *clean.trace[name].shape[3:])
+    def replacement(name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array) -> jax.Array:
+        """Returns what a component puts out instead, [B, T, E or D]."""
+        shape = (batch_size, length, clean.trace[name].shape[-1])
         by_kind = {
             "zero": lambda: jnp.zeros(shape),
-            "mean": lambda: jnp.broadcast_to(means[name][layer][None], shape),
-            "resample": lambda: store[name][layer, donors_RxBxT[draw_of_slot[slot], :, :length]][None],
+            "mean": lambda: jnp.broadcast_to(means[name][layer, 0, 0, *head][None, None], shape),
+            "resample": lambda: store[name][layer, donors_RxBxT[draw_of_slot[slot], :, :length], *head],
         }
         return jax.lax.switch(kind_of_slot[slot], [by_kind[kind] for kind in replacing])
 
     def answers_under(edits: Interventions, layer: jax.Array | int) -> Sums:
-        logits = restart(params, config, clean, edits, layer=layer, positions_BxQ=batch.prediction_positions)
+        return answers_in(restart(params, config, clean, edits, layer=layer, positions_BxQ=batch.prediction_positions))
+
+    def answers_in(logits: jax.Array) -> Sums:
         per_read = {
             "correct": behaviour.answer_correct(logits, batch.answers),
             "margin": behaviour.answer_margin(logits, batch.answers, value_ids),
@@ -94,8 +100,9 @@ def measure_ablations(
 
     def heads_of(layer: jax.Array | int) -> Sums:
         def one(head: jax.Array, slot: jax.Array) -> Sums:
-            value = replacement("head_z", layer, slot)
-            return answers_under(ablate_head(layer, head, n_layers=n_layers, n_heads=n_heads, value=value), layer)
+            value = replacement("head_z", layer, slot, head)
+            at = {"layer": layer, "head": head, "positions_BxQ": batch.prediction_positions}
+            return answers_in(restart_from_head(params, config, clean, writes, value, **at))
 
         heads, of_slots = jnp.meshgrid(jnp.arange(n_heads), jnp.arange(len(slots)), indexing="ij")
         flat = over_interventions(lambda pair: one(*pair), lift=lift)((heads.reshape(-1), of_slots.reshape(-1)))
@@ -103,7 +110,8 @@ def measure_ablations(
 
     def mlp_of(layer: jax.Array | int) -> Sums:
         def one(slot: jax.Array) -> Sums:
-            return answers_under(ablate_mlp(layer, n_layers=n_layers, value=replacement("mlp_out", layer, slot)), layer)
+            value = replacement("mlp_out", layer, slot)[None]
+            return answers_under(ablate_mlp(layer, n_layers=n_layers, value=value), layer)
 
         return over_interventions(one, lift=lift)(jnp.arange(len(slots)))
 

@@ -77,6 +77,6 @@ def _device_memory_gb() -> float:
 def checkpoint_bytes(config: DecoderConfig, num_tokens: int) -> int:
     """Returns an upper estimate of the bytes one checkpoint's activations take, with its heads ablated side by side."""
     layers, heads = config.n_layers, config.n_heads
-    kept = layers * (4 * config.d_model + 2 * heads * config.max_seq_len)  # the clean run, for restarts
+    kept = layers * (4 * config.d_model + config.d_ff + 2 * heads * config.max_seq_len)  # the clean run, for restarts
     live = (heads + 1) * (6 * config.d_model + 2 * config.d_ff + 2 * heads * config.max_seq_len)
     return 4 * num_tokens * (kept + live + 4 * config.vocab_size)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from kvjax.measure import attribution, behaviour, heads, mlps, residual
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.sites import STAGE_SITES, Trace, take_positions
-from kvjax.sweeps.engine import RESTART_CAPTURE, CleanRun, run_clean
+from kvjax.sweeps.engine import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
 from kvjax.sweeps.fit import probe_features
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]
 
-CLEAN_CAPTURE = tuple(dict.fromkeys((*STAGE_SITES, *RESTART_CAPTURE, "pattern")))
+KEPT = (*RESTART_CAPTURE, *HEAD_CAPTURE)
+CLEAN_CAPTURE = tuple(dict.fromkeys((*STAGE_SITES, *KEPT, "pattern")))
 
 
 def measure_clean(
@@ -34,7 +35,7 @@ def measure_clean(
       `token/loss` [B] (nats), `token/role_correct` [B, roles], `lens/…` [B, S], `head/<attention measure>` [B, L, H],
       `mlp/write_norm`, `mlp/write_norm_support` [B, L], `attribution/…` [B], [B, L] or [B, L, H] (logits). Summed over
       the batch, by split: `state/prediction`, `state/support` [splits, S, D].
-      The clean run, with `RESTART_CAPTURE`.
+      The clean run, with what restarts need.
       States [2 S, B, Q, D], see `probe_features`.
     """
     logits, clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
@@ -64,7 +65,7 @@ def measure_clean(
         sums[f"head/{name}"] = per_sequence.swapaxes(0, 1)
     sums |= _stage_sums(params, config, states, batch, value_ids=value_ids, key_ids=key_ids, num_splits=num_splits)
     sums |= _component_sums(params, trace, batch, value_ids)
-    return sums, CleanRun(clean.tokens, {name: trace[name] for name in RESTART_CAPTURE}), states
+    return sums, CleanRun(clean.tokens, {name: trace[name] for name in KEPT}), states
 
 
 def _stage_sums(

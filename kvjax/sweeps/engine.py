@@ -21,16 +21,20 @@ from kvjax.model.decoder import (
     Params,
     Prefix,
     attention_mask,
+    gelu,
     layer_params,
     window_mask,
 )
+from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Interventions, Tap, check_interventions, earliest_site
 from kvjax.model.sites import SITE_ORDER, SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
 
 # What restarts need of the clean run: every site's own activation, or what it is made from.
 RESTART_CAPTURE = ("embedding", "head_z", "post_attn", "mlp_out", "post_mlp")
-# What restarts inside a window need beside that.
+# What restarts from one head need beside that.
+HEAD_CAPTURE = ("mlp_pre",)
+# And restarts inside a window.
 WINDOW_CAPTURE = ("key", "value")
 
 
@@ -41,8 +45,8 @@ class CleanRun:
 
     Attributes:
       tokens: [B, T].
-      trace: the captured activations, at least `RESTART_CAPTURE`; with `WINDOW_CAPTURE` for windows. Where it holds
-        `mlp_hidden`, edits of that site do not compute it again.
+      trace: the captured activations, at least `RESTART_CAPTURE`; with `HEAD_CAPTURE` for restarts from a head,
+        `WINDOW_CAPTURE` for windows. Where it holds `mlp_hidden`, edits of that site do not compute it again.
     """
 
     tokens: jax.Array
@@ -124,6 +128,48 @@ def restart(
     return model.apply(variables, resid, read_tap, method=Decoder.read_out)
 
 
+def restart_from_head(
+    params: Params,
+    config: DecoderConfig,
+    clean: CleanRun,
+    writes: HeadWrites,
+    value_BxTxE: jax.Array,
+    *,
+    layer: jax.Array | int,
+    head: jax.Array | int,
+    positions_BxQ: jax.Array,
+) -> jax.Array:
+    """Returns the logits at given positions where one head's z is `value`: `restart` from `head_z`, for less work.
+
+    Args:
+      params: of the checkpoint the clean run came from.
+      config: the model's shape.
+      clean: the clean run, with `HEAD_CAPTURE`.
+      writes: of the checkpoint.
+      value_BxTxE: what the head's z is replaced by, everywhere.
+      layer: the head's. A Python number may name any layer; a traced one must lie before the last.
+      head: its number, which may be traced.
+      positions_BxQ: the positions read.
+
+    Returns:
+      Logits [B, Q, V].
+    """
+    span = _Span(clean.tokens, positions_BxQ, None)
+    in_last = isinstance(layer, int) and layer == config.n_layers - 1
+
+    def kept(x_BxTxN: jax.Array) -> jax.Array:
+        return take_positions(x_BxTxN, positions_BxQ, 1) if in_last else x_BxTxN
+
+    change = kept(value_BxTxE - clean.trace["head_z"][layer, :, :, head])
+    before = (kept(_of_layer(clean.trace[name], layer)) for name in ("post_attn", "mlp_pre"))
+    resid, mlp_pre = writes.change(layer, head, change, *before, precision=config.precision)
+    variables = {"params": layer_params(params, layer)}
+    resid = Block(config).apply(variables, resid, gelu(mlp_pre), method=Block.from_mlp_hidden)
+    if not in_last:
+        resid = _blocks_from(params, config, clean, resid, {}, layer + 1, span)
+    return Decoder(config).apply({"params": params}, resid, method=Decoder.read_out)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Span:
     """Which positions a restarted run computes: all or a window, and those read."""
@@ -183,7 +229,7 @@ def _second_half(
     if site == "mlp_hidden" and "mlp_hidden" in clean.trace:
         kept_hidden = of_layer("mlp_hidden")
         return block.apply(variables, of_layer("post_attn"), kept_hidden, tap, method=Block.from_mlp_hidden)
-    if site in ("post_attn", "mlp_input", "mlp_hidden"):
+    if site in ("post_attn", "mlp_input", "mlp_pre", "mlp_hidden"):
         return block.apply(variables, of_layer("post_attn"), tap, method=Block.from_post_attn)
     if site == "mlp_out":
         return block.apply(variables, of_layer("post_attn"), of_layer("mlp_out"), tap, method=Block.from_mlp_out)

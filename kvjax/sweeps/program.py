@@ -15,6 +15,7 @@ import numpy as np
 
 from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
 from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.head_writes import HeadWrites
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import Lift, over_checkpoints
 from kvjax.sweeps.ablations import measure_ablations
@@ -108,10 +109,13 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
         measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=program.num_splits
     )
 
+    writes = HeadWrites.of(params, config)  # once, not per microbatch
+
     def ablate(batch: EncodedRecords, run: CleanRun, horizon: int, store: Trace, donors: jax.Array | None) -> Sums:
         return measure_ablations(
             params,
             config,
+            writes,
             run.cut(horizon),
             batch,
             kinds=program.ablations,

@@ -15,10 +15,11 @@ from converters.to_flax import to_flax
 from kvjax.config import ModelConfig
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig
+from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Edit, ablate_head
 from kvjax.model.sites import SITES, take_positions
 from kvjax.model.transforms import intervene, plain_forward
-from kvjax.sweeps.engine import RESTART_CAPTURE, WINDOW_CAPTURE, restart, run_clean
+from kvjax.sweeps.engine import HEAD_CAPTURE, RESTART_CAPTURE, WINDOW_CAPTURE, restart, restart_from_head, run_clean
 from tests.building import as_numpy, random_torch_model
 
 VOCAB, LENGTH, BATCH, READS = 20, 11, 3, 2
@@ -36,6 +37,7 @@ CASES = (
     ((4, 2), ("key_input", "value_input", "logits_input")),
     ((4, 2), ("key",)),
     ((4, 2), ("attn_out",)),
+    ((4, 2), ("mlp_pre",)),
     ((4, 2), ("mlp_out",)),
     ((4, 2), ("post_mlp",)),
 )
@@ -45,12 +47,18 @@ WINDOW_CASES = tuple(
 
 
 @functools.cache
-def setting(n_layers, n_heads):
-    """A random model of the shape, and both ways of running it, compiled once per set of sites."""
+def model_of(n_layers, n_heads):
+    """A random model of the shape."""
     shape = {"d_model": 12, "n_layers": n_layers, "n_heads": n_heads, "d_ff": 10, "max_seq_len": LENGTH}
     model = ModelConfig.model_validate(shape)
     params = to_flax(as_numpy(random_torch_model(shape, VOCAB, 0, tied=False)), model, VOCAB, where="test")
-    config = DecoderConfig.from_model_config(model, VOCAB, tied=False)
+    return DecoderConfig.from_model_config(model, VOCAB, tied=False), params
+
+
+@functools.cache
+def setting(n_layers, n_heads):
+    """A random model of the shape, and both ways of running it, compiled once per set of sites."""
+    config, params = model_of(n_layers, n_heads)
 
     @jax.jit
     def plain(tokens, positions, edits):
@@ -152,6 +160,33 @@ def test_windows_equal_the_plain_forward_where_they_reach(shape, site, data, see
     assert_same(ours, plain(tokens, positions, edits))
 
 
+@functools.cache
+def head_restart(n_layers, n_heads):
+    config, params = model_of(n_layers, n_heads)
+
+    @functools.partial(jax.jit, static_argnames="last")
+    def from_head(tokens, positions, value, layer, head, *, last):
+        _, clean = run_clean(params, config, tokens, (*RESTART_CAPTURE, *HEAD_CAPTURE))
+        layer = config.n_layers - 1 if last else layer
+        at = {"layer": layer, "head": head, "positions_BxQ": positions}
+        return restart_from_head(params, config, clean, HeadWrites.of(params, config), value, **at)
+
+    return from_head
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (4, 3)])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10_000))
+def test_restarts_from_one_head_equal_the_plain_forward(shape, data, seed):
+    config, plain, _ = setting(*shape)
+    rng, tokens, positions = random_inputs(seed)
+    layer, head = data.draw(st.integers(0, config.n_layers - 1)), data.draw(st.integers(0, config.n_heads - 1))
+    value = rng.normal(size=(BATCH, LENGTH, config.d_head)).astype(np.float32)
+    edits = ablate_head(layer, head, n_layers=config.n_layers, n_heads=config.n_heads, value=value[None, :, :, None])
+    ours = head_restart(*shape)(tokens, positions, value, layer, head, last=layer == config.n_layers - 1)
+    assert_same(ours, plain(tokens, positions, edits))
+
+
 def test_the_attention_pattern_is_edited_at_every_query():
     _, plain, restarted = setting(2, 3)
     rng, tokens, positions = random_inputs(1)
@@ -172,10 +207,7 @@ def test_no_edit_and_unknown_sites_are_refused():
 
 
 def test_a_run_cut_after_its_last_read_gives_the_same_reads():
-    config, _, _ = setting(4, 2)
-    shape = {"d_model": 12, "n_layers": 4, "n_heads": 2, "d_ff": 10, "max_seq_len": LENGTH}
-    model = ModelConfig.model_validate(shape)
-    params = to_flax(as_numpy(random_torch_model(shape, VOCAB, 0, tied=False)), model, VOCAB, where="test")
+    config, params = model_of(4, 2)
     _, tokens, _ = random_inputs(3)
     positions = np.full((BATCH, 1), 5, np.int32)
     _, clean = run_clean(params, config, tokens, RESTART_CAPTURE)
@@ -188,10 +220,7 @@ def test_a_run_cut_after_its_last_read_gives_the_same_reads():
 
 def test_every_early_layer_shares_one_compilation():
     chex.clear_trace_counter()
-    shape = {"d_model": 12, "n_layers": 5, "n_heads": 2, "d_ff": 10, "max_seq_len": LENGTH}
-    model = ModelConfig.model_validate(shape)
-    params = to_flax(as_numpy(random_torch_model(shape, VOCAB, 0, tied=False)), model, VOCAB, where="test")
-    config = DecoderConfig.from_model_config(model, VOCAB, tied=False)
+    config, params = model_of(5, 2)
     _, tokens, positions = random_inputs(0)
 
     @jax.jit
