@@ -77,7 +77,12 @@ def event_drift(states_GxNxD: jax.Array, others_GxNxD: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum((unit(states_GxNxD) - unit(others_GxNxD)) ** 2, axis=-1)
 
 
-def linear_cka(states_GxNxD: jax.Array, others_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
+def linear_cka(
+    states_GxNxD: jax.Array,
+    others_GxNxD: jax.Array,
+    counted_N: jax.Array,
+    spreads: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """Returns the linear centred kernel alignment of two checkpoints' states over the same events, [G].
 
     1 where one is a rotation and rescaling of the other, 0 where no direction of one varies with one of the other; NaN
@@ -86,16 +91,28 @@ def linear_cka(states_GxNxD: jax.Array, others_GxNxD: jax.Array, counted_N: jax.
     Args:
       states_GxNxD, others_GxNxD: of N events, for each of G stages and positions.
       counted_N: bool, the events that count.
-      Source: Kornblith et al., Similarity of neural network representations revisited (2019), equation 5.
+      spreads: of the two, [G] each, from `spread`, where they are known already.
+
+    Source: Kornblith et al., Similarity of neural network representations revisited (2019), equation 5.
     """
-    weights = counted_N[None, :, None].astype(jnp.float32)
+    own, other = spreads or (spread(states_GxNxD, counted_N), spread(others_GxNxD, counted_N))
+    scale = own * other
+    shared = _cross_spread(states_GxNxD, others_GxNxD, counted_N)
+    return jnp.where(scale > 0, shared**2 / jnp.where(scale > 0, scale, 1.0), jnp.nan)
+
+
+def spread(states_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
+    """Returns the Frobenius norm of the scatter matrix of the states that count, [G]."""
+    return _cross_spread(states_GxNxD, states_GxNxD, counted_N)
+
+
+def _cross_spread(states_GxNxD: jax.Array, others_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
+    weights = counted_N.astype(jnp.float32)
 
     def centred(x: jax.Array) -> jax.Array:
-        return (x - jnp.sum(x * weights, axis=1, keepdims=True) / jnp.sum(weights)) * weights
+        # A product, since XLA sums columns on a CPU one element at a time.
+        means = jnp.matmul(weights[None, None] / jnp.sum(weights), x, precision="highest")
+        return (x - means) * weights[None, :, None]
 
-    def frobenius(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.linalg.norm(jnp.matmul(a.swapaxes(1, 2), b, precision="highest"), axis=(1, 2))
-
-    a, b = centred(states_GxNxD), centred(others_GxNxD)
-    scale = frobenius(a, a) * frobenius(b, b)
-    return jnp.where(scale > 0, frobenius(a, b) ** 2 / jnp.where(scale > 0, scale, 1.0), jnp.nan)
+    scatter = jnp.matmul(centred(states_GxNxD).swapaxes(1, 2), centred(others_GxNxD), precision="highest")
+    return jnp.linalg.norm(scatter, axis=(1, 2))

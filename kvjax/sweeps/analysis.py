@@ -28,7 +28,7 @@ from kvjax.sweeps.dataset import build_dataset, build_events
 from kvjax.sweeps.intervals import build_intervals
 from kvjax.sweeps.logistic import measure_logistic
 from kvjax.sweeps.means import ProbeIndex
-from kvjax.sweeps.movement import measure_movement
+from kvjax.sweeps.movement import MovementWatch, measure_movement
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
 from kvjax.sweeps.stream import (
     RESULT_VERSION,
@@ -86,6 +86,17 @@ class PreparedRun:
     wanted: Mapping[str, tuple[int | None, Path]]
     named: frozenset[str]
     reference: str | None
+
+    def reference_first(self) -> dict[str, tuple[int | None, Path]]:
+        """Returns the files in the order to measure: what comes after the reference is compared with it at once."""
+        first = {self.reference: self.wanted[self.reference]} if self.reference else {}
+        return first | dict(self.wanted)
+
+    def in_step_order(self) -> list[str]:
+        """Returns the names of the checkpoints that rows are wanted of."""
+        return sorted(
+            (name for name, (step, _) in self.wanted.items() if step is not None), key=lambda n: self.wanted[n][0]
+        )
 
     @property
     def certificate_tokens(self) -> np.ndarray:
@@ -169,13 +180,14 @@ def sweep_runs(
         checkpoints = source(work)
         results = sweep_run(
             work.run,
-            work.wanted,
+            work.reference_first(),
             programs[key],
             store,
             checkpoints,
             settings=settings,
             log=log,
             advance=advance,
+            watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
         )
         reports.append(_publish(work, results, programs[key], store, checkpoints, settings, log))
     return reports

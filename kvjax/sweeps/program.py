@@ -36,6 +36,7 @@ class Program:
       horizons: for each bucket, the positions an intervened run computes; later ones affect no read.
       ablations: kinds of ablation to measure; with none, the clean run alone.
       probes: whether trained linear probes are fitted and scored.
+      states: whether the states at the reads are returned.
       interventions: how the heads of one layer are run, `map` (one by one) or `vmap`.
       checkpoints: how the checkpoints on one device are run.
       devices: how many devices share the checkpoints.
@@ -48,6 +49,7 @@ class Program:
     horizons: tuple[int, ...]
     ablations: tuple[str, ...] = ()
     probes: bool = False
+    states: bool = False
     interventions: Lift = "map"
     checkpoints: Lift = "map"
     devices: int = 1
@@ -74,7 +76,9 @@ class SweepData:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def measure_checkpoints(program: Program, stacked_params: Params, data: SweepData) -> tuple[list[Sums], Sums]:
+def measure_checkpoints(
+    program: Program, stacked_params: Params, data: SweepData
+) -> tuple[list[Sums], Sums, jax.Array | None]:
     """Returns everything measured on stacked checkpoints.
 
     Args:
@@ -89,7 +93,7 @@ def measure_checkpoints(program: Program, stacked_params: Params, data: SweepDat
     return over_checkpoints(measure, lift=program.checkpoints, devices=program.devices)(stacked_params, data)
 
 
-def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tuple[list[Sums], Sums]:
+def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tuple[list[Sums], Sums, jax.Array | None]:
     """Returns everything measured on one checkpoint.
 
     Returns:
@@ -97,6 +101,7 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
       right answers per sequence `probe/<target>` [microbatch, B, 2 S] and `probe/current_vs_stale` [microbatch, B, S].
       And, with probes, what the whole probe set gives: `null/<target>` [P - 1, splits, 2 S] and
       `null/current_vs_stale` [P - 1, splits, S], right answers of probes fitted on permuted labels.
+      And, where asked for, the states at p_e and s_e of all reads, bucket after bucket, [2 S, reads, D].
     """
     config = program.config
     key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
@@ -149,11 +154,14 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
             sums, at_reads = jax.lax.map(functools.partial(clean_and_ablations, horizon=horizon), batches)
             results.append(sums)
             states.append(at_reads)
+    if not (program.probes or program.states):
+        return results, {}, None
+    at_reads = jnp.concatenate([flatten_reads(x) for x in states], axis=1)  # [2 S, reads, D]
+    kept = at_reads if program.states else None
     if not program.probes:
-        return results, {}
-
+        return results, {}, kept
     system, probes = fit_all_probes(features, data.fit, data.permutations, key_ids=key_ids, value_ids=value_ids)
-    return _score_probes(program, system, probes, data.buckets, states, results)
+    return *_score_probes(program, system, probes, data.buckets, at_reads, results), kept
 
 
 def _token_store(runs: list[CleanRun]) -> Trace:
@@ -170,12 +178,12 @@ def _score_probes(
     system: RidgeSystem,
     probes: dict[str, RidgeProbes],
     buckets: tuple[EncodedRecords, ...],
-    states: list[jax.Array],
+    states_GxNxD: jax.Array,
     results: list[Sums],
 ) -> tuple[list[Sums], Sums]:
     """Returns the results with every read's probe answers, and the right answers of the permuted probes by split."""
     key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
-    rows = standardise(system, jnp.concatenate([flatten_reads(x) for x in states], axis=1))  # [2 S, reads, D]
+    rows = standardise(system, states_GxNxD)
     by_bucket = [probe_labels(batches, key_ids=key_ids, value_ids=value_ids) for batches in buckets]
     labels = {target: jnp.concatenate([x[target] for x in by_bucket]) for target in PROBE_TARGETS}
     splits = jnp.concatenate([jnp.repeat(x.splits.reshape(-1), x.is_read.shape[-1]) for x in buckets])

@@ -57,6 +57,10 @@ class CheckpointSource(Protocol):
         """Keeps what was converted, so that the next time it is only read."""
 
 
+# Told of each chunk, with its states, when the devices have started on it; returns what to call once it is measured.
+StateWatch = Callable[[Sequence[tuple[str, LoadedCheckpoint]], jax.Array], Callable[[], None]]
+
+
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
     """What a sweep's numbers depend on, beside probe set and checkpoints, and how it is run.
@@ -66,7 +70,7 @@ class SweepSettings:
       ablations: kinds of ablation measured, of `ABLATIONS`.
       resample_draws: draws per resample ablation.
       probe: trained probes: `ridge`, `logistic` (ridge, and multinomial logistic at the named steps) or `none`.
-      event_drift: whether drift of single events and linear CKA are measured, one more forward pass per checkpoint.
+      event_drift: whether drift of single events and linear CKA are measured.
       checkpoint_batch: `auto`, or checkpoints per device call.
       memory_gb: accelerator memory to use; None for most of what there is.
       skip_bad: list unusable checkpoints instead of stopping at the first.
@@ -172,6 +176,7 @@ class ProbeProgram:
             horizons=tuple(bucket.horizon for bucket in self.buckets),
             ablations=settings.ablations,
             probes=probes,
+            states=settings.event_drift,
             interventions=plan.interventions,
             checkpoints=plan.over_checkpoints,
             devices=plan.devices,
@@ -185,8 +190,8 @@ class ProbeProgram:
         stacked = stack_params(filled)
         tied = "unembedding" not in stacked
         program = dataclasses.replace(self.program, config=dataclasses.replace(self.program.config, tied=tied))
-        outputs = measure_checkpoints(program, stacked, self.data)
-        return PendingMeasurement(outputs, len(params), tuple(self.buckets), self._shape)
+        *outputs, states = measure_checkpoints(program, stacked, self.data)
+        return PendingMeasurement(outputs, states, len(params), tuple(self.buckets), self._shape)
 
     def measure(self, params: Sequence[Params]) -> list[dict[str, np.ndarray]]:
         """Returns the measured arrays of up to `chunk` checkpoints, one mapping each."""
@@ -195,9 +200,10 @@ class ProbeProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PendingMeasurement:
-    """Checkpoints that the devices are measuring."""
+    """Checkpoints that the devices are measuring; their states stay on the devices."""
 
     outputs: Any
+    states: jax.Array | None
     num_checkpoints: int
     buckets: tuple[Bucket, ...]
     shape: tuple[int, int]
@@ -236,18 +242,20 @@ def sweep_run(
     settings: SweepSettings,
     log: SweepLog,
     advance: Callable[[int], None],
+    watch: StateWatch | None = None,
 ) -> dict[str, CheckpointResult]:
     """Returns the results of a run's checkpoints, measuring those that are not stored already.
 
     Args:
       run: the run.
-      files: result name -> (the step the file's name states or None, checkpoint file).
+      files: result name -> (the step the file's name states or None, checkpoint file), in the order to measure in.
       program: what measures them.
       store: where results are kept.
       source: where checkpoints come from.
       settings: the sweep's settings.
       log: filled with what happened.
       advance: called with the number of checkpoints done, for a progress bar.
+      watch: what is told of the states at the reads, where the program returns them.
 
     Raises:
       InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
@@ -265,7 +273,9 @@ def sweep_run(
 
     device, versions = device_description(), software_versions()
 
-    def keep(chunk: list[tuple[str, LoadedCheckpoint]], pending: PendingMeasurement, start: float) -> None:
+    def keep(
+        chunk: list[tuple[str, LoadedCheckpoint]], pending: PendingMeasurement, seen: Callable[[], None], start: float
+    ) -> None:
         measured = pending.collect()
         seconds = log.add_call(start, time.perf_counter())
         for (name, checkpoint), arrays in zip(chunk, measured, strict=True):
@@ -282,16 +292,18 @@ def sweep_run(
             results[name] = store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)
             log.measured.append(checkpoint.step)
             advance(1)
+        seen()
 
     # The next chunk is handed to the devices before the last one's arrays are written.
-    running: tuple[list, PendingMeasurement, float] | None = None
+    running: tuple[list, PendingMeasurement, Callable[[], None], float] | None = None
     try:
         for chunk in _chunks(_load_ahead(pending, files, source, settings, log, advance, program.chunk), program.chunk):
             start = time.perf_counter()
             started = program.start([checkpoint.params for _, checkpoint in chunk])
+            seen = watch(chunk, started.states) if watch and started.states is not None else lambda: None
             if running is not None:
                 keep(*running)
-            running = (chunk, started, start)
+            running = (chunk, started, seen, start)
     finally:
         if running is not None:
             keep(*running)

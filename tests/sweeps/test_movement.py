@@ -5,6 +5,8 @@ import pytest
 import xarray as xr
 
 from kvjax.model.sites import stage_names
+from kvjax.sweeps import movement
+from kvjax.sweeps.movement import read_states
 from tests.building import SMALL_MODEL, STEPS
 from tests.sweeping import sweep
 
@@ -67,6 +69,24 @@ def test_movement_is_kept_and_made_again_when_a_neighbour_changes(small_run):
     assert float(third["residual_event_drift"].sel(step=300, split="all", position_role="support")[2]) != float(
         second["residual_event_drift"].sel(step=300, split="all", position_role="support")[2]
     )
+
+
+def test_states_are_formed_again_only_for_checkpoints_measured_before(small_run, monkeypatch):
+    formed = []
+
+    def count(*args):
+        formed.append(args)
+        return read_states(*args)
+
+    monkeypatch.setattr(movement, "read_states", count)
+    at_once = sweep(small_run).dataset
+    assert formed == []
+    for path in (small_run / "analysis" / "measured").glob("movement_*"):
+        path.unlink()
+    again = sweep(small_run).dataset
+    assert len(formed) == len(STEPS)
+    for name in ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka"):
+        np.testing.assert_allclose(again[name], at_once[name], rtol=1e-4, atol=1e-6)
 
 
 def test_without_event_drift_the_rest_is_the_same(small_run, swept):
