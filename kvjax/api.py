@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
 from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
 from kvjax.errors import unusable
-from kvjax.intervene.analysis import (
-    InterventionReport,
-    InterventionSettings,
-    chosen_windows,
-    intervene_in_run,
-)
 from kvjax.sweeps.analysis import PreparedRun, SweepReport, prepare_run, sweep_runs
 from kvjax.sweeps.stream import CheckpointSource, SweepSettings
+
+if TYPE_CHECKING:
+    from kvjax.intervene.analysis import InterventionReport, InterventionSettings
 
 
 def sweep(
@@ -118,6 +115,8 @@ def intervene_in_runs(
     Raises:
       InputError: a run is not ready for circuit work, or something cannot be used.
     """
+    from kvjax.intervene.analysis import chosen_windows, intervene_in_run  # a sweep need not wait for its import
+
     runs = find_run_dirs(run_dirs)
     total = len(settings.kinds) * sum(len(chosen_windows(run, settings)) for run in runs)
     reports = []

@@ -10,14 +10,10 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 RESAMPLES = 1000
 LEVEL = 0.95
-
-_CHUNK = 512  # statistics resampled at once: [resamples, chunk] floats
 
 
 def resample_counts(splits_N: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -45,19 +41,13 @@ def bootstrap_ratios(counts_KxN: np.ndarray, sums_NxX: np.ndarray, totals_NxX: n
     Args:
       counts_KxN: from `resample_counts`.
       sums_NxX: per sequence, what the ratio sums, for each of X statistics.
-      totals_NxX: per sequence, what it is divided by (reads, or reads where the statistic exists).
+      totals_NxX: per sequence, what it is divided by (reads, or reads where the statistic exists); one column where
+        all statistics share it.
 
     Returns:
       sum(counts * sums) / sum(counts * totals); NaN where a resample holds no read that counts.
     """
-    statistics = sums_NxX.shape[1]
-    # Filled up to whole chunks, so that any number of statistics is one program.
-    filling = ((0, 0), (0, -statistics % _CHUNK))
-    sums, totals = (np.pad(np.asarray(x, np.float32), filling) for x in (sums_NxX, totals_NxX))
-    counts = jnp.asarray(counts_KxN)
-    chunks = range(0, sums.shape[1], _CHUNK)
-    ratios = [_ratios(counts, sums[:, i : i + _CHUNK], totals[:, i : i + _CHUNK]) for i in chunks]
-    return np.concatenate([np.asarray(x) for x in ratios], axis=1)[:, :statistics]
+    return _ratios(_resampled(counts_KxN, sums_NxX), _resampled(counts_KxN, totals_NxX))
 
 
 def resampled_ratios(
@@ -68,18 +58,18 @@ def resampled_ratios(
     Args:
       counts_KxN: from `resample_counts`.
       sums_CxNxX: per sequence, what the ratios sum, at each checkpoint.
-      totals_CxNxX: per sequence, what they are divided by.
+      totals_CxNxX: per sequence, what they are divided by; each axis but N of its length, or 1 where all share it.
     """
-    shape = (len(sums_CxNxX), *sums_CxNxX.shape[2:])
-
-    def by_sequence(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
-
     totals = totals_CxNxX.sum(axis=1, dtype=np.float64)
     sums = sums_CxNxX.sum(axis=1, dtype=np.float64)
-    values = np.divide(sums, totals, out=np.full(shape, np.nan), where=totals != 0)
-    samples = bootstrap_ratios(counts_KxN, by_sequence(sums_CxNxX), by_sequence(totals_CxNxX))
-    return values, samples.reshape(-1, *shape)
+    values = np.divide(sums, totals, out=np.full(sums.shape, np.nan), where=totals != 0)
+
+    def resampled(x_CxNxX: np.ndarray) -> np.ndarray:
+        by_sequence = np.moveaxis(x_CxNxX, 1, 0)
+        flat = _resampled(counts_KxN, by_sequence.reshape(len(by_sequence), -1))
+        return flat.reshape(len(flat), *by_sequence.shape[1:])
+
+    return values, _ratios(resampled(sums_CxNxX), resampled(totals_CxNxX))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +106,8 @@ def interval(
     if bounds is None:
         return low, high
     if bounds == RATE:
-        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of columns without any value, which stay NaN
-            trials = values_X * (1 - values_X) / np.nanvar(samples_KxX, axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            trials = values_X * (1 - values_X) / _variance(samples_KxX)
         # Too few sequences hold the rarer outcome to show whether reads of one go together: suppose they do.
         few = (samples_KxX == bounds.low).any(axis=0) | (samples_KxX == bounds.high).any(axis=0)
         trials = np.where(few, np.minimum(trials, num_sequences), trials)
@@ -136,15 +125,30 @@ def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tup
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    tail = 50 * (1 - level)
-    missing = np.isnan(samples_KxX)
-    whole, some = ~missing.any(axis=0), missing.any(axis=0) & ~missing.all(axis=0)
-    ends = np.full((2, samples_KxX.shape[1]), np.nan)
-    # Percentiles that pass over NaN take a hundred times as long, and few statistics have any.
-    for columns, percentile in ((whole, np.percentile), (some, np.nanpercentile)):
-        if columns.any():
-            ends[:, columns] = percentile(samples_KxX[:, columns], [tail, 100 - tail], axis=0)
-    return ends[0], ends[1]
+    # Sorting rows takes half the time of np.percentile, and np.nanpercentile a hundred times as much. NaN comes last.
+    ordered_XxK = np.sort(np.ascontiguousarray(samples_KxX.T), axis=1)
+    last_X = np.count_nonzero(~np.isnan(ordered_XxK), axis=1) - 1  # -1, a NaN, where there is none
+
+    def percentile(share: float) -> np.ndarray:
+        position_X = share * np.maximum(last_X, 0)
+        below_X = np.floor(position_X).astype(int)
+        low, high = (
+            np.take_along_axis(ordered_XxK, at[:, None], axis=1)[:, 0].astype(np.float64)
+            for at in (below_X, np.minimum(below_X + 1, last_X))
+        )
+        return low + (high - low) * (position_X - below_X)
+
+    return percentile((1 - level) / 2), percentile((1 + level) / 2)
+
+
+def _variance(samples_KxX: np.ndarray) -> np.ndarray:
+    """Returns the variance of the resamples that have a value, [X]; NaN where none has."""
+    variances = np.var(samples_KxX, axis=0)
+    missing = np.isnan(variances)  # few: a variance that passes over NaN takes three times as long
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of columns without any value
+        variances[missing] = np.nanvar(samples_KxX[:, missing], axis=0)
+    return variances
 
 
 def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
@@ -160,10 +164,9 @@ def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.9
     return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
 
 
-@jax.jit
-def _ratios(counts_KxN: jax.Array, sums_NxX: jax.Array, totals_NxX: jax.Array) -> jax.Array:
-    def drawn(x_NxX: jax.Array) -> jax.Array:
-        return jnp.matmul(counts_KxN, x_NxX, precision="highest")
+def _resampled(counts_KxN: np.ndarray, x_NxX: np.ndarray) -> np.ndarray:
+    return np.matmul(counts_KxN, np.asarray(x_NxX, np.float32))
 
-    totals = drawn(totals_NxX)
-    return jnp.where(totals > 0, drawn(sums_NxX) / jnp.where(totals > 0, totals, 1.0), jnp.nan)
+
+def _ratios(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    return np.divide(sums, totals, out=np.full(sums.shape, np.nan, np.float32), where=totals > 0)

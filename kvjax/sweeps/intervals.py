@@ -6,7 +6,9 @@ checkpoints and differences between measures are paired (docs/definitions.md, se
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -85,22 +87,25 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
         },
     )
     members_of = [np.flatnonzero(member) for member in probe.split_weights()]
-    for one in _sequence_sums(arrays, probe):
-        over = members_of if one.by_split else members_of[:1]
-        levels, changes = zip(*(_with_interval(one, members, counts_KxN) for members in over), strict=True)
-        for name, ends in ((one.name, levels), (f"{one.name}_change", changes)):
-            if one.by_split:
-                dataset[name] = (("statistic", "step", "split", *one.dims), np.stack(ends, axis=2))
-            else:
-                dataset[name] = (("statistic", "step", *one.dims), ends[0])
-    return dataset
+    variables = {}
+    with concurrent.futures.ThreadPoolExecutor() as splits:  # sorting resamples releases the interpreter lock
+        for one in _sequence_sums(arrays, probe):
+            over = members_of if one.by_split else members_of[:1]
+            found = splits.map(functools.partial(_with_interval, one, counts_KxN=counts_KxN), over)
+            levels, changes = zip(*found, strict=True)
+            for name, ends in ((one.name, levels), (f"{one.name}_change", changes)):
+                if one.by_split:
+                    variables[name] = (("statistic", "step", "split", *one.dims), np.stack(ends, axis=2))
+                else:
+                    variables[name] = (("statistic", "step", *one.dims), ends[0])
+    return dataset.assign(variables)
 
 
 def _with_interval(one: SequenceSums, members: np.ndarray, counts_KxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns estimate, low and high of a mean over some sequences, and of its changes: [3, C, *X] each."""
     sums = one.sums[:, members].astype(np.float64)
     counts = one.counts[:, members]
-    counts = np.broadcast_to(counts.reshape(*counts.shape, *[1] * (sums.ndim - counts.ndim)), sums.shape)
+    counts = counts.reshape(*counts.shape, *[1] * (sums.ndim - counts.ndim))
     values, samples = resampled_ratios(counts_KxN[:, members], sums, counts)
     level = _ends(values, samples, len(members), one.bounds)
     change = np.full((len(STATISTICS), *values.shape), np.nan)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -262,8 +263,12 @@ def sweep_run(
     """
     results: dict[str, CheckpointResult] = {}
     pending: list[str] = []
-    for name, (_, path) in files.items():
-        stored = None if settings.overwrite else store.load(name, path)
+    if settings.overwrite:
+        found: Iterable[CheckpointResult | None] = itertools.repeat(None, len(files))
+    else:
+        with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
+            found = list(readers.map(lambda name: store.load(name, files[name][1]), files))
+    for name, stored in zip(files, found, strict=True):
         if stored is None:
             pending.append(name)
         else:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def scaled_thresholds(num_tests: int, settings: DetectionSettings) -> tuple[floa
     """
     ratio = 1.0
     if num_tests > settings.calibrated_tests:
-        ratio = stats.norm.isf(0.025 / num_tests) / stats.norm.isf(0.025 / settings.calibrated_tests)
+        ratio = ndtri(0.025 / num_tests) / ndtri(0.025 / settings.calibrated_tests)
     return settings.threshold * ratio, settings.threshold_alone * ratio
 
 

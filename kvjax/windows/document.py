@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri
 
 from kvjax.config import HELDOUT_SPLIT, WindowConfig
 from kvjax.measure.uncertainty import LEVEL
@@ -258,7 +258,7 @@ def _first_above_null(drops_CxX: np.ndarray, deviations_CxX: np.ndarray) -> np.n
     checkpoint, where there is one.
     """
     n = len(drops_CxX)
-    quantile = stats.norm.isf((1 - LEVEL) / drops_CxX.size)
+    quantile = -ndtri((1 - LEVEL) / drops_CxX.size)
     above = (drops_CxX > 0) & (drops_CxX > quantile * deviations_CxX)
     stays = above.copy()
     stays[:-1] &= above[1:]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
-from scipy import stats
 
 from kvjax.config import HELDOUT_SPLIT, WindowConfig
 from kvjax.measure.uncertainty import bootstrap_ratios, resample_counts
@@ -183,6 +182,8 @@ def _resampled(sums_CxN: np.ndarray, totals_CxN: np.ndarray, counts_JxN: np.ndar
 
 def _rank_correlation_to_previous(drops_XxCxH: np.ndarray) -> np.ndarray:
     """Returns Spearman's correlation of heads' drops with the previous checkpoint's, [..., C]; the first is NaN."""
+    from scipy import stats  # most of a second to import, and every command imports this module
+
     ranks = stats.rankdata(drops_XxCxH, axis=-1)
     centred = ranks - ranks.mean(axis=-1, keepdims=True)
     norm = np.sqrt((centred**2).sum(axis=-1))

@@ -100,6 +100,13 @@ def test_resamples_without_a_value_are_passed_over():
     assert np.isnan(low[1]) and np.isnan(high[1])
 
 
+def test_percentiles_are_numpys():
+    samples = np.random.default_rng(5).normal(size=(1000, 40)).astype(np.float32)
+    samples[np.random.default_rng(6).random(samples.shape) < np.linspace(0, 0.9, 40)] = np.nan
+    expected = np.nanpercentile(samples.astype(np.float64), [2.5, 97.5], axis=0)
+    np.testing.assert_allclose(percentile_interval(samples), expected, rtol=1e-12)
+
+
 def test_a_rate_without_any_read_has_no_interval_and_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
