@@ -28,6 +28,8 @@ _MANIFEST = "manifest.json"
 
 Tree = dict[str, Any]
 
+_CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/design.md
+
 
 class StoredCheckpoint(pydantic.BaseModel):
     """One checkpoint of the store.
@@ -170,6 +172,7 @@ def save_tree(path: Path, tree: Tree) -> None:
 
     context = orbax.Context()
     context.array.saving.use_compression = False
+    context.array.saving.storage_options = context.array.saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES)
     with context:
         orbax.save(path.resolve(), tree)
 
