@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
     module.load_state_dict(to_torch(params))
     config = DecoderConfig.from_model_config(model, vocab_size)
 
-    settings = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=FLAGS.checkpoint_batch)
+    settings = SweepSettings(
+        ablations=("zero",), probe="none", event_drift=False, checkpoint_batch=FLAGS.checkpoint_batch
+    )
     program, seconds, compiling, measured = _time_sweep(config, vocabulary, encoded, num_splits, settings, params)
     plain = PlainAblations(config, program.buckets, vocabulary.value_ids, program.devices)
     stacked = stack_params([params] * program.chunk)

@@ -40,7 +40,7 @@ def neuron_effects(
     logits, clean = run_clean(params, config, tokens, (*RESTART_CAPTURE, "mlp_hidden"))
     clean = clean.cut(horizon)
     positions = batch.prediction_positions
-    hidden_LxBxTxF = clean.trace["mlp_hidden"]
+    hidden_LxBxTxF = clean.at("mlp_hidden")
     kernel_LxFxD = jnp.asarray(params["blocks"]["mlp"]["fc_out"]["kernel"])
 
     def answers(read: jax.Array) -> Effects:
@@ -52,7 +52,7 @@ def neuron_effects(
 
     def without(layer: jax.Array | int, neuron: jax.Array) -> Effects:
         activation = jax.lax.dynamic_index_in_dim(hidden_LxBxTxF[layer], neuron, 2, keepdims=True)
-        value = clean.trace["post_mlp"][layer] - activation * kernel_LxFxD[layer, neuron][None, None]
+        value = clean.at("post_mlp", layer) - activation * kernel_LxFxD[layer, neuron][None, None]
         mask = (jnp.arange(config.n_layers) == layer)[:, None, None, None]
         edits = {"post_mlp": Edit(mask, value[None])}
         return answers(restart(params, config, clean, edits, layer=layer, positions_BxQ=positions))
@@ -65,7 +65,7 @@ def neuron_effects(
         earlier = jax.lax.map(of_layer, jnp.arange(config.n_layers - 1))
         found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, found)
     at_reads = jax.vmap(lambda x: take_positions(x, positions, 1))(hidden_LxBxTxF)  # [L, B, Q, F]
-    final = take_positions(clean.trace["post_mlp"][-1], positions, 1)
+    final = take_positions(clean.at("post_mlp", config.n_layers - 1), positions, 1)
     direction_BxQxD = answer_direction(params, final, jnp.asarray(batch.answers), value_ids)
     towards = jnp.einsum("lfd,bqd->lbqf", kernel_LxFxD, direction_BxQxD, precision="highest")
     written = {"activation": jnp.abs(at_reads), "direct_logit_attribution": at_reads * towards}

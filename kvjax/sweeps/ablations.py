@@ -119,17 +119,17 @@ def measure_ablations(
         kernel_HxExD = params["blocks"]["attn"]["out_proj"]["kernel"][layer].reshape(n_heads, -1, config.d_model)
 
         def one(head: jax.Array) -> Sums:
-            z_BxTxE = clean.trace["head_z"][layer, :, :, head]
+            z_BxTxE = clean.at("head_z", layer)[:, :, head]
             written = jnp.matmul(z_BxTxE, kernel_HxExD[head], precision=config.precision)
             return random_steps("post_attn", written, layer)
 
         return over_interventions(one, lift=lift)(jnp.arange(n_heads))
 
     def random_mlp(layer: jax.Array | int) -> Sums:
-        return random_steps("post_mlp", clean.trace["mlp_out"][layer], layer)
+        return random_steps("post_mlp", clean.at("mlp_out", layer), layer)
 
     def random_steps(site: str, written_BxTxD: jax.Array, layer: jax.Array | int) -> Sums:
-        edits_of = _random_steps(site, written_BxTxD, clean.trace[site][layer], layer, n_layers)
+        edits_of = _random_steps(site, written_BxTxD, clean.at(site, layer), layer, n_layers)
         drawn = jax.lax.map(lambda u: answers_under(edits_of(u), layer), _random_directions(config.d_model))
         return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32), axis=0), drawn)
 
