@@ -52,7 +52,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool(
     "event_drift",
     True,
-    "Measure drift of single reads' states and linear CKA too, one more forward pass per checkpoint.",
+    "Measure drift of single reads' states and linear CKA too.",
     flag_values=FLAGS,
 )
 flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per device call: auto or a number.", flag_values=FLAGS)
