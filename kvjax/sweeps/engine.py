@@ -237,7 +237,7 @@ def _second_half(
         return kept(clean.at(name, layer))
 
     if site in ("head_z", "attn_out"):
-        # The edited z is projected again: subtracting a head's output from the sum would lose precision.
+        # Any heads may be edited: all are projected again. `restart_from_head` is for one.
         before = kept(clean.before(layer))
         return block.apply(variables, before, of_layer("head_z"), tap, method=Block.from_head_z)
     if site == "mlp_hidden" and "mlp_hidden" in clean.trace:

@@ -99,7 +99,7 @@ class SplitEvaluator:
             vocabulary,
             encoded,
             num_splits=1,
-            settings=SweepSettings(checkpoint_batch="1", ablations=(), probe="none"),
+            settings=SweepSettings(checkpoint_batch="1", ablations=(), probe="none", event_drift=False),
             max_buckets=1,
         )
         no_tags = dict.fromkeys((record["sample_id"] for record in records), "")

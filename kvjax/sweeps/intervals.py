@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -88,7 +89,8 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
     )
     members_of = [np.flatnonzero(member) for member in probe.split_weights()]
     variables = {}
-    with concurrent.futures.ThreadPoolExecutor() as splits:  # sorting resamples releases the interpreter lock
+    # Sorting resamples releases the interpreter lock; each split at work holds resamples of its own.
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as splits:
         for one in _sequence_sums(arrays, probe):
             over = members_of if one.by_split else members_of[:1]
             found = splits.map(functools.partial(_with_interval, one, counts_KxN=counts_KxN), over)
