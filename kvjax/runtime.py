@@ -41,6 +41,14 @@ def use_compilation_cache() -> Path | None:
     return folder
 
 
+def lowered_folder() -> Path | None:
+    """Returns where lowered programs are kept, inside the folder that `use_compilation_cache` trusts; None without."""
+    import jax
+
+    folder = cache_folder()
+    return folder / "lowered" if jax.config.jax_compilation_cache_dir == str(folder) else None
+
+
 def share_cpu_cores() -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 

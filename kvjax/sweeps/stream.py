@@ -23,6 +23,7 @@ from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import checkpoint_mesh
 from kvjax.sweeps.chunking import plan_chunks
 from kvjax.sweeps.collect import collect
+from kvjax.sweeps.lowered import kept_lowered
 from kvjax.sweeps.program import Program, SweepData, measure_checkpoints
 from kvjax.task.donors import donors_by_bucket, draw_donors
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length
@@ -183,6 +184,7 @@ class ProbeProgram:
             devices=plan.devices,
         )
         self.data = jax.device_put(data, NamedSharding(checkpoint_mesh(plan.devices), PartitionSpec()))
+        self._measure: dict[bool, Callable[..., Any]] = {}  # by whether unembeddings are tied
 
     def start(self, params: Sequence[Params]) -> PendingMeasurement:
         """Starts measuring up to `chunk` checkpoints, without waiting for the devices."""
@@ -191,7 +193,9 @@ class ProbeProgram:
         stacked = stack_params(filled)
         tied = "unembedding" not in stacked
         program = dataclasses.replace(self.program, config=dataclasses.replace(self.program.config, tied=tied))
-        *outputs, states = measure_checkpoints(program, stacked, self.data)
+        if tied not in self._measure:
+            self._measure[tied] = kept_lowered(measure_checkpoints, program, stacked, self.data)
+        *outputs, states = self._measure[tied](stacked, self.data)
         return PendingMeasurement(outputs, states, len(params), tuple(self.buckets), self._shape)
 
     def measure(self, params: Sequence[Params]) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,119 @@
+"""Programs that an earlier process traced: found again, the same to the bit, never where something changed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.sweeps import lowered
+from kvjax.sweeps.program import measure_checkpoints
+from kvjax.task.benchmark import Benchmark
+from tests.sweeps.test_compilation import probe_program
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowered, "lowered_folder", lambda: tmp_path / "lowered")
+    return tmp_path / "lowered"
+
+
+@pytest.fixture
+def scaled():
+    """A jitted function of a static argument and arrays, and the list of its traces."""
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def scaled(factor, x, rest):
+        traces.append(factor)
+        return [{"scaled": factor * x}, None, (rest["y"] + 1,)]
+
+    return scaled, traces
+
+
+ARGS = (np.arange(3.0, dtype=np.float32), {"y": np.ones((2, 2), np.float32)})
+
+
+def check(kept):
+    first, nothing, (second,) = kept(*ARGS)
+    np.testing.assert_array_equal(first["scaled"], [0, 2, 4])
+    np.testing.assert_array_equal(second, np.full((2, 2), 2))
+    assert nothing is None
+
+
+def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, small_benchmark, monkeypatch):
+    traces = []
+
+    @functools.wraps(measure_checkpoints.__wrapped__)
+    def counted(*args):
+        traces.append(args)
+        return measure_checkpoints.__wrapped__(*args)
+
+    def measured():
+        jax.clear_caches()  # as another process would begin
+        monkeypatch.setattr("kvjax.sweeps.stream.measure_checkpoints", jax.jit(counted, static_argnums=0))
+        program, params = probe_program(Benchmark.open(small_benchmark), 3)
+        assert program.program.devices == 2, "the program is shared among devices"
+        other = jax.tree.map(lambda x: x * 1.5, params)
+        return [*program.measure([params, other]), *program.measure([other])]
+
+    first, again = measured(), measured()
+    assert len(traces) == 1
+    monkeypatch.setattr(lowered, "lowered_folder", lambda: None)
+    direct = measured()
+    assert len(traces) == 2
+    for found in (first, again):
+        jax.tree.map(np.testing.assert_array_equal, found, direct)
+
+
+def test_a_damaged_file_is_made_again(folder, scaled):
+    function, traces = scaled
+    check(lowered.kept_lowered(function, 2, *ARGS))
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
+        file.write_bytes(damaged)
+        jax.clear_caches()
+        check(lowered.kept_lowered(function, 2, *ARGS))
+        assert lowered._load(file) is not None
+    assert traces == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("changed", ["static argument", "shape", "code", "setting"])
+def test_what_a_program_is_made_from_finds_it(folder, scaled, monkeypatch, request, changed):
+    function, _ = scaled
+    lowered.kept_lowered(function, 2, *ARGS)
+    lowered.kept_lowered(function, 2, *jax.tree.map(lambda x: x + 1, ARGS))
+    assert len(list(folder.iterdir())) == 1, "values do not matter"
+    static, args = 2, ARGS
+    if changed == "static argument":
+        static = 3
+    elif changed == "shape":
+        args = (np.zeros(4, np.float32), ARGS[1])
+    elif changed == "code":
+        monkeypatch.setattr(lowered, "_source_digest", lambda: "other code")
+    else:
+        request.addfinalizer(lambda: jax.config.update("jax_default_matmul_precision", None))
+        jax.config.update("jax_default_matmul_precision", "bfloat16")
+    lowered.kept_lowered(function, static, *args)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_the_digest_of_the_code_is_of_the_code(tmp_path, monkeypatch):
+    package = tmp_path / "kvjax"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "model.py").write_text("x = 1")
+    monkeypatch.setattr(lowered.kvjax, "__file__", str(package / "__init__.py"))
+    first = lowered._source_digest.__wrapped__()
+    (package / "model.py").write_text("x = 2")
+    assert lowered._source_digest.__wrapped__() != first
+
+
+def test_nothing_is_kept_where_compiled_programs_are_not(scaled, monkeypatch):
+    monkeypatch.setattr(lowered, "lowered_folder", lambda: None)
+    function, traces = scaled
+    kept = lowered.kept_lowered(function, 2, jnp.zeros(3), {"y": jnp.zeros((2, 2))})
+    assert traces == [], "traced at its first call, as ever"
+    check(kept)
