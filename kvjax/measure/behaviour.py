@@ -56,8 +56,8 @@ def answer_correct(logits: jax.Array, answers: jax.Array) -> jax.Array:
     return wins_among(logits, answers)
 
 
-def _is_member(size: int, ids: jax.Array) -> jax.Array:
-    return jnp.zeros(size, bool).at[jnp.asarray(ids)].set(True)
+def _is_member(size: int, ids: np.ndarray) -> np.ndarray:
+    return np.isin(np.arange(size), ids)  # known before the program runs: a constant of it
 
 
 def _expand(x_V: jax.Array, like: jax.Array) -> jax.Array:
