@@ -191,19 +191,25 @@ def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buck
 
 
 def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple[Packed, np.ndarray]:
-    """Returns some of the records in equal microbatches of at most about `batch_size`, and which record each row is.
+    """Returns some of the records in equal microbatches of about `batch_size`, and which record each row is.
 
     Returns:
       The arrays, reshaped to [microbatch, B, …]; and [microbatch * B] indices, -1 for rows that fill the last
       microbatches, which repeat a record with weight 0.
     """
-    num_batches = math.ceil(len(members) / batch_size)
+    num_batches = _fewest_fillers(len(members), batch_size)
     batch_size = math.ceil(len(members) / num_batches)
     indices = np.full(num_batches * batch_size, -1)
     indices[: len(members)] = members
     rows = encoded.take(np.where(indices < 0, members[-1], indices))
     rows = dataclasses.replace(rows, weights=(indices >= 0).astype(np.float32))
     return jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), rows), indices
+
+
+def _fewest_fillers(members: int, batch_size: int) -> int:
+    """Returns how many equal batches, each within a fifth of `batch_size`, leave the fewest rows to fill."""
+    fewest, most = math.ceil(members / math.floor(1.2 * batch_size)), math.ceil(members / (0.8 * batch_size))
+    return min(range(fewest, most + 1), key=lambda count: (count * math.ceil(members / count), count))
 
 
 def length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from kvjax.task.encoding import (
     TOKEN_ROLES,
     bucket_by_length,
     encode_records,
+    microbatches,
 )
 from kvjax.task.stream import Program, Read, build_record
 from kvjax.task.vocabulary import Vocabulary
@@ -83,6 +84,24 @@ def test_three_edges_pad_less_than_one():
     three = bucket_by_length(encoded, tokens_per_batch=100_000)
     assert padded(three) == sum(encoded.lengths)
     assert padded(bucket_by_length(encoded, tokens_per_batch=100_000, max_buckets=1)) > padded(three)
+
+
+@pytest.mark.parametrize(
+    ("members", "batch_size", "shape"),
+    [
+        (219, 16, (13, 17)),  # 221 rows, where 14 batches of 16 are 224
+        (96, 10, (8, 12)),  # none to fill
+        (69, 16, (5, 14)),  # 70 rows; 3 batches of 23 would be far from 16
+        (6, 1, (6, 1)),
+        (7, 100, (1, 7)),
+        (100, 100, (1, 100)),
+    ],
+)
+def test_microbatches_leave_few_rows_to_fill(members, batch_size, shape):
+    encoded = encode_records([record(programs(2), n) for n in range(members)], VOCABULARY, ["a"], max_seq_len=16)
+    batches, indices = microbatches(encoded, np.arange(members), batch_size)
+    assert batches.tokens.shape[:2] == shape
+    assert np.count_nonzero(indices >= 0) == members
 
 
 def test_a_record_longer_than_the_model_is_named():
