@@ -45,8 +45,8 @@ def lowered_folder() -> Path | None:
     """Returns where lowered programs are kept, inside the folder that `use_compilation_cache` trusts; None without."""
     import jax
 
-    folder = cache_folder()
-    return folder / "lowered" if jax.config.jax_compilation_cache_dir == str(folder) else None
+    kept = jax.config.jax_compilation_cache_dir
+    return Path(kept) / "lowered" if kept is not None and kept == str(cache_folder()) else None
 
 
 def share_cpu_cores() -> None:

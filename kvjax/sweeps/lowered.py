@@ -24,6 +24,18 @@ from kvjax.runtime import lowered_folder
 _DIGEST_BYTES = 32  # SHA-256
 
 
+def _digest_of_code(package: Path) -> str:
+    files = sorted(package.rglob("*.py"))
+    contents = [(str(path.relative_to(package)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+
+# Of the code that was imported: taken at once, since files may be edited while a long run goes on.
+_CODE = _digest_of_code(Path(kvjax.__file__).parent)
+
+_calls: dict[str, Callable[..., Any]] = {}  # of this process: equal programs are compiled once
+
+
 def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Callable[..., Any]:
     """Returns `function(static, ·)` as a function of `args`, not traced again where an earlier process did.
 
@@ -41,7 +53,10 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
     if folder is None:
         return direct
     leaves, tree = jax.tree.flatten(args)
-    path = folder / f"{_made_from(function, static, leaves, tree)}.stablehlo"
+    digest = _made_from(function, static, leaves, tree)
+    if digest in _calls:
+        return _calls[digest]
+    path = folder / f"{digest}.stablehlo"
     exported = _load(path)
     if exported is None:
 
@@ -50,18 +65,19 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
 
         try:
             exported = jax.export.export(jax.jit(of_leaves))(*leaves)
-        except ValueError:
+        except (ValueError, TypeError, NotImplementedError):  # what JAX raises for what it does not export
             return direct
         _save(path, exported)
     call = jax.jit(exported.call)
-    return lambda *args: call(*jax.tree.leaves(args))
+    _calls[digest] = lambda *args: call(*jax.tree.leaves(args))
+    return _calls[digest]
 
 
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:
     """Returns a digest of everything that decides what a program is lowered to."""
     device = jax.devices()[0]
     parts = (
-        _source_digest(),
+        _CODE,
         software_versions(),
         (device.platform, device.device_kind, jax.device_count()),
         sorted((name, str(value)) for name, value in jax.config.values.items()),
@@ -69,15 +85,6 @@ def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tre
         [(np.shape(leaf), leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves],
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-@functools.cache
-def _source_digest() -> str:
-    """Returns a digest of this package's own code."""
-    package = Path(kvjax.__file__).parent
-    files = sorted(package.rglob("*.py"))
-    contents = ((str(path.relative_to(package)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
-    return hashlib.sha256(repr(list(contents)).encode()).hexdigest()
 
 
 def _load(path: Path) -> jax.export.Exported | None:

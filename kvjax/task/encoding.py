@@ -207,7 +207,7 @@ def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple
 
 
 def _fewest_fillers(members: int, batch_size: int) -> int:
-    """Returns how many equal batches, each within a fifth of `batch_size`, leave the fewest rows to fill."""
+    """Returns how many equal batches, of about `batch_size` and at most a fifth more, leave the fewest rows to fill."""
     fewest, most = math.ceil(members / math.floor(1.2 * batch_size)), math.ceil(members / (0.8 * batch_size))
     return min(range(fewest, most + 1), key=lambda count: (count * math.ceil(members / count), count))
 

@@ -41,6 +41,7 @@ def test_one_trace_serves_any_number_of_checkpoints(small_benchmark, monkeypatch
     chex.clear_trace_counter()
     counted = jax.jit(chex.assert_max_traces(measure_checkpoints.__wrapped__, n=1), static_argnums=0)
     monkeypatch.setattr("kvjax.sweeps.stream.measure_checkpoints", counted)
+    monkeypatch.setattr("kvjax.sweeps.lowered.lowered_folder", lambda: None)  # no other test's program
     program, params = probe_program(Benchmark.open(small_benchmark), 3)
     for number in (2, 1, 2):
         assert len(program.measure([params] * number)) == number

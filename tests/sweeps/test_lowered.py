@@ -15,6 +15,7 @@ from tests.sweeps.test_compilation import probe_program
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    begin_anew()
     monkeypatch.setattr(lowered, "lowered_folder", lambda: tmp_path / "lowered")
     return tmp_path / "lowered"
 
@@ -30,6 +31,12 @@ def scaled():
         return [{"scaled": factor * x}, None, (rest["y"] + 1,)]
 
     return scaled, traces
+
+
+def begin_anew():
+    """Forgets what this process knows, as another one would begin."""
+    jax.clear_caches()
+    lowered._calls.clear()
 
 
 ARGS = (np.arange(3.0, dtype=np.float32), {"y": np.ones((2, 2), np.float32)})
@@ -51,7 +58,7 @@ def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, 
         return measure_checkpoints.__wrapped__(*args)
 
     def measured():
-        jax.clear_caches()  # as another process would begin
+        begin_anew()
         monkeypatch.setattr("kvjax.sweeps.stream.measure_checkpoints", jax.jit(counted, static_argnums=0))
         program, params = probe_program(Benchmark.open(small_benchmark), 3)
         assert program.program.devices == 2, "the program is shared among devices"
@@ -74,7 +81,7 @@ def test_a_damaged_file_is_made_again(folder, scaled):
     whole = file.read_bytes()
     for damaged in (b"", whole[:-1], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
         file.write_bytes(damaged)
-        jax.clear_caches()
+        begin_anew()
         check(lowered.kept_lowered(function, 2, *ARGS))
         assert lowered._load(file) is not None
     assert traces == [2, 2, 2, 2]
@@ -92,7 +99,7 @@ def test_what_a_program_is_made_from_finds_it(folder, scaled, monkeypatch, reque
     elif changed == "shape":
         args = (np.zeros(4, np.float32), ARGS[1])
     elif changed == "code":
-        monkeypatch.setattr(lowered, "_source_digest", lambda: "other code")
+        monkeypatch.setattr(lowered, "_CODE", "other code")
     else:
         request.addfinalizer(lambda: jax.config.update("jax_default_matmul_precision", None))
         jax.config.update("jax_default_matmul_precision", "bfloat16")
@@ -100,15 +107,20 @@ def test_what_a_program_is_made_from_finds_it(folder, scaled, monkeypatch, reque
     assert len(list(folder.iterdir())) == 2
 
 
-def test_the_digest_of_the_code_is_of_the_code(tmp_path, monkeypatch):
-    package = tmp_path / "kvjax"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "model.py").write_text("x = 1")
-    monkeypatch.setattr(lowered.kvjax, "__file__", str(package / "__init__.py"))
-    first = lowered._source_digest.__wrapped__()
-    (package / "model.py").write_text("x = 2")
-    assert lowered._source_digest.__wrapped__() != first
+def test_equal_programs_of_one_process_are_compiled_once(folder, scaled):
+    function, _ = scaled
+    first = lowered.kept_lowered(function, 2, *ARGS)
+    assert lowered.kept_lowered(function, 2, *ARGS) is first
+    assert lowered.kept_lowered(function, 3, *ARGS) is not first
+
+
+def test_the_digest_of_the_code_is_of_every_file(tmp_path):
+    (tmp_path / "model").mkdir()
+    digests = set()
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("model/b.py", "x = 2")):
+        (tmp_path / name).write_text(text)
+        digests.add(lowered._digest_of_code(tmp_path))
+    assert len(digests) == 3
 
 
 def test_nothing_is_kept_where_compiled_programs_are_not(scaled, monkeypatch):
