@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import kvjax
-from kvjax.artifacts.files import replace_file
+from kvjax.artifacts.files import file_sha256, replace_file
 from kvjax.artifacts.provenance import software_versions
 from kvjax.errors import InputError
 from kvjax.runtime import lowered_folder
@@ -25,8 +25,7 @@ _DIGEST_BYTES = 32  # SHA-256
 
 
 def _digest_of_code(package: Path) -> str:
-    files = sorted(package.rglob("*.py"))
-    contents = [(str(path.relative_to(package)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    contents = [(str(path.relative_to(package)), file_sha256(path)) for path in sorted(package.rglob("*.py"))]
     return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 

@@ -17,7 +17,8 @@ from tests.sweeps.test_compilation import probe_program
 def folder(tmp_path, monkeypatch):
     begin_anew()
     monkeypatch.setattr(lowered, "lowered_folder", lambda: tmp_path / "lowered")
-    return tmp_path / "lowered"
+    yield tmp_path / "lowered"
+    begin_anew()
 
 
 @pytest.fixture
