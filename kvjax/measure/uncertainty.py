@@ -167,8 +167,8 @@ def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.9
 
 
 def _resampled(counts_KxN: np.ndarray, x_NxX: np.ndarray) -> np.ndarray:
-    return np.matmul(counts_KxN, np.asarray(x_NxX, np.float32))
+    return np.matmul(np.asarray(x_NxX, np.float32).T, counts_KxN.T).T
 
 
 def _ratios(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    return np.divide(sums, totals, out=np.full(sums.shape, np.nan, np.float32), where=totals > 0)
+    return np.divide(sums, totals, out=np.full_like(sums, np.nan), where=totals > 0)
