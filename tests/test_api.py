@@ -20,7 +20,7 @@ def test_sweep_returns_what_the_files_hold_with_units_and_intervals(small_run):
     report = sweep(small_run)
     dataset = kvjax.sweep(small_run, probe_set=small_run / "analysis" / "probe_set.jsonl")
     assert dataset.equals(dataset.assign(report.dataset.data_vars)), "nothing was measured again"
-    on_disk = xr.open_dataset(small_run / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf")
+    on_disk = xr.open_dataset(small_run / "analysis" / "checkpoint_metrics.nc", engine="netcdf4")
     assert on_disk["answer_accuracy"].equals(dataset["answer_accuracy"])
     for name, variable in dataset.data_vars.items():
         assert {"units", "long_name"} <= variable.attrs.keys(), name

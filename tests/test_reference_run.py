@@ -49,8 +49,8 @@ def swept(tmp_path_factory):
         "rows": {row["step"]: row for row in lines("checkpoint_metrics.jsonl")},
         "heads": {(h["step"], h["layer"], h["head"]): h for h in lines("component_candidates/heads.jsonl")},
         "mlps": {(m["step"], m["layer"]): m for m in lines("component_candidates/mlps.jsonl")},
-        "dataset": xr.open_dataset(analysis / "checkpoint_metrics.nc", engine="h5netcdf").load(),
-        "events": xr.open_dataset(analysis / "checkpoint_metrics.nc", group="events", engine="h5netcdf").load(),
+        "dataset": xr.open_dataset(analysis / "checkpoint_metrics.nc", engine="netcdf4").load(),
+        "events": xr.open_dataset(analysis / "checkpoint_metrics.nc", group="events", engine="netcdf4").load(),
         "sweep": json.loads((analysis / "sweep.json").read_text()),
     }
 

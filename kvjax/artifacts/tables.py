@@ -201,4 +201,4 @@ def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset
                 if variable.ndim and variable.dtype.kind in "fiub"
             }
             mode = "a" if index else "w"
-            dataset.to_netcdf(partial, mode=mode, group=group, engine="h5netcdf", encoding=compressed)
+            dataset.to_netcdf(partial, mode=mode, group=group, engine="netcdf4", encoding=compressed)

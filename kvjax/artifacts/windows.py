@@ -153,7 +153,7 @@ def read_sweep_arrays(path: Path) -> tuple[xarray.Dataset, xarray.Dataset]:
     groups = []
     for group in (None, "events"):
         try:
-            with xr.open_dataset(path, engine="h5netcdf", group=group) as dataset:
+            with xr.open_dataset(path, engine="netcdf4", group=group) as dataset:
                 groups.append(dataset.load())
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", error) from None

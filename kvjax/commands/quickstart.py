@@ -70,7 +70,7 @@ def run() -> None:
         print_sweep_report(report)
 
     print("\n4/5  drawing figures")
-    swept = [xr.open_dataset(path / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf") for path in runs]
+    swept = [xr.open_dataset(path / "analysis" / "checkpoint_metrics.nc", engine="netcdf4") for path in runs]
     figures = output / "figures"
     for name, figure in (
         ("trajectories", trajectory_figure(swept)),

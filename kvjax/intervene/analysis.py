@@ -256,7 +256,7 @@ def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:
     folder = run.analysis / FOLDER / "neurons"
     for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
         own: dict[int, list[dict[str, Any]]] = {}
-        with xr.open_dataset(path, engine="h5netcdf") as dataset:
+        with xr.open_dataset(path, engine="netcdf4") as dataset:
             for row in components.neuron_rows(dataset.load()):
                 own.setdefault(row["step"], []).append(row)
         rows |= own

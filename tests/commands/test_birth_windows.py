@@ -238,7 +238,7 @@ class TestIntervene:
             assert document["kind"] == kind and document["window"]["center_step"] == 500
             assert document["steps"] == [400, 500, 600] and document["pairs"]["counts"]["swap"] == 2
             assert document["effects"] and str(path) in printed
-            with xr.open_dataset(path.with_suffix(".nc"), engine="h5netcdf") as dataset:
+            with xr.open_dataset(path.with_suffix(".nc"), engine="netcdf4") as dataset:
                 assert dataset["step"].values.tolist() == [400, 500, 600]
                 assert dataset.attrs["run_name"] == "formed"
         rows = read_lines(analysis / "component_candidates" / "neurons.jsonl")

@@ -13,12 +13,12 @@ from tests.scores import score_interval
 @pytest.fixture(scope="module")
 def intervals(swept):
     path = swept / "analysis" / "checkpoint_metrics.nc"
-    return xr.open_dataset(path, group="intervals", engine="h5netcdf").load()
+    return xr.open_dataset(path, group="intervals", engine="netcdf4").load()
 
 
 @pytest.fixture(scope="module")
 def means(swept):
-    return xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf").load()
+    return xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="netcdf4").load()
 
 
 # Name in the file -> (where in it, what it is of one read).
@@ -68,7 +68,7 @@ def ends(mean, samples, name, sequences):
 @pytest.mark.parametrize("name", MEASURES)
 def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, intervals, truth, name):
     where, of = MEASURES[name]
-    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="h5netcdf")
+    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
     names = events["split"].values
     order = intervals["split"].values.tolist()
     counts = resample_counts(np.array([order.index(n) for n in names]), seed=INTERVAL_SEED).astype(int)
@@ -116,7 +116,7 @@ def test_ends_enclose_the_estimate_and_first_changes_do_not_exist(intervals):
 
 def test_a_slice_is_resampled_by_sequence(swept, intervals, truth):
     """Against loops: the reads of sequences with two active keys, among all sequences of all splits."""
-    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="h5netcdf")
+    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
     names = events["split"].values
     order = intervals["split"].values.tolist()
     counts = resample_counts(np.array([order.index(n) for n in names]), seed=INTERVAL_SEED).astype(int)

@@ -16,7 +16,7 @@ ROLES = {"prediction": "state", "support": "support_state"}
 
 @pytest.fixture(scope="module")
 def means(swept):
-    return xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf").load()
+    return xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="netcdf4").load()
 
 
 def states(truth, step, role, stage, split=None):

@@ -128,7 +128,7 @@ def test_drift(rows, truth):
 
 
 def test_drift_at_the_support_is_in_the_arrays(swept, truth):
-    dataset = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="h5netcdf")
+    dataset = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="netcdf4")
     drifts = dataset["residual_drift"].sel(split="all", position_role="support")
     for before, step in itertools.pairwise(STEPS):
         for stage in STAGES:
@@ -214,8 +214,8 @@ def test_deltas_and_birth_flags(rows, truth):
 
 def test_the_netcdf_holds_the_rows_and_what_they_are_made_from(swept, rows):
     path = swept / "analysis" / "checkpoint_metrics.nc"
-    dataset = xr.open_dataset(path, engine="h5netcdf")
-    events = xr.open_dataset(path, group="events", engine="h5netcdf")
+    dataset = xr.open_dataset(path, engine="netcdf4")
+    events = xr.open_dataset(path, group="events", engine="netcdf4")
     assert dataset["step"].values.tolist() == list(STEPS)
     for step in STEPS:
         whole = dataset.sel(step=step, split="all")
@@ -374,6 +374,6 @@ def test_a_benchmark_with_other_held_out_pairs_is_noted(small_run, tmp_path):
 
 def test_what_is_no_read_holds_no_value(swept):
     path = swept / "analysis" / "checkpoint_metrics.nc"
-    events = xr.open_dataset(path, group="events", engine="h5netcdf")
+    events = xr.open_dataset(path, group="events", engine="netcdf4")
     absent = ~events["is_read"].values.astype(bool)
     assert absent.any() and np.isnan(events["read_margin"].values[:, absent]).all()
