@@ -7,16 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xarray as xr
-
 from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
 from kvjax.errors import unusable
-from kvjax.sweeps.analysis import PreparedRun, SweepReport, prepare_run, sweep_runs
+from kvjax.sweeps.analysis import sweep_runs
+from kvjax.sweeps.prepared import PreparedRun, prepare_run
 from kvjax.sweeps.stream import CheckpointSource, SweepSettings
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from kvjax.intervene.analysis import InterventionReport, InterventionSettings
+    from kvjax.sweeps.publish import SweepReport
 
 
 def sweep(
@@ -49,6 +51,8 @@ def sweep(
     Raises:
       InputError: a run, its benchmark or the probe set cannot be used.
     """
+    import xarray as xr  # commands that only measure need not wait for it
+
     given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     reports = sweep_reports(
         [str(path) for path in given],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from kvjax.api import checkpoint_source as source
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.sweeps.analysis import SweepReport, prepare_run, sweep_runs
+from kvjax.sweeps.analysis import sweep_runs
+from kvjax.sweeps.prepared import prepare_run
+from kvjax.sweeps.publish import SweepReport
 from kvjax.sweeps.stream import SweepSettings
 
 __all__ = ["source", "sweep"]

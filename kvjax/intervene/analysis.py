@@ -21,8 +21,8 @@ from kvjax.intervene import components, flow, states
 from kvjax.intervene.patching import component_places
 from kvjax.intervene.study import CPU_TOKENS_PER_BATCH, Outcome, Study
 from kvjax.model.decoder import DecoderConfig, stack_params
-from kvjax.sweeps.analysis import PreparedRun
 from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
+from kvjax.sweeps.prepared import PreparedRun
 from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs

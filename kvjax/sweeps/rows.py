@@ -71,75 +71,64 @@ def checkpoint_rows(
       thresholds: of births.
       stabilization: limits of stability; None while the run is incomplete, when nothing can be said to last.
     """
-    # What rows show, alone: labelled selection takes time by the variable.
-    dataset = dataset.drop_vars([name for name in dataset if str(name).endswith("_change")])
     whole = dataset.sel(split=ALL_SPLITS)
+    steps = dataset["step"].values.tolist()
     splits = [split for split in dataset["split"].values.tolist() if split != ALL_SPLITS]
     series = {name: whole[name].values for name in DELTAS}
     series["w"] = series["answer_margin"]
     series["heldout_answer_accuracy"] = (
         dataset["answer_accuracy"].sel(split=HELDOUT_SPLIT).values
         if HELDOUT_SPLIT in splits
-        else np.full(dataset.sizes["step"], np.nan)
+        else np.full(len(steps), np.nan)
     )
     deltas = {f"delta_{name}": change_from_previous(values) for name, values in series.items()}
-    head_drops = whole["head_accuracy_drop"].sel(ablation="zero").values  # [C, L, H]
+    zero = whole[_ABLATION_DROPS].sel(ablation="zero")
+    head_drops, mlp_drops = zero["head_accuracy_drop"].values, zero["mlp_accuracy_drop"].values  # [C, L, H], [C, L]
     flat_heads = head_drops.reshape(len(head_drops), -1)
-    mlp_drops = whole["mlp_accuracy_drop"].sel(ablation="zero").values  # [C, L]
-    per_step = {
+    rank_correlations = rank_correlation_to_previous(flat_heads)
+    numbers = {
         **series,
         **deltas,
-        "head_rank_correlation_prev": rank_correlation_to_previous(flat_heads),
+        "token_accuracy": whole["token_accuracy"].values,
+        "head_rank_correlation_prev": rank_correlations,
         "mlp_rank_correlation_prev": rank_correlation_to_previous(mlp_drops),
         "head_turnover": turnover_from_previous(flat_heads, max(1, flat_heads.shape[1] // 4)),
         "mlp_turnover": turnover_from_previous(mlp_drops, 1),
     }
-    stable = _stabilized(whole, per_step["head_rank_correlation_prev"], stabilization)
-    rows = []
-    for c, step in enumerate(dataset["step"].values.tolist()):
-        now, here = dataset.isel(step=c), whole.isel(step=c)
-        drifts = here[["residual_drift", "residual_drift_to_reference"]].sel(position_role="prediction")
-        zero, norms = here[_ABLATION_DROPS].sel(ablation="zero"), here["mlp_write_norm"]
-        rows.append(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "run_name": run_name,
-                "seed": seed,
-                "step": step,
-                **{name: _number(values[c]) for name, values in per_step.items()},
-                "token_accuracy": _number(here["token_accuracy"]),
-                "split_accuracy": {s: _number(now["answer_accuracy"].sel(split=s)) for s in splits},
-                "split_metrics": _split_metrics(now, splits),
-                **_slices(now),
-                "difficulty_accuracy": _labelled(now["difficulty_accuracy"]),
-                "answer_margin_summary": _labelled(here["answer_margin_summary"]),
-                "token_role_accuracy": _labelled(here["token_role_accuracy"]),
-                "birth_flags": _birth_flags(now, thresholds),
-                "stabilized": {family: None if x is None else bool(x[c]) for family, x in stable.items()},
-                "lens_answer_accuracy_by_layer": _labelled(here["lens_answer_accuracy"]),
-                "lens_query_key_accuracy_by_layer": _labelled(here["lens_query_key_accuracy"]),
-                "lens_support_value_accuracy_by_layer": _labelled(here["lens_support_value_accuracy"]),
-                "answer_margin_by_layer": _labelled(here["lens_answer_margin"]),
-                **_probes(here),
-                "residual_drift_by_layer": _labelled(drifts["residual_drift"]),
-                "residual_drift_to_reference_by_layer": _labelled(drifts["residual_drift_to_reference"]),
-                "top_heads_by_ablation": _top(
-                    ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
-                ),
-                "top_heads_by_localization": _top(
-                    ("layer", "head"),
-                    here["head_support_attention"],
-                    query_attention_mean=here["head_query_attention"],
-                ),
-                "top_mlps_by_ablation": _top(
-                    ("layer",), zero["mlp_accuracy_drop"], margin_drop=zero["mlp_margin_drop"]
-                ),
-                "mlp_write_norm_by_layer": {
-                    str(layer): _labelled(norms.sel(layer=layer)) for layer in norms["layer"].values.tolist()
-                },
-            }
-        )
-    return rows
+    drifts = whole[["residual_drift", "residual_drift_to_reference"]].sel(position_role="prediction")
+    split_metrics = _split_metrics(dataset, splits)
+    # Every field as a list over checkpoints: labelled selection by checkpoint would take most of the time.
+    columns = {
+        "schema_version": [SCHEMA_VERSION] * len(steps),
+        "run_name": [run_name] * len(steps),
+        "seed": [seed] * len(steps),
+        "step": steps,
+        **{name: [_number(value) for value in values] for name, values in numbers.items()},
+        "split_accuracy": [{s: of[s]["answer_accuracy"] for s in splits} for of in split_metrics],
+        "split_metrics": split_metrics,
+        **_slices(dataset),
+        "difficulty_accuracy": _labelled(dataset["difficulty_accuracy"]),
+        "answer_margin_summary": _labelled(whole["answer_margin_summary"]),
+        "token_role_accuracy": _labelled(whole["token_role_accuracy"]),
+        "birth_flags": _birth_flags(dataset, thresholds),
+        "stabilized": _stabilized(whole, rank_correlations, stabilization),
+        "lens_answer_accuracy_by_layer": _labelled(whole["lens_answer_accuracy"]),
+        "lens_query_key_accuracy_by_layer": _labelled(whole["lens_query_key_accuracy"]),
+        "lens_support_value_accuracy_by_layer": _labelled(whole["lens_support_value_accuracy"]),
+        "answer_margin_by_layer": _labelled(whole["lens_answer_margin"]),
+        **_probes(whole),
+        "residual_drift_by_layer": _labelled(drifts["residual_drift"]),
+        "residual_drift_to_reference_by_layer": _labelled(drifts["residual_drift_to_reference"]),
+        "top_heads_by_ablation": _top(
+            ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
+        ),
+        "top_heads_by_localization": _top(
+            ("layer", "head"), whole["head_support_attention"], query_attention_mean=whole["head_query_attention"]
+        ),
+        "top_mlps_by_ablation": _top(("layer",), zero["mlp_accuracy_drop"], margin_drop=zero["mlp_margin_drop"]),
+        "mlp_write_norm_by_layer": _write_norms(whole["mlp_write_norm"]),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def head_rows(dataset: xr.Dataset) -> list[Row]:
@@ -214,19 +203,17 @@ def _disagree(drops: Sequence[float], ranks: Sequence[int]) -> bool:
     return bool(len(signs) > 1 or (matters and max(ranks) - min(ranks) >= _RANK_GAP))
 
 
-def _probes(here: xr.Dataset) -> dict[str, dict[str, float | None]]:
+def _probes(whole: xr.Dataset) -> dict[str, list[dict[str, float | None]]]:
     """Returns the trained probes' cells that a row shows, each with its null."""
-    stages = [str(stage) for stage in here["stage"].values]
-    fields: dict[str, dict[str, float | None]] = {}
+    absent = [dict.fromkeys(map(str, whole["stage"].values))] * whole.sizes["step"]
+    fields: dict[str, list[dict[str, float | None]]] = {}
     for name, (target, position) in _PROBE_CELLS.items():
         for variable, suffix in (("probe_accuracy", ""), ("probe_null", "_null")):
             fields[f"{name}{suffix}_by_layer"] = (
-                _labelled(here[variable].sel(target=target, position_role=position))
-                if variable in here
-                else dict.fromkeys(stages)
+                _labelled(whole[variable].sel(target=target, position_role=position)) if variable in whole else absent
             )
     for variable in ("probe_current_vs_stale", "probe_current_vs_stale_null"):
-        fields[f"{variable}_by_layer"] = _labelled(here[variable]) if variable in here else dict.fromkeys(stages)
+        fields[f"{variable}_by_layer"] = _labelled(whole[variable]) if variable in whole else absent
     return fields
 
 
@@ -236,58 +223,77 @@ def _number(value: Any) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _labelled(values: xr.DataArray) -> dict[str, float | None]:
-    (dim,) = values.dims
-    return {str(label): _number(value) for label, value in zip(values[dim].values, values.values, strict=True)}
+def _labelled(values: xr.DataArray) -> list[dict[str, float | None]]:
+    """Returns, for each checkpoint, the values along the one other dimension by its labels."""
+    (dim,) = (dim for dim in values.dims if dim != "step")
+    labels = list(map(str, values[dim].values))
+    return [dict(zip(labels, map(_number, at_step), strict=True)) for at_step in values.transpose("step", dim).values]
 
 
-def _split_metrics(now: xr.Dataset, splits: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    by_metric = {name: _labelled(now[name]) for name in SPLIT_METRICS}
+def _split_metrics(dataset: xr.Dataset, splits: Sequence[str]) -> list[dict[str, dict[str, float | None]]]:
+    by_metric = {name: _labelled(dataset[name]) for name in SPLIT_METRICS}
     by_metric["w"] = by_metric["answer_margin"]
-    return {split: {name: values[split] for name, values in by_metric.items()} for split in splits}
+    return [
+        {split: {name: values[c][split] for name, values in by_metric.items()} for split in splits}
+        for c in range(dataset.sizes["step"])
+    ]
 
 
-def _slices(now: xr.Dataset) -> dict[str, dict[str, dict[str, Any]]]:
-    accuracy: dict[str, dict[str, Any]] = {}
-    count: dict[str, dict[str, Any]] = {}
-    for label, value, number in zip(
-        now["axis_value"].values, now["slice_accuracy"].values, now["slice_count"].values, strict=True
-    ):
+def _slices(dataset: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
+    """Returns accuracies and counts by axis and level; a label reads `axis=level`."""
+    counts: dict[str, dict[str, Any]] = {}
+    for label, number in zip(dataset["axis_value"].values, dataset["slice_count"].values, strict=True):
         axis, _, level = str(label).partition("=")
-        accuracy.setdefault(axis, {})[level] = _number(value)
-        count.setdefault(axis, {})[level] = int(number)
-    return {"slice_accuracy": accuracy, "slice_count": count}
+        counts.setdefault(axis, {})[level] = int(number)
+    accuracies = [
+        {axis: {level: at_step[f"{axis}={level}"] for level in levels} for axis, levels in counts.items()}
+        for at_step in _labelled(dataset["slice_accuracy"])
+    ]
+    return {"slice_accuracy": accuracies, "slice_count": [counts] * len(accuracies)}
 
 
-def _birth_flags(now: xr.Dataset, thresholds: BirthThresholds) -> Mapping[str, bool | None]:
-    if BIRTH_SPLIT not in now["split"].values:
-        return dict.fromkeys(BirthThresholds.model_fields)
-    there = now[["answer_accuracy", "q", "r", "answer_margin"]].sel(split=BIRTH_SPLIT)
-    values = {"answer_accuracy": "answer_accuracy", "q": "q", "r": "r", "w": "answer_margin"}
-    return {name: bool(there[source] >= getattr(thresholds, name)) for name, source in values.items()}
+def _birth_flags(dataset: xr.Dataset, thresholds: BirthThresholds) -> list[dict[str, bool | None]]:
+    if BIRTH_SPLIT not in dataset["split"].values:
+        return [dict.fromkeys(BirthThresholds.model_fields)] * dataset.sizes["step"]
+    sources = {"answer_accuracy": "answer_accuracy", "q": "q", "r": "r", "w": "answer_margin"}
+    reached = {
+        name: dataset[source].sel(split=BIRTH_SPLIT).values >= getattr(thresholds, name)
+        for name, source in sources.items()
+    }
+    return [{name: bool(of[c]) for name, of in reached.items()} for c in range(dataset.sizes["step"])]
+
+
+def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]]:
+    """Returns, for each checkpoint, layer and position, the norm of what the MLP writes."""
+    by_layer = {str(layer): _labelled(norms.sel(layer=layer)) for layer in norms["layer"].values.tolist()}
+    return [{layer: of[c] for layer, of in by_layer.items()} for c in range(norms.sizes["step"])]
 
 
 def _stabilized(
     whole: xr.Dataset, rank_correlations_C: np.ndarray, limits: Stabilization | None
-) -> dict[str, np.ndarray | None]:
-    """Returns, by family, from which checkpoint on the run stays stable, bool [C]; None while it is incomplete."""
+) -> list[dict[str, bool | None]]:
+    """Returns, for each checkpoint, whether the run stays stable from it on, by family; None while it is incomplete."""
     if limits is None:
-        return {"residual": None, "heads": None}
+        return [{"residual": None, "heads": None}] * whole.sizes["step"]
     drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]
     thousands = np.diff(whole["step"].values, prepend=np.nan) / 1000
     with np.errstate(invalid="ignore"):
         slow = (drift / thousands[:, None] <= limits.residual_drift).all(axis=1)
         ordered = rank_correlations_C >= limits.head_rank_correlation
-    return {"residual": stays_stable(slow), "heads": stays_stable(ordered)}
+    families = {"residual": stays_stable(slow), "heads": stays_stable(ordered)}
+    return [{family: bool(of[c]) for family, of in families.items()} for c in range(len(slow))]
 
 
-def _top(axes: tuple[str, ...], by: xr.DataArray, **beside: xr.DataArray) -> list[Row]:
-    """Returns the components with the largest values, as {layer, head?, value, …}, ties by index."""
-    values = by.values
-    order = ranking(values.ravel())[:TOP_COMPONENTS].tolist()
-    rows = []
-    for component in order:
-        index = tuple(int(i) for i in np.unravel_index(component, values.shape))
-        others = {name: _number(column.values[index]) for name, column in beside.items()}
-        rows.append({**dict(zip(axes, index, strict=True)), "value": _number(values[index]), **others})
-    return rows
+def _top(axes: tuple[str, ...], by: xr.DataArray, **beside: xr.DataArray) -> list[list[Row]]:
+    """Returns, for each checkpoint, the components with the largest values: {layer, head?, value, …}, ties by index."""
+    shown = {"value": by.values} | {name: column.values for name, column in beside.items()}
+
+    def at_step(c: int) -> list[Row]:
+        order = ranking(by.values[c].ravel())[:TOP_COMPONENTS].tolist()
+        indices = [tuple(map(int, np.unravel_index(component, by.shape[1:]))) for component in order]
+        return [
+            dict(zip(axes, index, strict=True)) | {name: _number(values[(c, *index)]) for name, values in shown.items()}
+            for index in indices
+        ]
+
+    return [at_step(c) for c in range(len(by))]

@@ -15,7 +15,8 @@ import xarray as xr
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
-from kvjax.sweeps.analysis import prepare_run, sweep_runs
+from kvjax.sweeps.analysis import sweep_runs
+from kvjax.sweeps.prepared import prepare_run
 from kvjax.sweeps.stream import SweepSettings
 from tests.building import SMALL_MODEL, STEPS, read_lines, write_run, write_small_benchmark
 from tests.oracle import load_module, mean, measure

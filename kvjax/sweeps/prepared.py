@@ -1,0 +1,108 @@
+"""A run made ready to be swept: its benchmark, probe set and checkpoint files, found and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.errors import unusable
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import EncodedRecords, encode_records
+from kvjax.task.probe_set import ProbeSet, open_probe_set, own_probe_set
+
+BEST = "best"  # the result name of the best checkpoint, which may be no step checkpoint
+
+_CERTIFICATE_SEQUENCES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run with its benchmark, probe set and the checkpoint files to measure.
+
+    Attributes:
+      wanted: result name -> (step the file's name states or None, file) of what this sweep measures.
+      named: those of them that `--steps` names; the reference is measured with them.
+      reference: result name of the checkpoint that drift is measured to; None where the run has none yet.
+    """
+
+    run: RunDir
+    benchmark: Benchmark
+    probe: ProbeSet
+    encoded: EncodedRecords
+    fit: EncodedRecords
+    wanted: Mapping[str, tuple[int | None, Path]]
+    named: frozenset[str]
+    reference: str | None
+
+    def reference_first(self) -> dict[str, tuple[int | None, Path]]:
+        """Returns the files in the order to measure: what comes after the reference is compared with it at once."""
+        first = {self.reference: self.wanted[self.reference]} if self.reference else {}
+        return first | dict(self.wanted)
+
+    def in_step_order(self) -> list[str]:
+        """Returns the names of the checkpoints that rows are wanted of."""
+        return sorted(
+            (name for name, (step, _) in self.wanted.items() if step is not None), key=lambda n: self.wanted[n][0]
+        )
+
+    @property
+    def certificate_tokens(self) -> np.ndarray:
+        """Sample sequences for parity certificates, spread over the probe set: [B, T]."""
+        spread = np.linspace(0, len(self.encoded) - 1, min(_CERTIFICATE_SEQUENCES, len(self.encoded)))
+        return self.encoded.tokens[spread.astype(int)]
+
+
+def prepare_run(
+    run: RunDir, *, benchmark_dir: str | None, probe_set: str | None, steps: str, reference: str
+) -> PreparedRun:
+    """Returns a run with everything a sweep of it needs, checked; nothing is measured yet.
+
+    Without `probe_set`, the one in the run's analysis folder is used, or made there.
+
+    Raises:
+      InputError: benchmark, probe set, steps or reference cannot be used.
+    """
+    benchmark = Benchmark.open(run.benchmark_dir(benchmark_dir))
+    wanted = {result_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
+    named = frozenset(wanted)
+    reference_name = _reference_name(run, reference)
+    if reference_name == BEST:
+        wanted[BEST] = (None, run.best_checkpoint()[1])
+    elif reference_name is not None:
+        step = int(reference_name.removeprefix("step_"))
+        wanted[reference_name] = (step, run.checkpoints[step])
+    given = Path(probe_set) if probe_set else None
+    probe = open_probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
+    encoded = encode_records(
+        probe.records,
+        benchmark.vocabulary,
+        probe.manifest.splits,
+        max_seq_len=run.config.model.max_seq_len,
+    )
+    fit = encode_records(
+        probe.fit_records,
+        benchmark.vocabulary,
+        [probe.manifest.fit_split],
+        max_seq_len=run.config.model.max_seq_len,
+    )
+    return PreparedRun(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
+
+
+def result_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _reference_name(run: RunDir, reference: str) -> str | None:
+    if reference == "final":
+        return result_name(max(run.checkpoints)) if run.complete else None
+    if reference == BEST:
+        return BEST
+    if not reference.isdecimal():
+        raise unusable("--reference", "final, best or a step", reference)
+    if int(reference) not in run.checkpoints:
+        raise unusable(run.path / "checkpoints", f"a checkpoint for --reference={reference}", run.describe_steps())
+    return result_name(int(reference))
