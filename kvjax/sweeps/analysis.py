@@ -39,10 +39,12 @@ def sweep_runs(
     Raises:
       InputError: a run was measured before with other settings, or a checkpoint cannot be used.
     """
-    # What writes tables imports xarray and pandas, a third of a second, while compiled programs are loaded.
     beside = concurrent.futures.ThreadPoolExecutor(1)
-    publishing = beside.submit(importlib.import_module, "kvjax.sweeps.publish")
-    beside.shutdown(wait=False)
+
+    def import_publishing() -> None:
+        # xarray and pandas take a third of a second to import: meanwhile the compiled program is loaded.
+        beside.submit(importlib.import_module, "kvjax.sweeps.publish")
+
     programs: dict[Any, ProbeProgram] = {}
     reports = []
     for work in prepared:
@@ -73,8 +75,10 @@ def sweep_runs(
             log=log,
             advance=advance,
             watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
+            meanwhile=import_publishing,
         )
-        publish = publishing.result().publish
+        from kvjax.sweeps.publish import publish
+
         reports.append(publish(work, identity, results, programs[key], store, checkpoints, settings, log))
     return reports
 

@@ -248,6 +248,7 @@ def sweep_run(
     log: SweepLog,
     advance: Callable[[int], None],
     watch: StateWatch | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, CheckpointResult]:
     """Returns the results of a run's checkpoints, measuring those that are not stored already.
 
@@ -261,6 +262,7 @@ def sweep_run(
       log: filled with what happened.
       advance: called with the number of checkpoints done, for a progress bar.
       watch: what is told of the states at the reads, where the program returns them.
+      meanwhile: called when the first chunk is about to be handed over: what can be done while a program is loaded.
 
     Raises:
       InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
@@ -307,6 +309,8 @@ def sweep_run(
     running: tuple[list, PendingMeasurement, Callable[[], None], float] | None = None
     try:
         for chunk in _chunks(_load_ahead(pending, files, source, settings, log, advance, program.chunk), program.chunk):
+            if running is None:
+                meanwhile()
             start = time.perf_counter()
             started = program.start([checkpoint.params for _, checkpoint in chunk])
             seen = watch(chunk, started.states) if watch and started.states is not None else lambda: None
