@@ -11,7 +11,7 @@ from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
 from kvjax.errors import unusable
 from kvjax.sweeps.analysis import sweep_runs
-from kvjax.sweeps.prepared import PreparedRun, prepare_run
+from kvjax.sweeps.prepared import OpenedInputs, PreparedRun, prepare_run
 from kvjax.sweeps.stream import CheckpointSource, SweepSettings
 
 if TYPE_CHECKING:
@@ -91,8 +91,11 @@ def sweep_reports(
       progress: called with the number of checkpoints, for a progress bar: a context whose value is called with how
         many more are done.
     """
+    opened = OpenedInputs()
     prepared = [
-        prepare_run(run, benchmark_dir=benchmark_dir, probe_set=probe_set, steps=steps, reference=reference)
+        prepare_run(
+            run, benchmark_dir=benchmark_dir, probe_set=probe_set, steps=steps, reference=reference, opened=opened
+        )
         for run in find_run_dirs(run_dirs)
     ]
     total = sum(len(work.wanted) for work in prepared)

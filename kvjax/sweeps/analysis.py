@@ -37,50 +37,57 @@ def sweep_runs(
       advance: called with the number of checkpoints done.
 
     Raises:
-      InputError: a run was measured before with other settings, or a checkpoint cannot be used.
+      InputError: a run was measured before with other settings, or a checkpoint cannot be used. Tables of runs
+        measured before it are written.
     """
-    beside = concurrent.futures.ThreadPoolExecutor(1)
-
-    def import_publishing() -> None:
-        # xarray and pandas take a third of a second to import: meanwhile the compiled program is loaded.
-        beside.submit(importlib.import_module, "kvjax.sweeps.publish")
-
     programs: dict[Any, ProbeProgram] = {}
-    reports = []
-    for work in prepared:
-        identity = _identity(work, settings)
-        store = _open_store(work.run, identity, settings)
-        if not settings.overwrite:
-            check_installable(work.probe, work.run.analysis)
-        config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
-        key = (config, work.probe.manifest.content_sha256)
-        if key not in programs:
-            programs[key] = ProbeProgram(
-                config,
-                work.benchmark.vocabulary,
-                work.encoded,
-                len(work.probe.manifest.splits),
-                settings,
-                fit=work.fit,
-            )
-        log = SweepLog()
-        checkpoints = source(work)
-        results = sweep_run(
-            work.run,
-            work.reference_first(),
-            programs[key],
-            store,
-            checkpoints,
-            settings=settings,
-            log=log,
-            advance=advance,
-            watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
-            meanwhile=import_publishing,
-        )
-        from kvjax.sweeps.publish import publish
+    # One thread beside the devices: it writes a run's tables while the next run is measured.
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
 
-        reports.append(publish(work, identity, results, programs[key], store, checkpoints, settings, log))
-    return reports
+        def import_publishing() -> None:
+            # xarray and pandas take a third of a second to import: not before the devices are at work.
+            beside.submit(importlib.import_module, "kvjax.sweeps.publish")
+
+        reports = []
+        for work in prepared:
+            identity = _identity(work, settings)
+            store = _open_store(work.run, identity, settings)
+            if not settings.overwrite:
+                check_installable(work.probe, work.run.analysis)
+            config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
+            key = (config, work.probe.manifest.content_sha256)
+            if key not in programs:
+                programs[key] = ProbeProgram(
+                    config,
+                    work.benchmark.vocabulary,
+                    work.encoded,
+                    len(work.probe.manifest.splits),
+                    settings,
+                    fit=work.fit,
+                )
+            log = SweepLog()
+            checkpoints = source(work)
+            results = sweep_run(
+                work.run,
+                work.reference_first(),
+                programs[key],
+                store,
+                checkpoints,
+                settings=settings,
+                log=log,
+                advance=advance,
+                watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
+                meanwhile=import_publishing,
+            )
+            measured = (work, identity, results, programs[key], store, checkpoints, settings, log)
+            reports.append(beside.submit(_publish, *measured))
+        return [report.result() for report in reports]
+
+
+def _publish(*measured: Any) -> SweepReport:
+    from kvjax.sweeps.publish import publish
+
+    return publish(*measured)
 
 
 def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,17 +57,52 @@ class PreparedRun:
         return self.encoded.tokens[spread.astype(int)]
 
 
+class OpenedInputs:
+    """Benchmarks and probe sets, each opened and encoded once however many runs are measured on them."""
+
+    def __init__(self) -> None:
+        self.benchmark = functools.cache(Benchmark.open)
+        self._probe_sets: dict[tuple[Path, str], ProbeSet] = {}
+        self._encoded: dict[tuple[str, str, int], tuple[EncodedRecords, EncodedRecords]] = {}
+
+    def probe_set(self, path: Path, benchmark: Benchmark) -> ProbeSet:
+        """Returns the probe set at `path`, of `benchmark`."""
+        key = (path, benchmark.sha256)
+        if key not in self._probe_sets:
+            self._probe_sets[key] = open_probe_set(path, benchmark)
+        return self._probe_sets[key]
+
+    def encoded(self, probe: ProbeSet, benchmark: Benchmark, max_seq_len: int) -> tuple[EncodedRecords, EncodedRecords]:
+        """Returns a probe set's records and its fit set's as arrays."""
+        key = (probe.manifest.content_sha256, benchmark.sha256, max_seq_len)
+        if key not in self._encoded:
+            encode = functools.partial(encode_records, vocabulary=benchmark.vocabulary, max_seq_len=max_seq_len)
+            self._encoded[key] = (
+                encode(probe.records, splits=probe.manifest.splits),
+                encode(probe.fit_records, splits=[probe.manifest.fit_split]),
+            )
+        return self._encoded[key]
+
+
 def prepare_run(
-    run: RunDir, *, benchmark_dir: str | None, probe_set: str | None, steps: str, reference: str
+    run: RunDir,
+    *,
+    benchmark_dir: str | None,
+    probe_set: str | None,
+    steps: str,
+    reference: str,
+    opened: OpenedInputs | None = None,
 ) -> PreparedRun:
     """Returns a run with everything a sweep of it needs, checked; nothing is measured yet.
 
-    Without `probe_set`, the one in the run's analysis folder is used, or made there.
+    Without `probe_set`, the one in the run's analysis folder is used, or made there. `opened` is what was opened for
+    other runs.
 
     Raises:
       InputError: benchmark, probe set, steps or reference cannot be used.
     """
-    benchmark = Benchmark.open(run.benchmark_dir(benchmark_dir))
+    opened = opened or OpenedInputs()
+    benchmark = opened.benchmark(run.benchmark_dir(benchmark_dir))
     wanted = {result_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
     named = frozenset(wanted)
     reference_name = _reference_name(run, reference)
@@ -76,19 +112,8 @@ def prepare_run(
         step = int(reference_name.removeprefix("step_"))
         wanted[reference_name] = (step, run.checkpoints[step])
     given = Path(probe_set) if probe_set else None
-    probe = open_probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
-    encoded = encode_records(
-        probe.records,
-        benchmark.vocabulary,
-        probe.manifest.splits,
-        max_seq_len=run.config.model.max_seq_len,
-    )
-    fit = encode_records(
-        probe.fit_records,
-        benchmark.vocabulary,
-        [probe.manifest.fit_split],
-        max_seq_len=run.config.model.max_seq_len,
-    )
+    probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
+    encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
     return PreparedRun(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
 
 

@@ -262,7 +262,7 @@ def sweep_run(
       log: filled with what happened.
       advance: called with the number of checkpoints done, for a progress bar.
       watch: what is told of the states at the reads, where the program returns them.
-      meanwhile: called when the first chunk is about to be handed over: what can be done while a program is loaded.
+      meanwhile: called when the devices are at work on the first chunk.
 
     Raises:
       InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
@@ -309,13 +309,13 @@ def sweep_run(
     running: tuple[list, PendingMeasurement, Callable[[], None], float] | None = None
     try:
         for chunk in _chunks(_load_ahead(pending, files, source, settings, log, advance, program.chunk), program.chunk):
-            if running is None:
-                meanwhile()
             start = time.perf_counter()
             started = program.start([checkpoint.params for _, checkpoint in chunk])
             seen = watch(chunk, started.states) if watch and started.states is not None else lambda: None
             if running is not None:
                 keep(*running)
+            else:
+                meanwhile()
             running = (chunk, started, seen, start)
     finally:
         if running is not None:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -15,6 +16,7 @@ import xarray as xr
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
+from kvjax.sweeps import prepared
 from kvjax.sweeps.analysis import sweep_runs
 from kvjax.sweeps.prepared import prepare_run
 from kvjax.sweeps.stream import SweepSettings
@@ -350,6 +352,39 @@ def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, sm
     reports = sweep_runs(work, source, settings=SweepSettings(skip_bad=True), advance=lambda n: None)
     assert [len(report.rows) for report in reports] == [0, len(STEPS)]
     assert len(reports[0].log.refused) == len(STEPS)
+
+
+def test_a_run_that_stops_the_sweep_leaves_the_tables_of_the_one_before(tmp_path, small_run):
+    broken = shutil.copytree(small_run, tmp_path / "broken")
+    (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
+    work = [
+        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
+        for run in (small_run, broken)
+    ]
+    with pytest.raises(InputError, match=r"broken/checkpoints/step_000200.pt"):
+        sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
+    assert len(read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")) == len(STEPS)
+    assert (small_run / "analysis" / "sweep.json").is_file()
+    assert not (broken / "analysis" / "sweep.json").exists()
+
+
+def test_what_runs_share_is_opened_and_encoded_once(tmp_path, small_run, monkeypatch):
+    own = prepare_run(RunDir.open(small_run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
+    given = str(small_run / "analysis" / "probe_set.jsonl")
+    encoded = []
+    encode = prepared.encode_records
+    monkeypatch.setattr(prepared, "encode_records", lambda *a, **k: encoded.append(k) or encode(*a, **k))
+    opened = prepared.OpenedInputs()
+    runs = [small_run, shutil.copytree(small_run, tmp_path / "other")]
+    first, second = (
+        prepare_run(
+            RunDir.open(run), benchmark_dir=None, probe_set=given, steps="all", reference="final", opened=opened
+        )
+        for run in runs
+    )
+    assert len(encoded) == 2  # the probe records and the fit set
+    assert first.encoded is second.encoded and first.probe is second.probe
+    jax.tree.map(np.testing.assert_array_equal, (second.encoded, second.fit), (own.encoded, own.fit))
 
 
 def test_another_model_section_does_not_reuse_what_was_measured(small_run):
