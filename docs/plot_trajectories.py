@@ -16,7 +16,7 @@ PANELS = {
 
 source, target = sys.argv[1:]
 # Group `intervals` holds estimate, low and high; the root group every mean, `events` what both are made from.
-data = xr.open_dataset(source, group="intervals", engine="netcdf4")
+data = xr.open_dataset(source, group="intervals")
 figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3), layout="constrained")
 for axis, (title, (name, where)) in zip(axes, PANELS.items(), strict=True):
     band = data[name].sel(where)
