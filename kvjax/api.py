@@ -126,11 +126,16 @@ def intervene_in_runs(
 
     runs = find_run_dirs(run_dirs)
     total = len(settings.kinds) * sum(len(chosen_windows(run, settings)) for run in runs)
-    reports = []
+    reports, opened = [], OpenedInputs()
     with progress(total) if progress else nullcontext(lambda done: None) as advance:
         for run in runs:
             work = prepare_run(
-                run, benchmark_dir=benchmark_dir, probe_set=probe_set, steps="all", reference=str(max(run.checkpoints))
+                run,
+                benchmark_dir=benchmark_dir,
+                probe_set=probe_set,
+                steps="all",
+                reference=str(max(run.checkpoints)),
+                opened=opened,
             )
             reports += intervene_in_run(work, checkpoint_source(work), settings, advance=advance)
     return reports

@@ -37,6 +37,7 @@ def use_compilation_cache() -> Path | None:
     except OSError:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Comparing states takes 0.3 s to compile, in every process if it were not kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
 

@@ -15,6 +15,15 @@ from typing import Any
 from kvjax.errors import unusable
 
 
+def _read_umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+_UMASK = _read_umask()  # at once: reading it sets it, for all threads
+
+
 def read_json(path: Path) -> Any:
     """Returns the document in a JSON file; raises `InputError` where there is none."""
     try:
@@ -68,7 +77,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes it private; results are for sharing
+        partial.chmod(0o666 & ~_UMASK)  # mkstemp makes it private; results are for sharing
         try:
             partial.replace(path)
         except OSError as error:
@@ -88,7 +97,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
         raise unusable(path, "a directory that can be written", error) from None
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~_UMASK)
         if path.exists():
             # The old one goes only after the new one stands in its place.
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
@@ -113,9 +122,3 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise unusable(path, "a file that can be read", error) from None
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

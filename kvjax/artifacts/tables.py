@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from kvjax.artifacts.files import replace_file, write_json_lines
+from kvjax.errors import unusable
 
 if TYPE_CHECKING:
     import xarray
 
 SCHEMA_VERSION = 1
+
+_NETCDF = "netcdf4"  # the library that writes and reads netCDF
 
 Rate = float | None  # None where no event falls into it
 Number = float | None
@@ -192,6 +195,9 @@ def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset
     Args:
       path: the file.
       groups: (group name, or None for the root; its dataset), the root first.
+
+    Raises:
+      InputError: the file cannot be written.
     """
     with replace_file(path) as partial:
         for index, (group, dataset) in enumerate(groups):
@@ -201,4 +207,29 @@ def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset
                 if variable.ndim and variable.dtype.kind in "fiub"
             }
             mode = "a" if index else "w"
-            dataset.to_netcdf(partial, mode=mode, group=group, engine="netcdf4", encoding=compressed)
+            try:
+                dataset.to_netcdf(partial, mode=mode, group=group, engine=_NETCDF, encoding=compressed)
+            except RuntimeError as error:  # netCDF4's kind of error, also for a full disk
+                raise unusable(path, "a file that can be written", error) from None
+
+
+def read_dataset(path: Path, *, group: str | None = None, expected: str) -> xarray.Dataset:
+    """Returns the labelled arrays of a netCDF file, or of a group of it, in memory.
+
+    Args:
+      path: the file.
+      group: its group; the root where None.
+      expected: what the file should be, for the error.
+
+    Raises:
+      InputError: there is no such file, or it is damaged.
+    """
+    import xarray as xr
+
+    if not path.is_file():
+        raise unusable(path, expected, "no such file")
+    try:
+        with xr.open_dataset(path, engine=_NETCDF, group=group) as dataset:
+            return dataset.load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise unusable(path, expected, error) from None

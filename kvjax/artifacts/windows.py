@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from kvjax.artifacts.files import read_json, write_json
+from kvjax.artifacts.tables import read_dataset
 from kvjax.errors import unusable
 
 if TYPE_CHECKING:
@@ -146,15 +147,6 @@ def read_sweep_arrays(path: Path) -> tuple[xarray.Dataset, xarray.Dataset]:
     Raises:
       InputError: there is no such file, or it is not a sweep's.
     """
-    import xarray as xr
-
-    if not path.is_file():
-        raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep first)", "no such file")
-    groups = []
-    for group in (None, "events"):
-        try:
-            with xr.open_dataset(path, engine="netcdf4", group=group) as dataset:
-                groups.append(dataset.load())
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", error) from None
-    return groups[0], groups[1]
+    expected = "the arrays of a sweep (run kvjax checkpoint-sweep)"
+    means, events = (read_dataset(path, group=group, expected=expected) for group in (None, "events"))
+    return means, events

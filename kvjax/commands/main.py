@@ -30,7 +30,8 @@ COMMANDS = {
 
 
 # JAX, Flax and xarray make a million lasting objects while they are imported. Looking for garbage among them every 700
-# objects, as Python does, and once more at the end, takes half a second of every command.
+# objects, as Python does, and once more at the end, takes half a second. What commands throw away is freed by reference
+# counts; cycles, which alone need looking for, may wait.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 

@@ -27,8 +27,6 @@ def run() -> None:
     import functools
     from pathlib import Path
 
-    import xarray as xr
-
     from converters.training import run_directories, train_missing_runs
     from kvjax.api import sweep_reports
     from kvjax.config import BenchmarkConfig, TrainConfig, WindowConfig, find_config, read_config
@@ -70,7 +68,7 @@ def run() -> None:
         print_sweep_report(report)
 
     print("\n4/5  drawing figures")
-    swept = [xr.open_dataset(path / "analysis" / "checkpoint_metrics.nc", engine="netcdf4") for path in runs]
+    swept = [report.dataset for report in reports]
     figures = output / "figures"
     for name, figure in (
         ("trajectories", trajectory_figure(swept)),

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import xarray as xr
 
 from kvjax.artifacts.files import write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
+from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
 from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError, unusable
 from kvjax.intervene import components, flow, states
@@ -256,8 +255,8 @@ def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:
     folder = run.analysis / FOLDER / "neurons"
     for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
         own: dict[int, list[dict[str, Any]]] = {}
-        with xr.open_dataset(path, engine="netcdf4") as dataset:
-            for row in components.neuron_rows(dataset.load()):
-                own.setdefault(row["step"], []).append(row)
+        dataset = read_dataset(path, expected="measured neurons (run kvjax intervene --kinds=neurons again)")
+        for row in components.neuron_rows(dataset):
+            own.setdefault(row["step"], []).append(row)
         rows |= own
     return [row for step in sorted(rows) for row in rows[step]]

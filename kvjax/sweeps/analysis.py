@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kvjax.artifacts.files import read_json
 from kvjax.artifacts.results import ResultStore
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.errors import unusable
+from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig
+from kvjax.sweeps.measured import MeasuredRun, gather_measured
 from kvjax.sweeps.movement import MovementWatch
 from kvjax.sweeps.prepared import PreparedRun
 from kvjax.sweeps.stream import RESULT_VERSION, CheckpointSource, ProbeProgram, SweepLog, SweepSettings, sweep_run
@@ -41,53 +42,66 @@ def sweep_runs(
         measured before it are written.
     """
     programs: dict[Any, ProbeProgram] = {}
-    # One thread beside the devices: it writes a run's tables while the next run is measured.
+    reports: list[concurrent.futures.Future[SweepReport]] = []
+    # One thread beside the devices: it turns a run's arrays into tables while the next run is measured.
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
 
         def import_publishing() -> None:
             # xarray and pandas take a third of a second to import: not before the devices are at work.
             beside.submit(importlib.import_module, "kvjax.sweeps.publish")
 
-        reports = []
-        for work in prepared:
-            identity = _identity(work, settings)
-            store = _open_store(work.run, identity, settings)
-            if not settings.overwrite:
-                check_installable(work.probe, work.run.analysis)
-            config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
-            key = (config, work.probe.manifest.content_sha256)
-            if key not in programs:
-                programs[key] = ProbeProgram(
-                    config,
-                    work.benchmark.vocabulary,
-                    work.encoded,
-                    len(work.probe.manifest.splits),
-                    settings,
-                    fit=work.fit,
+        try:
+            for work in prepared:
+                identity = _identity(work, settings)
+                store = _open_store(work.run, identity, settings)
+                if not settings.overwrite:
+                    check_installable(work.probe, work.run.analysis)
+                config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
+                key = (config, work.probe.manifest.content_sha256)
+                if key not in programs:
+                    programs[key] = ProbeProgram(
+                        config,
+                        work.benchmark.vocabulary,
+                        work.encoded,
+                        len(work.probe.manifest.splits),
+                        settings,
+                        fit=work.fit,
+                    )
+                log = SweepLog()
+                checkpoints = source(work)
+                results = sweep_run(
+                    work.run,
+                    work.reference_first(),
+                    programs[key],
+                    store,
+                    checkpoints,
+                    settings=settings,
+                    log=log,
+                    advance=advance,
+                    watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
+                    meanwhile=import_publishing,
                 )
-            log = SweepLog()
-            checkpoints = source(work)
-            results = sweep_run(
-                work.run,
-                work.reference_first(),
-                programs[key],
-                store,
-                checkpoints,
-                settings=settings,
-                log=log,
-                advance=advance,
-                watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
-                meanwhile=import_publishing,
-            )
-            measured = (work, identity, results, programs[key], store, checkpoints, settings, log)
-            reports.append(beside.submit(_publish, *measured))
-        return [report.result() for report in reports]
+                measured = gather_measured(work, results, programs[key], store, checkpoints, settings)
+                _check_last(reports)
+                reports.append(beside.submit(_publish, work, identity, measured, settings, log))
+        except InputError:
+            _check_last(reports)  # what stopped an earlier run is told first
+            raise
+    return [report.result() for report in reports]
 
 
-def _publish(*measured: Any) -> SweepReport:
+def _publish(
+    work: PreparedRun, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
+) -> SweepReport:
     from kvjax.sweeps.publish import publish
 
-    return publish(*measured)
+    return publish(work, identity, measured, settings, log)
+
+
+def _check_last(reports: Sequence[concurrent.futures.Future[SweepReport]]) -> None:
+    """Waits for the tables of the last run, so that no more than one run's arrays wait; raises what stopped them."""
+    if reports:
+        reports[-1].result()
 
 
 def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -89,21 +90,16 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
     )
     members_of = [np.flatnonzero(member) for member in probe.split_weights()]
     variables = {}
-    # Sorting resamples releases the interpreter lock; threads of BLAS would fight with these for the cores.
+    # Sorting resamples releases the interpreter lock. BLAS is kept to one thread, in the whole process, for its threads
+    # would fight with these for the cores.
     with (
         threadpoolctl.threadpool_limits(1, user_api="blas"),
         concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
-        means = list(_sequence_sums(arrays, probe))
-        found = [
-            [
-                pool.submit(_with_interval, one, members, counts_KxN)
-                for members in members_of[: None if one.by_split else 1]
-            ]
-            for one in means
-        ]
-        for one, parts in zip(means, found, strict=True):
-            levels, changes = zip(*(part.result() for part in parts), strict=True)
+        for one in _sequence_sums(arrays, probe):
+            over = members_of if one.by_split else members_of[:1]
+            found = pool.map(functools.partial(_with_interval, one, counts_KxN=counts_KxN), over)
+            levels, changes = zip(*found, strict=True)
             for name, ends in ((one.name, levels), (f"{one.name}_change", changes)):
                 if one.by_split:
                     variables[name] = (("statistic", "step", "split", *one.dims), np.stack(ends, axis=2))

@@ -58,7 +58,7 @@ class PreparedRun:
 
 
 class OpenedInputs:
-    """Benchmarks and probe sets, each opened and encoded once however many runs are measured on them."""
+    """What several runs are measured on: benchmarks and given probe sets opened once, equal records encoded once."""
 
     def __init__(self) -> None:
         self.benchmark = functools.cache(Benchmark.open)
@@ -118,6 +118,7 @@ def prepare_run(
 
 
 def result_name(step: int) -> str:
+    """Returns the name that a checkpoint's result is kept under."""
     return f"step_{step:06d}"
 
 

@@ -1,4 +1,4 @@
-"""The tables of a sweep, from measured arrays to files: labelled means, intervals, rows, provenance."""
+"""The tables of a sweep, from what was measured to files: labelled means, intervals, rows, provenance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import xarray as xr
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import (
     SCHEMA_VERSION,
@@ -23,12 +22,11 @@ from kvjax.artifacts.tables import (
 )
 from kvjax.sweeps.dataset import build_dataset, build_events
 from kvjax.sweeps.intervals import build_intervals
-from kvjax.sweeps.logistic import measure_logistic
 from kvjax.sweeps.means import ProbeIndex
-from kvjax.sweeps.movement import measure_movement
-from kvjax.sweeps.prepared import BEST, PreparedRun, result_name
+from kvjax.sweeps.measured import MeasuredRun
+from kvjax.sweeps.prepared import PreparedRun
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
-from kvjax.sweeps.stream import CheckpointSource, ProbeProgram, SweepLog, SweepSettings
+from kvjax.sweeps.stream import SweepLog, SweepSettings
 from kvjax.task.probe_set import install_probe_set
 
 
@@ -54,54 +52,29 @@ class SweepReport:
 
 
 def publish(
-    work: PreparedRun,
-    identity: Mapping[str, Any],
-    results: Mapping[str, CheckpointResult],
-    program: ProbeProgram,
-    store: ResultStore,
-    source: CheckpointSource,
-    settings: SweepSettings,
-    log: SweepLog,
+    work: PreparedRun, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
 ) -> SweepReport:
     """Writes the tables of everything measured on a run so far, each file replaced whole, and returns them.
 
     Args:
       work: the run.
       identity: what its results depend on beside checkpoint files.
-      results: what this sweep measured or found measured, by name.
-      program: what measured it.
-      store: where results are kept, those of other steps too.
-      source: where checkpoints come from.
+      measured: what the tables are made from.
       settings: the sweep's settings.
       log: what happened.
+
+    Raises:
+      InputError: a table cannot be written.
     """
-    run, results = work.run, dict(results)
-    for step, path in run.checkpoints.items():
-        # Steps measured earlier stay in the tables whatever `--steps` this sweep was given.
-        name = result_name(step)
-        if name not in work.wanted and (earlier := store.load(name, path)) is not None:
-            results[name] = earlier
-    tabled = {name: result for name, result in sorted(results.items(), key=lambda item: item[1].step) if name != BEST}
-    if not tabled:
+    run, checkpoints, reference = work.run, measured.checkpoints, measured.reference
+    if not checkpoints:
         return SweepReport(run, [], log, [])
     install_probe_set(work.probe, run.analysis)
-    steps = [result.step for result in tabled.values()]
-    names = next(iter(tabled.values())).arrays
-    arrays = {name: np.stack([result.arrays[name] for result in tabled.values()]) for name in names}
-    reference = results.get(work.reference) if work.reference else None
-    files = {result_name(step): (step, path) for step, path in run.checkpoints.items()} | dict(work.wanted)
-    moved = None
-    if settings.event_drift:
-        named = (work.reference, reference) if reference else None
-        moved = measure_movement(list(tabled.items()), named, files, program, store, source)
-    logistic: list[Mapping[str, np.ndarray] | None] = []
-    if settings.probe != "none":
-        asked = settings.probe == "logistic"
-        found = measure_logistic(tabled, lambda name: asked and name in work.named, files, program, store, source)
-        logistic = [found.get(name) for name in tabled]
+    steps = [result.step for result in checkpoints]
+    arrays = {name: np.stack([result.arrays[name] for result in checkpoints]) for name in checkpoints[0].arrays}
     index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
     dataset = build_dataset(
-        arrays, steps, index, reference=reference and reference.arrays, moved=moved, logistic=logistic
+        arrays, steps, index, reference=reference and reference.arrays, moved=measured.moved, logistic=measured.logistic
     )
     intervals = build_intervals(arrays, steps, index)
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
@@ -123,7 +96,7 @@ def publish(
         ("events", build_events(arrays, steps, index)),
     ]
     write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
-    notes = list(dict.fromkeys(note for result in tabled.values() for note in result.info["notes"]))
+    notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))
     if work.reference is not None and reference is None:
         notes.append(f"drift to the reference is null: {work.reference} could not be used")
     if work.reference is None:
@@ -147,7 +120,7 @@ def publish(
             },
             "precision": settings.precision,
             "reference": work.reference,
-            "checkpoints": [{"step": result.step, **result.info} for result in tabled.values()],
+            "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],
             "refused": log.refused,
             "notes": notes,
             "versions": software_versions(),

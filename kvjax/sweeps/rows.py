@@ -205,15 +205,19 @@ def _disagree(drops: Sequence[float], ranks: Sequence[int]) -> bool:
 
 def _probes(whole: xr.Dataset) -> dict[str, list[dict[str, float | None]]]:
     """Returns the trained probes' cells that a row shows, each with its null."""
-    absent = [dict.fromkeys(map(str, whole["stage"].values))] * whole.sizes["step"]
+    stages = list(map(str, whole["stage"].values))
+
+    def cells(variable: str, **where: str) -> list[dict[str, float | None]]:
+        if variable not in whole:
+            return [dict.fromkeys(stages) for _ in range(whole.sizes["step"])]
+        return _labelled(whole[variable].sel(where))
+
     fields: dict[str, list[dict[str, float | None]]] = {}
     for name, (target, position) in _PROBE_CELLS.items():
         for variable, suffix in (("probe_accuracy", ""), ("probe_null", "_null")):
-            fields[f"{name}{suffix}_by_layer"] = (
-                _labelled(whole[variable].sel(target=target, position_role=position)) if variable in whole else absent
-            )
+            fields[f"{name}{suffix}_by_layer"] = cells(variable, target=target, position_role=position)
     for variable in ("probe_current_vs_stale", "probe_current_vs_stale_null"):
-        fields[f"{variable}_by_layer"] = _labelled(whole[variable]) if variable in whole else absent
+        fields[f"{variable}_by_layer"] = cells(variable)
     return fields
 
 
@@ -249,12 +253,15 @@ def _slices(dataset: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
         {axis: {level: at_step[f"{axis}={level}"] for level in levels} for axis, levels in counts.items()}
         for at_step in _labelled(dataset["slice_accuracy"])
     ]
-    return {"slice_accuracy": accuracies, "slice_count": [counts] * len(accuracies)}
+    return {
+        "slice_accuracy": accuracies,
+        "slice_count": [{axis: dict(levels) for axis, levels in counts.items()} for _ in accuracies],
+    }
 
 
 def _birth_flags(dataset: xr.Dataset, thresholds: BirthThresholds) -> list[dict[str, bool | None]]:
     if BIRTH_SPLIT not in dataset["split"].values:
-        return [dict.fromkeys(BirthThresholds.model_fields)] * dataset.sizes["step"]
+        return [dict.fromkeys(BirthThresholds.model_fields) for _ in range(dataset.sizes["step"])]
     sources = {"answer_accuracy": "answer_accuracy", "q": "q", "r": "r", "w": "answer_margin"}
     reached = {
         name: dataset[source].sel(split=BIRTH_SPLIT).values >= getattr(thresholds, name)
@@ -274,7 +281,7 @@ def _stabilized(
 ) -> list[dict[str, bool | None]]:
     """Returns, for each checkpoint, whether the run stays stable from it on, by family; None while it is incomplete."""
     if limits is None:
-        return [{"residual": None, "heads": None}] * whole.sizes["step"]
+        return [{"residual": None, "heads": None} for _ in range(whole.sizes["step"])]
     drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]
     thousands = np.diff(whole["step"].values, prepend=np.nan) / 1000
     with np.errstate(invalid="ignore"):

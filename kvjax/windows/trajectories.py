@@ -177,7 +177,7 @@ def _ablations(events: xr.Dataset, members: np.ndarray) -> Iterator[tuple[str, i
 
 
 def _resampled(sums_CxN: np.ndarray, totals_CxN: np.ndarray, counts_JxN: np.ndarray) -> np.ndarray:
-    return bootstrap_ratios(counts_JxN, sums_CxN.T, np.ascontiguousarray(totals_CxN.T))
+    return bootstrap_ratios(counts_JxN, sums_CxN.T, totals_CxN.T)
 
 
 def _rank_correlation_to_previous(drops_XxCxH: np.ndarray) -> np.ndarray:

@@ -368,6 +368,22 @@ def test_a_run_that_stops_the_sweep_leaves_the_tables_of_the_one_before(tmp_path
     assert not (broken / "analysis" / "sweep.json").exists()
 
 
+def test_what_keeps_a_run_from_being_written_is_told_before_what_stopped_a_later_one(tmp_path, small_run, monkeypatch):
+    broken = shutil.copytree(small_run, tmp_path / "broken")
+    (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
+    work = [
+        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
+        for run in (small_run, broken)
+    ]
+
+    def full_disk(*measured):
+        raise InputError("checkpoint_metrics.nc: expected a file that can be written; found a full disk")
+
+    monkeypatch.setattr("kvjax.sweeps.publish.publish", full_disk)
+    with pytest.raises(InputError, match="full disk"):
+        sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
+
+
 def test_what_runs_share_is_opened_and_encoded_once(tmp_path, small_run, monkeypatch):
     own = prepare_run(RunDir.open(small_run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
     given = str(small_run / "analysis" / "probe_set.jsonl")
