@@ -52,42 +52,43 @@ def sweep_runs(
 
         try:
             for work in prepared:
-                identity = _identity(work, settings)
+                identity, log = _identity(work, settings), SweepLog()
                 store = _open_store(work.run, identity, settings)
                 if not settings.overwrite:
                     check_installable(work.probe, work.run.analysis)
-                config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
-                key = (config, work.probe.manifest.content_sha256)
-                if key not in programs:
-                    programs[key] = ProbeProgram(
-                        config,
-                        work.benchmark.vocabulary,
-                        work.encoded,
-                        len(work.probe.manifest.splits),
-                        settings,
-                        fit=work.fit,
-                    )
-                log = SweepLog()
+                program = _program(work, settings, programs)
                 checkpoints = source(work)
                 results = sweep_run(
                     work.run,
                     work.reference_first(),
-                    programs[key],
+                    program,
                     store,
                     checkpoints,
                     settings=settings,
                     log=log,
                     advance=advance,
-                    watch=MovementWatch(work.in_step_order(), work.reference, programs[key], store),
+                    watch=MovementWatch(work.in_step_order(), work.reference, program, store),
                     meanwhile=import_publishing,
                 )
-                measured = gather_measured(work, results, programs[key], store, checkpoints, settings)
+                measured = gather_measured(work, results, program, store, checkpoints, settings)
                 _check_last(reports)
                 reports.append(beside.submit(_publish, work, identity, measured, settings, log))
         except InputError:
             _check_last(reports)  # what stopped an earlier run is told first
             raise
     return [report.result() for report in reports]
+
+
+def _program(work: PreparedRun, settings: SweepSettings, programs: dict[Any, ProbeProgram]) -> ProbeProgram:
+    """Returns the program that measures a run: the one there is for its shape and probe set, or a new one."""
+    config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
+    key = (config, work.probe.manifest.content_sha256)
+    if key not in programs:
+        num_splits = len(work.probe.manifest.splits)
+        programs[key] = ProbeProgram(
+            config, work.benchmark.vocabulary, work.encoded, num_splits, settings, fit=work.fit
+        )
+    return programs[key]
 
 
 def _publish(
