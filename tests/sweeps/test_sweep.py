@@ -3,10 +3,8 @@
 import itertools
 import json
 import math
-import shutil
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -16,12 +14,11 @@ import xarray as xr
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
-from kvjax.sweeps import prepared
 from kvjax.sweeps.analysis import sweep_runs
 from kvjax.sweeps.prepared import prepare_run
 from kvjax.sweeps.stream import SweepSettings
-from tests.building import SMALL_MODEL, STEPS, read_lines, write_run, write_small_benchmark
-from tests.oracle import load_module, mean, measure
+from tests.building import SMALL_MODEL, STEPS, read_lines, write_small_benchmark
+from tests.oracle import mean
 from tests.sweeping import source, sweep
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
@@ -325,82 +322,6 @@ def test_bad_checkpoints_are_skipped_and_listed_when_asked(small_run, rows):
         assert row["answer_accuracy"] == rows[row["step"]]["answer_accuracy"]
         assert row["top_heads_by_ablation"] == rows[row["step"]]["top_heads_by_ablation"]
     assert json.loads((small_run / "analysis" / "sweep.json").read_text())["refused"].keys() == {"step_000200.pt"}
-
-
-def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, small_run, rows):
-    tied = write_run(tmp_path / "tied", small_benchmark, tied=True)
-    both = [
-        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
-        for run in (tied, small_run)
-    ]
-    reports = sweep_runs(both, source, settings=SweepSettings(), advance=lambda n: None)
-    assert [row["answer_accuracy"] for row in reports[1].rows] == [rows[step]["answer_accuracy"] for step in STEPS]
-    vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
-    module = load_module(tied / "checkpoints" / "step_000100.pt", SMALL_MODEL, len(vocabulary["tokens"]))
-    truth = measure(module, read_lines(tied / "analysis" / "probe_set.jsonl"), vocabulary)
-    close(reports[0].rows[0]["answer_margin"], of(truth["reads"], "margin"))
-
-
-def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, small_run):
-    broken = shutil.copytree(small_run, tmp_path / "broken")
-    for file in (broken / "checkpoints").glob("step_*.pt"):
-        file.write_bytes(b"")
-    work = [
-        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
-        for run in (broken, small_run)
-    ]
-    reports = sweep_runs(work, source, settings=SweepSettings(skip_bad=True), advance=lambda n: None)
-    assert [len(report.rows) for report in reports] == [0, len(STEPS)]
-    assert len(reports[0].log.refused) == len(STEPS)
-
-
-def test_a_run_that_stops_the_sweep_leaves_the_tables_of_the_one_before(tmp_path, small_run):
-    broken = shutil.copytree(small_run, tmp_path / "broken")
-    (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
-    work = [
-        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
-        for run in (small_run, broken)
-    ]
-    with pytest.raises(InputError, match=r"broken/checkpoints/step_000200.pt"):
-        sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
-    assert len(read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")) == len(STEPS)
-    assert (small_run / "analysis" / "sweep.json").is_file()
-    assert not (broken / "analysis" / "sweep.json").exists()
-
-
-def test_what_keeps_a_run_from_being_written_is_told_before_what_stopped_a_later_one(tmp_path, small_run, monkeypatch):
-    broken = shutil.copytree(small_run, tmp_path / "broken")
-    (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
-    work = [
-        prepare_run(RunDir.open(run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
-        for run in (small_run, broken)
-    ]
-
-    def full_disk(*measured):
-        raise InputError("checkpoint_metrics.nc: expected a file that can be written; found a full disk")
-
-    monkeypatch.setattr("kvjax.sweeps.publish.publish", full_disk)
-    with pytest.raises(InputError, match="full disk"):
-        sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
-
-
-def test_what_runs_share_is_opened_and_encoded_once(tmp_path, small_run, monkeypatch):
-    own = prepare_run(RunDir.open(small_run), benchmark_dir=None, probe_set=None, steps="all", reference="final")
-    given = str(small_run / "analysis" / "probe_set.jsonl")
-    encoded = []
-    encode = prepared.encode_records
-    monkeypatch.setattr(prepared, "encode_records", lambda *a, **k: encoded.append(k) or encode(*a, **k))
-    opened = prepared.OpenedInputs()
-    runs = [small_run, shutil.copytree(small_run, tmp_path / "other")]
-    first, second = (
-        prepare_run(
-            RunDir.open(run), benchmark_dir=None, probe_set=given, steps="all", reference="final", opened=opened
-        )
-        for run in runs
-    )
-    assert len(encoded) == 2  # the probe records and the fit set
-    assert first.encoded is second.encoded and first.probe is second.probe
-    jax.tree.map(np.testing.assert_array_equal, (second.encoded, second.fit), (own.encoded, own.fit))
 
 
 def test_another_model_section_does_not_reuse_what_was_measured(small_run):

@@ -1,0 +1,77 @@
+"""Several runs in one sweep: what they share, and what one that fails leaves of the others."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from kvjax.errors import InputError
+from kvjax.sweeps import prepared
+from kvjax.sweeps.analysis import sweep_runs
+from kvjax.sweeps.stream import SweepSettings
+from tests.building import SMALL_MODEL, STEPS, read_lines, write_run
+from tests.oracle import load_module, mean, measure
+from tests.sweeping import prepared_run, source
+
+
+def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, small_run, rows):
+    tied = write_run(tmp_path / "tied", small_benchmark, tied=True)
+    both = [prepared_run(run) for run in (tied, small_run)]
+    reports = sweep_runs(both, source, settings=SweepSettings(), advance=lambda n: None)
+    assert [row["answer_accuracy"] for row in reports[1].rows] == [rows[step]["answer_accuracy"] for step in STEPS]
+    vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
+    module = load_module(tied / "checkpoints" / "step_000100.pt", SMALL_MODEL, len(vocabulary["tokens"]))
+    truth = measure(module, read_lines(tied / "analysis" / "probe_set.jsonl"), vocabulary)
+    margin = mean([read["margin"] for read in truth["reads"]])
+    assert math.isclose(reports[0].rows[0]["answer_margin"], margin, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, small_run):
+    broken = shutil.copytree(small_run, tmp_path / "broken")
+    for file in (broken / "checkpoints").glob("step_*.pt"):
+        file.write_bytes(b"")
+    work = [prepared_run(run) for run in (broken, small_run)]
+    reports = sweep_runs(work, source, settings=SweepSettings(skip_bad=True), advance=lambda n: None)
+    assert [len(report.rows) for report in reports] == [0, len(STEPS)]
+    assert len(reports[0].log.refused) == len(STEPS)
+
+
+def test_a_run_that_stops_the_sweep_leaves_the_tables_of_the_one_before(tmp_path, small_run):
+    broken = shutil.copytree(small_run, tmp_path / "broken")
+    (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
+    work = [prepared_run(run) for run in (small_run, broken)]
+    with pytest.raises(InputError, match=r"broken/checkpoints/step_000200.pt"):
+        sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
+    assert len(read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")) == len(STEPS)
+    assert (small_run / "analysis" / "sweep.json").is_file()
+    assert not (broken / "analysis" / "sweep.json").exists()
+
+
+def test_what_keeps_a_run_from_being_written_is_told_before_what_stopped_a_later_one(tmp_path, small_run, monkeypatch):
+    broken = shutil.copytree(small_run, tmp_path / "broken")
+    (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
+    work = [prepared_run(run) for run in (small_run, broken)]
+
+    def full_disk(*measured):
+        raise InputError("checkpoint_metrics.nc: expected a file that can be written; found a full disk")
+
+    monkeypatch.setattr("kvjax.sweeps.publish.publish", full_disk)
+    with pytest.raises(InputError, match="full disk"):
+        sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
+
+
+def test_what_runs_share_is_opened_and_encoded_once(tmp_path, small_run, monkeypatch):
+    own = prepared_run(small_run)
+    given = str(small_run / "analysis" / "probe_set.jsonl")
+    encoded = []
+    encode = prepared.encode_records
+    monkeypatch.setattr(prepared, "encode_records", lambda *a, **k: encoded.append(k) or encode(*a, **k))
+    opened = prepared.OpenedInputs()
+    runs = [small_run, shutil.copytree(small_run, tmp_path / "other")]
+    first, second = (prepared_run(run, probe_set=given, opened=opened) for run in runs)
+    assert len(encoded) == 2  # the probe records and the fit set
+    assert first.encoded is second.encoded and first.probe is second.probe
+    jax.tree.map(np.testing.assert_array_equal, (second.encoded, second.fit), (own.encoded, own.fit))
