@@ -1,0 +1,72 @@
+"""The sweep as it is cut for an accelerator: heads and checkpoints side by side, whole probe sets at once."""
+
+import jax
+import numpy as np
+import pytest
+
+from kvjax.model.decoder import Decoder, DecoderConfig, stack_params
+from kvjax.sweeps import stream
+from kvjax.sweeps.ablations import ABLATIONS
+from kvjax.sweeps.program import measure_checkpoints
+from kvjax.sweeps.stream import ProbeProgram, SweepSettings
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import encode_records
+
+SETTINGS = SweepSettings(ablations=ABLATIONS, resample_draws=2, checkpoint_batch="2")
+SPLITS = ["validation_iid", "test_iid"]
+
+
+@pytest.fixture(scope="module")
+def sweep_of(small_benchmark):
+    """Returns a function that makes the program of a sweep, and two checkpoints."""
+    benchmark = Benchmark.open(small_benchmark)
+    vocabulary = benchmark.vocabulary
+    records = [record for split in SPLITS for record in benchmark.read_split(split)[:8]]
+    fit = benchmark.read_split("train")[:24]
+    encoded, fitted = (encode_records(x, vocabulary, [*SPLITS, "train"], max_seq_len=64) for x in (records, fit))
+    shape = {"d_model": 8, "n_layers": 3, "n_heads": 2, "d_ff": 12, "max_seq_len": 64}
+    config = DecoderConfig(vocab_size=len(vocabulary.tokens), **shape)
+    some_tokens = np.ones((1, 4), np.int32)
+    params = [Decoder(config).init(jax.random.key(seed), some_tokens)["params"] for seed in (0, 1)]
+
+    def make():
+        return ProbeProgram(config, vocabulary, encoded, len(SPLITS), SETTINGS, fit=fitted, max_buckets=1)
+
+    return make, jax.tree.map(np.asarray, params)
+
+
+@pytest.fixture
+def on_accelerator(monkeypatch):
+    as_here = stream.plan_chunks
+
+    def plan(*args, **given):
+        return as_here(*args, **given | {"backend": "gpu", "num_devices": 1})
+
+    monkeypatch.setattr(stream, "plan_chunks", plan)
+
+
+def test_side_by_side_measures_what_one_after_another_does(sweep_of, monkeypatch, request):
+    make, params = sweep_of
+    expected = make().measure(params)
+    request.getfixturevalue("on_accelerator")
+    program = make()
+    assert (program.program.checkpoints, program.program.interventions) == ("vmap", "vmap")
+    assert all(len(bucket.batches.tokens) == 1 for bucket in program.buckets), "whole buckets at once"
+    for ours, theirs in zip(program.measure(params), expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, x in theirs.items():
+            np.testing.assert_allclose(ours[name], x, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_program_is_lowered_for_accelerators_and_kept(sweep_of, on_accelerator, platform):
+    """No operation of it lacks a lowering there, or is one that JAX refuses to export."""
+    make, params = sweep_of
+    program = make()
+    leaves, tree = jax.tree.flatten((stack_params(params), program.data))
+
+    def of_leaves(*leaves):
+        return measure_checkpoints(program.program, *jax.tree.unflatten(tree, leaves))
+
+    exported = jax.export.export(jax.jit(of_leaves), platforms=[platform])(*leaves)
+    assert jax.export.deserialize(exported.serialize()).platforms == (platform,)
