@@ -6,6 +6,7 @@ a sweep's. Here the lowered program is found by everything it is made from, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from kvjax.errors import InputError
 from kvjax.runtime import lowered_folder
 
 _DIGEST_BYTES = 32  # SHA-256
+_KEPT_PROGRAMS = 100  # of 0.1 to 0.4 MB; every version of the code and every shape of the data makes its own
 
 
 def _digest_of_code(package: Path) -> str:
@@ -93,13 +95,19 @@ def _load(path: Path) -> jax.export.Exported | None:
     except OSError:
         return None
     digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return jax.export.deserialize(bytearray(program)) if hashlib.sha256(program).digest() == digest else None
+    if hashlib.sha256(program).digest() != digest:
+        return None
+    with contextlib.suppress(OSError):
+        path.touch()  # used last
+    return jax.export.deserialize(bytearray(program))
 
 
 def _save(path: Path, exported: jax.export.Exported) -> None:
     program = bytes(exported.serialize())
-    try:
+    # A full disk costs the next process the tracing, and this one nothing.
+    with contextlib.suppress(InputError, OSError):
         with replace_file(path) as partial:
             partial.write_bytes(hashlib.sha256(program).digest() + program)
-    except (InputError, OSError):
-        pass  # a full disk costs the next process the tracing, and this one nothing
+        by_age = sorted(path.parent.glob("*.stablehlo"), key=lambda kept: kept.stat().st_mtime, reverse=True)
+        for unused in by_age[_KEPT_PROGRAMS:]:
+            unused.unlink()

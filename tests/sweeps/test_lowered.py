@@ -1,6 +1,7 @@
 """Programs that an earlier process traced: found again, the same to the bit, never where something changed."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,26 @@ def test_equal_programs_of_one_process_are_compiled_once(folder, scaled):
     first = lowered.kept_lowered(function, 2, *ARGS)
     assert lowered.kept_lowered(function, 2, *ARGS) is first
     assert lowered.kept_lowered(function, 3, *ARGS) is not first
+
+
+def test_programs_unused_for_long_are_let_go(folder, scaled, monkeypatch):
+    function, traces = scaled
+    monkeypatch.setattr(lowered, "_KEPT_PROGRAMS", 2)
+
+    def used(factor, at):
+        begin_anew()
+        before = set(folder.glob("*"))
+        lowered.kept_lowered(function, factor, *ARGS)
+        for file in set(folder.glob("*")) - before:
+            os.utime(file, (at, at))
+        return traces.pop() if traces else None
+
+    assert [used(factor, at=100 * factor) for factor in (2, 3)] == [2, 3], "traced"
+    assert used(2, at=0) is None, "found, and so used last"
+    assert used(4, at=400) == 4
+    assert len(list(folder.iterdir())) == 2
+    assert used(2, at=0) is None
+    assert used(3, at=500) == 3, "it had been let go"
 
 
 def test_the_digest_of_the_code_is_of_every_file(tmp_path):
