@@ -71,9 +71,8 @@ class CheckpointLibrary:
             self._write()
 
     def _write(self) -> None:
-        pending, self._new = self._new, []
         for tied in (True, False):  # trees of one part have one structure
-            group = [c for c in pending if ("unembedding" not in c.params) == tied]
+            group = [c for c in self._new if ("unembedding" not in c.params) == tied]
             new = [
                 NewCheckpoint(
                     step=c.step,
@@ -88,6 +87,7 @@ class CheckpointLibrary:
             ]
             if new:
                 self._store.add(new, group[0].recorded["config"])
+        self._new.clear()  # only now: what could not be written is tried again
 
 
 def store_identity(run: RunDir, benchmark: Benchmark) -> dict[str, object]:

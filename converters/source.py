@@ -12,7 +12,6 @@ from converters.converted import ConvertedCheckpoint
 from converters.names import modern_name
 from converters.to_flax import to_flax
 from converters.torch_checkpoint import TorchCheckpoint, read_checkpoint, section
-from kvjax.artifacts.files import file_sha256
 from kvjax.config import RunConfig
 from kvjax.errors import unusable
 from kvjax.task.benchmark import Benchmark
@@ -40,9 +39,6 @@ def convert_checkpoint(
     Raises:
       InputError: the file is unusable, or not of this run, step or benchmark.
     """
-    if not path.is_file():
-        raise unusable(path, "a PyTorch checkpoint", "no such file")
-    sha256 = file_sha256(path)
     checkpoint = read_checkpoint(path)
     if expected_step is not None and checkpoint.step != expected_step:
         raise unusable(path, f"the checkpoint of step {expected_step}", f"step {checkpoint.step}")
@@ -58,7 +54,7 @@ def convert_checkpoint(
         recorded = json.loads(json.dumps(document, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise unusable(path, "config and metrics that JSON can hold", error) from None
-    return ConvertedCheckpoint(path, sha256, checkpoint.step, params, certificate, recorded, notes)
+    return ConvertedCheckpoint(path, checkpoint.sha256, checkpoint.step, params, certificate, recorded, notes)
 
 
 def check_recorded_config(

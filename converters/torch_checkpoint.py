@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -21,13 +23,15 @@ class TorchCheckpoint:
     """A `.pt` file's content.
 
     Attributes:
+      sha256: of the bytes that everything else was read from.
       step: the training step it was saved at.
-      state: `model_state`, tensor name -> float32 array, memory-mapped where the file allows.
+      state: `model_state`, tensor name -> float32 array.
       config: `train_spec`, `benchmark_metadata`, …, as the trainer recorded them; empty where it did not.
       metrics: evaluation results stored with it, by split; often empty.
       optimizer_state: as PyTorch's optimiser saved it; empty where it did not.
     """
 
+    sha256: str
     step: int
     state: Mapping[str, np.ndarray]
     config: Mapping[str, Any]
@@ -42,7 +46,9 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
       InputError: there is no such file, it is damaged, it would need arbitrary unpickling (nothing of it is
         executed), or it is not a checkpoint.
     """
-    document = _load(path)
+    # Read once: a trainer may write the file anew at any time, and the hash must be of what was loaded.
+    content = _read(path)
+    document = _load(path, content)
     if not isinstance(document, dict) or not isinstance(document.get("model_state"), dict):
         found = sorted(map(str, document))[:6] if isinstance(document, dict) else type(document).__name__
         raise unusable(path, "a checkpoint with step and model_state", found)
@@ -50,6 +56,7 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise unusable(path, "a step that is a whole number", step)
     return TorchCheckpoint(
+        sha256=hashlib.sha256(content).hexdigest(),
         step=step,
         state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
         config=section(document, "config", path),
@@ -91,18 +98,20 @@ def write_checkpoint(
         )
 
 
-def _load(path: Path) -> Any:
+def _read(path: Path) -> bytes:
     if not path.is_file():
         raise unusable(path, "a PyTorch checkpoint", "no such file")
     try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unusable(path, "a PyTorch checkpoint that can be read", error) from None
+
+
+def _load(path: Path, content: bytes) -> Any:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said once, in the error
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # The first line says what the pickle asked for; the rest is advice to load it anyway.
         detail = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))

@@ -1,8 +1,8 @@
 """Converted parameters of a run's checkpoints: stacked Orbax parts, and a manifest that says what they are.
 
 A store grows by parts: new checkpoints are written as one more stacked tree, nothing written before is touched. Each
-checkpoint is named by the SHA-256 of the `.pt` file it came from, each part by the SHA-256 of its parameters; what does
-not match is as good as absent, and is converted again.
+checkpoint is named by the SHA-256 of the `.pt` file it came from, each part by the SHA-256 of its parameters, and the
+manifest carries a SHA-256 of itself; what does not match is as good as absent, and is converted again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,9 @@ STORE_FOLDER = "converted"  # in a run's analysis folder
 _MANIFEST = "manifest.json"
 
 Tree = dict[str, Any]
+
+_VERSION = 3
+_DAY = 86400.0
 
 _CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/design.md
 
@@ -54,16 +59,23 @@ class StoreManifest(pydantic.BaseModel):
     """What a store holds.
 
     `identity` is what every conversion depended on beside its file: run, model section, benchmark. `parts` names the
-    Orbax folders, each by the hash of the parameters in it.
+    Orbax folders, each by the hash of the parameters in it. `sha256` is of all the rest, so that no checkpoint is taken
+    for another.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    kvjax_parameter_store: Literal[2]
+    kvjax_parameter_store: Literal[3] = _VERSION
     identity: dict[str, Any]
     checkpoints: list[StoredCheckpoint]
     parts: dict[str, str]
     recorded_config: dict[str, Any]
+    sha256: str = ""
+
+    def content_sha256(self) -> str:
+        """Returns the hash of everything but `sha256`."""
+        content = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +103,7 @@ class ParameterStore:
         self.folder = folder
         self._identity = dict(identity)
         self._parts: dict[str, Tree | None] = {}
-        manifest = _read_manifest(folder)
-        self._manifest = manifest if manifest is not None and manifest.identity == self._identity else None
+        self._manifest = self._read_own_manifest()
 
     def find(self, sha256: str) -> tuple[StoredCheckpoint, Tree] | None:
         """Returns what is stored of the `.pt` file with that hash; None where nothing is, or what is is damaged."""
@@ -107,14 +118,13 @@ class ParameterStore:
         if not checkpoints:
             return
         kept, parts = [], {}
-        if self._manifest:
+        before = self._read_own_manifest()  # again: another process may have added since
+        if before:
             damaged = {name for name, part in self._parts.items() if part is None}
             # A file that has changed since has one entry, its newest.
             replaced = {known for checkpoint in checkpoints for known in (checkpoint.sha256, checkpoint.file)}
-            kept = [
-                c for c in self._manifest.checkpoints if not {c.sha256, c.file} & replaced and c.part not in damaged
-            ]
-            parts = {name: self._manifest.parts[name] for name in {c.part for c in kept}}
+            kept = [c for c in before.checkpoints if not {c.sha256, c.file} & replaced and c.part not in damaged]
+            parts = {name: before.parts[name] for name in {c.part for c in kept}}
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
         sha256 = tree_sha256(stacked)
         name = f"part_{sha256[:16]}"
@@ -130,17 +140,27 @@ class ParameterStore:
             for index, c in enumerate(checkpoints)
         ]
         manifest = StoreManifest(
-            kvjax_parameter_store=2,
             identity=self._identity,
             checkpoints=sorted([*kept, *new], key=lambda c: (c.step, c.file)),
             parts={**parts, name: sha256},
             recorded_config=dict(recorded_config),
         )
+        manifest = manifest.model_copy(update={"sha256": manifest.content_sha256()})
         write_json(self.folder / _MANIFEST, manifest.model_dump())
         self._manifest = manifest
         self._parts[name] = stacked
+        self._remove_unnamed(superfluous=set(before.parts) if before else set())
+
+    def _read_own_manifest(self) -> StoreManifest | None:
+        manifest = _read_manifest(self.folder)
+        return manifest if manifest is not None and manifest.identity == self._identity else None
+
+    def _remove_unnamed(self, *, superfluous: set[str]) -> None:
+        """Removes parts that nothing names any more, and what processes that died left; not what others are writing."""
         for folder in self.folder.iterdir():
-            if folder.is_dir() and folder.name not in manifest.parts:
+            if not folder.is_dir() or folder.name in self._manifest.parts:
+                continue
+            if folder.name in superfluous or time.time() - folder.stat().st_mtime > _DAY:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _part(self, name: str) -> Tree | None:
@@ -158,7 +178,7 @@ def read_stored_run(folder: Path) -> tuple[StoreManifest, list[Tree]]:
     """
     manifest = _read_manifest(folder)
     if manifest is None:
-        raise unusable(folder, "converted parameters (kvjax convert --to=flax)", "none")
+        raise unusable(folder, "converted parameters (kvjax convert --to=flax)", "none, or a damaged manifest")
     parts = {name: _read_part(folder / name, sha256) for name, sha256 in manifest.parts.items()}
     for stored in manifest.checkpoints:
         if parts.get(stored.part) is None:
@@ -206,9 +226,10 @@ def _read_manifest(folder: Path) -> StoreManifest | None:
     if not (folder / _MANIFEST).is_file():
         return None
     try:
-        return StoreManifest.model_validate(read_json(folder / _MANIFEST))
+        manifest = StoreManifest.model_validate(read_json(folder / _MANIFEST))
     except (pydantic.ValidationError, InputError):
         return None
+    return manifest if manifest.sha256 == manifest.content_sha256() else None
 
 
 def _read_part(path: Path, sha256: str | None) -> Tree | None:

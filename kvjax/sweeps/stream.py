@@ -312,15 +312,17 @@ def sweep_run(
             start = time.perf_counter()
             started = program.start([checkpoint.params for _, checkpoint in chunk])
             seen = watch(chunk, started.states) if watch and started.states is not None else lambda: None
-            if running is not None:
-                keep(*running)
+            before, running = running, (chunk, started, seen, start)
+            if before is not None:
+                keep(*before)
             else:
                 meanwhile()
-            running = (chunk, started, seen, start)
     finally:
-        if running is not None:
-            keep(*running)
-        source.save()
+        try:
+            if running is not None:
+                keep(*running)
+        finally:
+            source.save()
     return {name: results[name] for name in files if name in results}
 
 

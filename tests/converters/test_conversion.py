@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import converters.source
 from converters.certificate import certify
-from converters.library import CheckpointLibrary
 from converters.names import PARAMETERS, torch_names
 from converters.runs import convert_run, export_run
 from converters.source import convert_checkpoint
@@ -22,11 +20,10 @@ from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.store import read_stored_run
 from kvjax.config import ModelConfig
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
-from tests.building import SMALL_MODEL, STEPS, as_numpy, random_torch_model, write_small_benchmark
+from tests.building import SMALL_MODEL, STEPS, as_numpy, random_torch_model
 
 VOCAB = 40
 MODEL = ModelConfig.model_validate(SMALL_MODEL)
@@ -264,110 +261,3 @@ def test_a_run_that_recorded_nothing_cannot_be_verified_by_metrics(small_run, be
     (small_run / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="an evaluation recorded"):
         convert_run(RunDir.open(small_run), benchmark, verify="metrics", advance=lambda n: None)
-
-
-@pytest.fixture
-def library(small_run, benchmark):
-    """Opens the small run's checkpoints through the store, as a fresh process would."""
-    run = RunDir.open(small_run)
-    return lambda **given: CheckpointLibrary(run, benchmark, **{"certify_on": TOKENS, **given})
-
-
-TOKENS = np.array([[1, 8, 10, 14, 2]], np.int32)
-
-
-def load_all(library, small_run):
-    loaded = [library.load(path, step) for step, path in RunDir.open(small_run).checkpoints.items()]
-    library.save()
-    return loaded
-
-
-def same_params(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params, b.params))
-
-
-class Unread:
-    """Stands in for the converter, to see which files are converted."""
-
-    def __init__(self, monkeypatch):
-        self.files, real = [], converters.source.convert_checkpoint
-
-        def counted(path, *args, **kwargs):
-            self.files.append(path.name)
-            return real(path, *args, **kwargs)
-
-        monkeypatch.setattr(converters.source, "convert_checkpoint", counted)
-
-
-def test_what_is_stored_is_not_converted_again_and_new_checkpoints_are_added(library, small_run, monkeypatch):
-    converted = Unread(monkeypatch)
-    last = small_run / "checkpoints" / "step_000300.pt"
-    held_back = last.read_bytes()
-    last.unlink()
-    first = load_all(library(), small_run)
-    last.write_bytes(held_back)
-    again = load_all(library(), small_run)
-    assert converted.files == ["step_000100.pt", "step_000200.pt", "step_000300.pt"]
-    assert all(same_params(a, b) for a, b in zip(first, again, strict=False))
-    third = load_all(library(), small_run)
-    assert len(converted.files) == 3 and same_params(again[2], third[2])
-    assert third[0].certificate == first[0].certificate and third[0].certificate is not None
-
-
-def test_a_changed_file_is_converted_again(library, small_run, monkeypatch):
-    load_all(library(), small_run)
-    converted = Unread(monkeypatch)
-    path = small_run / "checkpoints" / "step_000200.pt"
-    document = torch.load(path, weights_only=True)
-    document["model_state"]["final_norm.bias"] += 1.0
-    torch.save(document, path)
-    loaded = load_all(library(), small_run)
-    assert converted.files == ["step_000200.pt"]
-    stored, _ = read_stored_run(small_run / "analysis" / "converted")
-    assert [c.file for c in stored.checkpoints] == [path.name for path in RunDir.open(small_run).checkpoints.values()]
-    assert np.array_equal(loaded[1].params["final_norm"]["bias"], document["model_state"]["final_norm.bias"].numpy())
-
-
-@pytest.mark.parametrize("damage", ["data", "manifest", "hash"])
-def test_a_damaged_store_is_rebuilt_never_trusted(library, small_run, monkeypatch, damage):
-    whole = load_all(library(), small_run)
-    folder = small_run / "analysis" / "converted"
-    manifest = folder / "manifest.json"
-    if damage == "data":
-        for file in folder.rglob("*"):
-            if file.is_file() and file != manifest:
-                file.write_bytes(file.read_bytes()[:10])
-    elif damage == "manifest":
-        manifest.write_text("{")
-    else:
-        document = json.loads(manifest.read_text())
-        document["parts"] = dict.fromkeys(document["parts"], "0" * 64)
-        manifest.write_text(json.dumps(document))
-    if damage != "manifest":
-        with pytest.raises(InputError, match="expected the parameters the manifest names"):
-            read_stored_run(folder)
-    converted = Unread(monkeypatch)
-    again = load_all(library(), small_run)
-    assert len(converted.files) == 3 and all(same_params(a, b) for a, b in zip(whole, again, strict=True))
-    load_all(library(), small_run)
-    assert len(converted.files) == 3, "the rebuilt store holds everything again"
-    assert len(list(folder.iterdir())) == 2, "one manifest and one part are left"
-
-
-def test_a_store_made_for_another_benchmark_or_without_certificates_is_not_used(
-    library, small_run, tmp_path, monkeypatch
-):
-    load_all(library(certify_on=None), small_run)
-    converted = Unread(monkeypatch)
-    certified = load_all(library(), small_run)
-    assert len(converted.files) == 3 and all(c.certificate is not None for c in certified)
-    other = Benchmark.open(write_small_benchmark(tmp_path / "other", seed=4))
-    load_all(CheckpointLibrary(RunDir.open(small_run), other, certify_on=TOKENS), small_run)
-    assert len(converted.files) == 6
-
-
-def test_verifying_converts_anew(library, small_run, benchmark, monkeypatch):
-    load_all(library(), small_run)
-    converted = Unread(monkeypatch)
-    convert_run(RunDir.open(small_run), benchmark, verify="sample", advance=lambda n: None)
-    assert len(converted.files) == 3

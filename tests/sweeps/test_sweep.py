@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.store import read_stored_run
 from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.analysis import sweep_runs
@@ -350,3 +351,18 @@ def test_what_is_no_read_holds_no_value(swept):
     events = xr.open_dataset(path, group="events", engine="netcdf4")
     absent = ~events["is_read"].values.astype(bool)
     assert absent.any() and np.isnan(events["read_margin"].values[:, absent]).all()
+
+
+def test_results_that_cannot_be_written_are_tried_once_and_conversions_stay(small_run, monkeypatch):
+    tried = []
+
+    def full_disk(store, name, *measured):
+        tried.append(name)
+        raise InputError(f"{name}.npz: expected a file that can be written; found a full disk")
+
+    monkeypatch.setattr("kvjax.artifacts.results.ResultStore.save", full_disk)
+    with pytest.raises(InputError, match="full disk"):
+        sweep(small_run, ablations=("zero",), probe="none", checkpoint_batch="1")
+    assert len(tried) == len(set(tried)) == 2, "the chunk that failed, and the one that was on the devices"
+    stored, _ = read_stored_run(small_run / "analysis" / "converted")
+    assert len(stored.checkpoints) >= 2

@@ -1,0 +1,176 @@
+"""A run's checkpoints through the parameter store: converted once, and never another file's or damaged parameters."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import converters.source
+from converters.library import CheckpointLibrary
+from converters.runs import convert_run
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.store import read_stored_run
+from kvjax.errors import InputError
+from kvjax.task.benchmark import Benchmark
+from tests.building import write_small_benchmark
+
+
+@pytest.fixture
+def benchmark(small_benchmark):
+    return Benchmark.open(small_benchmark)
+
+
+@pytest.fixture
+def library(small_run, benchmark):
+    """Opens the small run's checkpoints through the store, as a fresh process would."""
+    run = RunDir.open(small_run)
+    return lambda **given: CheckpointLibrary(run, benchmark, **{"certify_on": TOKENS, **given})
+
+
+TOKENS = np.array([[1, 8, 10, 14, 2]], np.int32)
+
+
+def load_all(library, small_run):
+    loaded = [library.load(path, step) for step, path in RunDir.open(small_run).checkpoints.items()]
+    library.save()
+    return loaded
+
+
+def same_params(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params, b.params))
+
+
+class Unread:
+    """Stands in for the converter, to see which files are converted."""
+
+    def __init__(self, monkeypatch):
+        self.files, real = [], converters.source.convert_checkpoint
+
+        def counted(path, *args, **kwargs):
+            self.files.append(path.name)
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(converters.source, "convert_checkpoint", counted)
+
+
+def test_what_is_stored_is_not_converted_again_and_new_checkpoints_are_added(library, small_run, monkeypatch):
+    converted = Unread(monkeypatch)
+    last = small_run / "checkpoints" / "step_000300.pt"
+    held_back = last.read_bytes()
+    last.unlink()
+    first = load_all(library(), small_run)
+    last.write_bytes(held_back)
+    again = load_all(library(), small_run)
+    assert converted.files == ["step_000100.pt", "step_000200.pt", "step_000300.pt"]
+    assert all(same_params(a, b) for a, b in zip(first, again, strict=False))
+    third = load_all(library(), small_run)
+    assert len(converted.files) == 3 and same_params(again[2], third[2])
+    assert third[0].certificate == first[0].certificate and third[0].certificate is not None
+
+
+def test_a_changed_file_is_converted_again(library, small_run, monkeypatch):
+    load_all(library(), small_run)
+    converted = Unread(monkeypatch)
+    path = small_run / "checkpoints" / "step_000200.pt"
+    document = torch.load(path, weights_only=True)
+    document["model_state"]["final_norm.bias"] += 1.0
+    torch.save(document, path)
+    loaded = load_all(library(), small_run)
+    assert converted.files == ["step_000200.pt"]
+    stored, _ = read_stored_run(small_run / "analysis" / "converted")
+    assert [c.file for c in stored.checkpoints] == [path.name for path in RunDir.open(small_run).checkpoints.values()]
+    assert np.array_equal(loaded[1].params["final_norm"]["bias"], document["model_state"]["final_norm.bias"].numpy())
+
+
+def swap_places(document):
+    one, other, *_ = document["checkpoints"]
+    one["index"], other["index"] = other["index"], one["index"]
+
+
+def place_before_the_first(document):
+    document["checkpoints"][0]["index"] = -1
+
+
+def empty_certificate(document):
+    document["checkpoints"][0]["certificate"] = {}
+
+
+def other_hash(document):
+    document["parts"] = dict.fromkeys(document["parts"], "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "damage", ["data", "no JSON", other_hash, swap_places, place_before_the_first, empty_certificate]
+)
+def test_a_damaged_store_is_rebuilt_never_trusted(library, small_run, monkeypatch, damage):
+    whole = load_all(library(), small_run)
+    folder = small_run / "analysis" / "converted"
+    manifest = folder / "manifest.json"
+    if damage == "data":
+        for file in folder.rglob("*"):
+            if file.is_file() and file != manifest:
+                file.write_bytes(file.read_bytes()[:10])
+    elif damage == "no JSON":
+        manifest.write_text("{")
+    else:
+        document = json.loads(manifest.read_text())
+        damage(document)
+        manifest.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="the parameters the manifest names" if damage == "data" else "manifest"):
+        read_stored_run(folder)
+    converted = Unread(monkeypatch)
+    again = load_all(library(), small_run)
+    assert len(converted.files) == 3 and all(same_params(a, b) for a, b in zip(whole, again, strict=True))
+    load_all(library(), small_run)
+    assert len(converted.files) == 3, "the rebuilt store holds everything again"
+    assert len(list(folder.iterdir())) == 2, "one manifest and one part are left"
+
+
+def test_a_file_written_anew_before_its_conversion_is_kept_leaves_nothing_wrong(library, small_run):
+    path = small_run / "checkpoints" / "step_000100.pt"
+    own, other = path.read_bytes(), (small_run / "checkpoints" / "step_000200.pt").read_bytes()
+    converting = library()
+    params = jax.tree.map(np.array, converting.load(path, 100).params)
+    with path.open("r+b") as file:  # in place, as PyTorch saves
+        file.write(other)
+    converting.save()
+    path.write_bytes(own)
+    found = library().load(path, 100)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.params, params))
+
+
+def test_two_processes_that_add_to_one_store_lose_nothing_of_each_other(library, small_run, monkeypatch):
+    first, second = library(), library()
+    paths = sorted((small_run / "checkpoints").glob("step_*.pt"))
+    first.load(paths[0], None)
+    second.load(paths[1], None)
+    being_written = small_run / "analysis" / "converted" / ".part_other.tmp"
+    being_written.mkdir(parents=True)
+    first.save()
+    second.save()
+    assert being_written.is_dir()
+    converted = Unread(monkeypatch)
+    for path in paths[:2]:
+        library().load(path, None)
+    assert converted.files == []
+
+
+def test_a_store_made_for_another_benchmark_or_without_certificates_is_not_used(
+    library, small_run, tmp_path, monkeypatch
+):
+    load_all(library(certify_on=None), small_run)
+    converted = Unread(monkeypatch)
+    certified = load_all(library(), small_run)
+    assert len(converted.files) == 3 and all(c.certificate is not None for c in certified)
+    other = Benchmark.open(write_small_benchmark(tmp_path / "other", seed=4))
+    load_all(CheckpointLibrary(RunDir.open(small_run), other, certify_on=TOKENS), small_run)
+    assert len(converted.files) == 6
+
+
+def test_verifying_converts_anew(library, small_run, benchmark, monkeypatch):
+    load_all(library(), small_run)
+    converted = Unread(monkeypatch)
+    convert_run(RunDir.open(small_run), benchmark, verify="sample", advance=lambda n: None)
+    assert len(converted.files) == 3
