@@ -7,10 +7,16 @@ measured before are not measured again.
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from kvjax.commands import common
 from kvjax.commands.printing import print_sweep_report
+
+if TYPE_CHECKING:
+    from kvjax.sweeps.publish import SweepReport
 
 FLAGS = flags.FlagValues()
 common.define_run_flags(FLAGS)
@@ -83,10 +89,15 @@ flags.DEFINE_bool(
 _FOLLOW_SECONDS = 30
 
 
+def _refused_files(report: SweepReport) -> list[tuple]:
+    """Returns the checkpoints that could not be used, each as it was: one still being written is another later."""
+    files = [report.run.path / "checkpoints" / name for name in report.log.refused]
+    return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
 def run() -> None:
     import dataclasses
     import functools
-    import time
 
     from kvjax.api import sweep_reports
     from kvjax.errors import InputError, unusable
@@ -102,7 +113,7 @@ def run() -> None:
         precision=FLAGS.precision,
         checkpoint_batch=FLAGS.checkpoint_batch,
         memory_gb=FLAGS.memory_gb,
-        # A checkpoint that is still being written is unusable now and measured in the next round.
+        # A checkpoint that is still being written is unusable now, and measured once it stays as it is.
         skip_bad=FLAGS.skip_bad or FLAGS.follow,
         overwrite=FLAGS.overwrite,
     )
@@ -110,6 +121,7 @@ def run() -> None:
         raise unusable(
             "--probe", "steps to fit logistic probes at (--steps), for they take far longer than ridge", "--steps=all"
         )
+    refused: set[tuple] = set()
     while True:
         reports = sweep_reports(
             common.required(FLAGS, "run_dirs"),
@@ -122,7 +134,8 @@ def run() -> None:
         )
         for report in reports:
             print_sweep_report(report)
-        if not FLAGS.follow or all(report.run.complete for report in reports):
+        before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
+        if not FLAGS.follow or (refused == before and all(report.run.complete for report in reports)):
             break
         settings = dataclasses.replace(settings, overwrite=False)  # once; later rounds measure what is new
         time.sleep(_FOLLOW_SECONDS)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -55,6 +56,25 @@ def test_several_runs_by_glob(tmp_path, small_run, capsys):
     assert main(sweep_arguments(tmp_path / "run*")) == 0
     for name in ("run", "run_b"):
         assert (tmp_path / name / "analysis" / "checkpoint_metrics.nc").is_file()
+
+
+@pytest.mark.parametrize("still_written", [True, False])
+def test_following_waits_for_a_last_checkpoint_that_is_still_being_written(small_run, monkeypatch, still_written):
+    last = small_run / "checkpoints" / f"step_{STEPS[-1]:06d}.pt"
+    whole, rounds = last.read_bytes(), []
+    last.write_bytes(whole[:5000])
+
+    def wait(seconds):
+        rounds.append(seconds)
+        assert len(rounds) < 4, "it ends"
+        if still_written:
+            last.write_bytes(whole)
+
+    monkeypatch.setattr("kvjax.commands.checkpoint_sweep.time", types.SimpleNamespace(sleep=wait))
+    assert main([*sweep_arguments(small_run, ablations="zero", probe="none"), "--follow"]) == 0
+    rows = read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")
+    assert [row["step"] for row in rows] == list(STEPS if still_written else STEPS[:-1])
+    assert rounds
 
 
 class TestBadInput:
