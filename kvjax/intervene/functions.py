@@ -2,19 +2,24 @@
 
 Each runs the plain model, so that every place and position is exact whatever is asked for and gradients flow through
 parameters, activations and what replaces them. Studies of whole windows use the restarting engine instead
-(`kvjax intervene`). Layers, heads and masks may be traced.
+(`kvjax intervene`). Layers, heads and masks may be traced; the forward pass is compiled once for each shape and site.
+
+All raise `InputError` for a site, layer, head or token that the model does not have, where it is known beforehand.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.errors import InputError
+from kvjax.intervene.choices import check_path, check_place, checked_pair, checked_tokens
 from kvjax.intervene.paths import HEAD_INPUTS
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.interventions import Edit
-from kvjax.model.sites import SITES
+from kvjax.model.interventions import CLEAN, Edit, Interventions
+from kvjax.model.sites import SITES, Trace
 from kvjax.model.transforms import plain_forward
 
 
@@ -48,13 +53,13 @@ def ablate(
       head_value, mlp_value: what replaces them: a number, or an array of the axes of `head_z` [L, B, T, H, E] or
         `mlp_out` [L, B, T, D], each of its length or 1, such as means over a data set.
     """
-    edits: dict[str, Edit] = {}
+    tokens, edits = checked_tokens(config, tokens_BxT), {}
     if heads_LxH is not None:
         mask = jnp.asarray(heads_LxH)[:, None, None, :, None]
         edits["head_z"] = Edit(mask, _of_rank(head_value, "head_z"))
     if mlps_L is not None:
         edits["mlp_out"] = Edit(jnp.asarray(mlps_L)[:, None, None, None], _of_rank(mlp_value, "mlp_out"))
-    return plain_forward(config)(params, jnp.asarray(tokens_BxT), edits=edits)[0]
+    return _forward(config, (), params, tokens, edits)[0]
 
 
 def patch(
@@ -93,9 +98,10 @@ def patch(
       head: of `head_z` or a head's input; all heads where None.
       where_BxT: bool, the positions patched; all where None.
     """
-    source = jnp.asarray(source_tokens_BxT)
-    value = plain_forward(config)(params, source, capture=(_known(site),))[1][site]
-    return _run_with(params, config, tokens_BxT, site, layer, head, where_BxT, value)
+    check_place(config, site, layer, head)
+    tokens, source = checked_pair(config, tokens_BxT, source_tokens_BxT)
+    value = _forward(config, (site,), params, source)[1][site]
+    return _run_with(params, config, tokens, site, layer, head, where_BxT, value)
 
 
 def path_patch(
@@ -135,15 +141,18 @@ def path_patch(
       receiver_layer, receiver_head: which; all heads where the head is None.
 
     Raises:
-      InputError: sender or receiver is of no such kind.
+      InputError: sender or receiver is of no such kind, or the receiver does not come after the sender.
     """
     if sender not in ("embedding", "head_z", "mlp_out"):
         raise InputError(f"path_patch: expected a sender among embedding, head_z, mlp_out; found {sender}")
     if not receiver.endswith("_input"):
         raise InputError(f"path_patch: expected a receiver's input, such as query_input; found {receiver}")
-    apply, needed = plain_forward(config), (sender, _known(receiver))
-    _, base = apply(params, jnp.asarray(tokens_BxT), capture=needed)
-    _, source = apply(params, jnp.asarray(source_tokens_BxT), capture=(sender,))
+    check_place(config, sender, sender_layer, sender_head if sender == "head_z" else None, "sender_")
+    check_place(config, receiver, receiver_layer, receiver_head, "receiver_")
+    check_path(config, sender, sender_layer, receiver, receiver_layer)
+    tokens, source_tokens = checked_pair(config, tokens_BxT, source_tokens_BxT)
+    base = _forward(config, (sender, receiver), params, tokens)[1]
+    source = _forward(config, (sender,), params, source_tokens)[1]
     change = source[sender] - base[sender]
     if sender != "embedding":
         change = jax.lax.dynamic_index_in_dim(change, jnp.asarray(sender_layer), 0, keepdims=False)
@@ -156,7 +165,7 @@ def path_patch(
         change = change[:, :, None]
     if SITES[receiver].per_layer:
         change = change[None]
-    return _run_with(params, config, tokens_BxT, receiver, receiver_layer, receiver_head, None, base[receiver] + change)
+    return _run_with(params, config, tokens, receiver, receiver_layer, receiver_head, None, base[receiver] + change)
 
 
 def across_checkpoints(
@@ -190,8 +199,21 @@ def across_checkpoints(
       layer: of `post_attn` and `post_mlp`.
       where_BxT: bool, the positions taken; all where None.
     """
-    value = plain_forward(config)(other_params, jnp.asarray(tokens_BxT), capture=(_known(site),))[1][site]
-    return _run_with(params, config, tokens_BxT, site, layer, None, where_BxT, value)
+    check_place(config, site, layer, None)
+    tokens = checked_tokens(config, tokens_BxT)
+    value = _forward(config, (site,), other_params, tokens)[1][site]
+    return _run_with(params, config, tokens, site, layer, None, where_BxT, value)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(
+    config: DecoderConfig,
+    capture: tuple[str, ...],
+    params: Params,
+    tokens_BxT: jax.Array,
+    edits: Interventions = CLEAN,
+) -> tuple[jax.Array, Trace]:
+    return plain_forward(config)(params, tokens_BxT, edits=edits, capture=capture)
 
 
 def _run_with(
@@ -216,16 +238,9 @@ def _run_with(
         where = jnp.asarray(where_BxT)
         lengths = {"B": where.shape[0], "P": where.shape[1], "T": where.shape[1]}
         mask &= where.reshape([lengths.get(axis, 1) for axis in axes])
-    return plain_forward(config)(params, jnp.asarray(tokens_BxT), edits={site: Edit(mask, value)})[0]
+    return _forward(config, (), params, tokens_BxT, {site: Edit(mask, value)})[0]
 
 
 def _of_rank(value: jax.Array | float, site: str) -> jax.Array:
     value = jnp.asarray(value)
     return value if value.ndim else value.reshape((1,) * len(SITES[site].axes))
-
-
-def _known(site: str) -> str:
-    known = [name for name in SITES if name != "pattern"]  # its two position axes have no one mask
-    if site not in known:
-        raise InputError(f"expected a site among {', '.join(known)}; found {site}")
-    return site

@@ -155,3 +155,52 @@ def test_unknown_places_are_refused(model, tokens):
         kvjax.path_patch(params, config, *tokens, sender="post_mlp", receiver="mlp_input")
     with pytest.raises(InputError, match="expected a receiver"):
         kvjax.path_patch(params, config, *tokens, sender="mlp_out", receiver="post_mlp")
+
+
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [
+        ({"site": "head_z", "layer": 3}, "layer: expected one from 0 to 2; found 3"),
+        ({"site": "head_z", "layer": np.int64(-1)}, "layer: expected one from 0 to 2; found -1"),
+        ({"site": "head_z", "layer": 1, "head": 4}, "head: expected one from 0 to 3; found 4"),
+        ({"site": "mlp_out", "layer": 1, "head": 3}, "head: expected none, for mlp_out is not of one head; found 3"),
+        ({"site": "final_norm", "layer": 1}, "layer: expected none, for final_norm is not of one layer; found 1"),
+    ],
+)
+def test_a_place_that_the_model_does_not_have_is_refused(model, tokens, place, complaint):
+    """Its mask would be empty, and the unpatched run would read as a patch without effect."""
+    _, params, config = model
+    with pytest.raises(InputError, match=complaint):
+        kvjax.patch(params, config, *tokens, **place)
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver"),
+    [
+        (("head_z", 2), ("key_input", 1)),
+        (("head_z", 1), ("value_input", 1)),
+        (("mlp_out", 1), ("mlp_input", 1)),
+    ],
+)
+def test_a_path_back_is_refused(model, tokens, sender, receiver):
+    _, params, config = model
+    path = dict(zip(("sender", "sender_layer", "receiver", "receiver_layer"), (*sender, *receiver), strict=True))
+    with pytest.raises(InputError, match="path_patch: expected a receiver after its sender"):
+        kvjax.path_patch(params, config, *tokens, **path)
+    with pytest.raises(InputError, match="sender_layer: expected one from 0 to 2; found 7"):
+        kvjax.path_patch(params, config, *tokens, **path | {"sender_layer": 7})
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(model, tokens):
+    _, params, config = model
+    clean, corrupted = tokens
+    for bad, complaint in (
+        (clean + config.vocab_size, "ids from 0 to"),
+        (np.tile(clean, (1, 20)), "at most max_seq_len"),
+        (clean[0], r"whole numbers of shape \[B, T\]"),
+        (clean.astype(np.float32), "whole numbers"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            kvjax.ablate(params, config, bad)
+    with pytest.raises(InputError, match="source_tokens_BxT: expected the shape of tokens_BxT"):
+        kvjax.patch(params, config, clean, corrupted[:, :-1], site="mlp_out")

@@ -1,0 +1,87 @@
+"""Checks of what a caller of the public functions chose: what would silently change nothing, or another place.
+
+Only what is known before a program runs can be checked: traced layers, heads and tokens are taken as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.errors import InputError, unusable
+from kvjax.model.decoder import DecoderConfig
+from kvjax.model.sites import SITE_ORDER, SITES
+
+
+def checked_tokens(config: DecoderConfig, tokens_BxT: Any, name: str = "tokens_BxT") -> jax.Array:
+    """Returns token ids as an array.
+
+    Raises:
+      InputError: it has other axes, more positions than the model, or ids outside the vocabulary.
+    """
+    tokens = tokens_BxT if isinstance(tokens_BxT, jax.Array) else np.asarray(tokens_BxT)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise unusable(name, "whole numbers of shape [B, T]", f"{tokens.dtype} of shape {list(tokens.shape)}")
+    if tokens.shape[1] > config.max_seq_len:
+        raise unusable(name, f"at most max_seq_len {config.max_seq_len} tokens", tokens.shape[1])
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.vocab_size:
+            raise unusable(name, f"ids from 0 to {config.vocab_size - 1}", low if low < 0 else high)
+    return jnp.asarray(tokens)
+
+
+def checked_pair(config: DecoderConfig, tokens_BxT: Any, source_tokens_BxT: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the token ids of two runs; raises `InputError` where one is unusable or they differ in shape."""
+    tokens = checked_tokens(config, tokens_BxT)
+    source = checked_tokens(config, source_tokens_BxT, "source_tokens_BxT")
+    if tokens.shape != source.shape:
+        raise unusable("source_tokens_BxT", f"the shape of tokens_BxT, {list(tokens.shape)}", list(source.shape))
+    return tokens, source
+
+
+def check_place(config: DecoderConfig, site: str, layer: Any, head: Any, prefix: str = "") -> None:
+    """Checks that a site, a layer and a head name a place of the model; `prefix` is that of the caller's names.
+
+    Raises:
+      InputError: there is no such site, layer or head, or the site has no heads.
+    """
+    known = [name for name in SITES if name != "pattern"]  # its two position axes have no one mask
+    if site not in known:
+        raise InputError(f"expected a site among {', '.join(known)}; found {site}")
+    axes = SITES[site].axes
+    for letter, what, chosen, size in (("L", "layer", layer, config.n_layers), ("H", "head", head, config.n_heads)):
+        number = _known_number(chosen)
+        if letter in axes:
+            if number is not None and not 0 <= number < size:
+                raise unusable(f"{prefix}{what}", f"one from 0 to {size - 1}", number)
+        elif letter == "H" and chosen is not None:
+            raise unusable(f"{prefix}head", f"none, for {site} is not of one head", chosen)
+        elif number:
+            raise unusable(f"{prefix}layer", f"none, for {site} is not of one layer", number)
+
+
+def check_path(config: DecoderConfig, sender: str, sender_layer: Any, receiver: str, receiver_layer: Any) -> None:
+    """Checks that a receiver comes after its sender; raises `InputError` where it does not."""
+    from_layer, to_layer = (
+        _known_number(layer) if SITES[site].per_layer else (-1 if site == "embedding" else config.n_layers)
+        for site, layer in ((sender, sender_layer), (receiver, receiver_layer))
+    )
+    if from_layer is None or to_layer is None:
+        return
+    if (to_layer, SITE_ORDER[receiver]) <= (from_layer, SITE_ORDER[sender]):
+        raise unusable(
+            "path_patch",
+            "a receiver after its sender",
+            f"{receiver} of layer {to_layer}, which {sender} of layer {from_layer} does not reach",
+        )
+
+
+def _known_number(chosen: Any) -> int | None:
+    """Returns a chosen layer or head, None where it is not one number that is known by now."""
+    if chosen is None or isinstance(chosen, jax.core.Tracer) or np.ndim(chosen):
+        return None
+    return int(chosen)
