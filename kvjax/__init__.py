@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in.
 _PUBLIC = {
     "sweep": "kvjax.api",
+    "open_run": "kvjax.opened_run",
     "ablate": "kvjax.intervene.functions",
     "patch": "kvjax.intervene.functions",
     "path_patch": "kvjax.intervene.functions",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
 from kvjax.errors import unusable
+from kvjax.runtime import start_jax
 from kvjax.sweeps.analysis import sweep_runs
 from kvjax.sweeps.prepared import OpenedInputs, PreparedRun, prepare_run
 from kvjax.sweeps.stream import CheckpointSource, SweepSettings
@@ -26,19 +27,21 @@ def sweep(
     *,
     probe_set: str | Path | None = None,
     benchmark_dir: str | Path | None = None,
-    steps: str = "all",
-    reference: str = "final",
+    steps: str | int | Sequence[int] = "all",
+    reference: str | int = "final",
     **settings: Any,
 ) -> xr.Dataset:
     """Measures every checkpoint of runs and returns the means; the tables beside each run are written as well.
 
-    Checkpoints that were measured before are not measured again.
+    Checkpoints that were measured before are not measured again. Where JAX has not computed anything yet in this
+    process, every CPU core becomes a device, and compiled programs are kept, as by the command.
 
     Args:
       run_dirs: run directories, or globs.
       probe_set: what to measure on; each run's own where None.
       benchmark_dir: the runs' benchmark; what each run's config records where None.
-      steps: `all`, or steps and ranges such as `250,1000-4000`.
+      steps: what to measure: `all`, a step, several, or as `--steps`: `250,1000-4000`. What was measured earlier is
+        returned as well.
       reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
       **settings: fields of `SweepSettings`, such as `ablations=("zero",)` or `probe="none"`.
 
@@ -53,13 +56,14 @@ def sweep(
     """
     import xarray as xr  # commands that only measure need not wait for it
 
+    start_jax()
     given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     reports = sweep_reports(
         [str(path) for path in given],
         probe_set=probe_set and str(probe_set),
         benchmark_dir=benchmark_dir and str(benchmark_dir),
         steps=steps,
-        reference=reference,
+        reference=str(reference),
         settings=SweepSettings(**settings),
     )
     datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
@@ -80,7 +84,7 @@ def sweep_reports(
     *,
     probe_set: str | None,
     benchmark_dir: str | None,
-    steps: str,
+    steps: str | int | Sequence[int],
     reference: str,
     settings: SweepSettings,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,

@@ -42,6 +42,15 @@ def use_compilation_cache() -> Path | None:
     return folder
 
 
+def leave_compilation_cache() -> None:
+    """Turns JAX's persistent compilation cache off, also where this process or its environment had turned it on."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 def lowered_folder() -> Path | None:
     """Returns where lowered programs are kept, inside the folder that `use_compilation_cache` trusts; None without."""
     import jax
@@ -65,3 +74,15 @@ def share_cpu_cores() -> None:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     except RuntimeError:
         return  # the backend has started: whoever started it chose
+
+
+def start_jax() -> None:
+    """Sets JAX up for work from Python: one device per CPU core, and the compilation cache unless there is one set.
+
+    Call it before JAX computes anything; whatever was chosen before stays. `kvjax.sweep` and `kvjax.open_run` do.
+    """
+    import jax
+
+    share_cpu_cores()
+    if jax.config.jax_compilation_cache_dir is None:
+        use_compilation_cache()

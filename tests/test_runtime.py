@@ -44,3 +44,21 @@ def test_a_folder_others_may_write_to_is_closed_first(tmp_path):
 def test_a_folder_that_cannot_be_made_turns_the_cache_off(tmp_path):
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "cache") == "None"
+
+
+def test_a_command_keeps_no_programs_when_asked(tmp_path):
+    """Also where an earlier command of the process, or JAX's own variable, had turned the cache on."""
+    code = (
+        "import jax; from absl import flags; from kvjax.commands import common;"
+        "from kvjax.runtime import lowered_folder;"
+        "values = flags.FlagValues(); common.define_runtime_flags(values);"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+        "compile = lambda n: jax.jit(lambda x: x @ x + n)(jax.numpy.ones((8, 8)));"
+        "values(['x']); common.start_jax(values); compile(1);"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+        "values.unparse_flags(); values(['x', '--nocompilation_cache']); common.start_jax(values);"
+        "before = sorted(p.name for p in __import__('pathlib').Path('CACHE').iterdir()); compile(2);"
+        "after = sorted(p.name for p in __import__('pathlib').Path('CACHE').iterdir());"
+        "print(before == after, jax.config.jax_compilation_cache_dir, lowered_folder())"
+    )
+    assert run(tmp_path / "cache", code.replace("CACHE", str(tmp_path / "cache"))) == "True None None"

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import glob
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kvjax.artifacts.files import read_json, read_json_lines
 from kvjax.config import RunConfig, read_config
@@ -109,26 +111,27 @@ class RunDir:
         """
         if name == "best":
             return self.best_checkpoint()
-        (step,) = [max(self.select_steps("all"))] if name == "final" else self._one_step(name)
-        return step, self.checkpoints[step]
-
-    def _one_step(self, name: str) -> list[int]:
-        if not name.isdecimal():
+        if name != "final" and not name.isdecimal():
             raise unusable("--checkpoint", "best, final or a step", name)
-        return self.select_steps(name)
+        step = max(self.select_steps("all")) if name == "final" else int(name)
+        if step not in self.checkpoints:
+            raise unusable(self.path / "checkpoints", f"a checkpoint for --checkpoint={name}", self.describe_steps())
+        return step, self.checkpoints[step]
 
     def recorded_evaluations(self) -> list[Mapping[str, Any]]:
         """Returns the rows of full-split evaluations that the run itself recorded."""
         return [row for row in self.metrics if row.get("phase") == "eval"]
 
-    def select_steps(self, wanted: str) -> list[int]:
-        """Returns the checkpoint steps a `--steps` flag names: `all`, or steps and ranges `a-b` with commas.
+    def select_steps(self, wanted: str | int | Sequence[int]) -> list[int]:
+        """Returns the checkpoint steps that are named: `all`, steps and ranges `a-b` with commas, or numbers.
 
         Raises:
           InputError: the run has no step checkpoints, the flag cannot be read, or it names none of them.
         """
         if not self.checkpoints:
             raise unusable(self.path / "checkpoints", "checkpoints step_XXXXXX.pt", "none")
+        if not isinstance(wanted, str):
+            wanted = ",".join(str(step) for step in np.atleast_1d(wanted))
         if wanted == "all":
             return list(self.checkpoints)
         steps: set[int] = set()

@@ -73,8 +73,10 @@ def define_runtime_flags(values: flags.FlagValues) -> None:
 
 def start_jax(values: flags.FlagValues) -> None:
     """Sets JAX up for a command, before anything computes: the compilation cache, and one device per CPU core."""
-    from kvjax.runtime import share_cpu_cores, use_compilation_cache
+    from kvjax.runtime import leave_compilation_cache, share_cpu_cores, use_compilation_cache
 
     if values["compilation_cache"].value:
         use_compilation_cache()
+    else:
+        leave_compilation_cache()
     share_cpu_cores()

@@ -24,12 +24,13 @@ RANDOM_DRAWS = 8
 RANDOM_SEED = 0
 
 
-def chosen_ablations(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the kinds of ablation a flag names, in the order of `ABLATIONS`.
+def chosen_ablations(names: Sequence[str] | str) -> tuple[str, ...]:
+    """Returns the kinds of ablation that a list, or a text with commas, names, in the order of `ABLATIONS`.
 
     Raises:
       InputError: one is unknown, or zero ablation, which ranks and triggers are made from, is missing.
     """
+    names = names.split(",") if isinstance(names, str) else names
     unknown = [name for name in names if name not in ABLATIONS]
     if unknown:
         raise unusable("--ablations", f"kinds among {', '.join(ABLATIONS)}", unknown[0])

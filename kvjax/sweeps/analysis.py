@@ -12,6 +12,7 @@ from kvjax.artifacts.results import ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig
+from kvjax.sweeps.ablations import chosen_ablations
 from kvjax.sweeps.measured import MeasuredRun, gather_measured
 from kvjax.sweeps.movement import MovementWatch
 from kvjax.sweeps.prepared import PreparedRun
@@ -38,9 +39,10 @@ def sweep_runs(
       advance: called with the number of checkpoints done.
 
     Raises:
-      InputError: a run was measured before with other settings, or a checkpoint cannot be used. Tables of runs
-        measured before it are written.
+      InputError: the settings leave out zero ablation, a run was measured before with other settings, or a checkpoint
+        cannot be used. Tables of runs measured before it are written.
     """
+    chosen_ablations(settings.ablations)
     programs: dict[Any, ProbeProgram] = {}
     reports: list[concurrent.futures.Future[SweepReport]] = []
     # One thread beside the devices: it turns a run's arrays into tables while the next run is measured.
@@ -128,6 +130,15 @@ def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSetting
             before = before if isinstance(before, dict) else {}
             changed = [name for name in identity if before.get(name) != identity[name]]
             raise unusable(
-                record, "a sweep with the same settings (or --overwrite)", f"another {' and '.join(changed)}"
+                record,
+                "a sweep with the same settings (or --overwrite)",
+                " and ".join(f"another {name}{_in_words(before.get(name))}" for name in changed),
             )
     return ResultStore(run.analysis / "measured", identity)
+
+
+def _in_words(value: Any) -> str:
+    """Returns a recorded setting as its flag is written, in brackets; nothing of what no flag sets."""
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return f" ({value})" if isinstance(value, int | str) and len(str(value)) < 64 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ def prepare_run(
     *,
     benchmark_dir: str | None,
     probe_set: str | None,
-    steps: str,
+    steps: str | int | Sequence[int],
     reference: str,
     opened: OpenedInputs | None = None,
 ) -> PreparedRun:

@@ -18,9 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.errors import InputError
+from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import checkpoint_mesh
+from kvjax.sweeps.ablations import chosen_ablations
 from kvjax.sweeps.chunking import plan_chunks
 from kvjax.sweeps.collect import collect
 from kvjax.sweeps.lowered import kept_lowered
@@ -69,7 +70,7 @@ class SweepSettings:
 
     Attributes:
       precision: of matrix products, `highest` or `default`.
-      ablations: kinds of ablation measured, of `ABLATIONS`.
+      ablations: kinds of ablation measured, of `ABLATIONS`; none for the clean run alone, which makes no tables.
       resample_draws: draws per resample ablation.
       probe: trained probes: `ridge`, `logistic` (ridge, and multinomial logistic at the named steps) or `none`.
       event_drift: whether drift of single events and linear CKA are measured.
@@ -88,6 +89,15 @@ class SweepSettings:
     memory_gb: float | None = None
     skip_bad: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("precision", ("highest", "default")), ("probe", ("ridge", "logistic", "none"))):
+            if getattr(self, name) not in allowed:
+                raise unusable(f"--{name}", f"one of {', '.join(allowed)}", getattr(self, name))
+        if not self.resample_draws >= 1:
+            raise unusable("--resample_draws", "at least 1", self.resample_draws)
+        if self.ablations:  # in one order, whatever order they were named in: results are found by them
+            object.__setattr__(self, "ablations", chosen_ablations(self.ablations))
 
 
 @dataclasses.dataclass

@@ -1,0 +1,157 @@
+"""A run opened for measures and interventions of one's own: its checkpoints, vocabulary and probe set, from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from converters.library import CheckpointLibrary
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.errors import unusable
+from kvjax.model.decoder import DecoderConfig, Params, stack_params
+from kvjax.model.transforms import over_checkpoints
+from kvjax.runtime import start_jax
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import EncodedRecords, encode_records
+from kvjax.task.probe_set import open_probe_set, own_probe_set
+from kvjax.task.vocabulary import PAD_ID, Vocabulary
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a run: its step, its parameters, and their shape, as `kvjax.patch` and the others take them."""
+
+    step: int
+    params: Params
+    config: DecoderConfig
+
+
+def open_run(run_dir: str | Path, *, benchmark_dir: str | Path | None = None) -> OpenedRun:
+    """Opens a run directory, of PyTorch's trainer or of `kvjax train`.
+
+    Args:
+      run_dir: the run.
+      benchmark_dir: its benchmark; the one its config records where None.
+
+    Raises:
+      InputError: the run or its benchmark cannot be used.
+    """
+    start_jax()
+    run = RunDir.open(Path(run_dir))
+    return OpenedRun(run, Benchmark.open(run.benchmark_dir(benchmark_dir and str(benchmark_dir))))
+
+
+class OpenedRun:
+    """A run and its benchmark; checkpoints are converted when they are asked for, or read where a sweep kept them.
+
+    Attributes:
+      run: the directory.
+      benchmark: what it was trained on.
+    """
+
+    def __init__(self, run: RunDir, benchmark: Benchmark):
+        self.run, self.benchmark = run, benchmark
+        self._library = CheckpointLibrary(run, benchmark, certify_on=None)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that there are checkpoints of, ascending."""
+        return tuple(self.run.checkpoints)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The benchmark's tokens, keys and values."""
+        return self.benchmark.vocabulary
+
+    def checkpoint(self, which: int | str) -> Checkpoint:
+        """Returns the checkpoint of a step, `best` or `final`.
+
+        Raises:
+          InputError: there is none, or it cannot be used.
+        """
+        step, path = self.run.checkpoint_named(str(which))
+        loaded = self._library.load(path, None if which == "best" else step)
+        return Checkpoint(loaded.step, loaded.params, self._config(tied="unembedding" not in loaded.params))
+
+    def encode(self, streams: Sequence[Sequence[str]]) -> np.ndarray:
+        """Returns streams of tokens such as `["<bos>", "W", "K01", "V083", …]` as ids [B, T], padded at their ends.
+
+        Raises:
+          InputError: a token is not in the vocabulary, or a stream is longer than the model's positions.
+        """
+        limit, id_of = self.run.config.model.max_seq_len, self.vocabulary.id_of
+        ids = np.full((len(streams), max(map(len, streams), default=0)), PAD_ID, np.int32)
+        for row, stream in zip(ids, streams, strict=True):
+            unknown = [token for token in stream if token not in id_of]
+            if unknown:
+                raise unusable("streams", f"tokens of {self.benchmark.path}", repr(unknown[0]))
+            if len(stream) > limit:
+                raise unusable("streams", f"at most max_seq_len {limit} tokens", len(stream))
+            row[: len(stream)] = [id_of[token] for token in stream]
+        return ids
+
+    def probe_set(self, path: str | Path | None = None) -> EncodedRecords:
+        """Returns a probe set's records as arrays: the run's own, made where it has none, or the one in a file."""
+        probe = open_probe_set(Path(path), self.benchmark) if path else own_probe_set(self.run.analysis, self.benchmark)
+        model = self.run.config.model
+        return encode_records(probe.records, self.vocabulary, probe.manifest.splits, max_seq_len=model.max_seq_len)
+
+    def measure(
+        self,
+        function: Callable[..., Any],
+        *shared: Any,
+        dims: Sequence[str] = (),
+        steps: str | int | Sequence[int] = "all",
+    ) -> xr.DataArray:
+        """Returns a measure of one's own at every checkpoint: compiled once, and shared by the devices there are.
+
+        Args:
+          function: from the parameters and config of one checkpoint and `shared` to an array; traced by JAX.
+          *shared: arrays, or trees of them such as `probe_set()`.
+          dims: names of the array's axes.
+          steps: `all`, a step, several, or as `--steps`: `250,1000-4000`.
+
+        Returns:
+          The arrays with the first dimension `step`.
+
+        Raises:
+          InputError: a checkpoint cannot be used, or `dims` names another number of axes than the array has.
+        """
+        import xarray as xr  # whoever only loads checkpoints need not wait for it
+
+        wanted = self.run.select_steps(steps)
+        devices = min(jax.local_device_count(), len(wanted))
+        measured = np.concatenate(list(self._measured(function, shared, wanted, devices)))
+        dims = tuple(dims) or tuple(f"axis_{axis}" for axis in range(measured.ndim - 1))
+        if len(dims) != measured.ndim - 1:
+            raise unusable("dims", f"{measured.ndim - 1} names, one for each axis of {list(measured.shape[1:])}", dims)
+        name = getattr(function, "__name__", None)
+        return xr.DataArray(measured, dims=("step", *dims), coords={"step": wanted}, name=name)
+
+    def _measured(
+        self, function: Callable[..., Any], shared: tuple[Any, ...], steps: Sequence[int], devices: int
+    ) -> Iterator[np.ndarray]:
+        compiled: dict[bool, Callable[..., jax.Array]] = {}  # by whether unembeddings are tied
+        for start in range(0, len(steps), devices):
+            chunk = [self.checkpoint(step).params for step in steps[start : start + devices]]
+            stacked = stack_params([*chunk, *[chunk[-1]] * (devices - len(chunk))])
+            tied = "unembedding" not in stacked
+            if tied not in compiled:
+                config = self._config(tied=tied)
+
+                def one(params: Params, *shared: Any, config: DecoderConfig = config) -> jax.Array:
+                    return function(params, config, *shared)
+
+                compiled[tied] = jax.jit(over_checkpoints(one, lift="map", devices=devices))
+            yield np.asarray(compiled[tied](stacked, *shared))[: len(chunk)]
+
+    def _config(self, *, tied: bool) -> DecoderConfig:
+        return DecoderConfig.from_model_config(self.run.config.model, len(self.vocabulary.tokens), tied=tied)
