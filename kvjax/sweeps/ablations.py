@@ -39,6 +39,16 @@ def chosen_ablations(names: Sequence[str] | str) -> tuple[str, ...]:
     return tuple(kind for kind in ABLATIONS if kind in names)
 
 
+def ablation_slots(kinds: Sequence[str], *, draws: int) -> list[tuple[str, int]]:
+    """Returns what each component is replaced by, in turn: (kind, draw); `random` steps are no replacement."""
+    return [(kind, draw) for kind in kinds if kind != "random" for draw in range(draws if kind == "resample" else 1)]
+
+
+def restarts_at_once(config: DecoderConfig, kinds: Sequence[str], *, draws: int) -> int:
+    """Returns how many intervened runs there are side by side where heads are lifted by `vmap`."""
+    return config.n_heads * len(ablation_slots(kinds, draws=draws))
+
+
 def measure_ablations(
     params: Params,
     config: DecoderConfig,
@@ -75,7 +85,7 @@ def measure_ablations(
     batch_size, length = clean.tokens.shape
     # What replaces an output is data, so that all kinds and draws are one compiled restart.
     replacing = tuple(kind for kind in kinds if kind != "random")
-    slots = [(kind, draw) for kind in replacing for draw in range(len(donors_RxBxT) if kind == "resample" else 1)]
+    slots = ablation_slots(kinds, draws=0 if donors_RxBxT is None else len(donors_RxBxT))
     kind_of_slot = jnp.array([replacing.index(kind) for kind, _ in slots])
     draw_of_slot = jnp.array([draw for _, draw in slots])
 

@@ -13,6 +13,10 @@ from kvjax.model.transforms import Lift
 CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/design.md
 DEFAULT_ACCELERATOR_GB = 8.0  # where the device does not say how much it has
 MEMORY_SHARE = 0.7
+# A few checkpoints of whole probe sets fill an accelerator. More at once would compute more copies of the last one
+# where a run's number of checkpoints is not a multiple.
+MOST_PER_ACCELERATOR = 16
+_FEWEST_TOKENS_PER_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +38,21 @@ class ChunkPlan:
 
 
 def plan_chunks(
-    requested: str, config: DecoderConfig, *, backend: str, num_devices: int, num_tokens: int, memory_gb: float | None
+    requested: str,
+    config: DecoderConfig,
+    *,
+    backend: str,
+    num_devices: int,
+    num_tokens: int,
+    memory_gb: float | None,
+    side_by_side: int = 0,
+    keeps_runs: bool = False,
 ) -> ChunkPlan:
     """Returns how to cut a sweep.
 
     On a CPU every core is a device that runs one checkpoint after another in cache-sized microbatches. On an
-    accelerator, whole probe sets of as many checkpoints as memory allows run side by side.
+    accelerator, whole probe sets of several checkpoints run side by side, as memory allows; where it does not hold one
+    checkpoint, microbatches are cut.
 
     Args:
       requested: the `--checkpoint_batch` flag, `auto` or a number.
@@ -48,6 +61,8 @@ def plan_chunks(
       num_devices: devices there are.
       num_tokens: padded tokens of the probe set.
       memory_gb: memory of each accelerator to use; None for most of what it has.
+      side_by_side: how many intervened runs of a checkpoint there are at once.
+      keeps_runs: whether the clean runs of all records are kept at once, for resampling.
 
     Raises:
       InputError: `requested` is neither `auto` nor a positive number.
@@ -55,17 +70,25 @@ def plan_chunks(
     if requested != "auto" and not (requested.isdecimal() and int(requested) > 0):
         raise unusable("--checkpoint_batch", "auto or a positive number", requested)
     if backend == "cpu":
-        chunk = num_devices if requested == "auto" else int(requested)
-        return ChunkPlan(chunk, _sharers(chunk, num_devices), CPU_TOKENS_PER_BATCH, "map", "map")
+        chunk = num_devices if requested == "auto" else _shareable(int(requested), num_devices)
+        return ChunkPlan(chunk, min(chunk, num_devices), CPU_TOKENS_PER_BATCH, "map", "map")
     budget = (memory_gb or _device_memory_gb()) * 1e9
-    fitting = num_devices * max(1, int(budget / checkpoint_bytes(config, num_tokens)))
-    chunk = fitting if requested == "auto" else int(requested)
-    return ChunkPlan(chunk, _sharers(chunk, num_devices), num_tokens, "vmap", "vmap")
+
+    def needed(tokens_per_batch: int) -> float:
+        kept = num_tokens if keeps_runs else tokens_per_batch
+        return checkpoint_bytes(config, kept_tokens=kept, tokens_per_batch=tokens_per_batch, side_by_side=side_by_side)
+
+    tokens = num_tokens
+    while needed(tokens) > budget and tokens > _FEWEST_TOKENS_PER_BATCH:
+        tokens = -(-tokens // 2)
+    fitting = num_devices * max(1, min(int(budget / needed(tokens)), MOST_PER_ACCELERATOR))
+    chunk = fitting if requested == "auto" else _shareable(int(requested), num_devices)
+    return ChunkPlan(chunk, min(chunk, num_devices), tokens, "vmap", "vmap")
 
 
-def _sharers(chunk: int, num_devices: int) -> int:
-    """Returns how many devices can share a chunk equally."""
-    return max(devices for devices in range(1, num_devices + 1) if chunk % devices == 0)
+def _shareable(chunk: int, num_devices: int) -> int:
+    """Returns the next number of checkpoints that devices share equally; fewer than devices are left as they are."""
+    return chunk if chunk < num_devices else -(-chunk // num_devices) * num_devices
 
 
 def _device_memory_gb() -> float:
@@ -74,9 +97,16 @@ def _device_memory_gb() -> float:
     return limit * MEMORY_SHARE / 1e9 if limit else DEFAULT_ACCELERATOR_GB
 
 
-def checkpoint_bytes(config: DecoderConfig, num_tokens: int) -> int:
-    """Returns an upper estimate of the bytes one checkpoint's activations take, with its heads ablated side by side."""
-    layers, heads = config.n_layers, config.n_heads
-    kept = layers * (4 * config.d_model + config.d_ff + 2 * heads * config.max_seq_len)  # the clean run, for restarts
-    live = (heads + 1) * (6 * config.d_model + 2 * config.d_ff + 2 * heads * config.max_seq_len)
-    return 4 * num_tokens * (kept + live + 4 * config.vocab_size)
+def checkpoint_bytes(config: DecoderConfig, *, kept_tokens: int, tokens_per_batch: int, side_by_side: int) -> float:
+    """Returns an upper estimate of the bytes that measuring one checkpoint takes beside its parameters.
+
+    Args:
+      config: the model's shape.
+      kept_tokens: tokens whose clean run is kept for restarts.
+      tokens_per_batch: tokens of one microbatch.
+      side_by_side: how many intervened runs of a microbatch there are at once.
+    """
+    layers, attention = config.n_layers, config.n_heads * config.max_seq_len
+    kept = layers * (4 * config.d_model + config.d_ff + attention) + config.d_model
+    live = 2 * config.d_model + config.d_ff + attention  # what one run has at once, by the compiler's own account
+    return 4 * (kept_tokens * kept + 1.5 * tokens_per_batch * ((1 + side_by_side) * live + 4 * config.vocab_size))

@@ -21,7 +21,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import checkpoint_mesh
-from kvjax.sweeps.ablations import chosen_ablations
+from kvjax.sweeps.ablations import chosen_ablations, restarts_at_once
 from kvjax.sweeps.chunking import plan_chunks
 from kvjax.sweeps.collect import collect
 from kvjax.sweeps.lowered import kept_lowered
@@ -160,8 +160,10 @@ class ProbeProgram:
             config,
             backend=jax.default_backend(),
             num_devices=jax.local_device_count(),
-            num_tokens=encoded.tokens.size + (fit.tokens.size if needs_fit and fit else 0),
+            num_tokens=max(encoded.tokens.size, fit.tokens.size if needs_fit and fit else 0),
             memory_gb=settings.memory_gb,
+            side_by_side=restarts_at_once(config, settings.ablations, draws=settings.resample_draws),
+            keeps_runs="resample" in settings.ablations,
         )
         self.chunk, self.devices = plan.checkpoints, plan.devices
         self._shape = encoded.is_read.shape

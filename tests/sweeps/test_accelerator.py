@@ -6,7 +6,8 @@ import pytest
 
 from kvjax.model.decoder import Decoder, DecoderConfig, stack_params
 from kvjax.sweeps import stream
-from kvjax.sweeps.ablations import ABLATIONS
+from kvjax.sweeps.ablations import ABLATIONS, restarts_at_once
+from kvjax.sweeps.chunking import checkpoint_bytes
 from kvjax.sweeps.program import measure_checkpoints
 from kvjax.sweeps.stream import ProbeProgram, SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -29,8 +30,8 @@ def sweep_of(small_benchmark):
     some_tokens = np.ones((1, 4), np.int32)
     params = [Decoder(config).init(jax.random.key(seed), some_tokens)["params"] for seed in (0, 1)]
 
-    def make():
-        return ProbeProgram(config, vocabulary, encoded, len(SPLITS), SETTINGS, fit=fitted, max_buckets=1)
+    def make(settings=SETTINGS):
+        return ProbeProgram(config, vocabulary, encoded, len(SPLITS), settings, fit=fitted, max_buckets=1)
 
     return make, jax.tree.map(np.asarray, params)
 
@@ -70,3 +71,18 @@ def test_the_program_is_lowered_for_accelerators_and_kept(sweep_of, on_accelerat
 
     exported = jax.export.export(jax.jit(of_leaves), platforms=[platform])(*leaves)
     assert jax.export.deserialize(exported.serialize()).platforms == (platform,)
+
+
+@pytest.mark.parametrize("draws", [1, 6])
+def test_memory_is_estimated_from_above(sweep_of, on_accelerator, draws):
+    """By the compiler's own account, here of a CPU; and by no more than a few times, or memory would lie idle."""
+    make, params = sweep_of
+    settings = SweepSettings(ablations=("zero", "resample"), resample_draws=draws, probe="none", checkpoint_batch="2")
+    program = make(settings)
+    compiled = measure_checkpoints.lower(program.program, stack_params(params), program.data).compile()
+    needed = compiled.memory_analysis().temp_size_in_bytes
+    (bucket,) = program.buckets
+    tokens, config = bucket.batches.tokens.size, program.program.config
+    at_once = restarts_at_once(config, settings.ablations, draws=draws)
+    estimate = 2 * checkpoint_bytes(config, kept_tokens=tokens, tokens_per_batch=tokens, side_by_side=at_once)
+    assert needed < estimate < 4 * needed
