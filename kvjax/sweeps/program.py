@@ -202,7 +202,8 @@ def _score_probes(
         intercepts_PxK = probes[target].intercepts
 
         def by_split(probe: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return jnp.matmul(right_answers(target, *probe, rows_NxD).astype(jnp.float32), in_split)
+            right = right_answers(target, *probe, rows_NxD).astype(jnp.float32)
+            return jnp.matmul(right, in_split, precision="highest")
 
         permuted = jax.lax.map(by_split, (weights_PxKxD[1:], intercepts_PxK[1:]))
         return right_answers(target, weights_PxKxD[0], intercepts_PxK[0], rows_NxD), permuted
