@@ -47,18 +47,18 @@ WINDOW_CASES = tuple(
 
 
 @functools.cache
-def model_of(n_layers, n_heads):
+def model_of(n_layers, n_heads, d_model=12, d_ff=10):
     """A random model of the shape."""
-    shape = {"d_model": 12, "n_layers": n_layers, "n_heads": n_heads, "d_ff": 10, "max_seq_len": LENGTH}
+    shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": d_ff, "max_seq_len": LENGTH}
     model = ModelConfig.model_validate(shape)
     params = to_flax(as_numpy(random_torch_model(shape, VOCAB, 0, tied=False)), model, VOCAB, where="test")
     return DecoderConfig.from_model_config(model, VOCAB, tied=False), params
 
 
 @functools.cache
-def setting(n_layers, n_heads):
+def setting(*shape):
     """A random model of the shape, and both ways of running it, compiled once per set of sites."""
-    config, params = model_of(n_layers, n_heads)
+    config, params = model_of(*shape)
 
     @jax.jit
     def plain(tokens, positions, edits):
@@ -76,12 +76,12 @@ def setting(n_layers, n_heads):
     return config, plain, restarted
 
 
-def axis_sizes(config):
+def axis_sizes(config, batch, length):
     return {
         "L": config.n_layers,
-        "B": BATCH,
-        "P": LENGTH,
-        "T": LENGTH,
+        "B": batch,
+        "P": length,
+        "T": length,
         "H": config.n_heads,
         "E": config.d_head,
         "D": config.d_model,
@@ -91,7 +91,7 @@ def axis_sizes(config):
 
 def random_edit(rng, config, name, layer, where):
     """A random edit of a site from a layer on, at the positions `where` [B, T]; axes are of their length or 1."""
-    sizes = axis_sizes(config)
+    sizes = axis_sizes(config, *where.shape)
     axes = SITES[name].axes
     keep = [axis in "BPTL" or rng.random() < 0.7 for axis in axes]
     shape = tuple(sizes[axis] if kept else 1 for axis, kept in zip(axes, keep, strict=True))
@@ -103,13 +103,13 @@ def random_edit(rng, config, name, layer, where):
     return Edit(jnp.asarray(mask), jnp.asarray(rng.normal(size=shape), jnp.float32))
 
 
-def random_inputs(seed):
+def random_inputs(seed, batch=BATCH, longest=LENGTH, reads=READS):
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, VOCAB, (BATCH, LENGTH)).astype(np.int32)
-    lengths = rng.integers(3, LENGTH + 1, BATCH)
+    tokens = rng.integers(1, VOCAB, (batch, longest)).astype(np.int32)
+    lengths = rng.integers(3, longest + 1, batch)
     for row, length in enumerate(lengths):
         tokens[row, length:] = 0
-    positions = np.stack([rng.integers(1, length, READS) for length in lengths]).astype(np.int32)
+    positions = np.stack([rng.integers(1, length, reads) for length in lengths]).astype(np.int32)
     return rng, tokens, positions
 
 
@@ -134,6 +134,25 @@ def test_edits_at_every_site_and_sets_of_sites_equal_the_plain_forward(shape, si
     # Kept activations of the MLP are used where edits of them come first.
     keep_hidden = sites == ("mlp_hidden",)
     ours = restarted(tokens, positions, edits, layer, last=layer == config.n_layers - 1, keep_hidden=keep_hidden)
+    assert_same(ours, plain(tokens, positions, edits))
+
+
+@settings(max_examples=16, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10_000))
+def test_any_shape_and_any_set_of_sites_equal_the_plain_forward(data, seed):
+    """Each example is compiled anew, so that few are drawn: more come with every run of the tests."""
+    draw = data.draw
+    heads = draw(st.integers(1, 4), "heads")
+    shape = (draw(st.integers(1, 4), "layers"), heads, heads * draw(st.integers(1, 5), "width"))
+    config, plain, restarted = setting(*shape, draw(st.integers(1, 12), "MLP width"))
+    size = (draw(st.integers(1, 3), "sequences"), draw(st.integers(3, LENGTH), "longest"), draw(st.integers(1, 5)))
+    rng, tokens, positions = random_inputs(seed, *size)
+    drawable = sorted(set(SITES) - {"pattern"})
+    sites = draw(st.lists(st.sampled_from(drawable), min_size=1, max_size=3, unique=True), "sites")
+    layer = 0 if "embedding" in sites else draw(st.integers(0, config.n_layers - 1), "layer")
+    everywhere = np.ones(tokens.shape, bool)
+    edits = {name: random_edit(rng, config, name, layer, everywhere) for name in sites}
+    ours = restarted(tokens, positions, edits, layer, last=layer == config.n_layers - 1)
     assert_same(ours, plain(tokens, positions, edits))
 
 
