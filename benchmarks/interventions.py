@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,10 +19,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from absl import app, flags
 
-from benchmarks.reporting import machine, median_seconds, write_result
+from benchmarks.reporting import machine, median_seconds, torch_device, write_result
 from converters.source import convert_checkpoint
 from converters.to_torch import to_torch
 from kvjax.artifacts.run_dir import RunDir
@@ -60,7 +58,9 @@ def main(argv: list[str]) -> None:
     devices = jax.local_device_count()
     together = jax.tree.map(lambda x: np.stack([x] * devices), params)
     alone = jax.tree.map(lambda x: x[None], params)
-    program = PairProgram(encoded, config, tokens_per_batch=CPU_TOKENS_PER_BATCH, devices=devices)
+    on_cpu = jax.default_backend() == "cpu"
+    pair_tokens = CPU_TOKENS_PER_BATCH if on_cpu else encoded.clean_tokens.size
+    program = PairProgram(encoded, config, tokens_per_batch=pair_tokens, devices=devices)
     result = {
         "what": "interventions at one checkpoint, seconds",
         "machine": machine(),
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         "ratio": result["path_patching"]["plain_loop"] / result["path_patching"]["one_checkpoint"],
         "largest_difference_in_logits": float(gap),
     }
-    if HAS_TRANSFORMER_LENS:
+    if HAS_TRANSFORMER_LENS and torch_device() is not None:
         result["activation_patching"] |= _transformer_lens(run, params, encoded, found["activation_patching"], places)
         ratio = result["activation_patching"]["transformer_lens"] / result["activation_patching"]["one_checkpoint"]
         result["activation_patching"]["ratio"] = ratio
@@ -154,8 +154,8 @@ def _plain_paths(config, params, batch, extra, window):
 def _transformer_lens(run, params, encoded, ours, places) -> dict[str, float]:
     from benchmarks.peers.transformer_lens import hooked_transformer, library_patch_means, patch_arrays
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = hooked_transformer(run.config.model, to_torch(params))
+    state = {name: tensor.to(torch_device()) for name, tensor in to_torch(params).items()}
+    model = hooked_transformer(run.config.model, state)
     rows = np.arange(len(encoded))
     target = encoded.is_target.argmax(axis=1)
     arguments = (
@@ -180,7 +180,8 @@ def _transformer_lens(run, params, encoded, ours, places) -> dict[str, float]:
 
 
 def _time_neurons(config, value_ids, stacked, records, devices) -> dict[str, float]:
-    buckets = bucket_by_length(records, tokens_per_batch=RECORD_TOKENS_PER_BATCH)
+    on_cpu = jax.default_backend() == "cpu"
+    buckets = bucket_by_length(records, tokens_per_batch=RECORD_TOKENS_PER_BATCH if on_cpu else records.tokens.size)
 
     def run() -> list:
         ids = tuple(value_ids.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import torch
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import device_description, software_versions
@@ -48,9 +50,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def torch_device() -> torch.device | None:
+    """Returns where PyTorch peers run, the kind of device that JAX computes on; None where this PyTorch has none.
+
+    A peer on a CPU beside kvjax on a GPU would be no peer.
+    """
+    if jax.default_backend() == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        return torch.device("cpu")
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Writes a benchmark's JSON and returns its path."""
+    """Writes a benchmark's JSON, named by its device, and returns its path."""
     device = result["machine"]["device"]
-    path = RESULTS / f"{name}_{device['backend']}_{result['machine']['cores']}cores.json"
+    kind = (
+        f"{result['machine']['cores']}cores" if device["backend"] == "cpu" else f"{device['count']}x_{device['kind']}"
+    )
+    path = RESULTS / f"{name}_{device['backend']}_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}.json"
     write_json(path, result)
     return path

@@ -1,4 +1,4 @@
-"""Seconds per checkpoint of the sweep, against eager PyTorch in the same process on the same cores.
+"""Seconds per checkpoint of the sweep, against eager PyTorch in the same process on the same cores or GPU.
 
     python -m benchmarks.sweep                                   # random weights on a freshly drawn benchmark
     python -m benchmarks.sweep --run_dir=… --benchmark_dir=… --probe_set=…
@@ -13,21 +13,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import torch
 from absl import app, flags
 
 from benchmarks.flops import zero_ablation_flops
 from benchmarks.peers.plain_forward import PlainAblations
 from benchmarks.peers.torch_eager import TorchAblations
-from benchmarks.reporting import machine, median_seconds, write_result
+from benchmarks.reporting import machine, median_seconds, torch_device, write_result
 from converters.source import convert_checkpoint
 from converters.to_torch import to_torch
 from converters.torch_decoder import TorchDecoder
@@ -66,16 +65,13 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary, encoded, fit, num_splits, model, params, weights, reading = _inputs(Path(scratch))
     vocab_size = len(vocabulary.tokens)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    module = TorchDecoder(model, vocab_size)
-    module.load_state_dict(to_torch(params))
     config = DecoderConfig.from_model_config(model, vocab_size)
 
     settings = SweepSettings(
         ablations=("zero",), probe="none", event_drift=False, checkpoint_batch=FLAGS.checkpoint_batch
     )
     program, seconds, compiling, measured = _time_sweep(config, vocabulary, encoded, num_splits, settings, params)
-    plain = PlainAblations(config, program.buckets, vocabulary.value_ids, program.devices)
+    plain = PlainAblations(config, program.buckets, vocabulary.value_ids, program.program)
     stacked = stack_params([params] * program.chunk)
     jax.block_until_ready(plain.measure(stacked))
     plain_seconds = median_seconds(lambda: plain.measure(stacked), FLAGS.torch_repeats) / program.chunk
@@ -91,13 +87,13 @@ def main(argv: list[str]) -> None:
     flops, here = zero_ablation_flops(config, encoded), machine()
     peak = here["matmul_2048_float32_gflops"] * 1e9
 
-    peers = {}
-    for batch in map(int, FLAGS.torch_batches):
-        peer = TorchAblations(module, encoded, vocabulary.value_ids, batch)
-        theirs = peer.measure()  # also the warm-up
-        peers[str(batch)] = median_seconds(peer.measure, FLAGS.torch_repeats)
-    best = min(peers.values())
-    lens = _transformer_lens(model, module, encoded, vocabulary, measured) if FLAGS.transformer_lens else None
+    device, eager, lens = torch_device(), None, None
+    if device is not None:
+        module = TorchDecoder(model, vocab_size).to(device)
+        module.load_state_dict(to_torch(params))
+        eager = _peer(TorchAblations, module, encoded, vocabulary, measured)
+        if FLAGS.transformer_lens:
+            lens = _transformer_lens(model, module, encoded, vocabulary, measured)
     result = {
         "what": "clean pass and every head and MLP zero ablation, all clean measures; per checkpoint",
         "machine": here,
@@ -116,12 +112,11 @@ def main(argv: list[str]) -> None:
         "useful_gflop": flops / 1e9,
         "useful_share_of_matmul_rate": flops / seconds / peak,
         "read_convert_certify_seconds": reading,
-        "torch_seconds_per_checkpoint_by_batch": peers,
-        "ratio_to_fastest_torch": best / seconds,
+        "torch": eager,
+        "ratio_to_fastest_torch": eager and min(eager["seconds_per_checkpoint_by_batch"].values()) / seconds,
+        "torch_note": None if eager else "not timed: this PyTorch has no device of the kind that kvjax ran on",
         "transformer_lens": lens,
-        "transformer_lens_note": None if lens else "not timed: not installed, or switched off",
-        "differing_answers": _differing_answers(measured, theirs),
-        "answers_compared": int(encoded.is_read.sum()) * len(theirs),
+        "transformer_lens_note": None if lens else "not timed: not installed, switched off, or without a device",
     }
     path = write_result(FLAGS.name, result)
     print(
@@ -136,16 +131,16 @@ def main(argv: list[str]) -> None:
     print(
         f"plain    {plain_seconds:8.3f} s per checkpoint, the whole model per ablation ({plain_seconds / seconds:.1f}x)"
     )
-    for batch, peer_seconds in peers.items():
-        print(f"PyTorch  {peer_seconds:8.3f} s per checkpoint, batches of {batch} ({peer_seconds / seconds:.1f}x)")
-    for batch, lens_seconds in (lens["seconds_per_checkpoint_by_batch"] if lens else {}).items():
-        ratio = lens_seconds / seconds
-        print(f"TransformerLens {lens_seconds:.3f} s per checkpoint, batches of {batch} ({ratio:.1f}x)")
-    if lens is None:
-        print(f"TransformerLens {result['transformer_lens_note']}")
+    for name, peer in (("PyTorch", eager), ("TransformerLens", lens)):
+        for batch, peer_seconds in (peer["seconds_per_checkpoint_by_batch"] if peer else {}).items():
+            ratio = peer_seconds / seconds
+            print(f"{name} {peer_seconds:.3f} s per checkpoint, batches of {batch} ({ratio:.1f}x)")
+        if peer:
+            print(f"         answers that differ: {peer['differing_answers']} of {peer['answers_compared']}")
+        else:
+            print(f"{name} {result['torch_note' if name == 'PyTorch' else 'transformer_lens_note']}")
     if reading is not None:
         print(f"reading, converting and certifying one file: {reading:.3f} s")
-    print(f"answers that differ: {result['differing_answers']} of {result['answers_compared']}")
     print(path)
 
 
@@ -206,6 +201,26 @@ def _inputs(
     return benchmark.vocabulary, encoded, fit, len(splits), model, params, weights, reading
 
 
+def _peer(
+    ablations: Callable[..., Any],
+    model: Any,
+    encoded: EncodedRecords,
+    vocabulary: Vocabulary,
+    ours: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """Returns a peer's seconds per checkpoint by batch size, and how its answers differ from ours."""
+    seconds = {}
+    for batch in map(int, FLAGS.torch_batches):
+        peer = ablations(model, encoded, vocabulary.value_ids, batch)
+        theirs = peer.measure()  # also the warm-up
+        seconds[str(batch)] = median_seconds(peer.measure, FLAGS.torch_repeats)
+    return {
+        "seconds_per_checkpoint_by_batch": seconds,
+        "differing_answers": _differing_answers(ours, theirs),
+        "answers_compared": int(encoded.is_read.sum()) * len(theirs),
+    }
+
+
 def _transformer_lens(
     model: ModelConfig,
     module: TorchDecoder,
@@ -213,20 +228,12 @@ def _transformer_lens(
     vocabulary: Vocabulary,
     ours: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Returns TransformerLens's version, its seconds per checkpoint by batch size, and how its answers differ."""
+    """Returns TransformerLens's version and what `_peer` says of it, on the device of `module`."""
     from benchmarks.peers.transformer_lens import TransformerLensAblations, hooked_transformer
 
     hooked = hooked_transformer(model, module.state_dict())
-    seconds = {}
-    for batch in map(int, FLAGS.torch_batches):
-        peer = TransformerLensAblations(hooked, encoded, vocabulary.value_ids, batch)
-        theirs = peer.measure()  # also the warm-up
-        seconds[str(batch)] = median_seconds(peer.measure, FLAGS.torch_repeats)
-    return {
-        "version": importlib.metadata.version("transformer-lens"),
-        "seconds_per_checkpoint_by_batch": seconds,
-        "differing_answers": _differing_answers(ours, theirs),
-    }
+    version = {"version": importlib.metadata.version("transformer-lens")}
+    return version | _peer(TransformerLensAblations, hooked, encoded, vocabulary, ours)
 
 
 def _differing_answers(ours: dict[str, np.ndarray], theirs: dict[tuple[int, ...], tuple[np.ndarray, ...]]) -> int:
