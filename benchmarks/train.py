@@ -22,6 +22,7 @@ from converters.to_torch import to_torch
 from converters.torch_decoder import TorchAttention, TorchDecoder
 from kvjax.config import InitializedModelConfig, TrainConfig, find_config, read_config
 from kvjax.model.decoder import DecoderConfig
+from kvjax.runtime import share_cpu_cores
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
 
 FLAGS = flags.FLAGS
@@ -34,6 +35,7 @@ VOCAB, LENGTH, RECORDS = 146, 56, 2048
 
 def main(argv: list[str]) -> None:
     del argv
+    share_cpu_cores()
     config = read_config(find_config("symbolic_kv_formation", "train"), TrainConfig)
     tokens = np.random.default_rng(0).integers(1, VOCAB, (RECORDS, LENGTH)).astype(np.int32)
     device, theirs, torch_loss = torch_device(), {}, None
@@ -80,6 +82,8 @@ def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -
         batch_size=config.batch_size,
         length=LENGTH,
         backend=jax.default_backend(),
+        num_seeds=seeds,
+        num_devices=jax.local_device_count(),
     )
     params = [initial_params(model, decoder, seed) for seed in range(seeds)]
     states = jax.tree.map(lambda *x: jnp.stack(x), *[TrainState(p, program.optimizer.init(p)) for p in params])

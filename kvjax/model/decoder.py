@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from kvjax.config import ModelConfig
 from kvjax.model.interventions import CLEAN, Interventions, Tap
+from kvjax.model.products import token_product
 from kvjax.model.sites import Trace, take_positions
 from kvjax.task.vocabulary import PAD_ID
 
@@ -105,13 +106,17 @@ def window_mask(tokens_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.A
     return jnp.concatenate([before, within], axis=-1)[:, None]
 
 
+def _dense(features: int, config: DecoderConfig) -> nn.Dense:
+    return nn.Dense(features, precision=config.precision, dot_general=token_product)
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention, split into what the heads read and what they write."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
-        dense = functools.partial(nn.Dense, self.config.d_model, precision=self.config.precision)
+        dense = functools.partial(_dense, self.config.d_model, self.config)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = dense(), dense(), dense(), dense()
 
     def _heads(self, projection: nn.Dense, x: jax.Array) -> jax.Array:
@@ -203,8 +208,8 @@ class Mlp(nn.Module):
     config: DecoderConfig
 
     def setup(self) -> None:
-        self.fc_in = nn.Dense(self.config.d_ff, precision=self.config.precision)
-        self.fc_out = nn.Dense(self.config.d_model, precision=self.config.precision)
+        self.fc_in = _dense(self.config.d_ff, self.config)
+        self.fc_out = _dense(self.config.d_model, self.config)
 
     def __call__(self, x_BxPxD: jax.Array, tap: Tap) -> jax.Array:
         return self.write(gelu(tap("mlp_pre", self.fc_in(x_BxPxD))), tap)

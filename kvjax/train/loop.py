@@ -70,6 +70,8 @@ class Training:
             batch_size=config.batch_size,
             length=encoded.tokens.shape[1],
             backend=jax.default_backend(),
+            num_seeds=len(self.seeds),
+            num_devices=jax.local_device_count(),
         )
         self._evaluator = SplitEvaluator(self.decoder, benchmark)
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from kvjax.config import InitializedModelConfig, OptimizationConfig
+from kvjax.measure.behaviour import wins_among
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.transforms import Lift
 from kvjax.task.vocabulary import PAD_ID
 from kvjax.train.schedule import learning_rate, make_optimizer
 
 CPU_TOKENS_PER_MICROBATCH = 900
+
+DEVICE_AXIS = "device"
 
 
 @jax.tree_util.register_dataclass
@@ -56,8 +60,12 @@ class TrainProgram:
       config: the model's shape.
       optimization: the optimiser's settings.
       num_steps: of the whole run.
-      microbatches: how many equal parts of a batch the gradient is summed over; they stay in cache on a CPU.
-      lift: how seeds are run, `map` (one after another) or `vmap`.
+      microbatches: how many equal parts of a device's share of a batch the gradient is summed over; they stay in cache
+        on a CPU.
+      lift: how the seeds of a device are run, `map` (one after another) or `vmap`.
+      devices: how many devices share the work.
+      shared: what they share: `seeds`, which need nothing of each other, or each step's `batch`, whose gradients are
+        summed over them.
     """
 
     config: DecoderConfig
@@ -65,6 +73,8 @@ class TrainProgram:
     num_steps: int
     microbatches: int
     lift: Lift
+    devices: int = 1
+    shared: Literal["seeds", "batch"] = "seeds"
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -79,14 +89,23 @@ def plan_training(
     batch_size: int,
     length: int,
     backend: str,
+    num_seeds: int,
+    num_devices: int,
 ) -> TrainProgram:
-    """Returns how to train on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere."""
-    microbatches = 1
+    """Returns how to train on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere.
+
+    Devices, of which a CPU has one per core, share the seeds where they divide them, and every batch otherwise.
+    """
+    devices, shared = num_devices, "seeds"
+    if num_seeds % num_devices:
+        devices, shared = max(n for n in range(1, num_devices + 1) if batch_size % n == 0), "batch"
+    microbatches, share = 1, batch_size // (devices if shared == "batch" else 1)
     if backend == "cpu":
-        wanted = max(1, round(batch_size * length / CPU_TOKENS_PER_MICROBATCH))
-        divisors = [parts for parts in range(1, batch_size + 1) if batch_size % parts == 0]
+        wanted = max(1, round(share * length / CPU_TOKENS_PER_MICROBATCH))
+        divisors = [parts for parts in range(1, share + 1) if share % parts == 0]
         microbatches = min(divisors, key=lambda parts: abs(math.log(parts / wanted)))
-    return TrainProgram(config, optimization, num_steps, microbatches, "map" if backend == "cpu" else "vmap")
+    lift = "map" if backend == "cpu" else "vmap"
+    return TrainProgram(config, optimization, num_steps, microbatches, lift, devices, shared)
 
 
 def initial_params(model: InitializedModelConfig, config: DecoderConfig, seed: int) -> Params:
@@ -145,8 +164,13 @@ def loss_sums(config: DecoderConfig, params: Params, tokens_BxT: jax.Array, weig
     targets = tokens_BxT[:, 1:]
     counted = (targets != PAD_ID) & (weights_B[:, None] > 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
-    right = (jnp.argmax(logits[:, :-1], axis=-1) == targets) & counted
+    right = wins_among(logits[:, :-1], targets) & counted
     return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(right)
+
+
+def over_shares(program: TrainProgram, sums: Any) -> Any:
+    """Returns sums over a device's share of a batch as sums over the whole batch."""
+    return jax.lax.psum(sums, DEVICE_AXIS) if program.shared == "batch" and program.devices > 1 else sums
 
 
 def train_step(
@@ -158,12 +182,12 @@ def train_step(
       program: the static settings.
       state: of one seed.
       tokens_NxT: the training split.
-      indices_B: the step's records, negative where the batch is not full.
+      indices_B: the step's records, negative where the batch is not full; this device's share of them.
       step: 1-based.
     """
     weights = (indices_B >= 0).astype(jnp.float32)
     batch = tokens_NxT[jnp.maximum(indices_B, 0)]
-    num_targets = jnp.sum((batch[:, 1:] != PAD_ID) * weights[:, None])
+    num_targets = over_shares(program, jnp.sum((batch[:, 1:] != PAD_ID) * weights[:, None]))
     value_and_grad = jax.value_and_grad(functools.partial(loss_sums, program.config), has_aux=True)
 
     def parts(x: jax.Array) -> jax.Array:
@@ -174,7 +198,8 @@ def train_step(
 
     # Sums over microbatches, divided once: the mean over the batch's targets, whichever microbatch they fell into.
     zero = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, state.params))
-    ((loss, right), grads), _ = jax.lax.scan(add_microbatch, zero, (parts(batch), parts(weights)))
+    sums, _ = jax.lax.scan(add_microbatch, zero, (parts(batch), parts(weights)))
+    (loss, right), grads = over_shares(program, sums)
     grads = jax.tree.map(lambda leaf: leaf / num_targets, grads)
     updates, optimizer_state = program.optimizer.update(grads, state.optimizer, state.params)
     metrics = StepMetrics(
@@ -204,8 +229,9 @@ def train_segment(
       first_step: 1-based number of the first step.
     """
 
-    def one_seed(state_and_indices: tuple[TrainState, jax.Array]) -> tuple[TrainState, StepMetrics]:
-        state, indices_KxB = state_and_indices
+    def one_seed(
+        state: TrainState, indices_KxB: jax.Array, tokens_NxT: jax.Array, first_step: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
         steps = first_step + jnp.arange(indices_KxB.shape[0])
 
         def body(state: TrainState, x: tuple[jax.Array, jax.Array]) -> tuple[TrainState, StepMetrics]:
@@ -213,5 +239,22 @@ def train_segment(
 
         return jax.lax.scan(body, state, (indices_KxB, steps))
 
-    lifted = functools.partial(jax.lax.map, one_seed) if program.lift == "map" else jax.vmap(one_seed)
-    return lifted((states, indices_RxKxB))
+    def all_seeds(states: TrainState, indices_RxKxB: jax.Array, *rest: jax.Array) -> tuple[TrainState, StepMetrics]:
+        def one(x: tuple[TrainState, jax.Array]) -> tuple[TrainState, StepMetrics]:
+            return one_seed(*x, *rest)
+
+        return (
+            jax.lax.map(one, (states, indices_RxKxB))
+            if program.lift == "map"
+            else jax.vmap(one)((states, indices_RxKxB))
+        )
+
+    arguments = (states, indices_RxKxB, tokens_NxT, first_step)
+    if program.devices == 1:
+        return all_seeds(*arguments)
+    mesh = Mesh(np.array(jax.devices()[: program.devices]), (DEVICE_AXIS,))
+    whole, by_seed, by_record = PartitionSpec(), PartitionSpec(DEVICE_AXIS), PartitionSpec(None, None, DEVICE_AXIS)
+    shares = (by_seed, by_seed) if program.shared == "seeds" else (whole, by_record)
+    return jax.shard_map(all_seeds, mesh=mesh, in_specs=(*shares, whole, whole), out_specs=shares[0], check_vma=False)(
+        *arguments
+    )

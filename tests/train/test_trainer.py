@@ -80,8 +80,17 @@ def torch_losses(params, tokens, indices, optimization):
 
 
 @pytest.mark.parametrize("optimization", [CONSTANT, COSINE], ids=["constant", "cosine"])
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # microbatches and mapped seeds, or whole batches and vmapped ones
-def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend):
+@pytest.mark.parametrize(
+    ("backend", "devices", "shared"),
+    [
+        ("cpu", 1, "seeds"),  # microbatches, one seed after another
+        ("cpu", 2, "seeds"),
+        ("cpu", 2, "batch"),
+        ("gpu", 1, "seeds"),  # whole batches, seeds side by side
+        ("gpu", 2, "batch"),
+    ],
+)
+def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend, devices, shared):
     seeds = (3, 4)
     program = plan_training(
         CONFIG,
@@ -90,8 +99,11 @@ def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend):
         batch_size=BATCH,
         length=450 if backend == "cpu" else LENGTH,
         backend=backend,
+        num_seeds=len(seeds) if shared == "seeds" else 1,
+        num_devices=devices,
     )
     assert (program.microbatches > 1) == (backend == "cpu")
+    assert (program.devices, program.shared) == (devices, shared)
     params = [initial_params(MODEL, CONFIG, seed) for seed in seeds]
     draw = functools.partial(batch_indices, num_records=RECORDS, batch_size=BATCH)
     indices = np.stack([draw(seed, 1, 20) for seed in seeds])
@@ -109,6 +121,25 @@ def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend):
             np.testing.assert_allclose(final[name], tensor, rtol=1e-2, atol=2e-4, err_msg=name)
         rates = [by_hand(optimization, step) for step in range(1, 21)]
         np.testing.assert_allclose(metrics.learning_rate[r], rates, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "devices", "batch", "expected"),
+    [
+        (8, 4, 32, (4, "seeds")),
+        (1, 4, 32, (4, "batch")),
+        (6, 4, 32, (4, "batch")),
+        (1, 4, 18, (3, "batch")),
+        (1, 4, 7, (1, "batch")),
+        (3, 1, 32, (1, "seeds")),
+    ],
+)
+def test_devices_share_seeds_or_else_batches(seeds, devices, batch, expected):
+    sizes = {"num_steps": 20, "batch_size": batch, "length": 450, "num_seeds": seeds, "num_devices": devices}
+    program = plan_training(CONFIG, CONSTANT, backend="cpu", **sizes)
+    assert (program.devices, program.shared) == expected
+    share = batch // (program.devices if program.shared == "batch" else 1)
+    assert share % program.microbatches == 0
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 100.0])
