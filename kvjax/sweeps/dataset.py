@@ -180,7 +180,10 @@ def _put_changes(dataset: xr.Dataset, put) -> None:
 
 
 def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
-    """Returns the per-read values and per-sequence sums that every mean and interval is made from."""
+    """Returns the per-read values and per-sequence sums that every mean and interval is made from.
+
+    Beside them, what each read is: its split, and the value it has on every axis of the benchmark.
+    """
     per_sequence = ("step", "sequence")
     stages = list(stage_names(arrays["mlp/write_norm"].shape[-1]))
     dims = {
@@ -195,6 +198,9 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
     dataset = xr.Dataset(coords={"step": list(steps), "sequence": list(probe.sample_ids), "stage": stages})
     dataset["split"] = (("sequence",), np.array(probe.splits)[probe.encoded.splits])
     dataset["is_read"] = (("sequence", "read"), probe.encoded.is_read)
+    for axis, of_reads in probe.axis_values.items():
+        values = np.where(probe.encoded.is_read, of_reads, -1).astype(np.int32)
+        dataset[axis] = (("sequence", "read"), values, {"long_name": f"{axis} of each read, -1 for none", "units": "1"})
     for name, values in arrays.items():
         kind = name.partition("/")[0]
         if kind == "read" and values.dtype != bool:
@@ -202,10 +208,24 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
         if kind == "probe":
             both = values.reshape(*values.shape[:2], -1, len(stages))  # p_e alone, or p_e and s_e
             own = dims[kind] if both.shape[2] > 1 else (*per_sequence, "stage")
-            dataset[name.replace("/", "_")] = (own, both if both.shape[2] > 1 else both[:, :, 0])
+            values = both if both.shape[2] > 1 else both[:, :, 0]
         elif kind in dims:
-            dataset[name.replace("/", "_")] = (dims[kind][: values.ndim], values)
-    return dataset
+            own = dims[kind][: values.ndim]
+        else:
+            continue
+        dataset[name.replace("/", "_")] = (own, values, _event_attrs(kind, name))
+    sizes = {"token_role": list(TOKEN_ROLES), "position_role": list(POSITION_ROLES)}
+    sizes |= {axis: range(dataset.sizes[axis]) for axis in ("layer", "head")}
+    return dataset.assign_coords({axis: list(labels) for axis, labels in sizes.items() if axis in dataset.sizes})
+
+
+def _event_attrs(kind: str, name: str) -> dict[str, str]:
+    """Returns what an array of the events holds, in words."""
+    over = {"read": "of each read", "token": "summed over the tokens of a sequence"}
+    long_name = f"{name.replace('/', ' ')}, {over.get(kind, 'summed over the reads of a sequence')}"
+    if kind == "attribution" or name.endswith("margin"):
+        return {"long_name": long_name, "units": "logits"}
+    return {"long_name": long_name, "units": "nats" if name.endswith(("entropy", "loss")) else "1"}
 
 
 def _margin_summary(margins_CxNxQ: np.ndarray, in_split: np.ndarray, is_read: np.ndarray) -> np.ndarray:

@@ -230,6 +230,20 @@ def test_the_netcdf_holds_the_rows_and_what_they_are_made_from(swept, rows):
         assert {"long_name", "units"} <= variable.attrs.keys(), name
 
 
+def test_the_events_say_what_each_read_is(swept):
+    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
+    for name, variable in events.data_vars.items():
+        assert name in ("is_read", "split") or {"units", "long_name"} <= variable.attrs.keys(), name
+    records = {record["sample_id"]: record for record in read_lines(swept / "analysis" / "probe_set.jsonl")}
+    for sequence in events["sequence"].values[:6]:
+        record, of_sequence = records[sequence], events.sel(sequence=sequence)
+        lags = [event["tokens_since_support"] for event in record["query_events"]]
+        filled = of_sequence.sizes["read"] - len(lags)
+        assert of_sequence["tokens_since_support"].values.tolist() == [*lags, *[-1] * filled]
+        assert (of_sequence["active_keys"].values[: len(lags)] == record["axes"]["active_keys"]).all()
+    assert events["layer"].values.tolist() == [0, 1, 2] and events["head"].values.tolist() == [0, 1, 2, 3]
+
+
 def test_sweeping_again_reuses_everything_and_changes_nothing(small_run):
     first = sweep(small_run)
     second = sweep(small_run)
