@@ -131,7 +131,8 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]
     """Returns the windows, or the named steps, to intervene in.
 
     Raises:
-      InputError: a condition for circuit work fails and `force` is not set, or there is no such window or step.
+      InputError: a condition for circuit work fails and `force` is not set, there is no such window or step, or both
+        were named.
     """
     ready = readiness(run)
     if not ready.ready and not settings.force:
@@ -142,6 +143,8 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]
             f"{failing.reason} ({advice} go on with --force)"
         )
     if settings.steps is not None:
+        if settings.window != "all":
+            raise unusable("--window", "no window beside --steps", settings.window)
         steps = tuple(run.select_steps(settings.steps))
         return [_Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
     path = run.analysis / WINDOWS_FILE

@@ -271,6 +271,7 @@ class TestIntervene:
         for flags, expected in (
             (["--kinds=surgery"], "--kinds: expected kinds among activation_patching"),
             (["--window=300"], "expected a window around 300; found windows around: 500"),
+            (["--window=500", "--steps=500"], "--window: expected no window beside --steps; found 500"),
             (["--components=L9H9"], "--components: expected components among L0H0"),
             (["--steps=250"], "step"),
         ):
