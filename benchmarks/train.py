@@ -23,7 +23,7 @@ from converters.torch_decoder import TorchAttention, TorchDecoder
 from kvjax.config import InitializedModelConfig, TrainConfig, find_config, read_config
 from kvjax.model.decoder import DecoderConfig
 from kvjax.runtime import share_cpu_cores
-from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
+from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("steps", 10, "Steps per timed segment.", lower_bound=1)
@@ -86,11 +86,11 @@ def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -
         num_devices=jax.local_device_count(),
     )
     params = [initial_params(model, decoder, seed) for seed in range(seeds)]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *[TrainState(p, program.optimizer.init(p)) for p in params])
+    states = [TrainState(p, program.optimizer.init(p)) for p in params]
     indices = np.stack(
         [batch_indices(s, 1, FLAGS.steps, num_records=RECORDS, batch_size=config.batch_size) for s in range(seeds)]
     )
-    tokens = jax.device_put(tokens)
+    states, tokens = start_training(program, states, tokens)
     start = time.perf_counter()
     states, metrics = train_segment(program, states, tokens, indices, jnp.asarray(1))
     loss = float(metrics.loss[0, 0])

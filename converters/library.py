@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from converters.converted import Certificate, ConvertedCheckpoint
 from kvjax.artifacts.files import file_sha256
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.store import STORE_FOLDER, NewCheckpoint, ParameterStore
-from kvjax.errors import unusable
+from kvjax.errors import InputError, unusable
 from kvjax.task.benchmark import Benchmark
 
 _KEPT_AT_ONCE = 64  # converted checkpoints held in memory before they are written as a part
@@ -26,11 +27,20 @@ class CheckpointLibrary:
       benchmark: what it is measured on.
       certify_on: sample sequences [B, T] for the parity certificates; None for none.
       trust_store: take stored conversions that have a certificate; otherwise everything is converted anew.
+      keep: put what is converted into the store.
     """
 
-    def __init__(self, run: RunDir, benchmark: Benchmark, *, certify_on: np.ndarray | None, trust_store: bool = True):
+    def __init__(
+        self,
+        run: RunDir,
+        benchmark: Benchmark,
+        *,
+        certify_on: np.ndarray | None,
+        trust_store: bool = True,
+        keep: bool = True,
+    ):
         self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
-        self._trust_store = trust_store
+        self._trust_store, self._keep = trust_store, keep
         self._store = ParameterStore(run.analysis / STORE_FOLDER, store_identity(run, benchmark))
         self._new: list[ConvertedCheckpoint] = []
         self._lock = threading.Lock()
@@ -59,35 +69,52 @@ class CheckpointLibrary:
         checkpoint = convert_checkpoint(
             path, self._run.config, self._benchmark, expected_step=expected_step, certify_on=self._certify_on
         )
-        with self._lock:
-            self._new.append(checkpoint)
-            if len(self._new) >= _KEPT_AT_ONCE:
-                self._write()
+        if self._keep:
+            with self._lock:
+                self._hold(checkpoint)
         return checkpoint
 
     def save(self) -> None:
-        """Writes what was converted since the last time into the store."""
+        """Writes what was converted since the last time into the store.
+
+        Raises:
+          InputError: it cannot be written.
+        """
         with self._lock:
             self._write()
 
+    def _hold(self, checkpoint: ConvertedCheckpoint) -> None:
+        """Holds a conversion until there are enough for a part. A part that cannot be written fails no checkpoint."""
+        if len(self._new) >= _KEPT_AT_ONCE:
+            return  # they could not be written: `save` tries once more, and tells
+        self._new.append(checkpoint)
+        if len(self._new) == _KEPT_AT_ONCE:
+            with contextlib.suppress(InputError):
+                self._write()
+
     def _write(self) -> None:
         for tied in (True, False):  # trees of one part have one structure
-            group = [c for c in self._new if ("unembedding" not in c.params) == tied]
-            new = [
-                NewCheckpoint(
-                    step=c.step,
-                    file=c.path.name,
-                    sha256=c.sha256,
-                    certificate=c.certificate and dataclasses.asdict(c.certificate),
-                    metrics=dict(c.recorded["metrics"]),
-                    notes=c.notes,
-                    params=c.params,
-                )
-                for c in {c.sha256: c for c in group}.values()
-            ]
-            if new:
+            group = [c for c in self._new if _is_tied(c) == tied]
+            if group:
+                new = [_to_store(c) for c in {c.sha256: c for c in group}.values()]
                 self._store.add(new, group[0].recorded["config"])
-        self._new.clear()  # only now: what could not be written is tried again
+                self._new = [c for c in self._new if _is_tied(c) != tied]  # only now: else it is tried again
+
+
+def _is_tied(checkpoint: ConvertedCheckpoint) -> bool:
+    return "unembedding" not in checkpoint.params
+
+
+def _to_store(checkpoint: ConvertedCheckpoint) -> NewCheckpoint:
+    return NewCheckpoint(
+        step=checkpoint.step,
+        file=checkpoint.path.name,
+        sha256=checkpoint.sha256,
+        certificate=checkpoint.certificate and dataclasses.asdict(checkpoint.certificate),
+        metrics=dict(checkpoint.recorded["metrics"]),
+        notes=checkpoint.notes,
+        params=checkpoint.params,
+    )
 
 
 def store_identity(run: RunDir, benchmark: Benchmark) -> dict[str, object]:

@@ -8,18 +8,20 @@ manifest carries a SHA-256 of itself; what does not match is as good as absent, 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import pydantic
+from absl import logging
 
 from kvjax.artifacts.files import read_json, replace_directory, write_json
 from kvjax.errors import InputError, unusable
@@ -32,6 +34,7 @@ Tree = dict[str, Any]
 
 _VERSION = 3
 _DAY = 86400.0
+_ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 
 _CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/design.md
 
@@ -114,22 +117,30 @@ class ParameterStore:
         return None
 
     def add(self, checkpoints: Sequence[NewCheckpoint], recorded_config: Mapping[str, Any]) -> None:
-        """Writes checkpoints as one more part; earlier entries of the same files, and damaged parts, are dropped."""
+        """Writes checkpoints as one more part; earlier entries of the same files, and damaged parts, are dropped.
+
+        Raises:
+          InputError: the folder cannot be written to.
+        """
         if not checkpoints:
             return
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
+        sha256 = tree_sha256(stacked)
+        name = f"part_{sha256[:16]}"
+        with replace_directory(self.folder / name) as partial:
+            _check_free_space(self.folder, stacked)
+            try:
+                save_tree(partial / "params", stacked)
+            except (OSError, ValueError, RuntimeError) as error:  # TensorStore has no kind of its own
+                raise unusable(self.folder, "a folder that can be written", error) from None
         kept, parts = [], {}
-        before = self._read_own_manifest()  # again: another process may have added since
+        before = self._read_own_manifest()  # only now: another process may have added while the part was written
         if before:
             damaged = {name for name, part in self._parts.items() if part is None}
             # A file that has changed since has one entry, its newest.
             replaced = {known for checkpoint in checkpoints for known in (checkpoint.sha256, checkpoint.file)}
             kept = [c for c in before.checkpoints if not {c.sha256, c.file} & replaced and c.part not in damaged]
             parts = {name: before.parts[name] for name in {c.part for c in kept}}
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
-        sha256 = tree_sha256(stacked)
-        name = f"part_{sha256[:16]}"
-        with replace_directory(self.folder / name) as partial:
-            save_tree(partial / "params", stacked)
         new = [
             StoredCheckpoint(
                 **{f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in ("params", "notes")},
@@ -158,10 +169,11 @@ class ParameterStore:
     def _remove_unnamed(self, *, superfluous: set[str]) -> None:
         """Removes parts that nothing names any more, and what processes that died left; not what others are writing."""
         for folder in self.folder.iterdir():
-            if not folder.is_dir() or folder.name in self._manifest.parts:
+            if folder.name in self._manifest.parts:
                 continue
-            if folder.name in superfluous or time.time() - folder.stat().st_mtime > _DAY:
-                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process renamed or removed it in the meantime
+                if folder.is_dir() and (folder.name in superfluous or time.time() - folder.stat().st_mtime > _DAY):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _part(self, name: str) -> Tree | None:
         """Returns a part's stacked parameters, or None where they are not what the manifest names."""
@@ -193,8 +205,19 @@ def save_tree(path: Path, tree: Tree) -> None:
     context = orbax.Context()
     context.array.saving.use_compression = False
     context.array.saving.storage_options = context.array.saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES)
-    with context:
+    with context, _nothing_logged():
         orbax.save(path.resolve(), tree)
+
+
+@contextlib.contextmanager
+def _nothing_logged() -> Iterator[None]:
+    """Keeps Orbax's threads from logging the tracebacks of an error that is raised as well."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_tree(path: Path) -> Tree:
@@ -216,6 +239,13 @@ def tree_sha256(params: Tree) -> str:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         return hashlib.sha256(b"".join(pool.map(leaf_digest, jax.tree.leaves_with_path(params)))).hexdigest()
+
+
+def _check_free_space(folder: Path, tree: Tree) -> None:
+    """Refuses a tree larger than the free space: TensorStore's threads print tracebacks where it ends as they write."""
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(folder).free
+    if free < needed + _ROOM_BESIDE:
+        raise unusable(folder, f"a disk with {(needed + _ROOM_BESIDE) / 1e6:.0f} MB free", f"{free / 1e6:.0f} MB")
 
 
 def _member(stacked: Tree, index: int) -> Tree:

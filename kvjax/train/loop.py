@@ -24,6 +24,7 @@ from kvjax.train.trainer import (
     batch_indices,
     initial_params,
     plan_training,
+    start_training,
     train_segment,
 )
 
@@ -62,7 +63,7 @@ class Training:
             [TRAIN_SPLIT],
             max_seq_len=config.model.max_seq_len,
         )
-        self._tokens = jax.device_put(encoded.tokens)
+        self._tokens = encoded.tokens
         self.program: TrainProgram = plan_training(
             self.decoder,
             config.optimization,
@@ -100,14 +101,14 @@ class Training:
           advance: called with the number of steps done.
         """
         config = self.config
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        stacked, tokens = start_training(self.program, states, self._tokens)
         # Every segment has the same length, so that one program serves all but a last, odd one.
         segment = math.gcd(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
         while done_steps < config.num_steps:
             steps = min(segment - done_steps % segment, config.num_steps - done_steps)
             indices = self._batches(done_steps + 1, steps)
             stacked, metrics = train_segment(
-                self.program, stacked, self._tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
+                self.program, stacked, tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
             )
             metrics = jax.device_get(metrics)
             self._check_finite(metrics, done_steps + 1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.config import InitializedModelConfig, OptimizationConfig
 from kvjax.measure.behaviour import wins_among
@@ -80,6 +81,17 @@ class TrainProgram:
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.optimization, self.num_steps)
 
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(np.array(jax.local_devices()[: self.devices]), (DEVICE_AXIS,))
+
+    @property
+    def specs(self) -> tuple[PartitionSpec, PartitionSpec]:
+        """How states [R, …] and batches [R, steps, B] lie on the devices."""
+        if self.shared == "seeds":
+            return PartitionSpec(DEVICE_AXIS), PartitionSpec(DEVICE_AXIS)
+        return PartitionSpec(), PartitionSpec(None, None, DEVICE_AXIS)
+
 
 def plan_training(
     config: DecoderConfig,
@@ -94,11 +106,16 @@ def plan_training(
 ) -> TrainProgram:
     """Returns how to train on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere.
 
-    Devices, of which a CPU has one per core, share the seeds where they divide them, and every batch otherwise.
+    Devices, of which a CPU has one per core, share the seeds or every batch, in equal parts: whichever employs more of
+    them.
     """
-    devices, shared = num_devices, "seeds"
-    if num_seeds % num_devices:
-        devices, shared = max(n for n in range(1, num_devices + 1) if batch_size % n == 0), "batch"
+
+    def sharing(items: int) -> int:
+        return max(n for n in range(1, num_devices + 1) if items % n == 0)
+
+    devices, shared = sharing(num_seeds), "seeds"  # seeds need nothing of each other
+    if sharing(batch_size) > devices:
+        devices, shared = sharing(batch_size), "batch"
     microbatches, share = 1, batch_size // (devices if shared == "batch" else 1)
     if backend == "cpu":
         wanted = max(1, round(share * length / CPU_TOKENS_PER_MICROBATCH))
@@ -211,6 +228,21 @@ def train_step(
     return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
 
 
+def start_training(
+    program: TrainProgram, states: Sequence[TrainState], tokens_NxT: np.ndarray
+) -> tuple[TrainState, jax.Array]:
+    """Returns seeds' states, stacked, and the training split, where `train_segment` leaves and expects them.
+
+    Anywhere else they would be moved by the first segment, whose program would then be compiled a second time for
+    what it returned.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    if program.devices == 1:
+        return stacked, jax.device_put(tokens_NxT)
+    by_seed, whole = (NamedSharding(program.mesh, spec) for spec in (program.specs[0], PartitionSpec()))
+    return jax.device_put(stacked, by_seed), jax.device_put(tokens_NxT, whole)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_segment(
     program: TrainProgram,
@@ -252,9 +284,11 @@ def train_segment(
     arguments = (states, indices_RxKxB, tokens_NxT, first_step)
     if program.devices == 1:
         return all_seeds(*arguments)
-    mesh = Mesh(np.array(jax.devices()[: program.devices]), (DEVICE_AXIS,))
-    whole, by_seed, by_record = PartitionSpec(), PartitionSpec(DEVICE_AXIS), PartitionSpec(None, None, DEVICE_AXIS)
-    shares = (by_seed, by_seed) if program.shared == "seeds" else (whole, by_record)
-    return jax.shard_map(all_seeds, mesh=mesh, in_specs=(*shares, whole, whole), out_specs=shares[0], check_vma=False)(
-        *arguments
-    )
+    (states_spec, batches_spec), whole = program.specs, PartitionSpec()
+    return jax.shard_map(
+        all_seeds,
+        mesh=program.mesh,
+        in_specs=(states_spec, batches_spec, whole, whole),
+        out_specs=states_spec,
+        check_vma=False,
+    )(*arguments)

@@ -1,17 +1,24 @@
 """A run's checkpoints through the parameter store: converted once, and never another file's or damaged parameters."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import torch
 
+import converters.library
 import converters.source
 from converters.library import CheckpointLibrary
 from converters.runs import convert_run
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.store import read_stored_run
+from kvjax.commands.main import main
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from tests.building import write_small_benchmark
@@ -174,3 +181,66 @@ def test_verifying_converts_anew(library, small_run, benchmark, monkeypatch):
     converted = Unread(monkeypatch)
     convert_run(RunDir.open(small_run), benchmark, verify="sample", advance=lambda n: None)
     assert len(converted.files) == 3
+
+
+def test_a_store_that_cannot_be_written_fails_no_checkpoint_and_is_told_at_the_end(library, small_run, monkeypatch):
+    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
+    folder = small_run / "analysis" / "converted"
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    converting = library()
+    for step, path in RunDir.open(small_run).checkpoints.items():
+        assert converting.load(path, step).step == step
+    with pytest.raises(InputError, match=r"converted.*: expected a directory that can be written"):
+        converting.save()
+    folder.unlink()
+    converting.save()
+    stored, _ = read_stored_run(folder)
+    assert [c.step for c in stored.checkpoints] == [100, 200], "what was held when writing failed first"
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_stored(library, small_run, small_benchmark, monkeypatch, capsys):
+    load_all(library(), small_run)
+    folder = small_run / "analysis" / "converted"
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=500_000))
+    flags = [f"--run_dirs={small_run}", f"--benchmark_dir={small_benchmark}", "--to=flax", "--noprogress"]
+    assert main(["convert", *flags]) == 2
+    printed = capsys.readouterr().err
+    assert re.fullmatch(f"kvjax convert: {folder}: expected a disk with 1 MB free; found 0 MB\n", printed)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [c.step for c in read_stored_run(folder)[0].checkpoints] == [100, 200, 300]
+
+
+def test_a_write_that_ends_half_way_is_refused_and_leaves_what_was_stored(tmp_path):
+    """A limit on the size of files stands for quotas and for disks that fill up while they are written to."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from kvjax.artifacts.store import NewCheckpoint, ParameterStore
+from kvjax.commands.main import main
+from kvjax.errors import InputError
+def add(step, size):
+    noise = np.random.default_rng(step).normal(size=size).astype(np.float32)
+    new = NewCheckpoint(step, f"step_{step}.pt", str(step), None, {}, [], {"kernel": noise})
+    ParameterStore(Path(sys.argv[1]), {}).add([new], {})
+add(1, 1000)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    add(2, 100_000)
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path}: expected a folder that can be written; found ")
+    manifest, (params,) = read_stored_run(tmp_path)
+    assert [c.step for c in manifest.checkpoints] == [1] and params["kernel"].shape == (1000,)
+    assert len(list(tmp_path.iterdir())) == 2, "nothing half written is left"
+
+
+def test_looking_without_keeping_holds_and_writes_nothing(library, small_run, monkeypatch):
+    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
+    load_all(library(keep=False), small_run)
+    assert not (small_run / "analysis").exists()

@@ -15,7 +15,7 @@ from converters.torch_decoder import TorchDecoder
 from kvjax.config import InitializedModelConfig, OptimizationConfig, ScheduleConfig
 from kvjax.model.decoder import DecoderConfig
 from kvjax.train.schedule import learning_rate, make_optimizer
-from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, train_segment
+from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 from tests.building import SMALL_MODEL
 
 VOCAB, RECORDS, BATCH, LENGTH = 30, 21, 8, 14
@@ -109,8 +109,15 @@ def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend, device
     indices = np.stack([draw(seed, 1, 20) for seed in seeds])
     theirs = [torch_losses(p, tokens, i, optimization) for p, i in zip(params, indices, strict=True)]
     states = [TrainState(p, program.optimizer.init(p)) for p in params]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    state, metrics = train_segment(program, stacked, tokens, indices, jnp.asarray(1))
+    state, on_devices = start_training(program, states, tokens)
+    compiled, segments = train_segment._cache_size(), []
+    for start in (0, 10):
+        state, segment = train_segment(
+            program, state, on_devices, indices[:, start : start + 10], jnp.asarray(start + 1)
+        )
+        segments.append(segment)
+    assert train_segment._cache_size() == compiled + 1, "one program serves every segment"
+    metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *segments)
     for r, (losses, norms, module) in enumerate(theirs):
         np.testing.assert_allclose(metrics.loss[r], losses, rtol=1e-4)
         np.testing.assert_allclose(metrics.grad_norm[r], norms, rtol=1e-3)
@@ -129,12 +136,14 @@ def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend, device
         (8, 4, 32, (4, "seeds")),
         (1, 4, 32, (4, "batch")),
         (6, 4, 32, (4, "batch")),
+        (6, 4, 9, (3, "seeds")),
+        (7, 8, 6, (7, "seeds")),
         (1, 4, 18, (3, "batch")),
-        (1, 4, 7, (1, "batch")),
+        (1, 4, 7, (1, "seeds")),
         (3, 1, 32, (1, "seeds")),
     ],
 )
-def test_devices_share_seeds_or_else_batches(seeds, devices, batch, expected):
+def test_devices_share_what_employs_most_of_them(seeds, devices, batch, expected):
     sizes = {"num_steps": 20, "batch_size": batch, "length": 450, "num_seeds": seeds, "num_devices": devices}
     program = plan_training(CONFIG, CONSTANT, backend="cpu", **sizes)
     assert (program.devices, program.shared) == expected
