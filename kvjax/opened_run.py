@@ -123,21 +123,25 @@ class OpenedRun:
           The arrays with the first dimension `step`.
 
         Raises:
-          InputError: a checkpoint cannot be used, or `dims` names another number of axes than the array has.
+          InputError: a checkpoint cannot be used, the function returns anything but an array, or `dims` names another
+            number of axes.
         """
         import xarray as xr  # whoever only loads checkpoints need not wait for it
 
         wanted = self.run.select_steps(steps)
         devices = min(jax.local_device_count(), len(wanted))
-        measured = np.concatenate(list(self._measured(function, shared, wanted, devices)))
+        measured = np.concatenate(list(self._measured(function, shared, wanted, devices, tuple(dims))))
         dims = tuple(dims) or tuple(f"axis_{axis}" for axis in range(measured.ndim - 1))
-        if len(dims) != measured.ndim - 1:
-            raise unusable("dims", f"{measured.ndim - 1} names, one for each axis of {list(measured.shape[1:])}", dims)
         name = getattr(function, "__name__", None)
         return xr.DataArray(measured, dims=("step", *dims), coords={"step": wanted}, name=name)
 
     def _measured(
-        self, function: Callable[..., Any], shared: tuple[Any, ...], steps: Sequence[int], devices: int
+        self,
+        function: Callable[..., Any],
+        shared: tuple[Any, ...],
+        steps: Sequence[int],
+        devices: int,
+        dims: tuple[str, ...],
     ) -> Iterator[np.ndarray]:
         compiled: dict[bool, Callable[..., jax.Array]] = {}  # by whether unembeddings are tied
         for start in range(0, len(steps), devices):
@@ -151,7 +155,17 @@ class OpenedRun:
                     return function(params, config, *shared)
 
                 compiled[tied] = jax.jit(over_checkpoints(one, lift="map", devices=devices))
+                _check_measure(compiled[tied].trace(stacked, *shared).out_info, dims)
             yield np.asarray(compiled[tied](stacked, *shared))[: len(chunk)]
 
     def _config(self, *, tied: bool) -> DecoderConfig:
         return DecoderConfig.from_model_config(self.run.config.model, len(self.vocabulary.tokens), tied=tied)
+
+
+def _check_measure(found: Any, dims: tuple[str, ...]) -> None:
+    """Checks the shape of what a function returns for stacked checkpoints, before anything is computed."""
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        raise unusable("function", "one array as its result", type(found).__name__)
+    axes = found.shape[1:]
+    if dims and len(dims) != len(axes):
+        raise unusable("dims", f"{len(axes)} names, one for each axis of {list(axes)}", dims)

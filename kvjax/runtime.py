@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 CACHE_VARIABLE = "KVJAX_CACHE_DIR"
+_DEVICES_FLAG = "--xla_force_host_platform_device_count"  # XLA's own way to say how many devices a CPU is
 
 
 def cache_folder() -> Path:
@@ -36,7 +37,7 @@ def use_compilation_cache() -> Path | None:
             folder.chmod(0o700)
     except OSError:
         return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    _set_compilation_cache(str(folder))
     # Comparing states takes 0.3 s to compile, in every process if it were not kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
@@ -44,11 +45,16 @@ def use_compilation_cache() -> Path | None:
 
 def leave_compilation_cache() -> None:
     """Turns JAX's persistent compilation cache off, also where this process or its environment had turned it on."""
+    _set_compilation_cache(None)
+
+
+def _set_compilation_cache(folder: str | None) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_enable_compilation_cache", folder is not None)
+    compilation_cache.reset_cache()  # JAX remembers from its first program whether there is one
 
 
 def lowered_folder() -> Path | None:
@@ -68,7 +74,7 @@ def share_cpu_cores() -> None:
     """
     import jax
 
-    if jax.config.jax_num_cpu_devices != -1:
+    if jax.config.jax_num_cpu_devices != -1 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     try:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
@@ -84,5 +90,5 @@ def start_jax() -> None:
     import jax
 
     share_cpu_cores()
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         use_compilation_cache()

@@ -46,6 +46,11 @@ def test_a_checkpoint_computes_what_its_file_does(small_run):
         (lambda run: run.encode([["W", "K99"]]), "streams: expected tokens of .*; found 'K99'"),
         (lambda run: run.encode([["W"] * 1000]), "at most max_seq_len"),
         (lambda run: run.measure(lambda params, config: jnp.zeros(2), dims=("a", "b")), "dims: expected 1 names"),
+        (
+            lambda run: run.measure(lambda params, config: {"a": jnp.zeros(2)}),
+            "expected one array as its result; found",
+        ),
+        (lambda run: run.measure(lambda params, config: None), "expected one array as its result; found NoneType"),
     ],
 )
 def test_what_a_run_does_not_have_is_said(small_run, ask, complaint):

@@ -47,7 +47,8 @@ def test_a_folder_that_cannot_be_made_turns_the_cache_off(tmp_path):
 
 
 def test_a_command_keeps_no_programs_when_asked(tmp_path):
-    """Also where an earlier command of the process, or JAX's own variable, had turned the cache on."""
+    """Also where an earlier command of the process, or JAX's own variable, had turned the cache on; a later command
+    may turn it on again."""
     code = (
         "import jax; from absl import flags; from kvjax.commands import common;"
         "from kvjax.runtime import lowered_folder;"
@@ -59,6 +60,18 @@ def test_a_command_keeps_no_programs_when_asked(tmp_path):
         "values.unparse_flags(); values(['x', '--nocompilation_cache']); common.start_jax(values);"
         "before = sorted(p.name for p in __import__('pathlib').Path('CACHE').iterdir()); compile(2);"
         "after = sorted(p.name for p in __import__('pathlib').Path('CACHE').iterdir());"
-        "print(before == after, jax.config.jax_compilation_cache_dir, lowered_folder())"
+        "from kvjax.runtime import start_jax; start_jax();"
+        "print(before == after, jax.config.jax_compilation_cache_dir, lowered_folder());"
+        "values.unparse_flags(); values(['x']); common.start_jax(values);"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); compile(3);"
+        "print(lowered_folder() is not None, len(list(__import__('pathlib').Path('CACHE').iterdir())) > len(before))"
     )
-    assert run(tmp_path / "cache", code.replace("CACHE", str(tmp_path / "cache"))) == "True None None"
+    assert run(tmp_path / "cache", code.replace("CACHE", str(tmp_path / "cache"))) == "True None None\nTrue True"
+
+
+def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch):
+    code = "from kvjax.runtime import start_jax; start_jax(); import jax; print(jax.local_device_count())"
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert run(tmp_path / "cache", code) == str(len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    assert run(tmp_path / "cache", code) == "3"

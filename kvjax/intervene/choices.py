@@ -5,6 +5,7 @@ Only what is known before a program runs can be checked: traced layers, heads an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,32 +44,47 @@ def checked_pair(config: DecoderConfig, tokens_BxT: Any, source_tokens_BxT: Any)
     return tokens, source
 
 
+def checked_mask(mask: Any, shape: Sequence[int], name: str) -> jax.Array:
+    """Returns a choice among heads, MLPs or positions as an array of truth values.
+
+    Raises:
+      InputError: it has another shape, which could be spread over places that nobody chose, or is not of truth values.
+    """
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.shape != tuple(shape) or mask.dtype != bool:
+        raise unusable(name, f"truth values of shape {list(shape)}", f"{mask.dtype} of shape {list(mask.shape)}")
+    return jnp.asarray(mask)
+
+
 def check_place(config: DecoderConfig, site: str, layer: Any, head: Any, prefix: str = "") -> None:
     """Checks that a site, a layer and a head name a place of the model; `prefix` is that of the caller's names.
 
     Raises:
-      InputError: there is no such site, layer or head, or the site has no heads.
+      InputError: there is no such site, layer or head, one is not a single whole number, or the site has no heads.
     """
     known = [name for name in SITES if name != "pattern"]  # its two position axes have no one mask
     if site not in known:
         raise InputError(f"expected a site among {', '.join(known)}; found {site}")
     axes = SITES[site].axes
-    for letter, what, chosen, size in (("L", "layer", layer, config.n_layers), ("H", "head", head, config.n_heads)):
-        number = _known_number(chosen)
-        if letter in axes:
-            if number is not None and not 0 <= number < size:
-                raise unusable(f"{prefix}{what}", f"one from 0 to {size - 1}", number)
-        elif letter == "H" and chosen is not None:
-            raise unusable(f"{prefix}head", f"none, for {site} is not of one head", chosen)
-        elif number:
-            raise unusable(f"{prefix}layer", f"none, for {site} is not of one layer", number)
+    if "L" in axes:
+        _check_number(layer, config.n_layers, f"{prefix}layer")
+    elif layer is not None and _known_number(layer, f"{prefix}layer"):
+        raise unusable(f"{prefix}layer", f"none, for {site} is not of one layer", layer)
+    if head is None:
+        return
+    if "H" not in axes:
+        raise unusable(f"{prefix}head", f"none, for {site} is not of one head", head)
+    _check_number(head, config.n_heads, f"{prefix}head")
 
 
 def check_path(config: DecoderConfig, sender: str, sender_layer: Any, receiver: str, receiver_layer: Any) -> None:
     """Checks that a receiver comes after its sender; raises `InputError` where it does not."""
     from_layer, to_layer = (
-        _known_number(layer) if SITES[site].per_layer else (-1 if site == "embedding" else config.n_layers)
-        for site, layer in ((sender, sender_layer), (receiver, receiver_layer))
+        _known_number(layer, name) if SITES[site].per_layer else (-1 if site == "embedding" else config.n_layers)
+        for site, layer, name in (
+            (sender, sender_layer, "sender_layer"),
+            (receiver, receiver_layer, "receiver_layer"),
+        )
     )
     if from_layer is None or to_layer is None:
         return
@@ -80,8 +96,23 @@ def check_path(config: DecoderConfig, sender: str, sender_layer: Any, receiver: 
         )
 
 
-def _known_number(chosen: Any) -> int | None:
-    """Returns a chosen layer or head, None where it is not one number that is known by now."""
-    if chosen is None or isinstance(chosen, jax.core.Tracer) or np.ndim(chosen):
+def _check_number(chosen: Any, size: int, name: str) -> None:
+    number = _known_number(chosen, name)
+    if number is not None and not 0 <= number < size:
+        raise unusable(name, f"one from 0 to {size - 1}", number)
+
+
+def _known_number(chosen: Any, name: str) -> int | None:
+    """Returns a chosen layer or head, None where a traced one is not known yet.
+
+    Raises:
+      InputError: it is not one whole number.
+    """
+    if isinstance(chosen, jax.core.Tracer):
+        if chosen.ndim or not jnp.issubdtype(chosen.dtype, jnp.integer):
+            raise unusable(name, "one whole number", f"{chosen.dtype} of shape {list(chosen.shape)}")
         return None
+    number = np.asarray(chosen)
+    if number.ndim or not np.issubdtype(number.dtype, np.integer):
+        raise unusable(name, "one whole number", chosen)
     return int(chosen)

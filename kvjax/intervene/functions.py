@@ -4,7 +4,8 @@ Each runs the plain model, so that every place and position is exact whatever is
 parameters, activations and what replaces them. Studies of whole windows use the restarting engine instead
 (`kvjax intervene`). Layers, heads and masks may be traced; the forward pass is compiled once for each shape and site.
 
-All raise `InputError` for a site, layer, head or token that the model does not have, where it is known beforehand.
+All raise `InputError` for a site, layer, head, mask or token that the model does not have, as far as it is known
+beforehand.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvjax.errors import InputError
-from kvjax.intervene.choices import check_path, check_place, checked_pair, checked_tokens
+from kvjax.errors import InputError, unusable
+from kvjax.intervene.choices import check_path, check_place, checked_mask, checked_pair, checked_tokens
 from kvjax.intervene.paths import HEAD_INPUTS
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Edit, Interventions
-from kvjax.model.sites import SITES, Trace
+from kvjax.model.sites import SITES, STAGE_SITES, Trace
 from kvjax.model.transforms import plain_forward
 
 
@@ -55,10 +56,11 @@ def ablate(
     """
     tokens, edits = checked_tokens(config, tokens_BxT), {}
     if heads_LxH is not None:
-        mask = jnp.asarray(heads_LxH)[:, None, None, :, None]
-        edits["head_z"] = Edit(mask, _of_rank(head_value, "head_z"))
+        mask = checked_mask(heads_LxH, (config.n_layers, config.n_heads), "heads_LxH")
+        edits["head_z"] = Edit(mask[:, None, None, :, None], _of_rank(head_value, "head_z"))
     if mlps_L is not None:
-        edits["mlp_out"] = Edit(jnp.asarray(mlps_L)[:, None, None, None], _of_rank(mlp_value, "mlp_out"))
+        mask = checked_mask(mlps_L, (config.n_layers,), "mlps_L")
+        edits["mlp_out"] = Edit(mask[:, None, None, None], _of_rank(mlp_value, "mlp_out"))
     return _forward(config, (), params, tokens, edits)[0]
 
 
@@ -136,7 +138,7 @@ def path_patch(
       params, config: one checkpoint.
       tokens_BxT, source_tokens_BxT: the run that is patched, and the one that the sender's output comes from.
       sender: `embedding`, `head_z` (what the head writes through the output projection) or `mlp_out`.
-      sender_layer, sender_head: which.
+      sender_layer, sender_head: which; the head of `head_z` alone.
       receiver: `query_input`, `key_input`, `value_input`, `mlp_input` or `logits_input`, after the sender.
       receiver_layer, receiver_head: which; all heads where the head is None.
 
@@ -147,6 +149,8 @@ def path_patch(
         raise InputError(f"path_patch: expected a sender among embedding, head_z, mlp_out; found {sender}")
     if not receiver.endswith("_input"):
         raise InputError(f"path_patch: expected a receiver's input, such as query_input; found {receiver}")
+    if sender == "head_z" and sender_head is None:
+        raise unusable("sender_head", "one whole number", sender_head)
     check_place(config, sender, sender_layer, sender_head if sender == "head_z" else None, "sender_")
     check_place(config, receiver, receiver_layer, receiver_head, "receiver_")
     check_path(config, sender, sender_layer, receiver, receiver_layer)
@@ -199,6 +203,8 @@ def across_checkpoints(
       layer: of `post_attn` and `post_mlp`.
       where_BxT: bool, the positions taken; all where None.
     """
+    if site not in STAGE_SITES:
+        raise InputError(f"across_checkpoints: expected a stage among {', '.join(STAGE_SITES)}; found {site}")
     check_place(config, site, layer, None)
     tokens = checked_tokens(config, tokens_BxT)
     value = _forward(config, (site,), other_params, tokens)[1][site]
@@ -235,7 +241,7 @@ def _run_with(
             along = [sizes[letter] if axis == letter else 1 for axis in axes]
             mask &= (jnp.arange(sizes[letter]) == chosen).reshape(along)
     if where_BxT is not None:
-        where = jnp.asarray(where_BxT)
+        where = checked_mask(where_BxT, tokens_BxT.shape, "where_BxT")
         lengths = {"B": where.shape[0], "P": where.shape[1], "T": where.shape[1]}
         mask &= where.reshape([lengths.get(axis, 1) for axis in axes])
     return _forward(config, (), params, tokens_BxT, {site: Edit(mask, value)})[0]

@@ -38,7 +38,7 @@ class ChunkPlan:
 
 
 def plan_chunks(
-    requested: str,
+    requested: str | int,
     config: DecoderConfig,
     *,
     backend: str,
@@ -67,7 +67,7 @@ def plan_chunks(
     Raises:
       InputError: `requested` is neither `auto` nor a positive number.
     """
-    if requested != "auto" and not (requested.isdecimal() and int(requested) > 0):
+    if requested != "auto" and not (str(requested).isdecimal() and int(requested) > 0):
         raise unusable("--checkpoint_batch", "auto or a positive number", requested)
     if backend == "cpu":
         chunk = num_devices if requested == "auto" else _shareable(int(requested), num_devices)

@@ -85,7 +85,7 @@ class SweepSettings:
     resample_draws: int = 1
     probe: str = "ridge"
     event_drift: bool = True
-    checkpoint_batch: str = "auto"
+    checkpoint_batch: str | int = "auto"
     memory_gb: float | None = None
     skip_bad: bool = False
     overwrite: bool = False
@@ -94,8 +94,10 @@ class SweepSettings:
         for name, allowed in (("precision", ("highest", "default")), ("probe", ("ridge", "logistic", "none"))):
             if getattr(self, name) not in allowed:
                 raise unusable(f"--{name}", f"one of {', '.join(allowed)}", getattr(self, name))
-        if not self.resample_draws >= 1:
-            raise unusable("--resample_draws", "at least 1", self.resample_draws)
+        if not (isinstance(self.resample_draws, int) and self.resample_draws >= 1):
+            raise unusable("--resample_draws", "a whole number of at least 1", self.resample_draws)
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise unusable("--memory_gb", "more than 0", self.memory_gb)
         if self.ablations:  # in one order, whatever order they were named in: results are found by them
             object.__setattr__(self, "ablations", chosen_ablations(self.ablations))
 

@@ -165,6 +165,13 @@ def test_unknown_places_are_refused(model, tokens):
         ({"site": "head_z", "layer": 1, "head": 4}, "head: expected one from 0 to 3; found 4"),
         ({"site": "mlp_out", "layer": 1, "head": 3}, "head: expected none, for mlp_out is not of one head; found 3"),
         ({"site": "final_norm", "layer": 1}, "layer: expected none, for final_norm is not of one layer; found 1"),
+        ({"site": "head_z", "layer": 0.5}, "layer: expected one whole number; found 0.5"),
+        ({"site": "head_z", "layer": None}, "layer: expected one whole number; found None"),
+        ({"site": "head_z", "layer": "last"}, "layer: expected one whole number; found last"),
+        ({"site": "head_z", "layer": True}, "layer: expected one whole number; found True"),
+        ({"site": "head_z", "layer": [0, 1, 2]}, r"layer: expected one whole number; found \[0, 1, 2\]"),
+        ({"site": "head_z", "head": np.arange(4)}, r"head: expected one whole number; found \[0 1 2 3\]"),
+        ({"site": "head_z", "where_BxT": np.ones((4, 1), bool)}, "where_BxT: expected truth values of shape"),
     ],
 )
 def test_a_place_that_the_model_does_not_have_is_refused(model, tokens, place, complaint):
@@ -189,6 +196,38 @@ def test_a_path_back_is_refused(model, tokens, sender, receiver):
         kvjax.path_patch(params, config, *tokens, **path)
     with pytest.raises(InputError, match="sender_layer: expected one from 0 to 2; found 7"):
         kvjax.path_patch(params, config, *tokens, **path | {"sender_layer": 7})
+
+
+@pytest.mark.parametrize(
+    ("masks", "complaint"),
+    [
+        ({"heads_LxH": np.ones((3, 1), bool)}, r"heads_LxH: expected truth values of shape \[3, 4\]; found bool of"),
+        ({"heads_LxH": np.ones(4, bool)}, r"heads_LxH: expected truth values of shape \[3, 4\]"),
+        ({"heads_LxH": np.eye(3, 4)}, "heads_LxH: expected truth values .*; found float64"),
+        ({"mlps_L": np.ones(1, bool)}, r"mlps_L: expected truth values of shape \[3\]; found bool of shape \[1\]"),
+        ({"mlps_L": [1, 0, 0]}, "mlps_L: expected truth values .*; found int64"),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused(model, tokens, masks, complaint):
+    """It would be spread over heads and layers that nobody chose."""
+    _, params, config = model
+    with pytest.raises(InputError, match=complaint):
+        kvjax.ablate(params, config, tokens[0], **masks)
+
+
+def test_what_is_traced_is_checked_as_far_as_it_is_known(model, tokens):
+    _, params, config = model
+    for bad in (jnp.arange(3), jnp.array(0.5)):
+        with pytest.raises(InputError, match=r"layer: expected one whole number; found (int|float)32 of shape"):
+            jax.jit(lambda layer: kvjax.patch(params, config, *tokens, site="head_z", layer=layer))(bad)
+    with pytest.raises(InputError, match="sender_head: expected one whole number; found None"):
+        kvjax.path_patch(params, config, *tokens, sender="head_z", sender_head=None, receiver="logits_input")
+
+
+def test_only_stages_are_taken_from_other_checkpoints(model, tokens, other_model):
+    _, params, config = model
+    with pytest.raises(InputError, match=r"across_checkpoints: expected a stage among embedding, post_attn, .*; found"):
+        kvjax.across_checkpoints(params, other_model[1], config, tokens[0], site="head_z", layer=1)
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(model, tokens):

@@ -6,6 +6,7 @@ from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.chunking import MOST_PER_ACCELERATOR, checkpoint_bytes, plan_chunks
+from kvjax.sweeps.stream import SweepSettings
 
 CONFIG = DecoderConfig(vocab_size=146, d_model=128, n_layers=3, n_heads=4, d_ff=512, max_seq_len=96)
 TOKENS = 384 * 83
@@ -59,7 +60,25 @@ def test_devices_share_equally_and_none_is_idle(requested, backend, chunk, devic
     assert (found.checkpoints, found.devices) == (chunk, devices)
 
 
-@pytest.mark.parametrize("requested", ["0", "-1", "many", "1.5"])
+def test_numbers_may_be_numbers():
+    assert plan(4) == plan("4")
+
+
+@pytest.mark.parametrize("requested", ["0", "-1", "many", "1.5", 0, -1, 1.5])
 def test_no_number_is_refused(requested):
     with pytest.raises(InputError, match="--checkpoint_batch: expected auto or a positive number"):
         plan(requested)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"memory_gb": 0}, "--memory_gb: expected more than 0; found 0"),
+        ({"memory_gb": -1.0}, "--memory_gb: expected more than 0; found -1.0"),
+        ({"resample_draws": 0}, "--resample_draws: expected a whole number of at least 1; found 0"),
+        ({"resample_draws": 1.5}, "--resample_draws: expected a whole number of at least 1; found 1.5"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, complaint):
+    with pytest.raises(InputError, match=complaint):
+        SweepSettings(**settings)
