@@ -18,14 +18,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.measure.residual import event_drift, linear_cka, spread
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import STAGE_SITES
-from kvjax.model.transforms import Lift, over_interventions
+from kvjax.model.transforms import CHECKPOINT_AXIS, Lift, checkpoint_mesh, over_checkpoints, over_interventions
 from kvjax.sweeps.engine import run_clean
 from kvjax.sweeps.fit import flatten_reads, probe_features
+from kvjax.sweeps.program import Program
 from kvjax.sweeps.stream import CheckpointSource, LoadedCheckpoint, ProbeProgram
 from kvjax.task.encoding import EncodedRecords
 
@@ -63,8 +65,7 @@ class MovementWatch:
         for before, name in itertools.pairwise(order):
             self._others[name]["previous"] = before
         self._reference, self._store = reference, store
-        self._buckets = tuple(bucket.batches for bucket in program.buckets)
-        self._static = {"num_splits": program.program.num_splits, "lift": program.program.interventions}
+        self._program, self._buckets = program.program, program.data.buckets
         self._at_hand: dict[str, tuple[LoadedCheckpoint, ReadStates]] = {}
 
     def __call__(self, chunk: Sequence[tuple[str, LoadedCheckpoint]], states: jax.Array) -> Callable[[], None]:
@@ -74,33 +75,87 @@ class MovementWatch:
           chunk: names and checkpoints that the devices are measuring.
           states: [C, 2 S, reads, D] as the program returns them, shared by the devices.
         """
-        arrived = {}
+        of_chunk = _by_checkpoint(_spread_of_checkpoints(self._program, states, self._buckets))
         # The states of a shorter chunk's filling are left out.
-        for (name, checkpoint), values in zip(chunk, _by_checkpoint(states), strict=False):
-            arrived[name] = checkpoint, with_spread(values, self._buckets, lift=self._static["lift"])
+        arrived = {name: (checkpoint, own) for (name, checkpoint), own in zip(chunk, of_chunk, strict=False)}
         self._at_hand |= arrived
-        started = []
-        for name, (checkpoint, own) in self._at_hand.items():
-            for kind, other in self._others.get(name, {}).items():
-                if other in self._at_hand and (name in arrived or other in arrived):
-                    other_checkpoint, others = self._at_hand[other]
-                    there = jax.device_put(others, next(iter(own.spread.devices())))
-                    found = movement(own, there, self._buckets, **self._static)
-                    started.append((name, kind, checkpoint, other, other_checkpoint.sha256, found))
+        pairs = [
+            _Pair(name, kind, other, *self._at_hand[name], *self._at_hand[other])
+            for name in self._at_hand
+            for kind, other in self._others.get(name, {}).items()
+            if other in self._at_hand and (name in arrived or other in arrived)
+        ]
+        started = list(self._start(pairs, of_chunk))
         # The next chunk's first follows this chunk's last.
         self._at_hand = {name: self._at_hand[name] for name in (self._reference, chunk[-1][0]) if name in self._at_hand}
 
         def keep() -> None:
-            for name, kind, checkpoint, other, other_sha256, found in started:
-                _keep(self._store, name, kind, (checkpoint.sha256, other_sha256), checkpoint.step, found, other)
+            for found, at in started:
+                by_device = jax.device_get(found)
+                for index, pair in at.items():
+                    arrays = {measure: x[index] for measure, x in by_device.items()}
+                    hashes = pair.checkpoint.sha256, pair.other_checkpoint.sha256
+                    _keep(self._store, pair.name, pair.kind, hashes, pair.checkpoint.step, arrays, pair.other)
 
         return keep
 
+    def _start(
+        self, pairs: Sequence[_Pair], of_chunk: Sequence[ReadStates]
+    ) -> Iterator[tuple[dict[str, jax.Array], dict[int, _Pair]]]:
+        """Yields comparisons that the devices make at the same time, and which pair each device has, if any.
 
-def _by_checkpoint(states_CxGxNxD: jax.Array) -> Iterator[jax.Array]:
-    """Yields each checkpoint's states, on the device that they were made on."""
-    shards = sorted(states_CxGxNxD.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return (x for shard in shards for x in shard.data)
+        One program for all devices: one for each would be compiled for each.
+        """
+        filling = {_device(own): own for own in of_chunk}
+        devices = list(filling)
+        waiting = {device: [pair for pair in pairs if _device(pair.own) == device] for device in devices}
+        for round_of_pairs in itertools.zip_longest(*waiting.values()):
+            at = {index: pair for index, pair in enumerate(round_of_pairs) if pair is not None}
+            own = [at[i].own if i in at else filling[device] for i, device in enumerate(devices)]
+            others = [
+                jax.device_put(at[i].others, device) if i in at else filling[device] for i, device in enumerate(devices)
+            ]
+            found = _movement_of_pairs(self._program, (_shared(own), _shared(others)), self._buckets)
+            yield found, at
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Two checkpoints to compare: the names, how they relate, and the states of each, [1, …] on a device."""
+
+    name: str
+    kind: str
+    other: str
+    checkpoint: LoadedCheckpoint
+    own: ReadStates
+    other_checkpoint: LoadedCheckpoint
+    others: ReadStates
+
+
+def _device(states: ReadStates) -> jax.Device:
+    return next(iter(states.spread.devices()))
+
+
+def _by_checkpoint(states: ReadStates) -> list[ReadStates]:
+    """Returns each checkpoint's states, [1, …], on the device that they were made on."""
+
+    def parts(x: jax.Array) -> list[jax.Array]:
+        shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        whole = [shard.data for shard in shards]
+        # A slice is a program, compiled for each device; the whole of a shard is none.
+        return [part if len(part) == 1 else part[i : i + 1] for part in whole for i in range(len(part))]
+
+    return list(map(ReadStates, parts(states.values), parts(states.spread)))
+
+
+def _shared(of_devices: Sequence[ReadStates]) -> ReadStates:
+    """Returns one checkpoint's states on each device, [1, …], as one array shared by them, without moving any."""
+    sharding = NamedSharding(checkpoint_mesh(len(of_devices)), PartitionSpec(CHECKPOINT_AXIS))
+
+    def joined(*parts: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays((len(parts), *parts[0].shape[1:]), sharding, list(parts))
+
+    return jax.tree.map(joined, *of_devices)
 
 
 def _pair_key(sha256: str, other_sha256: str) -> str:
@@ -113,7 +168,7 @@ def _keep(
     kind: str,
     hashes: tuple[str, str],
     step: int,
-    found: Mapping[str, jax.Array],
+    found: Mapping[str, jax.Array | np.ndarray],
     other: str,
 ) -> CheckpointResult:
     arrays = {measure: np.asarray(x) for measure, x in found.items()}
@@ -191,6 +246,28 @@ def read_states(config: DecoderConfig, params: Params, buckets: tuple[EncodedRec
         return probe_features(clean.trace, batch)
 
     return jnp.concatenate([flatten_reads(jax.lax.map(of_batch, batches)) for batches in buckets], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _spread_of_checkpoints(
+    program: Program, states_CxGxNxD: jax.Array, buckets: tuple[EncodedRecords, ...]
+) -> ReadStates:
+    """Returns the states of the checkpoints that devices share, with their spread, [C, …]."""
+    of_checkpoint = functools.partial(with_spread, lift=program.interventions)
+    lifted = over_checkpoints(of_checkpoint, lift=program.checkpoints, devices=program.devices)
+    return lifted(states_CxGxNxD, buckets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _movement_of_pairs(
+    program: Program, pairs: tuple[ReadStates, ReadStates], buckets: tuple[EncodedRecords, ...]
+) -> dict[str, jax.Array]:
+    """Returns what `movement` says of each device's pair, [devices, …]."""
+
+    def of_pair(pair: tuple[ReadStates, ReadStates], buckets: tuple[EncodedRecords, ...]) -> dict[str, jax.Array]:
+        return movement(*pair, buckets, num_splits=program.num_splits, lift=program.interventions)
+
+    return over_checkpoints(of_pair, lift=program.checkpoints, devices=program.devices)(pairs, buckets)
 
 
 @functools.partial(jax.jit, static_argnames="lift")

@@ -92,3 +92,13 @@ def test_states_are_formed_again_only_for_checkpoints_measured_before(small_run,
 def test_without_event_drift_the_rest_is_the_same(small_run, swept):
     report = sweep(small_run, event_drift=False)
     assert "residual_cka" not in report.dataset and report.dataset["answer_accuracy"].size
+
+
+def test_devices_share_one_program(small_run):
+    """Compared where each checkpoint's states are, one after another, every device would compile its own."""
+    programs = (movement._spread_of_checkpoints, movement._movement_of_pairs, movement.with_spread, movement.movement)
+    for program in programs:
+        program.clear_cache()
+    report = sweep(small_run)
+    assert len(report.log.later_call_seconds) == 1, "two calls, the second filled up"
+    assert [program._cache_size() for program in programs] == [1, 1, 0, 0]
