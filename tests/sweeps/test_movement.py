@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from kvjax.model.sites import stage_names
-from kvjax.sweeps import movement
+from kvjax.sweeps import movement, stream
 from kvjax.sweeps.movement import read_states
 from tests.building import SMALL_MODEL, STEPS
 from tests.sweeping import sweep
@@ -92,6 +92,16 @@ def test_states_are_formed_again_only_for_checkpoints_measured_before(small_run,
 def test_without_event_drift_the_rest_is_the_same(small_run, swept):
     report = sweep(small_run, event_drift=False)
     assert "residual_cka" not in report.dataset and report.dataset["answer_accuracy"].size
+
+
+def test_side_by_side_as_on_an_accelerator_moves_the_same(small_run, means, monkeypatch):
+    as_here = stream.plan_chunks
+    monkeypatch.setattr(
+        stream, "plan_chunks", lambda *args, **given: as_here(*args, **given | {"backend": "gpu", "num_devices": 1})
+    )
+    ours = sweep(small_run, ablations=("zero",), probe="none").dataset
+    for name in ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka"):
+        np.testing.assert_allclose(ours[name], means[name], rtol=1e-4, atol=1e-6)
 
 
 def test_devices_share_one_program(small_run):
