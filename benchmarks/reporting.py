@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 import statistics
 import time
@@ -17,6 +16,7 @@ import torch
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import device_description, software_versions
+from kvjax.runtime import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
     """Returns the device, the cores this process may use, and the versions of what ran."""
     return {
         "device": device_description(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "matmul_2048_float32_gflops": round(matmul_gflops(), 1),
         "versions": software_versions(),
         "date": datetime.date.today().isoformat(),
@@ -56,7 +56,7 @@ def torch_device() -> torch.device | None:
     A peer on a CPU beside kvjax on a GPU would be no peer.
     """
     if jax.default_backend() == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(available_cores())
         return torch.device("cpu")
     return torch.device("cuda") if torch.cuda.is_available() else None
 

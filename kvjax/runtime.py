@@ -65,6 +65,12 @@ def lowered_folder() -> Path | None:
     return Path(kept) / "lowered" if kept is not None and kept == str(cache_folder()) else None
 
 
+def available_cores() -> int:
+    """Returns how many CPU cores this process may use; all there are where the system has no such limit, as macOS."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def share_cpu_cores() -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 
@@ -77,7 +83,7 @@ def share_cpu_cores() -> None:
     if jax.config.jax_num_cpu_devices != -1 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     try:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", available_cores())
     except RuntimeError:
         return  # the backend has started: whoever started it chose
 

@@ -5,7 +5,7 @@ import stat
 import subprocess
 import sys
 
-from kvjax.runtime import CACHE_VARIABLE
+from kvjax.runtime import CACHE_VARIABLE, available_cores
 
 _COMPILE = (
     "import jax; from kvjax.runtime import use_compilation_cache; folder = use_compilation_cache();"
@@ -75,3 +75,8 @@ def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch)
     assert run(tmp_path / "cache", code) == str(len(os.sched_getaffinity(0)))
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     assert run(tmp_path / "cache", code) == "3"
+
+
+def test_all_cores_are_used_where_the_system_knows_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_cores() == os.cpu_count()

@@ -65,7 +65,7 @@ flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per device call: au
 flags.DEFINE_float(
     "memory_gb",
     None,
-    "Accelerator memory that --checkpoint_batch=auto may fill.",
+    "Memory that --checkpoint_batch=auto may fill: of each accelerator, or of the machine on a CPU.",
     lower_bound=0.1,
     flag_values=FLAGS,
 )

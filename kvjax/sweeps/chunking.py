@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from pathlib import Path
 
 import jax
 
@@ -13,6 +16,9 @@ from kvjax.model.transforms import Lift
 CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/design.md
 DEFAULT_ACCELERATOR_GB = 8.0  # where the device does not say how much it has
 MEMORY_SHARE = 0.7
+MACHINE_SHARE = 0.5
+# Where Linux says how much memory a container may have: control groups, of version 2 and 1.
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # A few checkpoints of whole probe sets fill an accelerator. More at once would compute more copies of the last one
 # where a run's number of checkpoints is not a multiple.
 MOST_PER_ACCELERATOR = 16
@@ -50,9 +56,9 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Returns how to cut a sweep.
 
-    On a CPU every core is a device that runs one checkpoint after another in cache-sized microbatches. On an
-    accelerator, whole probe sets of several checkpoints run side by side, as memory allows; where it does not hold one
-    checkpoint, microbatches are cut.
+    On a CPU every core is a device that runs one checkpoint after another in cache-sized microbatches, as many cores as
+    memory allows. On an accelerator, whole probe sets of several checkpoints run side by side, as memory allows; where
+    it does not hold one checkpoint, microbatches are cut.
 
     Args:
       requested: the `--checkpoint_batch` flag, `auto` or a number.
@@ -60,7 +66,7 @@ def plan_chunks(
       backend: `cpu`, `gpu` or `tpu`.
       num_devices: devices there are.
       num_tokens: padded tokens of the probe set.
-      memory_gb: memory of each accelerator to use; None for most of what it has.
+      memory_gb: memory of each accelerator to use, or of the machine on a CPU; None for most of what it has.
       side_by_side: how many intervened runs of a checkpoint there are at once.
       keeps_runs: whether the clean runs of all records are kept at once, for resampling.
 
@@ -69,15 +75,17 @@ def plan_chunks(
     """
     if requested != "auto" and not (str(requested).isdecimal() and int(requested) > 0):
         raise unusable("--checkpoint_batch", "auto or a positive number", requested)
-    if backend == "cpu":
-        chunk = num_devices if requested == "auto" else _shareable(int(requested), num_devices)
-        return ChunkPlan(chunk, min(chunk, num_devices), CPU_TOKENS_PER_BATCH, "map", "map")
-    budget = (memory_gb or _device_memory_gb()) * 1e9
 
-    def needed(tokens_per_batch: int) -> float:
+    def needed(tokens_per_batch: int, side_by_side: int = side_by_side) -> float:
         kept = num_tokens if keeps_runs else tokens_per_batch
         return checkpoint_bytes(config, kept_tokens=kept, tokens_per_batch=tokens_per_batch, side_by_side=side_by_side)
 
+    if backend == "cpu":
+        budget = (memory_gb or _machine_memory_gb()) * 1e9
+        fitting = max(1, min(int(budget / needed(CPU_TOKENS_PER_BATCH, 1)), num_devices))
+        chunk = fitting if requested == "auto" else _shareable(int(requested), num_devices)
+        return ChunkPlan(chunk, min(chunk, num_devices), CPU_TOKENS_PER_BATCH, "map", "map")
+    budget = (memory_gb or _device_memory_gb()) * 1e9
     tokens = num_tokens
     while needed(tokens) > budget and tokens > _FEWEST_TOKENS_PER_BATCH:
         tokens = -(-tokens // 2)
@@ -95,6 +103,18 @@ def _device_memory_gb() -> float:
     """Returns the accelerator memory that a sweep may fill: most of what JAX may allocate."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return limit * MEMORY_SHARE / 1e9 if limit else DEFAULT_ACCELERATOR_GB
+
+
+def _machine_memory_gb() -> float:
+    """Returns the memory that a sweep on a CPU may fill: half of the machine's, or of what its container may have.
+
+    The process itself and compiling take about 2 GB beside it.
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is `max`
+            total = min(total, int(limit.read_text()))
+    return total * MACHINE_SHARE / 1e9
 
 
 def checkpoint_bytes(config: DecoderConfig, *, kept_tokens: int, tokens_per_batch: int, side_by_side: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ import xarray as xr
 from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, RATE, Bounds, interval, resample_counts, resampled_ratios
 from kvjax.model.sites import stage_names
+from kvjax.runtime import available_cores
 from kvjax.sweeps.ablations import ABLATIONS
 from kvjax.sweeps.fit import PROBE_TARGETS
 from kvjax.sweeps.means import ALL_SPLITS, DIFFICULTIES, LENS_MEANS, POSITION_ROLES, READ_MEANS, ProbeIndex
@@ -94,7 +94,7 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
     # would fight with these for the cores.
     with (
         threadpoolctl.threadpool_limits(1, user_api="blas"),
-        concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        concurrent.futures.ThreadPoolExecutor(available_cores()) as pool,
     ):
         for one in _sequence_sums(arrays, probe):
             over = members_of if one.by_split else members_of[:1]

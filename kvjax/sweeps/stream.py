@@ -75,7 +75,7 @@ class SweepSettings:
       probe: trained probes: `ridge`, `logistic` (ridge, and multinomial logistic at the named steps) or `none`.
       event_drift: whether drift of single events and linear CKA are measured.
       checkpoint_batch: `auto`, or checkpoints per device call.
-      memory_gb: accelerator memory to use; None for most of what there is.
+      memory_gb: memory to use, of each accelerator or of the machine on a CPU; None for most of what there is.
       skip_bad: list unusable checkpoints instead of stopping at the first.
       overwrite: measure again what was measured already.
     """

@@ -4,8 +4,9 @@ import pytest
 
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig
+from kvjax.sweeps import chunking
 from kvjax.sweeps.ablations import restarts_at_once
-from kvjax.sweeps.chunking import MOST_PER_ACCELERATOR, checkpoint_bytes, plan_chunks
+from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH, MOST_PER_ACCELERATOR, checkpoint_bytes, plan_chunks
 from kvjax.sweeps.stream import SweepSettings
 
 CONFIG = DecoderConfig(vocab_size=146, d_model=128, n_layers=3, n_heads=4, d_ff=512, max_seq_len=96)
@@ -58,6 +59,28 @@ def test_microbatches_are_cut_where_one_checkpoint_does_not_fit():
 def test_devices_share_equally_and_none_is_idle(requested, backend, chunk, devices):
     found = plan(requested, backend=backend, num_devices=4)
     assert (found.checkpoints, found.devices) == (chunk, devices)
+
+
+def test_a_machine_runs_as_many_checkpoints_as_its_memory_holds():
+    one = checkpoint_bytes(CONFIG, kept_tokens=TOKENS, tokens_per_batch=CPU_TOKENS_PER_BATCH, side_by_side=1) / 1e9
+    for given, cores in ((0.5, 1), (3.5, 3), (1000, 16)):
+        found = plan(backend="cpu", num_devices=16, memory_gb=one * given)
+        assert (found.checkpoints, found.devices) == (cores, cores)
+    assert plan(backend="cpu", num_devices=16, memory_gb=one, keeps_runs=False).devices > 10, "one microbatch each"
+    assert plan("16", backend="cpu", num_devices=16, memory_gb=one).devices == 16, "who names a number gets it"
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    whole = plan(backend="cpu", num_devices=10_000, memory_gb=None).devices
+    limit, none = tmp_path / "memory.max", tmp_path / "other"
+    none.write_text("max\n")
+    monkeypatch.setattr(chunking, "_CONTAINER_LIMITS", (tmp_path / "absent", none))
+    assert plan(backend="cpu", num_devices=10_000, memory_gb=None).devices == whole > 1
+    limit.write_text("4000000000\n")
+    monkeypatch.setattr(chunking, "_CONTAINER_LIMITS", (limit, none))
+    assert plan(backend="cpu", num_devices=10_000, memory_gb=None) == plan(
+        backend="cpu", num_devices=10_000, memory_gb=2.0
+    )
 
 
 def test_numbers_may_be_numbers():
