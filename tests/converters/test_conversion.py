@@ -205,6 +205,29 @@ class TestCertificate:
         with pytest.raises(InputError, match=r"file.pt: expected Flax logits within"):
             certify(state, params, MODEL, self.tokens, where="file.pt")
 
+    @pytest.mark.parametrize("apart", [1e-5, 0.2], ids=["nearly tied", "apart"])
+    def test_another_answer_counts_where_two_are_nearly_tied_and_refuses_elsewhere(self, apart):
+        """Two tokens' unembeddings, all but equal, change places: the answer is the other one wherever either wins."""
+        module = random_torch_model(SMALL_MODEL, VOCAB, 0, tied=False)
+        state = as_numpy(module)
+        tokens = torch.from_numpy(self.tokens).long()
+        with torch.no_grad():
+            often = int(module(tokens).argmax(-1).mode().values[0])
+            unembedding = state["lm_head.weight"] = state["lm_head.weight"].copy()
+            other = (often + 1) % VOCAB
+            unembedding[other] = unembedding[often] * (1 - apart)
+            module.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+            wins = int(torch.isin(module(tokens).argmax(-1), torch.tensor([often, other])).sum())
+        swapped = unembedding.copy()
+        swapped[[often, other]] = unembedding[[other, often]]
+        params = convert(state | {"lm_head.weight": swapped})
+        assert wins > 5
+        if apart > 0.1:
+            with pytest.raises(InputError, match=f"a difference of .* and {wins} other answers"):
+                certify(state, params, MODEL, self.tokens, where="file.pt")
+        else:
+            assert certify(state, params, MODEL, self.tokens, where="file.pt").argmax_near_ties == wins
+
 
 @pytest.fixture
 def benchmark(small_benchmark):
