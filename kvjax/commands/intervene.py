@@ -2,7 +2,8 @@
 
 In every checkpoint of a window: activation and path patching between clean and corrupted streams, necessity and
 sufficiency of component sets, states across checkpoints, residual subspaces, neurons, attribution patching. Each kind
-gets, under analysis/interventions/, a readable summary (.json) and every number (.nc).
+gets, under analysis/interventions/, a readable summary (.json) and every number (.nc). What was measured before is not
+measured again, so that a call that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ common.define_precision_flag(FLAGS)
 flags.DEFINE_bool(
     "force", False, "Go on although the run is not ready for circuit work (kvjax status).", flag_values=FLAGS
 )
+flags.DEFINE_bool(
+    "overwrite", False, "Measure again, also where an earlier call had other settings.", flag_values=FLAGS
+)
 
 
 def run() -> None:
@@ -64,6 +68,7 @@ def run() -> None:
         components=tuple(FLAGS.components) if FLAGS.components else None,
         precision=FLAGS.precision,
         force=FLAGS.force,
+        overwrite=FLAGS.overwrite,
     )
     reports = intervene_in_runs(
         common.required(FLAGS, "run_dirs"),

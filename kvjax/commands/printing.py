@@ -105,6 +105,8 @@ def print_intervention_report(report: Any) -> None:
     )
     for line in _INTERVENTION_LINES[report.kind](document):
         print(f"  {line}")
+    if report.reused:
+        print("  measured before (--overwrite measures again)")
     print(f"  {report.path}, every number in {report.path.with_suffix('.nc').name}")
 
 

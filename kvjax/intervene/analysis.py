@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from kvjax.artifacts.files import write_json, write_json_lines
+from kvjax.artifacts.files import file_sha256, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
 from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError, unusable
 from kvjax.intervene import components, flow, states
+from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
 from kvjax.intervene.patching import component_places
 from kvjax.intervene.study import CPU_TOKENS_PER_BATCH, Outcome, Study
 from kvjax.model.decoder import DecoderConfig, stack_params
@@ -53,6 +54,7 @@ class InterventionSettings:
       components: names of the components whose set is tested for sufficiency; None for the smallest faithful one.
       precision: of matrix products.
       force: go on although a condition for circuit work fails.
+      overwrite: measure again what was measured already, also where it was with other settings.
     """
 
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -62,17 +64,19 @@ class InterventionSettings:
     components: tuple[str, ...] | None = None
     precision: str = "highest"
     force: bool = False
+    overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class InterventionReport:
-    """What was written for one kind of intervention in one window."""
+    """What is written for one kind of intervention in one window; `reused` says that it was there before."""
 
     run: RunDir
     kind: str
     window: str
     path: Path
     document: dict[str, Any]
+    reused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,16 @@ class _Window:
     steps: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Task:
+    """One kind of intervention in one window: where its summary lies, and what it depends on."""
+
+    window: _Window
+    kind: str
+    path: Path
+    measured_on: MeasuredOn
+
+
 def intervene_in_run(
     work: PreparedRun,
     source: CheckpointSource,
@@ -93,6 +107,9 @@ def intervene_in_run(
 ) -> list[InterventionReport]:
     """Does every kind of intervention in a run's windows, writes what was found and returns it.
 
+    What was measured before, on the same files with the same settings, is not measured again: a command that was
+    stopped goes on where it was.
+
     Args:
       work: the run with its benchmark and probe set.
       source: where its checkpoints come from.
@@ -100,7 +117,8 @@ def intervene_in_run(
       advance: called with the number of (window, kind) done.
 
     Raises:
-      InputError: the run is not ready for circuit work, has no such window or step, or a name is unknown.
+      InputError: the run is not ready for circuit work, has no such window or step, a name is unknown, or something was
+        measured before with other settings.
     """
     windows = chosen_windows(work.run, settings)
     places = component_places(work.run.config.model.n_layers, work.run.config.model.n_heads)
@@ -108,15 +126,50 @@ def intervene_in_run(
         if name not in places:
             raise unusable("--components", f"components among {', '.join(places)}", name)
     pair_set = own_pairs(work.probe, work.benchmark)
+    hashes = {step: file_sha256(work.run.checkpoints[step]) for window in windows for step in window.steps}
+    tasks = [_task(work, window, kind, pair_set, settings, hashes) for window in windows for kind in settings.kinds]
+    # All are looked up first: what would be refused is, before anything is measured.
+    found = {task: None if settings.overwrite else find_earlier(task.path, task.measured_on) for task in tasks}
     reports = []
     for window in windows:
-        study = _study(work, source, window, pair_set, settings)
-        for kind in settings.kinds:
-            outcome = KINDS[kind](study)
-            reports.append(_publish(work, window, kind, study, pair_set, outcome, settings))
+        study = None
+        for task in (task for task in tasks if task.window is window):
+            if (document := found[task]) is None:
+                study = study or _study(work, source, window, pair_set, settings, hashes)
+                outcome = KINDS[task.kind](study)
+                reports.append(_publish(work, task, study, pair_set, outcome, settings))
+            else:
+                reports.append(InterventionReport(work.run, task.kind, window.name, task.path, document, reused=True))
+            if task.kind == "neurons":
+                rows = _all_neuron_rows(work.run)
+                write_json_lines(work.run.analysis / "component_candidates" / "neurons.jsonl", rows)
             advance(1)
     source.save()
     return reports
+
+
+def _task(
+    work: PreparedRun,
+    window: _Window,
+    kind: str,
+    pair_set: PairSet,
+    settings: InterventionSettings,
+    hashes: Mapping[int, str],
+) -> _Task:
+    chosen = {"pairs_per_kind": settings.pairs_per_kind, "precision": settings.precision}
+    if kind == "necessity":
+        chosen["components"] = settings.components and list(settings.components)
+    inputs = {
+        "intervention_version": INTERVENTION_VERSION,
+        "window": window.description,
+        "checkpoints": {str(step): hashes[step] for step in window.steps},
+        "pairs_sha256": pair_set.manifest.content_sha256,
+        "probe_set_sha256": work.probe.manifest.content_sha256,
+        "fit_sha256": work.probe.manifest.fit_sha256,
+        "forced": settings.force,
+    }
+    path = work.run.analysis / FOLDER / kind / f"{window.name}.json"
+    return _Task(window, kind, path, MeasuredOn(chosen, inputs))
 
 
 def chosen_kinds(names: Sequence[str]) -> tuple[str, ...]:
@@ -181,10 +234,16 @@ def _study(
     window: _Window,
     pair_set: PairSet,
     settings: InterventionSettings,
+    hashes: Mapping[int, str],
 ) -> Study:
     run, vocabulary = work.run, work.benchmark.vocabulary
     pairs = [pair for kind in PAIR_KINDS for pair in pair_set.of_kind(kind)[: settings.pairs_per_kind]]
-    params = [source.load(run.checkpoints[step], step).params for step in window.steps]
+    params = []
+    for step in window.steps:
+        loaded = source.load(run.checkpoints[step], step)
+        if loaded.sha256 != hashes[step]:
+            raise unusable(run.checkpoints[step], "a file that stays as it is", "it changed while it was read")
+        params.append(loaded.params)
     stacked = stack_params(params)
     config = DecoderConfig.from_model_config(
         run.config.model,
@@ -215,15 +274,13 @@ def _study(
 
 def _publish(
     work: PreparedRun,
-    window: _Window,
-    kind: str,
+    task: _Task,
     study: Study,
     pair_set: PairSet,
     outcome: Outcome,
     settings: InterventionSettings,
 ) -> InterventionReport:
-    run = work.run
-    path = run.analysis / FOLDER / kind / f"{window.name}.json"
+    run, window, kind = work.run, task.window, task.kind
     groups = study.groups
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -240,16 +297,16 @@ def _publish(
         **outcome.summary,
         "precision": settings.precision,
         "forced": settings.force,
+        "measured_on": task.measured_on.to_document(),
         "device": device_description(),
         "versions": software_versions(),
     }
     dataset = outcome.dataset
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed, "kind": kind}
-    write_datasets(path.with_suffix(".nc"), [(None, dataset)])
-    write_json(path, document)
-    if kind == "neurons":
-        write_json_lines(run.analysis / "component_candidates" / "neurons.jsonl", _all_neuron_rows(run))
-    return InterventionReport(run, kind, window.name, path, document)
+    dataset.attrs[HASH_ATTRIBUTE] = task.measured_on.sha256()
+    write_datasets(task.path.with_suffix(".nc"), [(None, dataset)])
+    write_json(task.path, document)
+    return InterventionReport(run, kind, window.name, task.path, document)
 
 
 def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:

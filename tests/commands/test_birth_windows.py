@@ -228,6 +228,7 @@ class TestIntervene:
     def test_a_window_gets_a_summary_and_every_number(self, folder, capsys):
         run = folder / "formed"
         find(run)
+        capsys.readouterr()
         kinds = ("necessity", "across_checkpoints", "neurons")
         assert main(["intervene", f"--run_dirs={run}", f"--kinds={','.join(kinds)}", *SMALL]) == 0
         printed = capsys.readouterr().out
@@ -241,7 +242,13 @@ class TestIntervene:
             with xr.open_dataset(path.with_suffix(".nc"), engine="netcdf4") as dataset:
                 assert dataset["step"].values.tolist() == [400, 500, 600]
                 assert dataset.attrs["run_name"] == "formed"
-        rows = read_lines(analysis / "component_candidates" / "neurons.jsonl")
+        table = analysis / "component_candidates" / "neurons.jsonl"
+        rows = read_lines(table)
+        table.unlink()
+        assert main(["intervene", f"--run_dirs={run}", f"--kinds={','.join(kinds)}", *SMALL]) == 0
+        again = capsys.readouterr().out
+        assert again.replace("  measured before (--overwrite measures again)\n", "") == printed != again
+        assert read_lines(table) == rows
         assert len(rows) == 3 * 3 * SMALL_MODEL["d_ff"]
         ranks = [row["rank"] for row in rows if row["step"] == 500]
         assert sorted(ranks) == list(range(1, 3 * SMALL_MODEL["d_ff"] + 1))

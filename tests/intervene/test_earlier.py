@@ -1,0 +1,161 @@
+"""Interventions measured before: used again for exactly what they were measured on, and never lost unasked."""
+
+import json
+
+import pytest
+import torch
+
+from kvjax.api import intervene_in_runs
+from kvjax.errors import InputError
+from kvjax.intervene import analysis
+from kvjax.intervene.analysis import InterventionSettings
+from kvjax.intervene.study import Outcome
+
+KINDS = ("path_patching", "necessity")
+
+
+@pytest.fixture
+def intervened(small_run, monkeypatch):
+    """Returns a function that intervenes at two steps, and says of each kind whether it was measured now.
+
+    What is measured is replaced by a number of the study's, since only when it is measured matters here.
+    """
+    measured = []
+
+    def counting(kind):
+        def measure(study):
+            measured.append(kind)
+            dataset = study.dataset()
+            dataset["pairs"] = (("pair_kind",), [len(own) for own in study.groups.members.values()])
+            return Outcome(dataset, {"effects": [], "controls": {}})
+
+        return measure
+
+    monkeypatch.setattr(analysis, "KINDS", {kind: counting(kind) for kind in KINDS})
+
+    def intervene(kinds=KINDS, **given):
+        measured.clear()
+        settings = {"steps": "100,200", "pairs_per_kind": 2, "force": True, **given}
+        reports = intervene_in_runs(
+            [str(small_run)], probe_set=None, benchmark_dir=None, settings=InterventionSettings(kinds=kinds, **settings)
+        )
+        assert [report.kind for report in reports] == list(kinds)
+        assert [report.kind for report in reports if not report.reused] == measured
+        assert all(report.document == json.loads(report.path.read_text()) for report in reports)
+        return tuple(measured)
+
+    return intervene
+
+
+@pytest.fixture
+def folder(small_run):
+    return small_run / "analysis" / "interventions"
+
+
+def test_a_call_that_was_stopped_goes_on_where_it_was(intervened, monkeypatch):
+    whole = dict(analysis.KINDS)
+
+    def stops(study):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(analysis.KINDS, "necessity", stops)
+    with pytest.raises(KeyboardInterrupt):
+        intervened()
+    monkeypatch.setitem(analysis.KINDS, "necessity", whole["necessity"])
+    assert intervened() == ("necessity",)
+    assert intervened() == ()
+    assert intervened(overwrite=True) == KINDS
+
+
+def test_other_files_are_measured_anew(intervened, small_run):
+    intervened()
+    other = small_run / "checkpoints" / "step_000300.pt"
+    changed = small_run / "checkpoints" / "step_000100.pt"
+    document = torch.load(changed, weights_only=True)
+    document["model_state"] = torch.load(other, weights_only=True)["model_state"]
+    other.unlink()
+    assert intervened() == (), "a checkpoint that is not looked at"
+    torch.save(document, changed)
+    assert intervened() == KINDS
+    assert intervened() == ()
+
+
+def test_other_settings_do_not_replace_earlier_results_unasked(intervened, folder):
+    intervened()
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    for settings, complaint in (
+        ({"pairs_per_kind": 3}, r"--pairs_per_kind=2, as it was measured, or --overwrite; found --pairs_per_kind=3"),
+        ({"pairs_per_kind": None}, "expected --pairs_per_kind=2, .*; found no --pairs_per_kind"),
+        ({"precision": "default"}, "expected --precision=highest, .*; found --precision=default"),
+        ({"components": ("L0H1", "MLP2")}, "expected no --components, .*; found --components=L0H1,MLP2"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            intervened(**settings)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert intervened(("path_patching",), components=("L0H1",)) == (), "which does not ask for components"
+    assert intervened(pairs_per_kind=3, overwrite=True) == KINDS
+
+
+def arrays_cut(summary):
+    arrays = summary.with_suffix(".nc")
+    arrays.write_bytes(arrays.read_bytes()[:200])
+
+
+def no_arrays(summary):
+    summary.with_suffix(".nc").unlink()
+
+
+def no_json(summary):
+    summary.write_text("{")
+
+
+def other_document(summary):
+    summary.write_text("[]")
+
+
+def of_an_older_version(summary):
+    document = json.loads(summary.read_text())
+    del document["measured_on"]
+    summary.write_text(json.dumps(document))
+
+
+def arrays_of_another_summary(summary):
+    document = json.loads(summary.read_text())
+    document["measured_on"]["inputs"]["checkpoints"]["100"] = "0" * 64
+    summary.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "damage", [arrays_cut, no_arrays, no_json, other_document, of_an_older_version, arrays_of_another_summary]
+)
+def test_what_is_damaged_is_measured_again(intervened, folder, damage):
+    intervened()
+    damage(folder / "necessity" / "steps_100_200.json")
+    assert intervened() == ("necessity",)
+
+
+def test_arrays_left_by_a_call_with_other_settings_are_not_taken_for_the_summarys(intervened, folder):
+    """As where a call was stopped between the two files."""
+    intervened()
+    summary = folder / "necessity" / "steps_100_200.json"
+    before = summary.read_text()
+    intervened(pairs_per_kind=3, overwrite=True)
+    summary.write_text(before)
+    assert intervened(("necessity",)) == ("necessity",)
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_refused(intervened, small_run, monkeypatch):
+    path = small_run / "checkpoints" / "step_000200.pt"
+    real = analysis.file_sha256
+
+    def then_changed(file):
+        digest = real(file)
+        if file == path:
+            document = torch.load(path, weights_only=True)
+            document["model_state"]["final_norm.bias"] += 1.0
+            torch.save(document, path)
+        return digest
+
+    monkeypatch.setattr(analysis, "file_sha256", then_changed)
+    with pytest.raises(InputError, match=r"step_000200.pt: expected a file that stays as it is"):
+        intervened()
