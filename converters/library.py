@@ -16,7 +16,7 @@ from kvjax.artifacts.store import STORE_FOLDER, NewCheckpoint, ParameterStore
 from kvjax.errors import InputError, unusable
 from kvjax.task.benchmark import Benchmark
 
-_KEPT_AT_ONCE = 64  # converted checkpoints held in memory before they are written as a part
+KEPT_AT_ONCE = 64  # converted checkpoints held in memory before they are written as a part
 
 
 class CheckpointLibrary:
@@ -85,11 +85,11 @@ class CheckpointLibrary:
 
     def _hold(self, checkpoint: ConvertedCheckpoint) -> None:
         """Holds a conversion until there are enough for a part. A part that cannot be written fails no checkpoint."""
-        if len(self._new) >= _KEPT_AT_ONCE:
-            return  # they could not be written: `save` tries once more, and tells
+        if len(self._new) >= KEPT_AT_ONCE:
+            return  # those held could not be written, and no more are held: this one is converted again another time
         self._new.append(checkpoint)
-        if len(self._new) == _KEPT_AT_ONCE:
-            with contextlib.suppress(InputError):
+        if len(self._new) == KEPT_AT_ONCE:
+            with contextlib.suppress(InputError):  # `save` tries once more, and tells
                 self._write()
 
     def _write(self) -> None:

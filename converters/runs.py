@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from converters.converted import Certificate, ConvertedCheckpoint
-from converters.library import CheckpointLibrary
+from converters.library import KEPT_AT_ONCE, CheckpointLibrary
 from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint
@@ -86,7 +86,9 @@ def convert_run(
     library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False)
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
-    for step, path in run.checkpoints.items():
+    for done, (step, path) in enumerate(run.checkpoints.items()):
+        if done % KEPT_AT_ONCE == 0:
+            library.save()  # a store that cannot be written is told before more is converted
         checkpoint = library.load(path, step)
         if checkpoint.certificate is not None:
             certificates.append(checkpoint.certificate)

@@ -167,5 +167,7 @@ def _check_measure(found: Any, dims: tuple[str, ...]) -> None:
     if not isinstance(found, jax.ShapeDtypeStruct):
         raise unusable("function", "one array as its result", type(found).__name__)
     axes = found.shape[1:]
+    if "step" in dims or len(set(dims)) < len(dims):
+        raise unusable("dims", "different names, none of them step", dims)
     if dims and len(dims) != len(axes):
         raise unusable("dims", f"{len(axes)} names, one for each axis of {list(axes)}", dims)

@@ -44,16 +44,23 @@ def use_compilation_cache() -> Path | None:
 
 
 def leave_compilation_cache() -> None:
-    """Turns JAX's persistent compilation cache off, also where this process or its environment had turned it on."""
+    """Turns JAX's persistent compilation cache off, also where this process or its environment had turned it on.
+
+    It stays off, whatever `start_jax` would do, until `use_compilation_cache`.
+    """
     _set_compilation_cache(None)
+
+
+_left = False  # whether this process was told to keep no programs
 
 
 def _set_compilation_cache(folder: str | None) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    global _left
+    _left = folder is None
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_enable_compilation_cache", folder is not None)
     compilation_cache.reset_cache()  # JAX remembers from its first program whether there is one
 
 
@@ -62,7 +69,8 @@ def lowered_folder() -> Path | None:
     import jax
 
     kept = jax.config.jax_compilation_cache_dir
-    return Path(kept) / "lowered" if kept is not None and kept == str(cache_folder()) else None
+    trusted = kept is not None and kept == str(cache_folder()) and jax.config.jax_enable_compilation_cache
+    return Path(kept) / "lowered" if trusted else None
 
 
 def available_cores() -> int:
@@ -96,5 +104,5 @@ def start_jax() -> None:
     import jax
 
     share_cpu_cores()
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    if jax.config.jax_compilation_cache_dir is None and not _left:
         use_compilation_cache()

@@ -51,6 +51,7 @@ def test_a_checkpoint_computes_what_its_file_does(small_run):
             "expected one array as its result; found",
         ),
         (lambda run: run.measure(lambda params, config: None), "expected one array as its result; found NoneType"),
+        (lambda run: run.measure(lambda params, config: jnp.zeros(2), dims=["step"]), "dims: expected different names"),
     ],
 )
 def test_what_a_run_does_not_have_is_said(small_run, ask, complaint):

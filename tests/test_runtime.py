@@ -69,6 +69,13 @@ def test_a_command_keeps_no_programs_when_asked(tmp_path):
     assert run(tmp_path / "cache", code.replace("CACHE", str(tmp_path / "cache"))) == "True None None\nTrue True"
 
 
+def test_jaxs_own_switch_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    code = _COMPILE + "; from kvjax.runtime import lowered_folder; print(lowered_folder())"
+    assert run(tmp_path / "cache", code) == f"{tmp_path / 'cache'}\nNone"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch):
     code = "from kvjax.runtime import start_jax; start_jax(); import jax; print(jax.local_device_count())"
     monkeypatch.delenv("XLA_FLAGS", raising=False)

@@ -33,6 +33,7 @@ _MANIFEST = "manifest.json"
 Tree = dict[str, Any]
 
 _VERSION = 3
+_PARTS_AT_HAND = 2
 _DAY = 86400.0
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 
@@ -105,7 +106,8 @@ class ParameterStore:
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder = folder
         self._identity = dict(identity)
-        self._parts: dict[str, Tree | None] = {}
+        self._parts: dict[str, Tree] = {}  # the last ones read
+        self._damaged: set[str] = set()
         self._manifest = self._read_own_manifest()
 
     def find(self, sha256: str) -> tuple[StoredCheckpoint, Tree] | None:
@@ -124,22 +126,26 @@ class ParameterStore:
         """
         if not checkpoints:
             return
+        try:
+            self._add(checkpoints, recorded_config)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore has no kind of its own
+            raise unusable(self.folder, "a folder that can be written", error) from None
+
+    def _add(self, checkpoints: Sequence[NewCheckpoint], recorded_config: Mapping[str, Any]) -> None:
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
         sha256 = tree_sha256(stacked)
         name = f"part_{sha256[:16]}"
         with replace_directory(self.folder / name) as partial:
             _check_free_space(self.folder, stacked)
-            try:
-                save_tree(partial / "params", stacked)
-            except (OSError, ValueError, RuntimeError) as error:  # TensorStore has no kind of its own
-                raise unusable(self.folder, "a folder that can be written", error) from None
+            save_tree(partial / "params", stacked)
         kept, parts = [], {}
         before = self._read_own_manifest()  # only now: another process may have added while the part was written
         if before:
-            damaged = {name for name, part in self._parts.items() if part is None}
             # A file that has changed since has one entry, its newest.
             replaced = {known for checkpoint in checkpoints for known in (checkpoint.sha256, checkpoint.file)}
-            kept = [c for c in before.checkpoints if not {c.sha256, c.file} & replaced and c.part not in damaged]
+            kept = [c for c in before.checkpoints if not {c.sha256, c.file} & replaced and c.part not in self._damaged]
             parts = {name: before.parts[name] for name in {c.part for c in kept}}
         new = [
             StoredCheckpoint(
@@ -157,9 +163,16 @@ class ParameterStore:
             recorded_config=dict(recorded_config),
         )
         manifest = manifest.model_copy(update={"sha256": manifest.content_sha256()})
-        write_json(self.folder / _MANIFEST, manifest.model_dump())
+        try:
+            write_json(self.folder / _MANIFEST, manifest.model_dump())
+        except (OSError, InputError):
+            if before is None or name not in before.parts:
+                shutil.rmtree(
+                    self.folder / name, ignore_errors=True
+                )  # nothing names it, and room may be what is missing
+            raise
         self._manifest = manifest
-        self._parts[name] = stacked
+        self._damaged.discard(name)
         self._remove_unnamed(superfluous=set(before.parts) if before else set())
 
     def _read_own_manifest(self) -> StoreManifest | None:
@@ -177,9 +190,16 @@ class ParameterStore:
 
     def _part(self, name: str) -> Tree | None:
         """Returns a part's stacked parameters, or None where they are not what the manifest names."""
-        if name not in self._parts:
-            self._parts[name] = _read_part(self.folder / name, self._manifest.parts.get(name))
-        return self._parts[name]
+        if name not in self._parts and name not in self._damaged:
+            part = _read_part(self.folder / name, self._manifest.parts.get(name))
+            if part is None:
+                self._damaged.add(name)
+                return None
+            # Whoever reads a run of thousands of checkpoints needs one part after another, not all of them.
+            while len(self._parts) >= _PARTS_AT_HAND:
+                del self._parts[next(iter(self._parts))]
+            self._parts[name] = part
+        return self._parts.get(name)
 
 
 def read_stored_run(folder: Path) -> tuple[StoreManifest, list[Tree]]:

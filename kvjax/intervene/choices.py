@@ -1,6 +1,6 @@
 """Checks of what a caller of the public functions chose: what would silently change nothing, or another place.
 
-Only what is known before a program runs can be checked: traced layers, heads and tokens are taken as they are.
+Only what is known before a program runs can be checked: of traced layers, heads, masks and tokens their shape and kind.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ def checked_tokens(config: DecoderConfig, tokens_BxT: Any, name: str = "tokens_B
     Raises:
       InputError: it has other axes, more positions than the model, or ids outside the vocabulary.
     """
-    tokens = tokens_BxT if isinstance(tokens_BxT, jax.Array) else np.asarray(tokens_BxT)
+    tokens = _as_array(tokens_BxT, name)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise unusable(name, "whole numbers of shape [B, T]", f"{tokens.dtype} of shape {list(tokens.shape)}")
     if tokens.shape[1] > config.max_seq_len:
         raise unusable(name, f"at most max_seq_len {config.max_seq_len} tokens", tokens.shape[1])
     if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        low, high = int(tokens.min()), int(tokens.max())
+        known = np.asarray(tokens)  # of a known array inside a program, JAX would trace the extremes
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high >= config.vocab_size:
             raise unusable(name, f"ids from 0 to {config.vocab_size - 1}", low if low < 0 else high)
     return jnp.asarray(tokens)
@@ -50,7 +51,7 @@ def checked_mask(mask: Any, shape: Sequence[int], name: str) -> jax.Array:
     Raises:
       InputError: it has another shape, which could be spread over places that nobody chose, or is not of truth values.
     """
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    mask = _as_array(mask, name)
     if mask.shape != tuple(shape) or mask.dtype != bool:
         raise unusable(name, f"truth values of shape {list(shape)}", f"{mask.dtype} of shape {list(mask.shape)}")
     return jnp.asarray(mask)
@@ -108,11 +109,27 @@ def _known_number(chosen: Any, name: str) -> int | None:
     Raises:
       InputError: it is not one whole number.
     """
-    if isinstance(chosen, jax.core.Tracer):
-        if chosen.ndim or not jnp.issubdtype(chosen.dtype, jnp.integer):
-            raise unusable(name, "one whole number", f"{chosen.dtype} of shape {list(chosen.shape)}")
-        return None
-    number = np.asarray(chosen)
-    if number.ndim or not np.issubdtype(number.dtype, np.integer):
+    if not isinstance(chosen, int | np.integer | np.ndarray | jax.Array):
         raise unusable(name, "one whole number", chosen)
-    return int(chosen)
+    kind, shape = (chosen.dtype, chosen.shape) if hasattr(chosen, "dtype") else (np.asarray(chosen).dtype, ())
+    if shape or not np.issubdtype(kind, np.integer):
+        traced = isinstance(chosen, jax.core.Tracer)
+        raise unusable(name, "one whole number", f"{kind} of shape {list(shape)}" if traced else chosen)
+    return None if isinstance(chosen, jax.core.Tracer) else int(chosen)
+
+
+def _as_array(value: Any, name: str) -> np.ndarray | jax.Array:
+    """Returns what was chosen as an array: JAX's where it is one or holds traced numbers, else NumPy's.
+
+    Raises:
+      InputError: it is none, such as rows of different lengths.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError):  # traced numbers in a list, or no array
+        try:
+            return jnp.asarray(value)
+        except (ValueError, TypeError) as error:
+            raise unusable(name, "an array", error) from None

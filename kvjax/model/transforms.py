@@ -110,4 +110,4 @@ def over_checkpoints(function: Callable[..., Any], *, lift: Lift, devices: int =
 
 def checkpoint_mesh(devices: int) -> Mesh:
     """Returns the mesh whose one axis shares checkpoints among the first `devices` devices."""
-    return Mesh(np.array(jax.devices()[:devices]), (CHECKPOINT_AXIS,))
+    return Mesh(np.array(jax.local_devices()[:devices]), (CHECKPOINT_AXIS,))

@@ -75,12 +75,12 @@ class MovementWatch:
           chunk: names and checkpoints that the devices are measuring.
           states: [C, 2 S, reads, D] as the program returns them, shared by the devices.
         """
-        of_chunk = _by_checkpoint(_spread_of_checkpoints(self._program, states, self._buckets))
+        of_chunk = _by_checkpoint(states, _spread_of_checkpoints(self._program, states, self._buckets))
         # The states of a shorter chunk's filling are left out.
         arrived = {name: (checkpoint, own) for (name, checkpoint), own in zip(chunk, of_chunk, strict=False)}
         self._at_hand |= arrived
         pairs = [
-            _Pair(name, kind, other, *self._at_hand[name], *self._at_hand[other])
+            self._pair(name, kind, other)
             for name in self._at_hand
             for kind, other in self._others.get(name, {}).items()
             if other in self._at_hand and (name in arrived or other in arrived)
@@ -90,53 +90,57 @@ class MovementWatch:
         self._at_hand = {name: self._at_hand[name] for name in (self._reference, chunk[-1][0]) if name in self._at_hand}
 
         def keep() -> None:
-            for found, at in started:
+            for found, comparisons in started:
                 by_device = jax.device_get(found)
-                for index, pair in at.items():
+                for index, comparison in comparisons.items():
                     arrays = {measure: x[index] for measure, x in by_device.items()}
-                    hashes = pair.checkpoint.sha256, pair.other_checkpoint.sha256
-                    _keep(self._store, pair.name, pair.kind, hashes, pair.checkpoint.step, arrays, pair.other)
+                    _keep(self._store, comparison, arrays)
 
         return keep
 
-    def _start(
-        self, pairs: Sequence[_Pair], of_chunk: Sequence[ReadStates]
-    ) -> Iterator[tuple[dict[str, jax.Array], dict[int, _Pair]]]:
-        """Yields comparisons that the devices make at the same time, and which pair each device has, if any.
+    def _pair(self, name: str, kind: str, other: str) -> tuple[_Comparison, ReadStates, ReadStates]:
+        """Returns a comparison and the states of the two checkpoints."""
+        checkpoint, own = self._at_hand[name]
+        other_checkpoint, others = self._at_hand[other]
+        hashes = checkpoint.sha256, other_checkpoint.sha256
+        return _Comparison(name, checkpoint.step, kind, other, hashes), own, others
 
-        One program for all devices: one for each would be compiled for each.
+    def _start(
+        self, pairs: Sequence[tuple[_Comparison, ReadStates, ReadStates]], of_chunk: Sequence[ReadStates]
+    ) -> Iterator[tuple[dict[str, jax.Array], dict[int, _Comparison]]]:
+        """Yields what all devices compare at the same time, and which comparison each device's is, where it has one.
+
+        One program for all devices: a program for one would be compiled for each.
         """
-        filling = {_device(own): own for own in of_chunk}
-        devices = list(filling)
-        waiting = {device: [pair for pair in pairs if _device(pair.own) == device] for device in devices}
-        for round_of_pairs in itertools.zip_longest(*waiting.values()):
-            at = {index: pair for index, pair in enumerate(round_of_pairs) if pair is not None}
-            own = [at[i].own if i in at else filling[device] for i, device in enumerate(devices)]
-            others = [
-                jax.device_put(at[i].others, device) if i in at else filling[device] for i, device in enumerate(devices)
-            ]
-            found = _movement_of_pairs(self._program, (_shared(own), _shared(others)), self._buckets)
-            yield found, at
+        idle = {_device(own): (own, own) for own in of_chunk}  # what a device compares that has no pair left
+        waiting = {device: [pair for pair in pairs if _device(pair[1]) == device] for device in idle}
+        for at_once in itertools.zip_longest(*waiting.values()):
+            compared = [pair[1:] if pair else idle[device] for device, pair in zip(idle, at_once, strict=True)]
+            own = _shared([own for own, _ in compared])
+            others = _shared([jax.device_put(x, device) for device, (_, x) in zip(idle, compared, strict=True)])
+            found = _movement_of_pairs(self._program, (own, others), self._buckets)
+            yield found, {index: pair[0] for index, pair in enumerate(at_once) if pair}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pair:
-    """Two checkpoints to compare: the names, how they relate, and the states of each, [1, …] on a device."""
+class _Comparison:
+    """Which checkpoint is compared with which: names, the first one's step, how the other relates, both files' hashes.
+
+    Nothing of their states, so that it may wait until the devices are done.
+    """
 
     name: str
+    step: int
     kind: str
     other: str
-    checkpoint: LoadedCheckpoint
-    own: ReadStates
-    other_checkpoint: LoadedCheckpoint
-    others: ReadStates
+    hashes: tuple[str, str]
 
 
 def _device(states: ReadStates) -> jax.Device:
     return next(iter(states.spread.devices()))
 
 
-def _by_checkpoint(states: ReadStates) -> list[ReadStates]:
+def _by_checkpoint(states_CxGxNxD: jax.Array, spread_CxG: jax.Array) -> list[ReadStates]:
     """Returns each checkpoint's states, [1, …], on the device that they were made on."""
 
     def parts(x: jax.Array) -> list[jax.Array]:
@@ -145,7 +149,7 @@ def _by_checkpoint(states: ReadStates) -> list[ReadStates]:
         # A slice is a program, compiled for each device; the whole of a shard is none.
         return [part if len(part) == 1 else part[i : i + 1] for part in whole for i in range(len(part))]
 
-    return list(map(ReadStates, parts(states.values), parts(states.spread)))
+    return list(map(ReadStates, parts(states_CxGxNxD), parts(spread_CxG)))
 
 
 def _shared(of_devices: Sequence[ReadStates]) -> ReadStates:
@@ -162,17 +166,9 @@ def _pair_key(sha256: str, other_sha256: str) -> str:
     return hashlib.sha256(f"{sha256} {other_sha256}".encode()).hexdigest()
 
 
-def _keep(
-    store: ResultStore,
-    name: str,
-    kind: str,
-    hashes: tuple[str, str],
-    step: int,
-    found: Mapping[str, jax.Array | np.ndarray],
-    other: str,
-) -> CheckpointResult:
+def _keep(store: ResultStore, of: _Comparison, found: Mapping[str, jax.Array | np.ndarray]) -> CheckpointResult:
     arrays = {measure: np.asarray(x) for measure, x in found.items()}
-    return store.save(f"movement_{name}_{kind}", _pair_key(*hashes), step, arrays, {"other": other})
+    return store.save(f"movement_{of.name}_{of.kind}", _pair_key(*of.hashes), of.step, arrays, {"other": of.other})
 
 
 def measure_movement(
@@ -219,7 +215,7 @@ def measure_movement(
         stored = store.find(f"movement_{name}_{kind}", _pair_key(*hashes))
         if stored is None:
             found = movement(states_of(name), states_of(other[0]), buckets, num_splits=num_splits, lift=lift)
-            stored = _keep(store, name, kind, hashes, result.step, found, other[0])
+            stored = _keep(store, _Comparison(name, result.step, kind, other[0], hashes), found)
         return stored.arrays
 
     moved = []
@@ -251,9 +247,12 @@ def read_states(config: DecoderConfig, params: Params, buckets: tuple[EncodedRec
 @functools.partial(jax.jit, static_argnums=0)
 def _spread_of_checkpoints(
     program: Program, states_CxGxNxD: jax.Array, buckets: tuple[EncodedRecords, ...]
-) -> ReadStates:
-    """Returns the states of the checkpoints that devices share, with their spread, [C, …]."""
-    of_checkpoint = functools.partial(with_spread, lift=program.interventions)
+) -> jax.Array:
+    """Returns the spread [C, G] of the states of the checkpoints that devices share."""
+
+    def of_checkpoint(values_GxNxD: jax.Array, buckets: tuple[EncodedRecords, ...]) -> jax.Array:
+        return with_spread(values_GxNxD, buckets, lift=program.interventions).spread
+
     lifted = over_checkpoints(of_checkpoint, lift=program.checkpoints, devices=program.devices)
     return lifted(states_CxGxNxD, buckets)
 

@@ -6,6 +6,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import math
+import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,10 +96,12 @@ class SweepSettings:
         for name, allowed in (("precision", ("highest", "default")), ("probe", ("ridge", "logistic", "none"))):
             if getattr(self, name) not in allowed:
                 raise unusable(f"--{name}", f"one of {', '.join(allowed)}", getattr(self, name))
-        if not (isinstance(self.resample_draws, int) and self.resample_draws >= 1):
-            raise unusable("--resample_draws", "a whole number of at least 1", self.resample_draws)
-        if self.memory_gb is not None and not self.memory_gb > 0:
-            raise unusable("--memory_gb", "more than 0", self.memory_gb)
+        draws, memory = self.resample_draws, self.memory_gb
+        if not (isinstance(draws, numbers.Integral) and not isinstance(draws, bool) and draws >= 1):
+            raise unusable("--resample_draws", "a whole number of at least 1", draws)
+        object.__setattr__(self, "resample_draws", int(draws))
+        if memory is not None and not (isinstance(memory, numbers.Real) and 0 < memory < math.inf):
+            raise unusable("--memory_gb", "a number above 0", memory)
         if self.ablations:  # in one order, whatever order they were named in: results are found by them
             object.__setattr__(self, "ablations", chosen_ablations(self.ablations))
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import converters.library
+import converters.runs
 import converters.source
 from converters.library import CheckpointLibrary
 from converters.runs import convert_run
+from kvjax.artifacts import store
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.store import read_stored_run
 from kvjax.commands.main import main
@@ -183,20 +185,73 @@ def test_verifying_converts_anew(library, small_run, benchmark, monkeypatch):
     assert len(converted.files) == 3
 
 
-def test_a_store_that_cannot_be_written_fails_no_checkpoint_and_is_told_at_the_end(library, small_run, monkeypatch):
-    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
-    folder = small_run / "analysis" / "converted"
-    folder.parent.mkdir()
-    folder.write_text("in the way")
+@pytest.fixture
+def in_the_way(small_run):
+    """A file where the store would be."""
+    path = small_run / "analysis" / "converted"
+    path.parent.mkdir()
+    path.write_text("in the way")
+    return path
+
+
+def test_a_store_that_cannot_be_written_fails_no_checkpoint_and_is_told_at_the_end(
+    library, small_run, in_the_way, monkeypatch
+):
+    monkeypatch.setattr(converters.library, "KEPT_AT_ONCE", 2)
     converting = library()
     for step, path in RunDir.open(small_run).checkpoints.items():
         assert converting.load(path, step).step == step
     with pytest.raises(InputError, match=r"converted.*: expected a directory that can be written"):
         converting.save()
-    folder.unlink()
+    in_the_way.unlink()
     converting.save()
-    stored, _ = read_stored_run(folder)
+    stored, _ = read_stored_run(in_the_way)
     assert [c.step for c in stored.checkpoints] == [100, 200], "what was held when writing failed first"
+
+
+def test_converting_a_run_stops_where_the_store_cannot_be_written(small_run, benchmark, in_the_way, monkeypatch):
+    """Its conversions are what it is for: none is let go, and nothing more is converted."""
+    monkeypatch.setattr(converters.library, "KEPT_AT_ONCE", 2)
+    monkeypatch.setattr(converters.runs, "KEPT_AT_ONCE", 2)
+    converted = Unread(monkeypatch)
+    with pytest.raises(InputError, match=r"converted.*: expected a directory that can be written"):
+        convert_run(RunDir.open(small_run), benchmark, verify="none", advance=lambda n: None)
+    assert converted.files == ["step_000100.pt", "step_000200.pt"]
+    in_the_way.unlink()
+    convert_run(RunDir.open(small_run), benchmark, verify="none", advance=lambda n: None)
+    assert [c.step for c in read_stored_run(in_the_way)[0].checkpoints] == [100, 200, 300]
+
+
+def test_a_manifest_that_cannot_be_written_leaves_no_part_behind(library, small_run, monkeypatch):
+    paths = RunDir.open(small_run).checkpoints
+    first = library()
+    first.load(paths[100], 100)
+    first.save()
+    second = library()
+    second.load(paths[200], 200)
+
+    def full(path, document):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_json", full)
+    with pytest.raises(InputError, match=r"converted: expected a folder that can be written; found .*No space left"):
+        second.save()
+    folder = small_run / "analysis" / "converted"
+    assert [c.step for c in read_stored_run(folder)[0].checkpoints] == [100]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_no_more_than_a_few_parts_are_held(library, small_run):
+    adding = library()
+    for step, path in RunDir.open(small_run).checkpoints.items():
+        adding.load(path, step)
+        adding.save()
+    assert adding._store._parts == {}, "what was written is on the disk"
+    reading = library()
+    for _ in range(2):
+        for step, path in RunDir.open(small_run).checkpoints.items():
+            assert reading.load(path, step).step == step
+            assert len(reading._store._parts) <= 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_stored(library, small_run, small_benchmark, monkeypatch, capsys):
@@ -241,6 +296,6 @@ except InputError as error:
 
 
 def test_looking_without_keeping_holds_and_writes_nothing(library, small_run, monkeypatch):
-    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
+    monkeypatch.setattr(converters.library, "KEPT_AT_ONCE", 2)
     load_all(library(keep=False), small_run)
     assert not (small_run / "analysis").exists()

@@ -224,6 +224,30 @@ def test_what_is_traced_is_checked_as_far_as_it_is_known(model, tokens):
         kvjax.path_patch(params, config, *tokens, sender="head_z", sender_head=None, receiver="logits_input")
 
 
+def test_what_is_known_inside_a_program_is_checked_too(model, tokens):
+    _, params, config = model
+    clean = jnp.asarray(tokens[0])
+
+    def total(params, first, second):
+        return kvjax.ablate(params, config, clean, mlps_L=[first, second, False]).sum()
+
+    ours = jax.jit(total)(params, True, False)
+    np.testing.assert_allclose(ours, total(params, True, False), rtol=1e-4)
+    unknown = clean + 1000
+    with pytest.raises(InputError, match="ids from 0 to"):
+        jax.jit(lambda params: kvjax.ablate(params, config, unknown))(params)
+
+
+def test_what_is_no_array_is_refused(model, tokens):
+    _, params, config = model
+    with pytest.raises(InputError, match="tokens_BxT: expected an array; found"):
+        kvjax.ablate(params, config, [[1, 2], [3]])
+    with pytest.raises(InputError, match="mlps_L: expected an array; found"):
+        kvjax.ablate(params, config, tokens[0], mlps_L=[[True], [True, False]])
+    with pytest.raises(InputError, match="layer: expected one whole number; found tensor"):
+        kvjax.patch(params, config, *tokens, site="head_z", layer=torch.tensor(1))
+
+
 def test_only_stages_are_taken_from_other_checkpoints(model, tokens, other_model):
     _, params, config = model
     with pytest.raises(InputError, match=r"across_checkpoints: expected a stage among embedding, post_attn, .*; found"):

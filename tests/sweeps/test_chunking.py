@@ -1,5 +1,6 @@
 """How a sweep is cut: what memory allows on an accelerator, equal shares for devices, cache-sized batches on a CPU."""
 
+import numpy as np
 import pytest
 
 from kvjax.errors import InputError
@@ -85,6 +86,7 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
 
 def test_numbers_may_be_numbers():
     assert plan(4) == plan("4")
+    assert SweepSettings(resample_draws=np.int64(2)) == SweepSettings(resample_draws=2)
 
 
 @pytest.mark.parametrize("requested", ["0", "-1", "many", "1.5", 0, -1, 1.5])
@@ -96,8 +98,12 @@ def test_no_number_is_refused(requested):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"memory_gb": 0}, "--memory_gb: expected more than 0; found 0"),
-        ({"memory_gb": -1.0}, "--memory_gb: expected more than 0; found -1.0"),
+        ({"memory_gb": 0}, "--memory_gb: expected a number above 0; found 0"),
+        ({"memory_gb": -1.0}, "--memory_gb: expected a number above 0; found -1.0"),
+        ({"memory_gb": float("inf")}, "--memory_gb: expected a number above 0; found inf"),
+        ({"memory_gb": float("nan")}, "--memory_gb: expected a number above 0; found nan"),
+        ({"memory_gb": "8"}, "--memory_gb: expected a number above 0; found 8"),
+        ({"resample_draws": True}, "--resample_draws: expected a whole number of at least 1; found True"),
         ({"resample_draws": 0}, "--resample_draws: expected a whole number of at least 1; found 0"),
         ({"resample_draws": 1.5}, "--resample_draws: expected a whole number of at least 1; found 1.5"),
     ],

@@ -1,12 +1,24 @@
 """Movement of single reads' states and CKA against PyTorch's states and the textbook formulas; logistic probes."""
 
+import types
+
+import jax
 import numpy as np
 import pytest
 import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
+from kvjax.measure.residual import linear_cka
+from kvjax.model.decoder import DecoderConfig
 from kvjax.model.sites import stage_names
+from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh
 from kvjax.sweeps import movement, stream
-from kvjax.sweeps.movement import read_states
+from kvjax.sweeps.movement import MovementWatch, read_states
+from kvjax.sweeps.stream import ProbeProgram, SweepSettings
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import encode_records
 from tests.building import SMALL_MODEL, STEPS
 from tests.sweeping import sweep
 
@@ -102,6 +114,65 @@ def test_side_by_side_as_on_an_accelerator_moves_the_same(small_run, means, monk
     ours = sweep(small_run, ablations=("zero",), probe="none").dataset
     for name in ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka"):
         np.testing.assert_allclose(ours[name], means[name], rtol=1e-4, atol=1e-6)
+
+
+class Kept(dict):
+    """Stands in for the store: which checkpoints were compared, and what was found."""
+
+    def save(self, name, key, step, arrays, info):
+        assert name not in self
+        self[name] = arrays["cka"], step, info["other"]
+
+
+@pytest.fixture(scope="module", params=["1", "2", "6"], ids=["one device", "two devices", "three for each"])
+def reads(request, small_benchmark):
+    """A probe set on the devices, for chunks of some number of checkpoints; and states of 7 checkpoints."""
+    benchmark = Benchmark.open(small_benchmark)
+    encoded = encode_records(benchmark.read_split("test_iid")[:6], benchmark.vocabulary, ["test_iid"], max_seq_len=64)
+    config = DecoderConfig(
+        vocab_size=len(benchmark.vocabulary.tokens), d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=64
+    )
+    asked = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=request.param)
+    program = ProbeProgram(config, benchmark.vocabulary, encoded, 1, asked)
+    num_reads = sum(bucket.batches.is_read.size for bucket in program.buckets)
+    rng = np.random.default_rng(0)
+    return program, {f"step_{i}": rng.normal(size=(8, num_reads, 8)).astype(np.float32) for i in range(7)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(7)), st.integers(1, 7), st.sampled_from([None, 0, 3, 6]), st.data())
+def test_whatever_arrives_when_each_is_compared_with_its_own_others(reads, order, number, reference, data):
+    """Checkpoints arrive in any order, some never, in chunks of any size."""
+    program, states = reads
+    names, reference = list(states), reference if reference is None else f"step_{reference}"
+    kept, waiting = Kept(), []
+    watch = MovementWatch(names, reference, program, kept)
+    on_devices = NamedSharding(checkpoint_mesh(program.devices), PartitionSpec(CHECKPOINT_AXIS))
+    arriving, expected, at_hand = [names[i] for i in order[:number]], {}, set()
+    others = {
+        name: {"reference": reference, "previous": before} for name, before in zip(names, [None, *names], strict=False)
+    }
+    while arriving:
+        size = data.draw(st.integers(1, min(program.chunk, len(arriving))))
+        chunk, arriving = arriving[:size], arriving[size:]
+        filled = [states[name] for name in [*chunk, *[chunk[-1]] * (program.chunk - size)]]
+        named = [(name, types.SimpleNamespace(sha256=name, step=names.index(name))) for name in chunk]
+        waiting.append(watch(named, jax.device_put(np.stack(filled), on_devices)))
+        at_hand |= set(chunk)
+        for name in at_hand:
+            for kind, other in others[name].items():
+                if other in at_hand:
+                    expected[f"movement_{name}_{kind}"] = name, other
+        at_hand &= {reference, chunk[-1]}
+    for keep in waiting:
+        keep()
+    assert kept.keys() == expected.keys()
+    batches = tuple(bucket.batches for bucket in program.buckets)
+    for key, (name, other) in expected.items():
+        found, step, of = kept[key]
+        assert (names[step], of) == (name, other)
+        theirs = linear_cka(states[name], states[other], movement._counted(batches))
+        np.testing.assert_allclose(found, theirs, rtol=1e-4)
 
 
 def test_devices_share_one_program(small_run):
