@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # so that every sweep in the tests is shared among devices
 # Commands under test keep compiled programs for each other, and away from the user's own.
 os.environ[CACHE_VARIABLE] = tempfile.mkdtemp(prefix="kvjax-test-")
+atexit.register(shutil.rmtree, os.environ[CACHE_VARIABLE], ignore_errors=True)
 torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost more than they do
 
 
