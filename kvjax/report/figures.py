@@ -26,6 +26,7 @@ SPLIT_COLOURS = {
 }
 _OTHER_COLOUR = "#555555"
 _FORMATS = ("png", "svg")
+_MOST_STEP_LABELS = 8
 
 
 def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
@@ -75,7 +76,8 @@ def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
         image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axis.set_yticks(range(layers * heads), [f"L{i // heads}H{i % heads}" for i in range(layers * heads)])
         steps = run["step"].values
-        shown = np.unique(np.linspace(0, len(steps) - 1, min(7, len(steps))).astype(int))
+        every = -(-len(steps) // _MOST_STEP_LABELS)
+        shown = np.arange(every - 1, len(steps), every)  # checkpoints saved at regular steps get round labels
         axis.set_xticks(shown, steps[shown])
         for boundary in range(1, layers):
             axis.axhline(boundary * heads - 0.5, color="black", linewidth=0.8)
