@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.artifacts.files import read_json, read_json_lines
+from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
 from kvjax.config import RunConfig, read_config
 from kvjax.errors import InputError, unusable
+
+SWEEP_FILE = "sweep.json"  # in a run's analysis folder: what a sweep was made on, and how
 
 _STEP_FILE = re.compile(r"step_(\d+)\.pt")
 
@@ -63,10 +65,13 @@ class RunDir:
         return max(self.checkpoints, default=0) >= self.config.last_checkpoint_step()
 
     def benchmark_dir(self, override: str | None = None) -> Path:
-        """Returns where the run's benchmark is: the override, or the recorded path, tried from here and from the run.
+        """Returns where the run's benchmark is.
+
+        That is the override, or the path that its config records, tried from here and from the run, or the one that it
+        was swept on, if that is still the same.
 
         Raises:
-          InputError: the recorded directory is in neither place.
+          InputError: there is none in any of these places.
         """
         if override:
             return Path(override)
@@ -74,11 +79,22 @@ class RunDir:
         for base in (Path(), self.path, *self.path.resolve().parents):
             if (base / recorded / "metadata.json").is_file():
                 return base / recorded
+        if (swept_on := self._swept_benchmark()) is not None:
+            return swept_on
         raise unusable(
             self.path / "run_config.json",
             "benchmark_dir to exist (or --benchmark_dir)",
             f"{recorded}, which does not",
         )
+
+    def _swept_benchmark(self) -> Path | None:
+        """Returns the benchmark that the run's sweep names, None where there is none or it has changed."""
+        try:
+            named = read_json(self.analysis / SWEEP_FILE)["benchmark"]
+            path = Path(named["path"])
+            return path if file_sha256(path / "metadata.json") == named["sha256"] else None
+        except (InputError, KeyError, TypeError):
+            return None
 
     def best_checkpoint(self) -> tuple[int, Path]:
         """Returns the step and file of the best checkpoint, found beside the others whatever path was recorded."""

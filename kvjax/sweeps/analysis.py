@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.files import read_json
 from kvjax.artifacts.results import ResultStore
-from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import chosen_ablations
@@ -122,7 +122,7 @@ def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
 
 
 def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSettings) -> ResultStore:
-    record = run.analysis / "sweep.json"
+    record = run.analysis / SWEEP_FILE
     if record.exists() and not settings.overwrite:
         document = read_json(record)
         before = document.get("identity") if isinstance(document, dict) else None

@@ -11,7 +11,7 @@ import xarray as xr
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.artifacts.tables import (
     SCHEMA_VERSION,
     CheckpointRow,
@@ -105,12 +105,16 @@ def publish(
             f"{run.config.last_checkpoint_step()} steps (name another with --reference)"
         )
     write_json(
-        run.analysis / "sweep.json",
+        run.analysis / SWEEP_FILE,
         {
             "schema_version": SCHEMA_VERSION,
             "run_name": run.config.run_name,
             "identity": dict(identity),
-            "benchmark": {"name": work.benchmark.name, "sha256": work.benchmark.sha256},
+            "benchmark": {
+                "name": work.benchmark.name,
+                "sha256": work.benchmark.sha256,
+                "path": str(work.benchmark.path.resolve()),
+            },
             "probe_set": {
                 "file": "probe_set.jsonl",
                 "given_as": str(work.probe.path),

@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.artifacts.windows import WINDOWS_FILE, read_sweep_arrays, write_birth_windows
 from kvjax.config import WindowConfig
@@ -67,7 +67,7 @@ def sweep_identity(run: RunDir) -> dict[str, Any]:
     Raises:
       InputError: the run has no readable `sweep.json`.
     """
-    path = run.analysis / "sweep.json"
+    path = run.analysis / SWEEP_FILE
     if not path.is_file():
         raise unusable(path, "a sweep (run kvjax checkpoint-sweep first)", "no such file")
     sweep = read_json(path)

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError
 from kvjax.task.probe_set import PROBE_SET_FILE, frozen_manifest
@@ -79,7 +79,7 @@ def _sweep(run: RunDir) -> dict[str, Any] | InputError:
         identity = sweep_identity(run)
     except InputError as error:
         return error
-    return {**read_json(run.analysis / "sweep.json"), "measured_on": identity}
+    return {**read_json(run.analysis / SWEEP_FILE), "measured_on": identity}
 
 
 def _reference(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:

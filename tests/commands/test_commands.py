@@ -172,6 +172,17 @@ class TestBadInput:
         line = refused(capsys, *sweep_arguments(small_run))
         assert "run_config.json" in line and "data/gone" in line and "--benchmark_dir" in line
 
+    def test_the_benchmark_that_a_run_was_swept_on_is_found_again(self, capsys, small_run, small_benchmark, tmp_path):
+        path = small_run / "run_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_dir": "data/gone"}))
+        benchmark = shutil.copytree(small_benchmark, tmp_path / "benchmark")
+        assert main(sweep_arguments(small_run, benchmark_dir=benchmark, ablations="zero", probe="none")) == 0
+        assert main(sweep_arguments(small_run, ablations="zero", probe="none")) == 0
+        assert "3 reused" in capsys.readouterr().out
+        metadata = benchmark / "metadata.json"
+        metadata.write_text(metadata.read_text() + " ")
+        assert "data/gone" in refused(capsys, *sweep_arguments(small_run, ablations="zero", probe="none"))
+
     def test_missing_run(self, capsys, tmp_path):
         assert "a run directory" in refused(capsys, *sweep_arguments(tmp_path / "none"))
         assert "matching" in refused(capsys, *sweep_arguments(tmp_path / "none*"))
