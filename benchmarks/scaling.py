@@ -22,7 +22,8 @@ from benchmarks.reporting import machine, median_seconds, write_result
 from kvjax.config import BenchmarkConfig, find_config, read_config
 from kvjax.model.decoder import Decoder, DecoderConfig
 from kvjax.runtime import share_cpu_cores
-from kvjax.sweeps.stream import ProbeProgram, SweepSettings
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import encode_records
 

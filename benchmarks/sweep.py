@@ -34,7 +34,8 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.config import BenchmarkConfig, ModelConfig, find_config, read_config
 from kvjax.model.decoder import Decoder, DecoderConfig, Params, stack_params
 from kvjax.runtime import share_cpu_cores
-from kvjax.sweeps.stream import ProbeProgram, SweepSettings
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
 from kvjax.task.probe_set import generate_probe_set, open_probe_set

@@ -13,7 +13,8 @@ from kvjax.errors import unusable
 from kvjax.runtime import start_jax
 from kvjax.sweeps.analysis import sweep_runs
 from kvjax.sweeps.prepared import OpenedInputs, PreparedRun, prepare_run
-from kvjax.sweeps.stream import CheckpointSource, SweepSettings
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.stream import CheckpointSource
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,7 +7,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.sweeps.analysis import sweep_runs
 from kvjax.sweeps.prepared import PreparedRun, prepare_run
 from kvjax.sweeps.publish import SweepReport
-from kvjax.sweeps.stream import SweepSettings
+from kvjax.sweeps.settings import SweepSettings
 
 __all__ = ["prepared_run", "source", "sweep"]
 

@@ -102,7 +102,7 @@ def run() -> None:
     from kvjax.api import sweep_reports
     from kvjax.errors import InputError, unusable
     from kvjax.sweeps.ablations import chosen_ablations
-    from kvjax.sweeps.stream import SweepSettings
+    from kvjax.sweeps.settings import SweepSettings
 
     common.start_jax(FLAGS)
     settings = SweepSettings(

@@ -32,7 +32,7 @@ def run() -> None:
     from kvjax.config import BenchmarkConfig, TrainConfig, WindowConfig, find_config, read_config
     from kvjax.errors import unusable
     from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
-    from kvjax.sweeps.stream import SweepSettings
+    from kvjax.sweeps.settings import SweepSettings
     from kvjax.task.benchmark import Benchmark, generate_benchmark
     from kvjax.windows.analysis import write_windows
 

@@ -16,11 +16,17 @@ from kvjax.sweeps.ablations import chosen_ablations
 from kvjax.sweeps.measured import MeasuredRun, gather_measured
 from kvjax.sweeps.movement import MovementWatch
 from kvjax.sweeps.prepared import PreparedRun
-from kvjax.sweeps.stream import RESULT_VERSION, CheckpointSource, ProbeProgram, SweepLog, SweepSettings, sweep_run
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.stream import CheckpointSource, SweepLog, sweep_run
 from kvjax.task.probe_set import check_installable
 
 if TYPE_CHECKING:
     from kvjax.sweeps.publish import SweepReport
+
+
+# Raised whenever a measure changes, so that results of the older one are measured anew.
+RESULT_VERSION = 3
 
 
 def sweep_runs(

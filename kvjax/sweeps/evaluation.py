@@ -10,7 +10,8 @@ import numpy as np
 
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.means import ProbeIndex
-from kvjax.sweeps.stream import ProbeProgram, SweepSettings
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import TOKEN_ROLES, encode_records
 

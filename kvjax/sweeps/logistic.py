@@ -18,7 +18,8 @@ from kvjax.measure.probes import NO_LABEL, fit_logistic, label_wins, probe_score
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.fit import PROBE_TARGETS, probe_labels
 from kvjax.sweeps.movement import read_states
-from kvjax.sweeps.stream import CheckpointSource, ProbeProgram
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.encoding import EncodedRecords
 
 

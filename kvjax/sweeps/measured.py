@@ -11,7 +11,9 @@ from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.sweeps.logistic import measure_logistic
 from kvjax.sweeps.movement import measure_movement
 from kvjax.sweeps.prepared import BEST, PreparedRun, result_name
-from kvjax.sweeps.stream import CheckpointSource, ProbeProgram, SweepSettings
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.stream import CheckpointSource
 
 
 @dataclasses.dataclass(frozen=True)

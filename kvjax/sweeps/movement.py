@@ -27,8 +27,9 @@ from kvjax.model.sites import STAGE_SITES
 from kvjax.model.transforms import CHECKPOINT_AXIS, Lift, checkpoint_mesh, over_checkpoints, over_interventions
 from kvjax.sweeps.engine import run_clean
 from kvjax.sweeps.fit import flatten_reads, probe_features
+from kvjax.sweeps.probe_program import ProbeProgram
 from kvjax.sweeps.program import Program
-from kvjax.sweeps.stream import CheckpointSource, LoadedCheckpoint, ProbeProgram
+from kvjax.sweeps.stream import CheckpointSource, LoadedCheckpoint
 from kvjax.task.encoding import EncodedRecords
 
 OTHERS = ("previous", "reference")

@@ -26,7 +26,8 @@ from kvjax.sweeps.means import ProbeIndex
 from kvjax.sweeps.measured import MeasuredRun
 from kvjax.sweeps.prepared import PreparedRun
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
-from kvjax.sweeps.stream import SweepLog, SweepSettings
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.stream import SweepLog
 from kvjax.task.probe_set import install_probe_set
 
 

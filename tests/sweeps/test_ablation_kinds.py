@@ -8,7 +8,8 @@ from converters.to_flax import to_flax
 from kvjax.config import ModelConfig
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import RANDOM_DRAWS, RANDOM_SEED
-from kvjax.sweeps.stream import DONOR_SEED, ProbeProgram, SweepSettings
+from kvjax.sweeps.probe_program import DONOR_SEED, ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.donors import draw_donors
 from kvjax.task.encoding import encode_records

@@ -8,7 +8,7 @@ from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps import chunking
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH, MOST_PER_ACCELERATOR, checkpoint_bytes, plan_chunks
-from kvjax.sweeps.stream import SweepSettings
+from kvjax.sweeps.settings import SweepSettings
 
 CONFIG = DecoderConfig(vocab_size=146, d_model=128, n_layers=3, n_heads=4, d_ff=512, max_seq_len=96)
 TOKENS = 384 * 83

@@ -61,7 +61,7 @@ def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, 
 
     def measured():
         begin_anew()
-        monkeypatch.setattr("kvjax.sweeps.stream.measure_checkpoints", jax.jit(counted, static_argnums=0))
+        monkeypatch.setattr("kvjax.sweeps.probe_program.measure_checkpoints", jax.jit(counted, static_argnums=0))
         program, params = probe_program(Benchmark.open(small_benchmark), 3)
         assert program.program.devices == 2, "the program is shared among devices"
         other = jax.tree.map(lambda x: x * 1.5, params)

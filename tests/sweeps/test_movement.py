@@ -14,9 +14,10 @@ from kvjax.measure.residual import linear_cka
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.sites import stage_names
 from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh
-from kvjax.sweeps import movement, stream
+from kvjax.sweeps import movement, probe_program
 from kvjax.sweeps.movement import MovementWatch, read_states
-from kvjax.sweeps.stream import ProbeProgram, SweepSettings
+from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 from tests.building import SMALL_MODEL, STEPS
@@ -107,9 +108,11 @@ def test_without_event_drift_the_rest_is_the_same(small_run, swept):
 
 
 def test_side_by_side_as_on_an_accelerator_moves_the_same(small_run, means, monkeypatch):
-    as_here = stream.plan_chunks
+    as_here = probe_program.plan_chunks
     monkeypatch.setattr(
-        stream, "plan_chunks", lambda *args, **given: as_here(*args, **given | {"backend": "gpu", "num_devices": 1})
+        probe_program,
+        "plan_chunks",
+        lambda *args, **given: as_here(*args, **given | {"backend": "gpu", "num_devices": 1}),
     )
     ours = sweep(small_run, ablations=("zero",), probe="none").dataset
     for name in ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka"):

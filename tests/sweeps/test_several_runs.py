@@ -11,7 +11,7 @@ import pytest
 from kvjax.errors import InputError
 from kvjax.sweeps import prepared
 from kvjax.sweeps.analysis import sweep_runs
-from kvjax.sweeps.stream import SweepSettings
+from kvjax.sweeps.settings import SweepSettings
 from tests.building import SMALL_MODEL, STEPS, read_lines, write_run
 from tests.oracle import load_module, mean, measure
 from tests.sweeping import prepared_run, source

@@ -17,7 +17,7 @@ from kvjax.errors import InputError
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.analysis import sweep_runs
 from kvjax.sweeps.prepared import prepare_run
-from kvjax.sweeps.stream import SweepSettings
+from kvjax.sweeps.settings import SweepSettings
 from tests.building import SMALL_MODEL, STEPS, read_lines, write_small_benchmark
 from tests.oracle import mean
 from tests.sweeping import source, sweep
