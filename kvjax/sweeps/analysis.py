@@ -14,7 +14,7 @@ from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import chosen_ablations
 from kvjax.sweeps.measured import MeasuredRun, gather_measured
-from kvjax.sweeps.movement import MovementWatch
+from kvjax.sweeps.movement_watch import MovementWatch
 from kvjax.sweeps.prepared import PreparedRun
 from kvjax.sweeps.probe_program import ProbeProgram
 from kvjax.sweeps.settings import SweepSettings

@@ -14,8 +14,9 @@ from kvjax.measure.residual import linear_cka
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.sites import stage_names
 from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh
-from kvjax.sweeps import movement, probe_program
-from kvjax.sweeps.movement import MovementWatch, read_states
+from kvjax.sweeps import movement, movement_watch, probe_program
+from kvjax.sweeps.movement import read_states
+from kvjax.sweeps.movement_watch import MovementWatch
 from kvjax.sweeps.probe_program import ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -180,7 +181,12 @@ def test_whatever_arrives_when_each_is_compared_with_its_own_others(reads, order
 
 def test_devices_share_one_program(small_run):
     """Compared where each checkpoint's states are, one after another, every device would compile its own."""
-    programs = (movement._spread_of_checkpoints, movement._movement_of_pairs, movement.with_spread, movement.movement)
+    programs = (
+        movement_watch._spread_of_checkpoints,
+        movement_watch._movement_of_pairs,
+        movement.with_spread,
+        movement.movement,
+    )
     for program in programs:
         program.clear_cache()
     report = sweep(small_run)
