@@ -40,7 +40,7 @@ def sweep(
     Args:
       run_dirs: run directories, or globs.
       probe_set: what to measure on; each run's own where None.
-      benchmark_dir: the runs' benchmark; what each run's config records where None.
+      benchmark_dir: the runs' benchmark; the one each run's config records, or that it was swept on, where None.
       steps: what to measure: `all`, a step, several, or as `--steps`: `250,1000-4000`. What was measured earlier is
         returned as well.
       reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
@@ -125,24 +125,28 @@ def intervene_in_runs(
       progress: called with the number of (window, kind), for a progress bar, as for `sweep_reports`.
 
     Raises:
-      InputError: a run is not ready for circuit work, or something cannot be used.
+      InputError: a run is not ready for circuit work, something was measured before with other settings, or something
+        cannot be used.
     """
-    from kvjax.intervene.analysis import chosen_windows, intervene_in_run  # a sweep need not wait for its import
+    # A sweep need not wait for its import.
+    from kvjax.intervene.analysis import chosen_windows, intervene_in_run, plan_interventions
 
-    runs = find_run_dirs(run_dirs)
-    total = len(settings.kinds) * sum(len(chosen_windows(run, settings)) for run in runs)
-    reports, opened = [], OpenedInputs()
+    windows = {run.path: (run, chosen_windows(run, settings)) for run in find_run_dirs(run_dirs)}
+    plans, opened = [], OpenedInputs()
+    for run, chosen in windows.values():
+        work = prepare_run(
+            run,
+            benchmark_dir=benchmark_dir,
+            probe_set=probe_set,
+            steps="all",
+            reference=str(max(run.checkpoints)),
+            opened=opened,
+        )
+        plans.append(plan_interventions(work, chosen, settings))
+    total, reports = sum(len(plan.tasks) for plan in plans), []
     with progress(total) if progress else nullcontext(lambda done: None) as advance:
-        for run in runs:
-            work = prepare_run(
-                run,
-                benchmark_dir=benchmark_dir,
-                probe_set=probe_set,
-                steps="all",
-                reference=str(max(run.checkpoints)),
-                opened=opened,
-            )
-            reports += intervene_in_run(work, checkpoint_source(work), settings, advance=advance)
+        for plan in plans:
+            reports += intervene_in_run(plan, checkpoint_source(plan.work), settings, advance=advance)
     return reports
 
 

@@ -39,7 +39,7 @@ def open_run(run_dir: str | Path, *, benchmark_dir: str | Path | None = None) ->
 
     Args:
       run_dir: the run.
-      benchmark_dir: its benchmark; the one its config records where None.
+      benchmark_dir: its benchmark; the one its config records, or that it was swept on, where None.
 
     Raises:
       InputError: the run or its benchmark cannot be used.

@@ -93,7 +93,7 @@ class RunDir:
             named = read_json(self.analysis / SWEEP_FILE)["benchmark"]
             path = Path(named["path"])
             return path if file_sha256(path / "metadata.json") == named["sha256"] else None
-        except (InputError, KeyError, TypeError):
+        except (InputError, KeyError, TypeError, ValueError):
             return None
 
     def best_checkpoint(self) -> tuple[int, Path]:

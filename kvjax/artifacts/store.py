@@ -33,7 +33,7 @@ _MANIFEST = "manifest.json"
 Tree = dict[str, Any]
 
 _VERSION = 3
-_PARTS_AT_HAND = 2
+_BYTES_AT_HAND = 512 << 20
 _DAY = 86400.0
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 
@@ -106,7 +106,7 @@ class ParameterStore:
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder = folder
         self._identity = dict(identity)
-        self._parts: dict[str, Tree] = {}  # the last ones read
+        self._parts: dict[str, Tree] = {}  # those used last, in that order
         self._damaged: set[str] = set()
         self._manifest = self._read_own_manifest()
 
@@ -166,10 +166,8 @@ class ParameterStore:
         try:
             write_json(self.folder / _MANIFEST, manifest.model_dump())
         except (OSError, InputError):
-            if before is None or name not in before.parts:
-                shutil.rmtree(
-                    self.folder / name, ignore_errors=True
-                )  # nothing names it, and room may be what is missing
+            if before is None or name not in before.parts:  # nothing names it, and room may be what is missing
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             raise
         self._manifest = manifest
         self._damaged.discard(name)
@@ -190,13 +188,15 @@ class ParameterStore:
 
     def _part(self, name: str) -> Tree | None:
         """Returns a part's stacked parameters, or None where they are not what the manifest names."""
-        if name not in self._parts and name not in self._damaged:
+        if name in self._parts:
+            self._parts[name] = self._parts.pop(name)  # used last
+        elif name not in self._damaged:
             part = _read_part(self.folder / name, self._manifest.parts.get(name))
             if part is None:
                 self._damaged.add(name)
                 return None
             # Whoever reads a run of thousands of checkpoints needs one part after another, not all of them.
-            while len(self._parts) >= _PARTS_AT_HAND:
+            while self._parts and sum(map(_num_bytes, [part, *self._parts.values()])) > _BYTES_AT_HAND:
                 del self._parts[next(iter(self._parts))]
             self._parts[name] = part
         return self._parts.get(name)
@@ -263,9 +263,13 @@ def tree_sha256(params: Tree) -> str:
 
 def _check_free_space(folder: Path, tree: Tree) -> None:
     """Refuses a tree larger than the free space: TensorStore's threads print tracebacks where it ends as they write."""
-    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(folder).free
+    needed, free = _num_bytes(tree), shutil.disk_usage(folder).free
     if free < needed + _ROOM_BESIDE:
         raise unusable(folder, f"a disk with {(needed + _ROOM_BESIDE) / 1e6:.0f} MB free", f"{free / 1e6:.0f} MB")
+
+
+def _num_bytes(tree: Tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _member(stacked: Tree, index: int) -> Tree:

@@ -17,7 +17,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "benchmark_dir",
         None,
-        "The runs' benchmark; by default the one each run's config records.",
+        "The runs' benchmark; by default the one each run's config records, or that it was swept on.",
         flag_values=values,
     )
     flags.DEFINE_bool("progress", True, "Show a progress bar with the time left.", flag_values=values)

@@ -48,7 +48,7 @@ flags.DEFINE_bool(
     "force", False, "Go on although the run is not ready for circuit work (kvjax status).", flag_values=FLAGS
 )
 flags.DEFINE_bool(
-    "overwrite", False, "Measure again, also where an earlier call had other settings.", flag_values=FLAGS
+    "overwrite", False, "Measure all of it again, also where an earlier call had other settings.", flag_values=FLAGS
 )
 
 

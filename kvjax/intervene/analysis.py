@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ class InterventionReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
+class Window:
     """Some checkpoints of a run, and the name their files have."""
 
     name: str
@@ -88,88 +90,118 @@ class _Window:
     steps: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Task:
-    """One kind of intervention in one window: where its summary lies, and what it depends on."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One kind of intervention in one window.
 
-    window: _Window
+    Attributes:
+      window, kind: which.
+      path: where its summary lies, or will.
+      measured_on: what its numbers depend on.
+      earlier: the summary that there is of exactly that; None where it has to be measured.
+    """
+
+    window: Window
     kind: str
     path: Path
     measured_on: MeasuredOn
+    earlier: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class InterventionPlan:
+    """What is to be done in one run, and what of it is there already.
+
+    Attributes:
+      work: the run with its benchmark and probe set.
+      pair_set: the pairs.
+      hashes: step -> SHA-256 of the checkpoint's file.
+      tasks: window by window.
+    """
+
+    work: PreparedRun
+    pair_set: PairSet
+    hashes: Mapping[int, str]
+    tasks: tuple[Task, ...]
+
+
+def plan_interventions(
+    work: PreparedRun, windows: Sequence[Window], settings: InterventionSettings
+) -> InterventionPlan:
+    """Returns what is to be done in a run, so that what would be refused is before anything is measured.
+
+    Raises:
+      InputError: a name is unknown, or something was measured before with other settings.
+    """
+    places = component_places(work.run.config.model.n_layers, work.run.config.model.n_heads)
+    for name in settings.components or ():
+        if name not in places:
+            raise unusable("--components", f"components among {', '.join(places)}", name)
+    named = settings.components and [place for place in places if place in settings.components]
+    pair_set = own_pairs(work.probe, work.benchmark)
+    hashes = {step: file_sha256(work.run.checkpoints[step]) for window in windows for step in window.steps}
+
+    def task(window: Window, kind: str) -> Task:
+        chosen = {
+            "pairs_per_kind": settings.pairs_per_kind,
+            "precision": settings.precision,
+            "probe_set": work.probe.manifest.content_sha256[:12],
+        }
+        if kind == "necessity":
+            chosen["components"] = named
+        inputs = {
+            "intervention_version": INTERVENTION_VERSION,
+            "window": window.description,
+            "checkpoints": {str(step): hashes[step] for step in window.steps},
+            "pairs_sha256": pair_set.manifest.content_sha256,
+            "probe_set_sha256": work.probe.manifest.content_sha256,
+            "fit_sha256": work.probe.manifest.fit_sha256,
+        }
+        path = work.run.analysis / FOLDER / kind / f"{window.name}.json"
+        measured_on = MeasuredOn(chosen, inputs)
+        return Task(window, kind, path, measured_on, None if settings.overwrite else find_earlier(path, measured_on))
+
+    return InterventionPlan(
+        work, pair_set, hashes, tuple(task(window, kind) for window in windows for kind in settings.kinds)
+    )
 
 
 def intervene_in_run(
-    work: PreparedRun,
+    plan: InterventionPlan,
     source: CheckpointSource,
     settings: InterventionSettings,
     *,
     advance: Callable[[int], None],
 ) -> list[InterventionReport]:
-    """Does every kind of intervention in a run's windows, writes what was found and returns it.
-
-    What was measured before, on the same files with the same settings, is not measured again: a command that was
-    stopped goes on where it was.
+    """Does what is planned for a run, writes what was found and returns it, with what was there before.
 
     Args:
-      work: the run with its benchmark and probe set.
+      plan: the run, and what to do.
       source: where its checkpoints come from.
-      settings: what to do.
+      settings: how.
       advance: called with the number of (window, kind) done.
 
     Raises:
-      InputError: the run is not ready for circuit work, has no such window or step, a name is unknown, or something was
-        measured before with other settings.
+      InputError: a checkpoint cannot be used, or a result not be written. What was written before stays, and is found
+        by the next plan: a call that was stopped goes on where it was.
     """
-    windows = chosen_windows(work.run, settings)
-    places = component_places(work.run.config.model.n_layers, work.run.config.model.n_heads)
-    for name in settings.components or ():
-        if name not in places:
-            raise unusable("--components", f"components among {', '.join(places)}", name)
-    pair_set = own_pairs(work.probe, work.benchmark)
-    hashes = {step: file_sha256(work.run.checkpoints[step]) for window in windows for step in window.steps}
-    tasks = [_task(work, window, kind, pair_set, settings, hashes) for window in windows for kind in settings.kinds]
-    # All are looked up first: what would be refused is, before anything is measured.
-    found = {task: None if settings.overwrite else find_earlier(task.path, task.measured_on) for task in tasks}
-    reports = []
-    for window in windows:
+    run, reports = plan.work.run, []
+    neuron_table = run.analysis / "component_candidates" / "neurons.jsonl"
+    for window, tasks in itertools.groupby(plan.tasks, key=lambda task: task.window):
         study = None
-        for task in (task for task in tasks if task.window is window):
-            if (document := found[task]) is None:
-                study = study or _study(work, source, window, pair_set, settings, hashes)
-                outcome = KINDS[task.kind](study)
-                reports.append(_publish(work, task, study, pair_set, outcome, settings))
+        for task in tasks:
+            if task.earlier is None:
+                study = study or _study(plan, source, window, settings)
+                reports.append(_publish(plan, task, study, KINDS[task.kind](study), settings))
             else:
-                reports.append(InterventionReport(work.run, task.kind, window.name, task.path, document, reused=True))
-            if task.kind == "neurons":
-                rows = _all_neuron_rows(work.run)
-                write_json_lines(work.run.analysis / "component_candidates" / "neurons.jsonl", rows)
+                report = InterventionReport(run, task.kind, window.name, task.path, task.earlier, reused=True)
+                reports.append(report)
+            if task.kind == "neurons" and (task.earlier is None or not neuron_table.is_file()):
+                write_json_lines(neuron_table, _all_neuron_rows(run))
             advance(1)
-    source.save()
+    with contextlib.suppress(InputError):  # what was asked for is written; conversions are made again another time
+        source.save()
     return reports
-
-
-def _task(
-    work: PreparedRun,
-    window: _Window,
-    kind: str,
-    pair_set: PairSet,
-    settings: InterventionSettings,
-    hashes: Mapping[int, str],
-) -> _Task:
-    chosen = {"pairs_per_kind": settings.pairs_per_kind, "precision": settings.precision}
-    if kind == "necessity":
-        chosen["components"] = settings.components and list(settings.components)
-    inputs = {
-        "intervention_version": INTERVENTION_VERSION,
-        "window": window.description,
-        "checkpoints": {str(step): hashes[step] for step in window.steps},
-        "pairs_sha256": pair_set.manifest.content_sha256,
-        "probe_set_sha256": work.probe.manifest.content_sha256,
-        "fit_sha256": work.probe.manifest.fit_sha256,
-        "forced": settings.force,
-    }
-    path = work.run.analysis / FOLDER / kind / f"{window.name}.json"
-    return _Task(window, kind, path, MeasuredOn(chosen, inputs))
 
 
 def chosen_kinds(names: Sequence[str]) -> tuple[str, ...]:
@@ -180,7 +212,7 @@ def chosen_kinds(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in names)
 
 
-def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]:
+def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
     """Returns the windows, or the named steps, to intervene in.
 
     Raises:
@@ -199,7 +231,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]
         if settings.window != "all":
             raise unusable("--window", "no window beside --steps", settings.window)
         steps = tuple(run.select_steps(settings.steps))
-        return [_Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
+        return [Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
     path = run.analysis / WINDOWS_FILE
     if not path.is_file():
         raise unusable(path, "birth windows (run kvjax birth-windows, or name --steps)", "no such file")
@@ -211,7 +243,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[_Window]
             missing = [step for step in entry.steps if step not in run.checkpoints]
             if missing:
                 raise unusable(run.path / "checkpoints", f"the window's checkpoint {missing[0]}", run.describe_steps())
-            windows.append(_Window(f"window_{entry.center_step}", bounds | {"steps": entry.steps}, tuple(entry.steps)))
+            windows.append(Window(f"window_{entry.center_step}", bounds | {"steps": entry.steps}, tuple(entry.steps)))
     if not windows:
         centers = ", ".join(str(entry.center_step) for entry in found.windows) or f"none ({found.verdict})"
         expected = "a window (or --steps)" if settings.window == "all" else f"a window around {settings.window}"
@@ -228,20 +260,13 @@ def _steps_name(run: RunDir, steps: tuple[int, ...]) -> str:
     return f"steps_{every if len(every) < 60 else hashlib.sha256(every.encode()).hexdigest()[:12]}"
 
 
-def _study(
-    work: PreparedRun,
-    source: CheckpointSource,
-    window: _Window,
-    pair_set: PairSet,
-    settings: InterventionSettings,
-    hashes: Mapping[int, str],
-) -> Study:
-    run, vocabulary = work.run, work.benchmark.vocabulary
-    pairs = [pair for kind in PAIR_KINDS for pair in pair_set.of_kind(kind)[: settings.pairs_per_kind]]
+def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, settings: InterventionSettings) -> Study:
+    work, run, vocabulary = plan.work, plan.work.run, plan.work.benchmark.vocabulary
+    pairs = [pair for kind in PAIR_KINDS for pair in plan.pair_set.of_kind(kind)[: settings.pairs_per_kind]]
     params = []
     for step in window.steps:
         loaded = source.load(run.checkpoints[step], step)
-        if loaded.sha256 != hashes[step]:
+        if loaded.sha256 != plan.hashes[step]:
             raise unusable(run.checkpoints[step], "a file that stays as it is", "it changed while it was read")
         params.append(loaded.params)
     stacked = stack_params(params)
@@ -273,14 +298,9 @@ def _study(
 
 
 def _publish(
-    work: PreparedRun,
-    task: _Task,
-    study: Study,
-    pair_set: PairSet,
-    outcome: Outcome,
-    settings: InterventionSettings,
+    plan: InterventionPlan, task: Task, study: Study, outcome: Outcome, settings: InterventionSettings
 ) -> InterventionReport:
-    run, window, kind = work.run, task.window, task.kind
+    run, window, kind, pair_set = plan.work.run, task.window, task.kind, plan.pair_set
     groups = study.groups
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -315,7 +335,10 @@ def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:
     folder = run.analysis / FOLDER / "neurons"
     for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
         own: dict[int, list[dict[str, Any]]] = {}
-        dataset = read_dataset(path, expected="measured neurons (run kvjax intervene --kinds=neurons again)")
+        try:
+            dataset = read_dataset(path, expected="measured neurons")
+        except InputError:
+            continue  # damaged: measured again when its window is asked for
         for row in components.neuron_rows(dataset):
             own.setdefault(row["step"], []).append(row)
         rows |= own

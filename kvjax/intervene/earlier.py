@@ -43,16 +43,21 @@ def find_earlier(path: Path, wanted: MeasuredOn) -> dict[str, Any] | None:
     """Returns the summary at `path` where it and the arrays beside it are of `wanted`; None where they have to be made.
 
     Raises:
-      InputError: it was measured with other settings, which would be lost.
+      InputError: it was measured with other settings, or does not say with which, and would be lost.
     """
     if not path.is_file():
         return None
     try:
         document = read_json(path)
-        before = document["measured_on"]
-        settings, inputs = dict(before["settings"]), before["inputs"]
-    except (InputError, KeyError, TypeError, ValueError):
-        return None  # damaged, or written before summaries said so
+    except InputError:
+        return None  # damaged
+    if not isinstance(document, dict):
+        return None
+    try:
+        settings, inputs = dict(document["measured_on"]["settings"]), document["measured_on"]["inputs"]
+    except (KeyError, TypeError, ValueError):
+        found = "one that does not say what it was measured on"
+        raise unusable(path, "a summary of this version, or --overwrite", found) from None
     if changed := [name for name in wanted.settings if settings.get(name) != wanted.settings[name]]:
         before, now = (" ".join(_as_flag(name, of.get(name)) for name in changed) for of in (settings, wanted.settings))
         raise unusable(path, f"{before}, as it was measured, or --overwrite", now)

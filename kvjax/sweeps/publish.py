@@ -98,6 +98,8 @@ def publish(
     ]
     write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
     notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))
+    if log.not_kept is not None:
+        notes.append(f"converted parameters are not kept: {log.not_kept}")
     if work.reference is not None and reference is None:
         notes.append(f"drift to the reference is null: {work.reference} could not be used")
     if work.reference is None:

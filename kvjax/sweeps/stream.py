@@ -50,11 +50,15 @@ StateWatch = Callable[[Sequence[tuple[str, LoadedCheckpoint]], jax.Array], Calla
 
 @dataclasses.dataclass
 class SweepLog:
-    """What happened while a run was swept: which checkpoints were measured, reused or refused."""
+    """What happened while a run was swept: which checkpoints were measured, reused or refused.
+
+    `not_kept` says why converted parameters could not be kept, where they could not.
+    """
 
     measured: list[int] = dataclasses.field(default_factory=list)
     reused: list[int] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    not_kept: str | None = None
     first_call_seconds: float | None = None
     later_call_seconds: list[float] = dataclasses.field(default_factory=list)
     # When the devices had last finished a call; the next, handed over before, runs from then on.
@@ -156,7 +160,10 @@ def sweep_run(
             if running is not None:
                 keep(*running)
         finally:
-            source.save()
+            try:
+                source.save()
+            except InputError as error:  # results are stored, and conversions are made again another time
+                log.not_kept = str(error)
     return {name: results[name] for name in files if name in results}
 
 

@@ -249,6 +249,12 @@ class TestIntervene:
         again = capsys.readouterr().out
         assert again.replace("  measured before (--overwrite measures again)\n", "") == printed != again
         assert read_lines(table) == rows
+        # A damaged file, also one that is not asked for, keeps no other from being measured.
+        neurons = analysis / "interventions" / "neurons"
+        for name in ("window_500.nc", "steps_9.nc"):
+            (neurons / name).write_bytes(b"damaged")
+        assert main(["intervene", f"--run_dirs={run}", "--kinds=neurons", *SMALL]) == 0
+        assert read_lines(table) == rows
         assert len(rows) == 3 * 3 * SMALL_MODEL["d_ff"]
         ranks = [row["rank"] for row in rows if row["step"] == 500]
         assert sorted(ranks) == list(range(1, 3 * SMALL_MODEL["d_ff"] + 1))

@@ -1,6 +1,7 @@
 """Interventions measured before: used again for exactly what they were measured on, and never lost unasked."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from kvjax.errors import InputError
 from kvjax.intervene import analysis
 from kvjax.intervene.analysis import InterventionSettings
 from kvjax.intervene.study import Outcome
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.probe_set import generate_probe_set
 
 KINDS = ("path_patching", "necessity")
 
@@ -33,13 +36,14 @@ def intervened(small_run, monkeypatch):
 
     monkeypatch.setattr(analysis, "KINDS", {kind: counting(kind) for kind in KINDS})
 
-    def intervene(kinds=KINDS, **given):
+    def intervene(kinds=KINDS, *, runs=(small_run,), probe_set=None, **given):
         measured.clear()
-        settings = {"steps": "100,200", "pairs_per_kind": 2, "force": True, **given}
-        reports = intervene_in_runs(
-            [str(small_run)], probe_set=None, benchmark_dir=None, settings=InterventionSettings(kinds=kinds, **settings)
+        settings = InterventionSettings(
+            **{"kinds": kinds, "steps": "100,200", "pairs_per_kind": 2, "force": True, **given}
         )
-        assert [report.kind for report in reports] == list(kinds)
+        run_dirs = [str(run) for run in runs]
+        reports = intervene_in_runs(run_dirs, probe_set=probe_set, benchmark_dir=None, settings=settings)
+        assert [report.kind for report in reports] == len(runs) * list(kinds)
         assert [report.kind for report in reports if not report.reused] == measured
         assert all(report.document == json.loads(report.path.read_text()) for report in reports)
         return tuple(measured)
@@ -93,6 +97,14 @@ def test_other_settings_do_not_replace_earlier_results_unasked(intervened, folde
             intervened(**settings)
     assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
     assert intervened(("path_patching",), components=("L0H1",)) == (), "which does not ask for components"
+    assert intervened(components=("L0H1", "MLP2"), overwrite=True) == KINDS
+    assert intervened(components=("MLP2", "L0H1", "MLP2")) == (), "the same set"
+    older = folder / "necessity" / "steps_100_200.json"
+    document = json.loads(older.read_text())
+    del document["measured_on"]
+    older.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="a summary of this version, or --overwrite; found one that does not say"):
+        intervened()
     assert intervened(pairs_per_kind=3, overwrite=True) == KINDS
 
 
@@ -113,21 +125,13 @@ def other_document(summary):
     summary.write_text("[]")
 
 
-def of_an_older_version(summary):
-    document = json.loads(summary.read_text())
-    del document["measured_on"]
-    summary.write_text(json.dumps(document))
-
-
 def arrays_of_another_summary(summary):
     document = json.loads(summary.read_text())
     document["measured_on"]["inputs"]["checkpoints"]["100"] = "0" * 64
     summary.write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize(
-    "damage", [arrays_cut, no_arrays, no_json, other_document, of_an_older_version, arrays_of_another_summary]
-)
+@pytest.mark.parametrize("damage", [arrays_cut, no_arrays, no_json, other_document, arrays_of_another_summary])
 def test_what_is_damaged_is_measured_again(intervened, folder, damage):
     intervened()
     damage(folder / "necessity" / "steps_100_200.json")
@@ -159,3 +163,26 @@ def test_a_checkpoint_that_changes_meanwhile_is_refused(intervened, small_run, m
     monkeypatch.setattr(analysis, "file_sha256", then_changed)
     with pytest.raises(InputError, match=r"step_000200.pt: expected a file that stays as it is"):
         intervened()
+
+
+def test_another_probe_set_is_refused_too(intervened, small_run, small_benchmark, tmp_path):
+    intervened()
+    other = tmp_path / "other.jsonl"
+    generate_probe_set(Benchmark.open(small_benchmark), other, examples_per_split=8, fit_examples=16, seed=99)
+    with pytest.raises(InputError, match=r"--probe_set=\w{12}, as it was measured, or --overwrite; found --probe_set="):
+        intervened(probe_set=str(other))
+
+
+def test_of_several_runs_none_is_measured_where_one_is_refused(intervened, small_run, tmp_path):
+    other = shutil.copytree(small_run, tmp_path / "second")
+    intervened(runs=(other,), pairs_per_kind=3)
+    with pytest.raises(InputError, match=r"second/analysis/.*: expected --pairs_per_kind=3"):
+        intervened(runs=(small_run, other))
+    assert not (small_run / "analysis" / "interventions").exists()
+    assert intervened(runs=(small_run, other), pairs_per_kind=3) == KINDS, "of the first alone"
+
+
+def test_what_cannot_be_kept_of_conversions_costs_nothing(intervened, small_run):
+    (small_run / "analysis").mkdir()
+    (small_run / "analysis" / "converted").write_text("in the way")
+    assert intervened() == KINDS

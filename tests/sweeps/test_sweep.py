@@ -295,6 +295,19 @@ def test_a_replaced_checkpoint_or_a_damaged_result_is_measured_again(small_run):
     assert sweep(small_run).log.measured == []  # the damaged one was measured before the other was refused
 
 
+def test_a_store_that_cannot_be_written_is_a_note(small_run, capsys):
+    (small_run / "analysis").mkdir()
+    (small_run / "analysis" / "converted").write_text("in the way")
+    report = sweep(small_run, ablations=("zero",), probe="none")
+    assert [row["step"] for row in report.rows] == list(STEPS)
+    (note,) = report.notes
+    assert note.startswith("converted parameters are not kept: ") and "converted" in note
+    path = small_run / "checkpoints" / "step_000200.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"step_000200.pt: expected a whole PyTorch checkpoint"):
+        sweep(small_run, ablations=("zero",), probe="none", overwrite=True)
+
+
 def test_other_settings_do_not_replace_earlier_results_unasked(small_run):
     rows = sweep(small_run).rows
     with pytest.raises(
