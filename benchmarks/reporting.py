@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import platform
 import re
 import statistics
 import time
@@ -40,14 +41,26 @@ def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Returns the device, the cores this process may use, and the versions of what ran."""
+    """Returns the device, the cores this process may use, the CPU's model, and the versions of what ran."""
     return {
         "device": device_description(),
         "cores": available_cores(),
+        "cpu": _cpu_model(),
         "matmul_2048_float32_gflops": round(matmul_gflops(), 1),
         "versions": software_versions(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _cpu_model() -> str:
+    """Returns the CPU's name and its widest vectors: machines of one workplace differ, and with them every number."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = re.search(r"model name\s*:\s*(.+)", info)
+    vectors = next((name for name in ("avx512f", "avx2") if name in info), "no wide vectors")
+    return f"{named[1] if named else platform.machine()}, {vectors}"
 
 
 def torch_device() -> torch.device | None:
