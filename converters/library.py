@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from kvjax.artifacts.store import STORE_FOLDER, NewCheckpoint, ParameterStore
 from kvjax.errors import InputError, unusable
 from kvjax.task.benchmark import Benchmark
 
-KEPT_AT_ONCE = 64  # converted checkpoints held in memory before they are written as a part
+Keep = Literal["nothing", "if possible", "everything"]
+
+_KEPT_AT_ONCE = 64  # converted checkpoints held in memory before they are written as a part
 
 
 class CheckpointLibrary:
@@ -27,7 +29,8 @@ class CheckpointLibrary:
       benchmark: what it is measured on.
       certify_on: sample sequences [B, T] for the parity certificates; None for none.
       trust_store: take stored conversions that have a certificate; otherwise everything is converted anew.
-      keep: put what is converted into the store.
+      keep: what is put into the store of what is converted. `if possible`, a store that cannot be written fails no
+        checkpoint, and only `save` tells; where `everything` is to be kept, no more is converted either.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class CheckpointLibrary:
         *,
         certify_on: np.ndarray | None,
         trust_store: bool = True,
-        keep: bool = True,
+        keep: Keep = "if possible",
     ):
         self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
         self._trust_store, self._keep = trust_store, keep
@@ -49,7 +52,8 @@ class CheckpointLibrary:
         """Returns a checkpoint file's parameters, with its certificate.
 
         Raises:
-          InputError: the file is unusable, or not of this run, step or benchmark.
+          InputError: the file is unusable, or not of this run, step or benchmark; or the store cannot be written, where
+            everything is to be kept.
         """
         if not path.is_file():
             raise unusable(path, "a PyTorch checkpoint", "no such file")
@@ -69,7 +73,7 @@ class CheckpointLibrary:
         checkpoint = convert_checkpoint(
             path, self._run.config, self._benchmark, expected_step=expected_step, certify_on=self._certify_on
         )
-        if self._keep:
+        if self._keep != "nothing":
             with self._lock:
                 self._hold(checkpoint)
         return checkpoint
@@ -84,13 +88,16 @@ class CheckpointLibrary:
             self._write()
 
     def _hold(self, checkpoint: ConvertedCheckpoint) -> None:
-        """Holds a conversion until there are enough for a part. A part that cannot be written fails no checkpoint."""
-        if len(self._new) >= KEPT_AT_ONCE:
+        """Holds a conversion until there are enough for a part."""
+        if len(self._new) >= _KEPT_AT_ONCE:
             return  # those held could not be written, and no more are held: this one is converted again another time
         self._new.append(checkpoint)
-        if len(self._new) == KEPT_AT_ONCE:
-            with contextlib.suppress(InputError):  # `save` tries once more, and tells
+        if len(self._new) == _KEPT_AT_ONCE:
+            try:
                 self._write()
+            except InputError:  # `save` tries once more, and tells
+                if self._keep == "everything":
+                    raise
 
     def _write(self) -> None:
         for tied in (True, False):  # trees of one part have one structure

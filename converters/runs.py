@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from converters.converted import Certificate, ConvertedCheckpoint
-from converters.library import KEPT_AT_ONCE, CheckpointLibrary
+from converters.library import CheckpointLibrary
 from converters.to_flax import to_flax
 from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint
@@ -83,12 +83,10 @@ def convert_run(
     tokens = _certificate_tokens(run, benchmark, verify)
     checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
     # Verifying means looking again, so that nothing is taken from an earlier conversion.
-    library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False)
+    library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
-    for done, (step, path) in enumerate(run.checkpoints.items()):
-        if done % KEPT_AT_ONCE == 0:
-            library.save()  # a store that cannot be written is told before more is converted
+    for step, path in run.checkpoints.items():
         checkpoint = library.load(path, step)
         if checkpoint.certificate is not None:
             certificates.append(checkpoint.certificate)

@@ -131,9 +131,9 @@ def intervene_in_runs(
     # A sweep need not wait for its import.
     from kvjax.intervene.analysis import chosen_windows, intervene_in_run, plan_interventions
 
-    windows = {run.path: (run, chosen_windows(run, settings)) for run in find_run_dirs(run_dirs)}
+    chosen = [(run, chosen_windows(run, settings)) for run in find_run_dirs(run_dirs)]
     plans, opened = [], OpenedInputs()
-    for run, chosen in windows.values():
+    for run, windows in chosen:
         work = prepare_run(
             run,
             benchmark_dir=benchmark_dir,
@@ -142,7 +142,7 @@ def intervene_in_runs(
             reference=str(max(run.checkpoints)),
             opened=opened,
         )
-        plans.append(plan_interventions(work, chosen, settings))
+        plans.append(plan_interventions(work, windows, settings))
     total, reports = sum(len(plan.tasks) for plan in plans), []
     with progress(total) if progress else nullcontext(lambda done: None) as advance:
         for plan in plans:

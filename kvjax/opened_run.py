@@ -59,7 +59,7 @@ class OpenedRun:
 
     def __init__(self, run: RunDir, benchmark: Benchmark):
         self.run, self.benchmark = run, benchmark
-        self._library = CheckpointLibrary(run, benchmark, certify_on=None, keep=False)
+        self._library = CheckpointLibrary(run, benchmark, certify_on=None, keep="nothing")
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -137,7 +137,7 @@ def plan_interventions(
     for name in settings.components or ():
         if name not in places:
             raise unusable("--components", f"components among {', '.join(places)}", name)
-    named = settings.components and [place for place in places if place in settings.components]
+    named = [place for place in places if place in settings.components] if settings.components else None
     pair_set = own_pairs(work.probe, work.benchmark)
     hashes = {step: file_sha256(work.run.checkpoints[step]) for window in windows for step in window.steps}
 

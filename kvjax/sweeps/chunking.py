@@ -76,9 +76,9 @@ def plan_chunks(
     if requested != "auto" and not (str(requested).isdecimal() and int(requested) > 0):
         raise unusable("--checkpoint_batch", "auto or a positive number", requested)
 
-    def needed(tokens_per_batch: int, side_by_side: int = side_by_side) -> float:
+    def needed(tokens_per_batch: int, at_once: int) -> float:
         kept = num_tokens if keeps_runs else tokens_per_batch
-        return checkpoint_bytes(config, kept_tokens=kept, tokens_per_batch=tokens_per_batch, side_by_side=side_by_side)
+        return checkpoint_bytes(config, kept_tokens=kept, tokens_per_batch=tokens_per_batch, side_by_side=at_once)
 
     if backend == "cpu":
         budget = (memory_gb or _machine_memory_gb()) * 1e9
@@ -87,9 +87,9 @@ def plan_chunks(
         return ChunkPlan(chunk, min(chunk, num_devices), CPU_TOKENS_PER_BATCH, "map", "map")
     budget = (memory_gb or _device_memory_gb()) * 1e9
     tokens = num_tokens
-    while needed(tokens) > budget and tokens > _FEWEST_TOKENS_PER_BATCH:
+    while needed(tokens, side_by_side) > budget and tokens > _FEWEST_TOKENS_PER_BATCH:
         tokens = -(-tokens // 2)
-    fitting = num_devices * max(1, min(int(budget / needed(tokens)), MOST_PER_ACCELERATOR))
+    fitting = num_devices * max(1, min(int(budget / needed(tokens, side_by_side)), MOST_PER_ACCELERATOR))
     chunk = fitting if requested == "auto" else _shareable(int(requested), num_devices)
     return ChunkPlan(chunk, min(chunk, num_devices), tokens, "vmap", "vmap")
 

@@ -104,7 +104,7 @@ def measure_movement(
         if name not in states:
             step, path = files[name]
             values = read_states(program.program.config, source.load(path, step).params, buckets)
-            states[name] = with_spread(values, buckets, lift=lift)
+            states[name] = ReadStates(values, spread_of_states(values, buckets, lift=lift))
         return states[name]
 
     groups = 2 * (2 * program.program.config.n_layers + 2)
@@ -146,10 +146,10 @@ def read_states(config: DecoderConfig, params: Params, buckets: tuple[EncodedRec
 
 
 @functools.partial(jax.jit, static_argnames="lift")
-def with_spread(values_GxNxD: jax.Array, buckets: tuple[EncodedRecords, ...], *, lift: Lift) -> ReadStates:
-    """Returns states with their spread, which all their comparisons need."""
+def spread_of_states(values_GxNxD: jax.Array, buckets: tuple[EncodedRecords, ...], *, lift: Lift) -> jax.Array:
+    """Returns the spread of one checkpoint's states, [G], which all their comparisons need."""
     counted = _counted(buckets)
-    return ReadStates(values_GxNxD, over_interventions(lambda x: spread(x[None], counted)[0], lift=lift)(values_GxNxD))
+    return over_interventions(lambda x: spread(x[None], counted)[0], lift=lift)(values_GxNxD)
 
 
 @functools.partial(jax.jit, static_argnames=("num_splits", "lift"))

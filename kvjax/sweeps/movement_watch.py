@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.artifacts.results import ResultStore
 from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh, over_checkpoints
-from kvjax.sweeps.movement import OTHERS, Comparison, ReadStates, keep_movement, movement, with_spread
+from kvjax.sweeps.movement import OTHERS, Comparison, ReadStates, keep_movement, movement, spread_of_states
 from kvjax.sweeps.probe_program import ProbeProgram
 from kvjax.sweeps.program import Program
 from kvjax.sweeps.stream import LoadedCheckpoint
@@ -122,9 +122,7 @@ def _spread_of_checkpoints(
 ) -> jax.Array:
     """Returns the spread [C, G] of the states of the checkpoints that devices share."""
 
-    def of_checkpoint(values_GxNxD: jax.Array, buckets: tuple[EncodedRecords, ...]) -> jax.Array:
-        return with_spread(values_GxNxD, buckets, lift=program.interventions).spread
-
+    of_checkpoint = functools.partial(spread_of_states, lift=program.interventions)
     lifted = over_checkpoints(of_checkpoint, lift=program.checkpoints, devices=program.devices)
     return lifted(states_CxGxNxD, buckets)
 

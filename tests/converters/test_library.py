@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import converters.library
-import converters.runs
 import converters.source
 from converters.library import CheckpointLibrary
 from converters.runs import convert_run
@@ -197,7 +196,7 @@ def in_the_way(small_run):
 def test_a_store_that_cannot_be_written_fails_no_checkpoint_and_is_told_at_the_end(
     library, small_run, in_the_way, monkeypatch
 ):
-    monkeypatch.setattr(converters.library, "KEPT_AT_ONCE", 2)
+    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
     converting = library()
     for step, path in RunDir.open(small_run).checkpoints.items():
         assert converting.load(path, step).step == step
@@ -211,8 +210,7 @@ def test_a_store_that_cannot_be_written_fails_no_checkpoint_and_is_told_at_the_e
 
 def test_converting_a_run_stops_where_the_store_cannot_be_written(small_run, benchmark, in_the_way, monkeypatch):
     """Its conversions are what it is for: none is let go, and nothing more is converted."""
-    monkeypatch.setattr(converters.library, "KEPT_AT_ONCE", 2)
-    monkeypatch.setattr(converters.runs, "KEPT_AT_ONCE", 2)
+    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
     converted = Unread(monkeypatch)
     with pytest.raises(InputError, match=r"converted.*: expected a directory that can be written"):
         convert_run(RunDir.open(small_run), benchmark, verify="none", advance=lambda n: None)
@@ -301,6 +299,6 @@ except InputError as error:
 
 
 def test_looking_without_keeping_holds_and_writes_nothing(library, small_run, monkeypatch):
-    monkeypatch.setattr(converters.library, "KEPT_AT_ONCE", 2)
-    load_all(library(keep=False), small_run)
+    monkeypatch.setattr(converters.library, "_KEPT_AT_ONCE", 2)
+    load_all(library(keep="nothing"), small_run)
     assert not (small_run / "analysis").exists()

@@ -184,7 +184,7 @@ def test_devices_share_one_program(small_run):
     programs = (
         movement_watch._spread_of_checkpoints,
         movement_watch._movement_of_pairs,
-        movement.with_spread,
+        movement.spread_of_states,
         movement.movement,
     )
     for program in programs:
