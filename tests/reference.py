@@ -30,7 +30,9 @@ def reference_folder() -> Path:
 def unpack_reference_run(target: Path) -> Path:
     """Returns a fresh copy of the reference run directory's parent, unpacked under `target`."""
     with tarfile.open(reference_folder() / "reference_run.tar.gz") as archive:
-        archive.extractall(target, filter="data")
+        # As an argument, Python takes the filter from 3.11.4 on alone; some systems' 3.11 is older, and has none.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(target)
     return target / "reference_run"
 
 
