@@ -137,7 +137,9 @@ def plan_interventions(
     for name in settings.components or ():
         if name not in places:
             raise unusable("--components", f"components among {', '.join(places)}", name)
-    named = [place for place in places if place in settings.components] if settings.components else None
+    named = None
+    if settings.components is not None:
+        named = [place for place in places if place in settings.components]
     pair_set = own_pairs(work.probe, work.benchmark)
     hashes = {step: file_sha256(work.run.checkpoints[step]) for window in windows for step in window.steps}
 
