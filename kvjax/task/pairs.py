@@ -26,7 +26,7 @@ from kvjax.artifacts.files import file_sha256, read_json, read_json_lines, write
 from kvjax.errors import InputError, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, corrupt, difference
-from kvjax.task.probe_set import ProbeSet, content_sha256
+from kvjax.task.probe_set import ProbeSet, content_sha256, pairs_manifest_path, pairs_path
 from kvjax.task.stream import Program, Record, build_record, program_of
 from kvjax.task.vocabulary import Vocabulary
 
@@ -118,16 +118,6 @@ class PairSet:
         return tuple(pair for pair in self.pairs if pair.kind == kind)
 
 
-def pairs_path(probe_path: Path) -> Path:
-    """Returns where the pairs of the probe set at `probe_path` lie."""
-    return probe_path.with_suffix(".pairs.jsonl")
-
-
-def pairs_manifest_path(probe_path: Path) -> Path:
-    """Returns where the manifest of those pairs lies."""
-    return probe_path.with_suffix(".pairs.metadata.json")
-
-
 def generate_pairs(
     probe: ProbeSet, benchmark: Benchmark, *, pairs_per_kind: int = DEFAULT_PAIRS_PER_KIND, seed: int = DEFAULT_SEED
 ) -> PairSet:
@@ -202,7 +192,7 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
     if content_sha256(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_path, "the content its own hash names", "an edited file")
     if manifest.probe_set_sha256 != probe.manifest.content_sha256:
-        raise unusable(path, f"pairs of the probe set {probe.path}", "pairs of another probe set")
+        raise unusable(path, f"pairs of {probe.path} (remove them to have them made again)", "another probe set's")
     pairs = []
     for number, document in enumerate(read_json_lines(path), start=1):
         try:

@@ -117,6 +117,16 @@ def sources_path(path: Path) -> Path:
     return path.with_suffix(".sources.jsonl")
 
 
+def pairs_path(path: Path) -> Path:
+    """Returns where the pairs that were made from the probe set at `path` lie (`kvjax.task.pairs`)."""
+    return path.with_suffix(".pairs.jsonl")
+
+
+def pairs_manifest_path(path: Path) -> Path:
+    """Returns where the manifest of those pairs lies."""
+    return path.with_suffix(".pairs.metadata.json")
+
+
 def generate_probe_set(
     benchmark: Benchmark, path: Path, *, examples_per_split: int, fit_examples: int, seed: int
 ) -> ProbeSet:
@@ -230,13 +240,13 @@ def check_installable(probe: ProbeSet, folder: Path) -> None:
 def install_probe_set(probe: ProbeSet, folder: Path) -> None:
     """Copies a probe set into a run's analysis folder, so that later stages and other people find it there.
 
-    Its manifest goes last: files without one are no probe set.
+    Its manifest goes last: files without one are no probe set. Pairs of the one that was there go with it.
     """
     target = folder / PROBE_SET_FILE
     if _is_complete(target) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
-    for stale in (manifest_path(target), companion_path(target)):
-        stale.unlink(missing_ok=True)
+    for stale in (manifest_path, companion_path, pairs_manifest_path, pairs_path):
+        stale(target).unlink(missing_ok=True)
     for file in probe.files:
         with replace_file(folder / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
             shutil.copyfile(file, partial)

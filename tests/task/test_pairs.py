@@ -15,8 +15,8 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES, corrupt, difference
 from kvjax.task.encoding import NO_ROLE, bucket_by_length
 from kvjax.task.pair_encoding import encode_pairs
-from kvjax.task.pairs import check_pair, generate_pairs, open_pairs, own_pairs, pairs_manifest_path, pairs_path
-from kvjax.task.probe_set import generate_probe_set
+from kvjax.task.pairs import check_pair, generate_pairs, open_pairs, own_pairs
+from kvjax.task.probe_set import generate_probe_set, install_probe_set, open_probe_set, pairs_manifest_path, pairs_path
 from kvjax.task.stream import Program, Read, build_record, replay
 from kvjax.task.vocabulary import Vocabulary
 from tests.building import read_lines
@@ -389,8 +389,16 @@ def test_another_probe_sets_pairs_are_refused(probe, benchmark, tmp_path):
     other = make_probe(benchmark, tmp_path / "other" / "probe.jsonl", seed=18)
     pairs_path(other.path).write_bytes(pair_set.path.read_bytes())
     pairs_manifest_path(other.path).write_bytes(pairs_manifest_path(probe.path).read_bytes())
-    with pytest.raises(InputError, match="another probe set"):
+    with pytest.raises(InputError, match="another probe set's"):
         open_pairs(other, benchmark)
+
+
+def test_pairs_of_a_probe_set_that_is_replaced_go_with_it(probe, benchmark, tmp_path):
+    analysis = tmp_path / "analysis"
+    for chosen in (probe, make_probe(benchmark, tmp_path / "other" / "probe.jsonl", seed=18)):
+        install_probe_set(chosen, analysis)
+        pair_set = own_pairs(open_probe_set(analysis / "probe_set.jsonl", benchmark), benchmark)
+        assert pair_set.manifest.probe_set_sha256 == chosen.manifest.content_sha256
 
 
 def test_what_an_interruption_left_is_made_anew(probe, benchmark):
