@@ -20,7 +20,8 @@ def cache_folder() -> Path:
 def use_compilation_cache() -> Path | None:
     """Turns JAX's persistent compilation cache on, in a folder that nobody else can write to or read.
 
-    Compiled programs are code: a folder that others own or can write to is not used.
+    Compiled programs are code: a folder that others own or can write to is not used. One that they can only read is
+    closed to them.
 
     Returns:
       The folder; None where there is none to trust.
@@ -31,7 +32,7 @@ def use_compilation_cache() -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-        if found.st_uid != os.getuid() or folder.is_symlink():
+        if found.st_uid != os.getuid() or folder.is_symlink() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
         if stat.S_IMODE(found.st_mode) != 0o700:
             folder.chmod(0o700)

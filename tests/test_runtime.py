@@ -5,6 +5,8 @@ import stat
 import subprocess
 import sys
 
+import pytest
+
 from kvjax.runtime import CACHE_VARIABLE, available_cores
 
 _COMPILE = (
@@ -33,11 +35,20 @@ def test_programs_are_kept_in_a_folder_that_is_nobody_elses(tmp_path):
     }, "the second process found its programs"
 
 
-def test_a_folder_others_may_write_to_is_closed_first(tmp_path):
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
+def test_a_folder_others_may_write_to_is_not_used(tmp_path, mode):
     folder = tmp_path / "open"
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    run(folder)
+    folder.mkdir()
+    folder.chmod(mode)
+    assert run(folder) == "None"
+    assert stat.S_IMODE(folder.stat().st_mode) == mode and not list(folder.iterdir())
+
+
+def test_a_folder_others_may_read_is_closed_to_them(tmp_path):
+    folder = tmp_path / "readable"
+    folder.mkdir()
+    folder.chmod(0o755)
+    assert run(folder) == str(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
