@@ -296,7 +296,7 @@ class WindowConfig(_Section):
         ge=1, description="Checkpoints averaged on each side of a gap (m); fewer at the run's edges."
     )
     min_side_checkpoints: int = pydantic.Field(
-        ge=1, description="Fewest checkpoints on a side for a gap to be scored: a shift must be seen to hold."
+        ge=2, description="Fewest checkpoints on a side for a gap to be scored: a shift must be seen to hold."
     )
     min_checkpoints: int = pydantic.Field(
         ge=4, description="Runs with fewer measured checkpoints are undecidable: nothing shows what their noise is."

@@ -206,6 +206,7 @@ class TestBadInput:
         [
             ({"threshold": 13.0}, "threshold_alone"),
             ({"min_side_checkpoints": 5}, "min_side_checkpoints"),
+            ({"min_side_checkpoints": 1}, "min_side_checkpoints"),
             ({"wobble_lags": [0]}, "wobble_lags"),
             ({"treshold": 5.0}, "treshold"),
             ({"min_checkpoints": 3}, "min_checkpoints"),
