@@ -80,14 +80,15 @@ def convert_run(
       InputError: a checkpoint cannot be used, does not compute the same after conversion, or does not reproduce what
         the run recorded.
     """
+    steps = run.select_steps("all")
     tokens = _certificate_tokens(run, benchmark, verify)
     checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
     # Verifying means looking again, so that nothing is taken from an earlier conversion.
     library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
-    for step, path in run.checkpoints.items():
-        checkpoint = library.load(path, step)
+    for step in steps:
+        checkpoint = library.load(run.checkpoints[step], step)
         if checkpoint.certificate is not None:
             certificates.append(checkpoint.certificate)
         if checks is not None:
@@ -102,7 +103,7 @@ def convert_run(
     library.save()
     return ConversionReport(
         folder=run.analysis / STORE_FOLDER,
-        steps=list(run.checkpoints),
+        steps=steps,
         largest_difference=max((c.relative_difference for c in certificates), default=None),
         near_ties=sum(c.argmax_near_ties for c in certificates),
         metric_checks=metric_checks,

@@ -183,6 +183,13 @@ class TestBadInput:
         metadata.write_text(metadata.read_text() + " ")
         assert "data/gone" in refused(capsys, *sweep_arguments(small_run, ablations="zero", probe="none"))
 
+    @pytest.mark.parametrize("command", ["convert", "checkpoint-sweep"])
+    def test_a_run_without_step_checkpoints(self, capsys, small_run, command):
+        for path in (small_run / "checkpoints").glob("step_*.pt"):
+            path.unlink()
+        line = refused(capsys, command, "--noprogress", f"--run_dirs={small_run}")
+        assert str(small_run / "checkpoints") in line and "step_XXXXXX.pt; found none" in line
+
     def test_missing_run(self, capsys, tmp_path):
         assert "a run directory" in refused(capsys, *sweep_arguments(tmp_path / "none"))
         assert "matching" in refused(capsys, *sweep_arguments(tmp_path / "none*"))
