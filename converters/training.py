@@ -19,7 +19,7 @@ from converters.to_torch import to_torch
 from converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.artifacts.files import read_json, replace_directory, replace_file, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.run_dir import SUMMARY_FILE, RunDir
 from kvjax.config import CheckpointingConfig, TrainConfig, read_config
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
@@ -30,8 +30,6 @@ from kvjax.train.trainer import TrainState
 
 BEST_FILE = "best.pt"
 LAST_FILE = "last.pt"  # kept, and replaced, where a run saves no step checkpoints: what it is resumed from
-
-_SUMMARY_FILE = "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +127,7 @@ def train_missing_runs(
             places = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the same run
             if recorded.model_dump(exclude=places) != config.model_dump(exclude=places):
                 raise unusable(path, "a run of this config (or another --output_dir)", "a run of another config")
-        if (path / _SUMMARY_FILE).is_file():
+        if (path / SUMMARY_FILE).is_file():
             advance(config.num_steps)
         elif (path / "run_config.json").is_file() and _resumable(path):
             begun[path] = config
@@ -265,7 +263,7 @@ class _Recorder:
     def finish(self) -> None:
         """Writes `summary.json`."""
         write_json(
-            self.path / _SUMMARY_FILE,
+            self.path / SUMMARY_FILE,
             {
                 "run_name": self.config.run_name,
                 "seed": self.config.seed,
@@ -280,7 +278,7 @@ class _Recorder:
 
     def _rewind(self, step: int) -> None:
         """Drops what was logged after the step training goes on from, and finds the best checkpoint up to it."""
-        (self.path / _SUMMARY_FILE).unlink(missing_ok=True)  # the run is unfinished again
+        (self.path / SUMMARY_FILE).unlink(missing_ok=True)  # the run is unfinished again
         _drop_half_line(self._metrics_path)
         checkpointing = self.config.checkpointing
         try:

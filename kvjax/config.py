@@ -155,10 +155,6 @@ class RunConfig(_Section):
     model: ModelConfig
     evaluation: EvaluationConfig
 
-    def last_checkpoint_step(self) -> int:
-        """Returns the step of the last checkpoint a finished run has."""
-        return self.num_steps // self.checkpoint_every_steps * self.checkpoint_every_steps
-
 
 class InitializedModelConfig(ModelConfig):
     """The transformer's shape, and how its weights start: PyTorch's defaults times `init_scale`."""

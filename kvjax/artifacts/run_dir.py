@@ -16,6 +16,7 @@ from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
 from kvjax.config import RunConfig, read_config
 from kvjax.errors import InputError, unusable
 
+SUMMARY_FILE = "summary.json"  # a trainer writes it when a run is finished
 SWEEP_FILE = "sweep.json"  # in a run's analysis folder: what a sweep was made on, and how
 
 _STEP_FILE = re.compile(r"step_(\d+)\.pt")
@@ -61,8 +62,14 @@ class RunDir:
 
     @property
     def complete(self) -> bool:
-        """Whether the checkpoint of the run's last step is there."""
-        return max(self.checkpoints, default=0) >= self.config.last_checkpoint_step()
+        """Whether the checkpoint of the run's last step is there.
+
+        Of a trainer that saves every so many steps and no other, that is the last such step's, once it has written a
+        summary.
+        """
+        every, end = self.config.checkpoint_every_steps, self.config.num_steps
+        reached = max(self.checkpoints, default=-1)
+        return reached >= end or (reached >= end // every * every and (self.path / SUMMARY_FILE).is_file())
 
     def benchmark_dir(self, override: str | None = None) -> Path:
         """Returns where the run's benchmark is.

@@ -88,7 +88,7 @@ def _reference(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
     name = sweep.get("reference")
     last = max(run.checkpoints, default=None)
     if name is None:
-        end = run.config.last_checkpoint_step()
+        end = run.config.num_steps
         reason = f"no reference checkpoint is named, and the run is unfinished ({last} of {end} steps)"
         command = _sweep_command(run, f" --reference={last}") if last is not None else None
         return Condition(REFERENCE, False, reason, command)
@@ -124,7 +124,7 @@ def _sweep_complete(run: RunDir, sweep: dict[str, Any] | InputError) -> Conditio
     missing = [step for step in run.checkpoints if step not in measured]
     gone = sorted(measured - set(run.checkpoints))
     training = "" if run.complete else f"; training itself has reached {max(run.checkpoints, default=0)} of "
-    training += "" if run.complete else f"{run.config.last_checkpoint_step()} steps"
+    training += "" if run.complete else f"{run.config.num_steps} steps"
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         reason = f"{len(missing)} of {len(run.checkpoints)} checkpoints are not measured (steps {shown}){training}"
