@@ -106,11 +106,8 @@ def prepare_run(
     wanted = {result_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
     named = frozenset(wanted)
     reference_name = _reference_name(run, reference)
-    if reference_name == BEST:
-        wanted[BEST] = (None, run.best_checkpoint()[1])
-    elif reference_name is not None:
-        step = int(reference_name.removeprefix("step_"))
-        wanted[reference_name] = (step, run.checkpoints[step])
+    if reference_name is not None:
+        wanted |= {reference_name: result_files(run, best=reference_name == BEST)[reference_name]}
     given = Path(probe_set) if probe_set else None
     probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
     encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
@@ -120,6 +117,16 @@ def prepare_run(
 def result_name(step: int) -> str:
     """Returns the name that a checkpoint's result is kept under."""
     return f"step_{step:06d}"
+
+
+def result_files(run: RunDir, *, best: bool) -> dict[str, tuple[int | None, Path]]:
+    """Returns result name -> (step the file's name states or None, file) of a run's checkpoints, the best on request.
+
+    Raises:
+      InputError: the best checkpoint is asked for, and there is none.
+    """
+    of_steps = {result_name(step): (step, path) for step, path in run.checkpoints.items()}
+    return of_steps | ({BEST: (None, run.best_checkpoint()[1])} if best else {})
 
 
 def _reference_name(run: RunDir, reference: str) -> str | None:

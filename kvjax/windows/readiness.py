@@ -10,6 +10,7 @@ from kvjax.artifacts.files import read_json
 from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError
+from kvjax.sweeps.prepared import BEST, result_files
 from kvjax.task.probe_set import PROBE_SET_FILE, frozen_manifest
 from kvjax.windows.analysis import sweep_identity
 
@@ -92,11 +93,12 @@ def _reference(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
         reason = f"no reference checkpoint is named, and the run is unfinished ({last} of {end} steps)"
         command = _sweep_command(run, f" --reference={last}") if last is not None else None
         return Condition(REFERENCE, False, reason, command)
-    refused = [text for file, text in _refused(sweep).items() if file.removesuffix(".pt") == name]
-    if refused:
-        return Condition(REFERENCE, False, f"the reference {name} could not be used: {refused[0]}", _sweep_command(run))
-    if not (run.path / "checkpoints" / f"{name}.pt").is_file():
+    try:
+        _, file = result_files(run, best=name == BEST)[name]
+    except (KeyError, InputError):
         return Condition(REFERENCE, False, f"the reference {name} is no longer in the run's checkpoints", None)
+    if (why := _refused(sweep).get(file.name)) is not None:
+        return Condition(REFERENCE, False, f"the reference {name} could not be used: {why}", _sweep_command(run))
     return Condition(REFERENCE, True, f"the reference is {name}", None)
 
 
