@@ -162,6 +162,15 @@ class TestStatus:
         status(run)
         assert "yes  reference fixed: the reference is step_000800" in lines_of(capsys)
 
+    def test_a_reference_is_found_whatever_its_file_is_called(self, folder, capsys):
+        checkpoint = folder / "formed" / "checkpoints" / "step_000800.pt"
+        moved = checkpoint.rename(checkpoint.with_name("step_800.pt"))
+        status(folder / "formed")
+        assert "yes  reference fixed: the reference is step_000800" in lines_of(capsys)
+        moved.unlink()
+        status(folder / "formed")
+        assert any("step_000800 is no longer in the run's checkpoints" in line for line in lines_of(capsys))
+
     def test_nothing_happened_is_a_condition_no_command_meets(self, folder, capsys):
         find(folder / "flat")
         capsys.readouterr()
