@@ -192,7 +192,8 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
     if content_sha256(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_path, "the content its own hash names", "an edited file")
     if manifest.probe_set_sha256 != probe.manifest.content_sha256:
-        raise unusable(path, f"pairs of {probe.path} (remove them to have them made again)", "another probe set's")
+        expected = f"the pairs of {probe.path} (remove this file to have them made again)"
+        raise unusable(manifest_path, expected, "another probe set's")
     pairs = []
     for number, document in enumerate(read_json_lines(path), start=1):
         try:

@@ -245,7 +245,8 @@ def install_probe_set(probe: ProbeSet, folder: Path) -> None:
     target = folder / PROBE_SET_FILE
     if _is_complete(target) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
-    for stale in (manifest_path, companion_path, pairs_manifest_path, pairs_path):
+    # Pairs first: whatever an interruption leaves, they are of the probe set beside them, or are made again.
+    for stale in (pairs_manifest_path, pairs_path, manifest_path, companion_path):
         stale(target).unlink(missing_ok=True)
     for file in probe.files:
         with replace_file(folder / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
