@@ -10,7 +10,7 @@ import numpy as np
 from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.sweeps.logistic import measure_logistic
 from kvjax.sweeps.movement import measure_movement
-from kvjax.sweeps.prepared import BEST, PreparedRun, result_name
+from kvjax.sweeps.prepared import BEST, PreparedRun, step_files
 from kvjax.sweeps.probe_program import ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.sweeps.stream import CheckpointSource
@@ -54,15 +54,14 @@ def gather_measured(
     Raises:
       InputError: a checkpoint whose states are needed again cannot be used.
     """
-    results = dict(results)
-    for step, path in work.run.checkpoints.items():
+    results, of_steps = dict(results), step_files(work.run)
+    for name, (_, path) in of_steps.items():
         # Steps measured earlier stay in the tables whatever `--steps` this sweep was given.
-        name = result_name(step)
         if name not in work.wanted and (earlier := store.load(name, path)) is not None:
             results[name] = earlier
     tabled = {name: result for name, result in sorted(results.items(), key=lambda item: item[1].step) if name != BEST}
     reference = results.get(work.reference) if work.reference else None
-    files = {result_name(step): (step, path) for step, path in work.run.checkpoints.items()} | dict(work.wanted)
+    files = of_steps | dict(work.wanted)
     moved = None
     if settings.event_drift and tabled:
         named = (work.reference, reference) if reference else None

@@ -107,7 +107,7 @@ def prepare_run(
     named = frozenset(wanted)
     reference_name = _reference_name(run, reference)
     if reference_name is not None:
-        wanted |= {reference_name: result_files(run, best=reference_name == BEST)[reference_name]}
+        wanted[reference_name] = result_file(run, reference_name)
     given = Path(probe_set) if probe_set else None
     probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
     encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
@@ -119,14 +119,23 @@ def result_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def result_files(run: RunDir, *, best: bool) -> dict[str, tuple[int | None, Path]]:
-    """Returns result name -> (step the file's name states or None, file) of a run's checkpoints, the best on request.
+def step_files(run: RunDir) -> dict[str, tuple[int | None, Path]]:
+    """Returns result name -> (step, file) of a run's step checkpoints."""
+    return {result_name(step): (step, path) for step, path in run.checkpoints.items()}
+
+
+def result_file(run: RunDir, name: str) -> tuple[int | None, Path]:
+    """Returns the step that the file's name states, None for the best, and the file of the checkpoint a result is of.
 
     Raises:
-      InputError: the best checkpoint is asked for, and there is none.
+      InputError: the run has it no more.
     """
-    of_steps = {result_name(step): (step, path) for step, path in run.checkpoints.items()}
-    return of_steps | ({BEST: (None, run.best_checkpoint()[1])} if best else {})
+    if name == BEST:
+        return None, run.best_checkpoint()[1]
+    files = step_files(run)
+    if name not in files:
+        raise unusable(run.path / "checkpoints", f"the checkpoint {name}", run.describe_steps())
+    return files[name]
 
 
 def _reference_name(run: RunDir, reference: str) -> str | None:

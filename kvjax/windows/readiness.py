@@ -10,7 +10,7 @@ from kvjax.artifacts.files import read_json
 from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError
-from kvjax.sweeps.prepared import BEST, result_files
+from kvjax.sweeps.prepared import result_file
 from kvjax.task.probe_set import PROBE_SET_FILE, frozen_manifest
 from kvjax.windows.analysis import sweep_identity
 
@@ -94,8 +94,8 @@ def _reference(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
         command = _sweep_command(run, f" --reference={last}") if last is not None else None
         return Condition(REFERENCE, False, reason, command)
     try:
-        _, file = result_files(run, best=name == BEST)[name]
-    except (KeyError, InputError):
+        _, file = result_file(run, str(name))
+    except InputError:
         return Condition(REFERENCE, False, f"the reference {name} is no longer in the run's checkpoints", None)
     if (why := _refused(sweep).get(file.name)) is not None:
         return Condition(REFERENCE, False, f"the reference {name} could not be used: {why}", _sweep_command(run))
