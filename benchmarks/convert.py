@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import app, flags
+from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.converters.convert import convert_checkpoint
 
 from benchmarks.longer_run import longer_run
 from benchmarks.reporting import machine, median_seconds, write_result
-from converters.library import CheckpointLibrary
-from converters.source import convert_checkpoint
 from kvjax.artifacts.files import file_sha256
+from kvjax.artifacts.parameter_store import STORE_FOLDER, load_tree, read_stored_run
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.store import STORE_FOLDER, load_tree, read_stored_run
 from kvjax.task.benchmark import Benchmark
 
 FLAGS = flags.FLAGS

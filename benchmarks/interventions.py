@@ -20,21 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from kvjax.converters.convert import convert_checkpoint
+from kvjax.converters.to_torch import to_torch
 
 from benchmarks.reporting import machine, median_seconds, torch_device, write_result
-from converters.source import convert_checkpoint
-from converters.to_torch import to_torch
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.devices import share_cpu_cores
+from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.intervene.components import neuron_sums
+from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH
 from kvjax.intervene.pair_runs import DENOISING, PairProgram, PairRuns, answer_effects, run_pairs
 from kvjax.intervene.patching import patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_edits, path_effects, sender_changes
-from kvjax.intervene.study import CPU_TOKENS_PER_BATCH
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import plain_forward
-from kvjax.runtime import share_cpu_cores
-from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, bucket_by_length, encode_records
 from kvjax.task.pair_encoding import EncodedPairs, encode_pairs

@@ -17,7 +17,7 @@ import torch
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.runtime import available_cores
+from kvjax.devices import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -19,10 +19,11 @@ from absl import app, flags
 
 from benchmarks.flops import zero_ablation_flops
 from benchmarks.reporting import machine, median_seconds, write_result
-from kvjax.config import BenchmarkConfig, find_config, read_config
+from kvjax.config.benchmark import BenchmarkConfig
+from kvjax.config.files import find_config, read_config
+from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import Decoder, DecoderConfig
-from kvjax.runtime import share_cpu_cores
-from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.compiled_sweep import ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import encode_records

@@ -22,19 +22,21 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from kvjax.converters.convert import convert_checkpoint
+from kvjax.converters.to_torch import to_torch
+from kvjax.converters.torch_decoder import TorchDecoder
 
 from benchmarks.flops import zero_ablation_flops
 from benchmarks.peers.plain_forward import PlainAblations
 from benchmarks.peers.torch_eager import TorchAblations
 from benchmarks.reporting import machine, median_seconds, torch_device, write_result
-from converters.source import convert_checkpoint
-from converters.to_torch import to_torch
-from converters.torch_decoder import TorchDecoder
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.config import BenchmarkConfig, ModelConfig, find_config, read_config
+from kvjax.config.benchmark import BenchmarkConfig
+from kvjax.config.files import find_config, read_config
+from kvjax.config.run import ModelConfig
+from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import Decoder, DecoderConfig, Params, stack_params
-from kvjax.runtime import share_cpu_cores
-from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.compiled_sweep import ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from absl import app, flags
+from kvjax.converters.to_torch import to_torch
+from kvjax.converters.torch_decoder import TorchAttention, TorchDecoder
 
 from benchmarks.reporting import machine, median_seconds, torch_device, write_result
-from converters.to_torch import to_torch
-from converters.torch_decoder import TorchAttention, TorchDecoder
-from kvjax.config import InitializedModelConfig, TrainConfig, find_config, read_config
+from kvjax.config.files import find_config, read_config
+from kvjax.config.train import InitializedModelConfig, TrainConfig
+from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import DecoderConfig
-from kvjax.runtime import share_cpu_cores
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 
 FLAGS = flags.FLAGS

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reporting import machine, write_result
-from kvjax.config import WindowConfig, find_config, read_config
+from kvjax.config.files import find_config, read_config
+from kvjax.config.windows import WindowConfig
 from kvjax.measure.uncertainty import resample_counts
-from kvjax.windows.search import RunFinding, find_in_runs
+from kvjax.windows.score_runs import RunFinding, find_in_runs
 from kvjax.windows.trajectories import Metric, Trajectories
 
 SPLITS = ("validation_iid", "heldout_pairs", "structural_ood", "counterfactual")

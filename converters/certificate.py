@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import torch
+from kvjax.converters.torch_decoder import TorchDecoder
+from kvjax.converters.types import Certificate
 
-from converters.converted import Certificate
-from converters.torch_decoder import TorchDecoder
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.errors import unusable
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.transforms import plain_forward

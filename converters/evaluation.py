@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from kvjax.converters.convert import convert_checkpoint
 
-from converters.source import convert_checkpoint
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import unusable
 from kvjax.model.decoder import DecoderConfig

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvjax.converters.parameter_names import UNEMBEDDING, torch_names
+from kvjax.converters.to_flax import to_flax
+from kvjax.converters.to_torch import to_torch
 
-from converters.names import UNEMBEDDING, torch_names
-from converters.to_flax import to_flax
-from converters.to_torch import to_torch
-from kvjax.config import ModelConfig, OptimizationConfig
+from kvjax.config.run import ModelConfig
+from kvjax.config.train import OptimizationConfig
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
 

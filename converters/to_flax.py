@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from kvjax.converters.parameter_names import LEGACY_MLP, TOKEN_EMBEDDING, UNEMBEDDING, modern_name, torch_names
 
-from converters.names import LEGACY_MLP, TOKEN_EMBEDDING, UNEMBEDDING, modern_name, torch_names
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.decoder import Params
 

@@ -7,8 +7,8 @@ import operator
 
 import numpy as np
 import torch
+from kvjax.converters.parameter_names import TOKEN_EMBEDDING, UNEMBEDDING, torch_names
 
-from converters.names import TOKEN_EMBEDDING, UNEMBEDDING, torch_names
 from kvjax.model.decoder import Params
 
 

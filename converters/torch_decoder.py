@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 
 
 class TorchAttention(nn.Module):

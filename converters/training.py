@@ -11,16 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from kvjax.converters.convert import check_recorded_config
+from kvjax.converters.optimizer_state import AdamMoments, from_torch_optimizer, to_torch_optimizer
+from kvjax.converters.to_flax import to_flax
+from kvjax.converters.to_torch import to_torch
+from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 
-from converters.optimizer_state import AdamMoments, from_torch_optimizer, to_torch_optimizer
-from converters.source import check_recorded_config
-from converters.to_flax import to_flax
-from converters.to_torch import to_torch
-from converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.artifacts.files import read_json, replace_directory, replace_file, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import SUMMARY_FILE, RunDir
-from kvjax.config import CheckpointingConfig, TrainConfig, read_config
+from kvjax.config.files import read_config
+from kvjax.config.train import CheckpointingConfig, TrainConfig
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
 from kvjax.task.benchmark import METADATA_FILE, Benchmark

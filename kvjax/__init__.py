@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "sweep": "kvjax.api",
     "open_run": "kvjax.opened_run",
-    "ablate": "kvjax.intervene.functions",
-    "patch": "kvjax.intervene.functions",
-    "path_patch": "kvjax.intervene.functions",
-    "across_checkpoints": "kvjax.intervene.functions",
+    "ablate": "kvjax.intervene.public",
+    "patch": "kvjax.intervene.public",
+    "path_patch": "kvjax.intervene.public",
+    "across_checkpoints": "kvjax.intervene.public",
 }
 
 __all__ = sorted(_PUBLIC)

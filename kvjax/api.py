@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import find_run_dirs
+from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.devices import start_jax
 from kvjax.errors import unusable
-from kvjax.runtime import start_jax
-from kvjax.sweeps.analysis import sweep_runs
-from kvjax.sweeps.prepared import OpenedInputs, PreparedRun, prepare_run
+from kvjax.execution.inputs import OpenedInputs, PreparedRun, prepare_run
+from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.sweeps.stream import CheckpointSource
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from kvjax.intervene.analysis import InterventionReport, InterventionSettings
-    from kvjax.sweeps.publish import SweepReport
+    from kvjax.sweeps.tables import SweepReport
 
 
 def sweep(

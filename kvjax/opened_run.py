@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from converters.library import CheckpointLibrary
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.devices import start_jax
 from kvjax.errors import unusable
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import over_checkpoints
-from kvjax.runtime import start_jax
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
 from kvjax.task.probe_set import open_probe_set, own_probe_set

@@ -11,8 +11,8 @@ import jax
 import pytest
 import torch
 
-from kvjax.runtime import CACHE_VARIABLE
-from tests.building import write_run, write_small_benchmark
+from kvjax.devices import CACHE_VARIABLE
+from tests.helpers.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # so that every sweep in the tests is shared among devices

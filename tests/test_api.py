@@ -11,7 +11,7 @@ import xarray as xr
 
 import kvjax
 from kvjax.errors import InputError
-from tests.sweeping import sweep
+from tests.helpers.sweeping import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 

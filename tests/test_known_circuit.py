@@ -17,7 +17,7 @@ from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
 from kvjax.task.stream import Program, Read, build_record
 from kvjax.task.vocabulary import Vocabulary
-from tests.known_circuit import (
+from tests.oracles.known_circuit import (
     BINDER,
     D_HEAD,
     DISTRACTORS,
@@ -32,7 +32,7 @@ from tests.known_circuit import (
     SHOWN_ROLES,
     known_circuit,
 )
-from tests.patching_oracle import (
+from tests.oracles.patching import (
     Node,
     Receiver,
     activation_patch,

@@ -13,9 +13,9 @@ import torch
 import kvjax
 from kvjax.errors import InputError
 from kvjax.model.transforms import plain_forward
-from tests.building import SMALL_MODEL, STEPS
-from tests.oracle import load_module
-from tests.sweeping import sweep
+from tests.helpers.building import SMALL_MODEL, STEPS
+from tests.helpers.sweeping import sweep
+from tests.oracles.pytorch_loops import load_module
 
 ROOT = Path(__file__).resolve().parents[1]
 

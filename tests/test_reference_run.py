@@ -15,8 +15,8 @@ from collections import Counter
 import pytest
 import xarray as xr
 
-from kvjax.artifacts.windows import read_birth_windows
-from tests.reference import golden, unpack_reference_run
+from kvjax.artifacts.birth_windows_schema import read_birth_windows
+from tests.helpers.reference import golden, unpack_reference_run
 
 ROLE_COUNTS_PER_EVENT = {
     "write": ("op_write", "key_write", "value_write"),

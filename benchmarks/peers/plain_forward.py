@@ -13,7 +13,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Interventions, ablate_head, ablate_mlp
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import over_checkpoints, over_interventions, plain_forward
-from kvjax.sweeps.program import Program
+from kvjax.sweeps.measure_checkpoint import Program
 from kvjax.task.encoding import Bucket, EncodedRecords
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from kvjax.converters.torch_decoder import TorchDecoder
 
 from benchmarks.peers.answers import AnswerSums
-from converters.torch_decoder import TorchDecoder
 from kvjax.task.encoding import EncodedRecords
 
 

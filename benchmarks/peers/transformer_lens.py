@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvjax.converters.parameter_names import modern_name
 from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
 
 from benchmarks.peers.answers import AnswerSums
-from converters.names import modern_name
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.task.encoding import EncodedRecords
 
 # Where activations are patched, as TransformerLens names the hooks; z alone is patched head by head.

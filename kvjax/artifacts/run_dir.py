@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
-from kvjax.config import RunConfig, read_config
+from kvjax.config.files import read_config
+from kvjax.config.run import RunConfig
 from kvjax.errors import InputError, unusable
 
 SUMMARY_FILE = "summary.json"  # a trainer writes it when a run is finished

@@ -9,7 +9,7 @@ from __future__ import annotations
 from absl import flags
 
 from kvjax.commands import common
-from kvjax.commands.printing import print_windows_report
+from kvjax.report.text import print_windows_report
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("run_dirs", None, "Run directories: a comma list, globs allowed.", flag_values=FLAGS)
@@ -25,8 +25,9 @@ flags.DEFINE_integer(
 
 def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
-    from kvjax.config import WindowConfig, find_config, read_config
-    from kvjax.windows.analysis import write_windows
+    from kvjax.config.files import find_config, read_config
+    from kvjax.config.windows import WindowConfig
+    from kvjax.windows.run import write_windows
 
     runs = find_run_dirs(common.required(FLAGS, "run_dirs"))
     reports = write_windows(runs, read_config(find_config(FLAGS.config, "windows"), WindowConfig))

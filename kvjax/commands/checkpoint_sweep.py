@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from kvjax.commands import common
-from kvjax.commands.printing import print_sweep_report
+from kvjax.report.text import print_sweep_report
 
 if TYPE_CHECKING:
-    from kvjax.sweeps.publish import SweepReport
+    from kvjax.sweeps.tables import SweepReport
 
 FLAGS = flags.FlagValues()
 common.define_run_flags(FLAGS)

@@ -73,7 +73,7 @@ def define_runtime_flags(values: flags.FlagValues) -> None:
 
 def start_jax(values: flags.FlagValues) -> None:
     """Sets JAX up for a command, before anything computes: the compilation cache, and one device per CPU core."""
-    from kvjax.runtime import leave_compilation_cache, share_cpu_cores, use_compilation_cache
+    from kvjax.devices import leave_compilation_cache, share_cpu_cores, use_compilation_cache
 
     if values["compilation_cache"].value:
         use_compilation_cache()

@@ -25,8 +25,8 @@ flags.DEFINE_enum(
 
 
 def run() -> None:
-    from converters.runs import convert_run, export_run
     from kvjax.artifacts.run_dir import find_run_dirs
+    from kvjax.converters.convert_run import convert_run, export_run
     from kvjax.task.benchmark import Benchmark
 
     common.start_jax(FLAGS)

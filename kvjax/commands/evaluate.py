@@ -17,10 +17,10 @@ flags.DEFINE_list("splits", None, "Splits to evaluate on; by default all but tra
 
 
 def run() -> None:
-    from converters.evaluation import CheckpointEvaluator
     from kvjax.artifacts.files import write_json
     from kvjax.artifacts.provenance import software_versions
     from kvjax.artifacts.run_dir import find_run_dirs
+    from kvjax.converters.evaluation import CheckpointEvaluator
     from kvjax.task.benchmark import Benchmark
 
     common.start_jax(FLAGS)

@@ -25,7 +25,8 @@ flags.DEFINE_bool("overwrite", False, "Replace an existing benchmark, once the n
 def run() -> None:
     from pathlib import Path
 
-    from kvjax.config import BenchmarkConfig, find_config, read_config
+    from kvjax.config.benchmark import BenchmarkConfig
+    from kvjax.config.files import find_config, read_config
     from kvjax.task.benchmark import generate_benchmark
 
     config = read_config(find_config(common.required(FLAGS, "config"), "benchmark"), BenchmarkConfig)

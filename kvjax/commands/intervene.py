@@ -56,8 +56,8 @@ def run() -> None:
     import functools
 
     from kvjax.api import intervene_in_runs
-    from kvjax.commands.printing import print_intervention_report
     from kvjax.intervene.analysis import InterventionSettings, chosen_kinds
+    from kvjax.report.text import print_intervention_report
 
     common.start_jax(FLAGS)
     settings = InterventionSettings(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from absl import flags
 
 from kvjax.commands import common
-from kvjax.commands.printing import print_sweep_report, print_windows_report
+from kvjax.report.text import print_sweep_report, print_windows_report
 
 FLAGS = flags.FlagValues()
 common.define_runtime_flags(FLAGS)
@@ -27,14 +27,17 @@ def run() -> None:
     import functools
     from pathlib import Path
 
-    from converters.training import run_directories, train_missing_runs
     from kvjax.api import sweep_reports
-    from kvjax.config import BenchmarkConfig, TrainConfig, WindowConfig, find_config, read_config
+    from kvjax.config.benchmark import BenchmarkConfig
+    from kvjax.config.files import find_config, read_config
+    from kvjax.config.train import TrainConfig
+    from kvjax.config.windows import WindowConfig
+    from kvjax.converters.training import run_directories, train_missing_runs
     from kvjax.errors import unusable
     from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
     from kvjax.sweeps.settings import SweepSettings
     from kvjax.task.benchmark import Benchmark, generate_benchmark
-    from kvjax.windows.analysis import write_windows
+    from kvjax.windows.run import write_windows
 
     common.start_jax(FLAGS)
     output = Path(FLAGS.output_dir)

@@ -27,10 +27,10 @@ flags.DEFINE_string("output", None, "JSON file for the ranking; by default it is
 def run() -> None:
     from pathlib import Path
 
-    from converters.evaluation import CheckpointEvaluator
     from kvjax.artifacts.files import write_json
     from kvjax.artifacts.run_dir import find_run_dirs
     from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
+    from kvjax.converters.evaluation import CheckpointEvaluator
     from kvjax.errors import unusable
     from kvjax.task.benchmark import Benchmark
 

@@ -17,8 +17,8 @@ flags.DEFINE_bool("reasons", True, "Print why each condition holds or fails.", f
 
 def run() -> None:
     from kvjax.artifacts.run_dir import find_run_dirs
-    from kvjax.commands.printing import print_readiness
     from kvjax.errors import unusable
+    from kvjax.report.text import print_readiness
     from kvjax.windows.readiness import readiness
 
     found = [readiness(run_dir) for run_dir in find_run_dirs(common.required(FLAGS, "run_dirs"))]

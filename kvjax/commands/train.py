@@ -26,8 +26,9 @@ flags.DEFINE_bool("progress", True, "Show a progress bar with the time left.", f
 def run() -> None:
     from pathlib import Path
 
-    from converters.training import run_directories, train_runs
-    from kvjax.config import TrainConfig, find_config, read_config
+    from kvjax.config.files import find_config, read_config
+    from kvjax.config.train import TrainConfig
+    from kvjax.converters.training import run_directories, train_runs
     from kvjax.task.benchmark import Benchmark
 
     common.start_jax(FLAGS)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, answer_effects
 from kvjax.intervene.patching import over_places, patch_edit, stage_places
 from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.restart import restart, run_clean
 from kvjax.model.sites import take_positions
-from kvjax.sweeps.engine import restart, run_clean
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import jax
 
+from kvjax.artifacts.birth_windows_schema import WINDOWS_FILE, read_birth_windows
 from kvjax.artifacts.files import file_sha256, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
-from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError, unusable
+from kvjax.execution.inputs import PreparedRun
+from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.intervene import components, flow, states
 from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
+from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, Outcome, Study
 from kvjax.intervene.patching import component_places
-from kvjax.intervene.study import CPU_TOKENS_PER_BATCH, Outcome, Study
 from kvjax.model.decoder import DecoderConfig, stack_params
-from kvjax.sweeps.chunking import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
-from kvjax.sweeps.prepared import PreparedRun
 from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs

@@ -17,9 +17,9 @@ from kvjax.intervene.pair_runs import PairRuns, answer_effects, run_pairs
 from kvjax.intervene.paths import all_edges, all_senders, sender_changes
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
+from kvjax.model.restart import before_layer
 from kvjax.model.sites import SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
-from kvjax.sweeps.engine import before_layer
 from kvjax.task.pair_encoding import EncodedPairs
 
 METHODS = ("gradient", "integrated_gradients")

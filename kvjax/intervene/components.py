@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import xarray as xr
 
+from kvjax.execution.unbucket import collect
+from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.intervene.necessity import (
     BASELINES,
     FAITHFUL,
@@ -24,10 +26,8 @@ from kvjax.intervene.neurons import head_spectra, neuron_effects
 from kvjax.intervene.pair_runs import measuring
 from kvjax.intervene.patching import component_places
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.intervene.study import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
+from kvjax.measure.between_checkpoints import places
 from kvjax.model.transforms import over_checkpoints
-from kvjax.sweeps.collect import collect
-from kvjax.sweeps.dynamics import places
 from kvjax.task.encoding import bucket_by_length
 
 TOP_NEURONS = 20

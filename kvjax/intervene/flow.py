@@ -8,12 +8,12 @@ import numpy as np
 import xarray as xr
 
 from kvjax.intervene.attribution_patching import METHODS, attribution_scores
+from kvjax.intervene.inputs import ANSWER_ACCURACY, Outcome, Study, number, numbers
 from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, both_directions, measuring
 from kvjax.intervene.patching import Place, component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_effects
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.intervene.study import ANSWER_ACCURACY, Outcome, Study, number, numbers
-from kvjax.sweeps.dynamics import rank_correlation_to_previous
+from kvjax.measure.between_checkpoints import rank_correlation_to_previous
 from kvjax.task.corruption import PAIR_ROLES
 
 TOP = 12  # effects a summary names

@@ -19,8 +19,8 @@ from kvjax.intervene.pair_runs import Effects, answer_effects
 from kvjax.intervene.patching import Place, component_places
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
+from kvjax.model.restart import RESTART_CAPTURE, restart, run_clean
 from kvjax.model.sites import Trace, take_positions
-from kvjax.sweeps.engine import RESTART_CAPTURE, restart, run_clean
 from kvjax.task.donors import draw_donors
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs, PairBucket

@@ -14,8 +14,8 @@ from kvjax.measure import behaviour
 from kvjax.measure.attribution import answer_direction
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
+from kvjax.model.restart import RESTART_CAPTURE, restart, run_clean
 from kvjax.model.sites import take_positions
-from kvjax.sweeps.engine import RESTART_CAPTURE, restart, run_clean
 from kvjax.task.encoding import EncodedRecords
 
 Effects = dict[str, jax.Array]

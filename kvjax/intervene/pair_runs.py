@@ -18,9 +18,9 @@ import numpy as np
 from kvjax.measure.behaviour import answer_correct
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Interventions
+from kvjax.model.restart import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import over_checkpoints
-from kvjax.sweeps.engine import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
 from kvjax.task.pair_encoding import EncodedPairs, PairBucket, bucket_by_window
 
 # Denoising puts activations of the clean run into the corrupted one, noising those of the corrupted into the clean.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from kvjax.intervene.pair_runs import Effects, PairRuns, effects_under, run_pairs, with_runs
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
+from kvjax.model.restart import CleanRun
 from kvjax.model.sites import SITES, stage_names
-from kvjax.sweeps.engine import CleanRun
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 

@@ -20,7 +20,7 @@ from kvjax.intervene.pair_runs import Effects, PairRuns, effects_under, run_pair
 from kvjax.intervene.patching import over_places
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
-from kvjax.sweeps.engine import before_layer
+from kvjax.model.restart import before_layer
 from kvjax.task.pair_encoding import EncodedPairs
 
 HEAD_INPUTS = ("query_input", "key_input", "value_input")

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from kvjax.intervene.across_checkpoints import ROLES, across_effects
+from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.intervene.pair_runs import measuring
 from kvjax.intervene.patching import stage_places
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.intervene.study import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.intervene.subspaces import (
     OPERATIONS,
     POSITIONS,

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.execution.fit_set import probe_labels
 from kvjax.intervene.pair_runs import NOISING, Effects, effects_under, run_pairs, with_runs
 from kvjax.intervene.patching import over_places, place_mask, stage_index, stage_places
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
+from kvjax.model.restart import CleanRun
 from kvjax.model.sites import SITES
-from kvjax.sweeps.engine import CleanRun
-from kvjax.sweeps.fit import probe_labels
-from kvjax.sweeps.movement import read_states
+from kvjax.sweeps.state_similarity import read_states
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs
 

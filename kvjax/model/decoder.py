@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.model.interventions import CLEAN, Interventions, Tap
 from kvjax.model.products import token_product
 from kvjax.model.sites import Trace, take_positions

@@ -12,9 +12,9 @@ from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Edit, Interventions, ablate_mlp
+from kvjax.model.restart import CleanRun, restart, restart_from_head
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import Lift, over_interventions
-from kvjax.sweeps.engine import CleanRun, restart, restart_from_head
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]

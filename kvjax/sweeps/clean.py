@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kvjax.execution.fit_set import probe_features
 from kvjax.measure import attribution, behaviour, heads, mlps, residual
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
 from kvjax.model.sites import STAGE_SITES, Trace, take_positions
-from kvjax.sweeps.engine import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
-from kvjax.sweeps.fit import probe_features
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]

@@ -8,11 +8,11 @@ import numpy as np
 import xarray as xr
 
 from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
+from kvjax.measure.between_checkpoints import change_from_previous
 from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.ablations import ABLATIONS
-from kvjax.sweeps.dynamics import change_from_previous
-from kvjax.sweeps.means import (
+from kvjax.sweeps.probe_index import (
     ALL_SPLITS,
     DIFFICULTIES,
     LENS_MEANS,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.sweeps.means import ProbeIndex
-from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.probe_index import ProbeIndex
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import TOKEN_ROLES, encode_records

@@ -15,13 +15,13 @@ import numpy as np
 import threadpoolctl
 import xarray as xr
 
+from kvjax.devices import available_cores
+from kvjax.execution.fit_set import PROBE_TARGETS
 from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, RATE, Bounds, interval, resample_counts, resampled_ratios
 from kvjax.model.sites import stage_names
-from kvjax.runtime import available_cores
 from kvjax.sweeps.ablations import ABLATIONS
-from kvjax.sweeps.fit import PROBE_TARGETS
-from kvjax.sweeps.means import ALL_SPLITS, DIFFICULTIES, LENS_MEANS, POSITION_ROLES, READ_MEANS, ProbeIndex
+from kvjax.sweeps.probe_index import ALL_SPLITS, DIFFICULTIES, LENS_MEANS, POSITION_ROLES, READ_MEANS, ProbeIndex
 from kvjax.task.encoding import RELATION_STALE, TOKEN_ROLES
 from kvjax.task.vocabulary import PAD_ID
 

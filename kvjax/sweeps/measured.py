@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvjax.artifacts.results import CheckpointResult, ResultStore
-from kvjax.sweeps.logistic import measure_logistic
-from kvjax.sweeps.movement import measure_movement
-from kvjax.sweeps.prepared import BEST, PreparedRun, step_files
-from kvjax.sweeps.probe_program import ProbeProgram
+from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
+from kvjax.execution.inputs import BEST, PreparedRun, step_files
+from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.state_similarity import measure_movement
 from kvjax.sweeps.stream import CheckpointSource
 
 

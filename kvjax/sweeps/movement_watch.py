@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kvjax.artifacts.results import ResultStore
+from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh, over_checkpoints
-from kvjax.sweeps.movement import OTHERS, Comparison, ReadStates, keep_movement, movement, spread_of_states
-from kvjax.sweeps.probe_program import ProbeProgram
-from kvjax.sweeps.program import Program
+from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.measure_checkpoint import Program
+from kvjax.sweeps.state_similarity import OTHERS, Comparison, ReadStates, keep_movement, movement, spread_of_states
 from kvjax.sweeps.stream import LoadedCheckpoint
 from kvjax.task.encoding import EncodedRecords
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 import xarray as xr
 
+from kvjax.execution.fit_set import PROBE_TARGETS
 from kvjax.measure.residual import cosine_drift
-from kvjax.sweeps.fit import PROBE_TARGETS
-from kvjax.sweeps.means import POSITION_ROLES, ProbeIndex, ratio
-from kvjax.sweeps.movement import OTHERS
+from kvjax.sweeps.probe_index import POSITION_ROLES, ProbeIndex, ratio
+from kvjax.sweeps.state_similarity import OTHERS
 from kvjax.task.vocabulary import PAD_ID
 
 NULL_PERCENTILE = 95

@@ -9,9 +9,9 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.tables import SCHEMA_VERSION
-from kvjax.config import HELDOUT_SPLIT, BirthThresholds, Stabilization
-from kvjax.measure.heads import ATTENTION_MEASURES
-from kvjax.sweeps.dynamics import (
+from kvjax.config.benchmark import HELDOUT_SPLIT
+from kvjax.config.run import BirthThresholds, Stabilization
+from kvjax.measure.between_checkpoints import (
     change_from_previous,
     places,
     rank_correlation_to_previous,
@@ -19,7 +19,8 @@ from kvjax.sweeps.dynamics import (
     stays_stable,
     turnover_from_previous,
 )
-from kvjax.sweeps.means import ALL_SPLITS
+from kvjax.measure.heads import ATTENTION_MEASURES
+from kvjax.sweeps.probe_index import ALL_SPLITS
 
 TOP_COMPONENTS = 8  # how many a row names; the component tables hold all
 BIRTH_SPLIT = "validation_iid"  # the split the thresholds were written for

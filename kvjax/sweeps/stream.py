@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import jax
 
+from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.results import CheckpointResult, ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.decoder import Params
-from kvjax.sweeps.probe_program import PendingMeasurement, ProbeProgram
+from kvjax.sweeps.compiled_sweep import PendingMeasurement, ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 
 _READERS = 8  # files read at once

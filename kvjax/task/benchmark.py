@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.files import read_json, read_json_lines, replace_directory, write_json, write_json_lines
-from kvjax.config import HELDOUT_SPLIT, BenchmarkConfig
+from kvjax.config.benchmark import HELDOUT_SPLIT, BenchmarkConfig
 from kvjax.errors import InputError, unusable
 from kvjax.task.generator import Pair, draw_benchmark
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record, replay

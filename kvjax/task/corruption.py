@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from kvjax.config import HELDOUT_SPLIT
+from kvjax.config.benchmark import HELDOUT_SPLIT
 from kvjax.errors import InputError
 from kvjax.task.stream import Program, Read, replay
 from kvjax.task.vocabulary import Vocabulary

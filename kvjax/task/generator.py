@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from kvjax.config import COUNTERFACTUAL_SPLIT, GENERATED_SPLITS, HELDOUT_SPLIT, BenchmarkConfig, SplitConfig
+from kvjax.config.benchmark import COUNTERFACTUAL_SPLIT, GENERATED_SPLITS, HELDOUT_SPLIT, BenchmarkConfig, SplitConfig
 from kvjax.errors import InputError
 from kvjax.task.stream import Program, Read, Record, build_record, program_of
 from kvjax.task.vocabulary import Vocabulary

@@ -33,7 +33,7 @@ from kvjax.artifacts.files import (
     write_json,
     write_json_lines,
 )
-from kvjax.config import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
+from kvjax.config.benchmark import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
 from kvjax.errors import unusable
 from kvjax.task.benchmark import Benchmark, check_record, check_record_fields
 from kvjax.task.selection import DIFFICULTY_RULE, Difficulty, assign_difficulty, choose_examples, coverage_counts

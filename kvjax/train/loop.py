@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.config import TrainConfig
+from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.evaluation import SplitEvaluator

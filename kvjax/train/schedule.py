@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kvjax.config import OptimizationConfig
+from kvjax.config.train import OptimizationConfig
 
 
 def learning_rate(config: OptimizationConfig, step: jax.Array | int, num_steps: int) -> jax.Array:

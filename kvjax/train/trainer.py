@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax.config import InitializedModelConfig, OptimizationConfig
+from kvjax.config.train import InitializedModelConfig, OptimizationConfig
 from kvjax.measure.behaviour import wins_among
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.transforms import Lift

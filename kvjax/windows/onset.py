@@ -1,6 +1,6 @@
 """When metrics moved: births by threshold, half-rises, and the course of a movement inside a window.
 
-Source: docs/definitions.md, sections 7 and 8. Axis letters as in `kvjax.windows.triggers`.
+Source: docs/definitions.md, sections 7 and 8. Axis letters as in `kvjax.windows.shift_scores`.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ import dataclasses
 import shlex
 from typing import Any
 
+from kvjax.artifacts.birth_windows_schema import WINDOWS_FILE, read_birth_windows
 from kvjax.artifacts.files import read_json
 from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
-from kvjax.artifacts.windows import WINDOWS_FILE, read_birth_windows
 from kvjax.errors import InputError
-from kvjax.sweeps.prepared import result_file
+from kvjax.execution.inputs import result_file
 from kvjax.task.probe_set import PROBE_SET_FILE, frozen_manifest
-from kvjax.windows.analysis import sweep_identity
+from kvjax.windows.run import sweep_identity
 
 REFERENCE, PROBE_SET, SWEEP, WINDOWS = "reference fixed", "probe set fixed", "sweep complete", "windows identified"
 

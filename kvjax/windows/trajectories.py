@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from kvjax.config import HELDOUT_SPLIT, WindowConfig
+from kvjax.config.benchmark import HELDOUT_SPLIT
+from kvjax.config.windows import WindowConfig
 from kvjax.measure.uncertainty import bootstrap_ratios, resample_counts
 
 # Name of a behavioural metric -> the values of each read that it averages.

@@ -7,10 +7,10 @@ import pytest
 import torch
 import xarray as xr
 
-from kvjax.artifacts.windows import read_birth_windows
+from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.commands.main import main
-from tests.building import SMALL_MODEL, read_lines, write_run
 from tests.commands.test_commands import refused, sweep_arguments
+from tests.helpers.building import SMALL_MODEL, read_lines, write_run
 
 STEPS = tuple(range(100, 900, 100))
 SMALL = ("--pairs_per_kind=2", "--noprogress")
@@ -222,7 +222,7 @@ class TestBadInput:
         ],
     )
     def test_window_config(self, folder, tmp_path, capsys, change, complaint):
-        from kvjax.config import find_config
+        from kvjax.config.files import find_config
 
         document = json.loads(find_config("default", "windows").read_text()) | change
         config = tmp_path / "windows.json"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvjax.commands.main import COMMANDS, main
-from tests.building import STEPS, read_lines, small_benchmark_config
 from tests.converters.test_conversion import write_malicious
+from tests.helpers.building import STEPS, read_lines, small_benchmark_config
 
 
 def refused(capsys, *arguments):

@@ -3,7 +3,7 @@
 import json
 
 from kvjax.commands.main import main
-from tests.building import read_lines, small_benchmark_config
+from tests.helpers.building import read_lines, small_benchmark_config
 from tests.train.test_training_runs import config
 
 

@@ -11,19 +11,19 @@ import jax
 import numpy as np
 import pytest
 import torch
+from kvjax.converters.certificate import certify
+from kvjax.converters.convert import convert_checkpoint
+from kvjax.converters.convert_run import convert_run, export_run
+from kvjax.converters.parameter_names import PARAMETERS, torch_names
+from kvjax.converters.to_flax import to_flax
+from kvjax.converters.to_torch import to_torch
+from kvjax.converters.torch_checkpoint import read_checkpoint
 
-from converters.certificate import certify
-from converters.names import PARAMETERS, torch_names
-from converters.runs import convert_run, export_run
-from converters.source import convert_checkpoint
-from converters.to_flax import to_flax
-from converters.to_torch import to_torch
-from converters.torch_checkpoint import read_checkpoint
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
-from tests.building import SMALL_MODEL, STEPS, as_numpy, random_torch_model
+from tests.helpers.building import SMALL_MODEL, STEPS, as_numpy, random_torch_model
 
 VOCAB = 40
 MODEL = ModelConfig.model_validate(SMALL_MODEL)

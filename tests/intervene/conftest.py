@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from kvjax.converters.to_flax import to_flax
 
-from converters.to_flax import to_flax
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.model.decoder import DecoderConfig
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.pair_encoding import encode_pairs
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
-from tests.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model
 
 
 @pytest.fixture(scope="session")

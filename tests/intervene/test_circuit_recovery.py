@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 
 from kvjax.intervene import components, flow, states
+from kvjax.intervene.inputs import Study
 from kvjax.intervene.patching import component_places, stage_places
 from kvjax.intervene.paths import all_edges
-from kvjax.intervene.study import Study
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
 from kvjax.task.encoding import encode_records
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
-from tests.known_circuit import (
+from tests.oracles.known_circuit import (
     N_HEADS,
     N_LAYERS,
     PLANTED_NODES,

@@ -10,7 +10,7 @@ from kvjax.api import intervene_in_runs
 from kvjax.errors import InputError
 from kvjax.intervene import analysis
 from kvjax.intervene.analysis import InterventionSettings
-from kvjax.intervene.study import Outcome
+from kvjax.intervene.inputs import Outcome
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import generate_probe_set
 

@@ -13,9 +13,9 @@ from kvjax.intervene.pair_runs import DENOISING, PairProgram
 from kvjax.intervene.paths import all_edges, all_senders
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
-from tests.building import SMALL_MODEL, read_lines
-from tests.oracle import margin, reads_of
-from tests.patching_oracle import forward
+from tests.helpers.building import SMALL_MODEL, read_lines
+from tests.oracles.patching import forward
+from tests.oracles.pytorch_loops import margin, reads_of
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from kvjax.intervene.pair_runs import DIRECTIONS, PairProgram
 from kvjax.intervene.patching import component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, path_effects
 from kvjax.task.corruption import PAIR_ROLES
-from tests.patching_oracle import Node, Receiver, activation_patch, path_patches
+from tests.oracles.patching import Node, Receiver, activation_patch, path_patches
 
 PLACES = stage_places(3) | component_places(3, 4)
 

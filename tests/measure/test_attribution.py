@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from kvjax.converters.to_flax import to_flax
 
-from converters.to_flax import to_flax
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS, direct_logit_attribution
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.transforms import plain_forward
-from tests.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model
 
 VOCAB, VALUES = 30, np.arange(12, 30)
 

@@ -12,10 +12,10 @@ from kvjax.measure.behaviour import (
     selectivities,
     wins_among,
 )
+from kvjax.measure.between_checkpoints import stays_stable
 from kvjax.measure.heads import attention_per_read
 from kvjax.measure.mlps import write_norm_sums
 from kvjax.measure.residual import cosine_drift, event_drift, lens_sums, linear_cka
-from kvjax.sweeps.dynamics import stays_stable
 from kvjax.task.encoding import TOKEN_ROLES
 
 VALUES = jnp.array([2, 3, 4])

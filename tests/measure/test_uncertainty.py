@@ -14,7 +14,7 @@ from kvjax.measure.uncertainty import (
     resample_counts,
     wilson_interval,
 )
-from tests.scores import score_interval
+from tests.helpers.scores import score_interval
 
 
 def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from kvjax.converters.to_flax import to_flax
 
-from converters.to_flax import to_flax
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError
 from kvjax.model.decoder import Decoder, DecoderConfig, gelu, stack_params
 from kvjax.model.interventions import CLEAN, Edit, ablate_head, ablate_mlp, compose
 from kvjax.model.sites import SITES, residual_stages, stage_names
 from kvjax.model.transforms import capture, intervene, over_checkpoints, over_interventions, plain_forward
-from tests.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model
 
 VOCAB = 40
 MODEL = ModelConfig.model_validate(SMALL_MODEL)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 import torch
+from kvjax.converters.to_flax import to_flax
 
-from converters.to_flax import to_flax
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.intervene.pair_runs import DENOISING, PairProgram
 from kvjax.intervene.patching import component_places, patching_effects, stage_places
 from kvjax.model.decoder import DecoderConfig
@@ -19,8 +19,8 @@ from kvjax.task.encoding import encode_records
 from kvjax.task.pair_encoding import encode_pairs
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
-from tests import oracle
-from tests.building import SMALL_MODEL, as_numpy, fit_read_out, random_torch_model
+from tests.helpers.building import SMALL_MODEL, as_numpy, fit_read_out, random_torch_model
+from tests.oracles import pytorch_loops as oracle
 
 pytest.importorskip("transformer_lens", reason="comes with the peers extra")
 

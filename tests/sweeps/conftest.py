@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from tests.building import SMALL_MODEL, STEPS, read_lines
-from tests.oracle import load_module, measure
-from tests.sweeping import sweep
+from tests.helpers.building import SMALL_MODEL, STEPS, read_lines
+from tests.helpers.sweeping import sweep
+from tests.oracles.pytorch_loops import load_module, measure
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from kvjax.converters.to_flax import to_flax
 
-from converters.to_flax import to_flax
-from kvjax.config import ModelConfig
+from kvjax.config.run import ModelConfig
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import RANDOM_DRAWS, RANDOM_SEED
-from kvjax.sweeps.probe_program import DONOR_SEED, ProbeProgram
+from kvjax.sweeps.compiled_sweep import DONOR_SEED, ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.donors import draw_donors
 from kvjax.task.encoding import encode_records
-from tests.building import SMALL_MODEL, as_numpy, random_torch_model
-from tests.oracle import margin
-from tests.patching_oracle import forward
+from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.oracles.patching import forward
+from tests.oracles.pytorch_loops import margin
 
 SPLITS = ("validation_iid", "structural_ood")
 COMPONENTS = {(0, 2): ("z", 0, 2), (2, 1): ("z", 2, 1), (1,): ("mlp_out", 1), (2,): ("mlp_out", 2)}

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from kvjax.execution.memory_plan import checkpoint_bytes
 from kvjax.model.decoder import Decoder, DecoderConfig, stack_params
-from kvjax.sweeps import probe_program
+from kvjax.sweeps import compiled_sweep
 from kvjax.sweeps.ablations import ABLATIONS, restarts_at_once
-from kvjax.sweeps.chunking import checkpoint_bytes
-from kvjax.sweeps.probe_program import ProbeProgram
-from kvjax.sweeps.program import measure_checkpoints
+from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.measure_checkpoint import measure_checkpoints
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
@@ -39,12 +39,12 @@ def sweep_of(small_benchmark):
 
 @pytest.fixture
 def on_accelerator(monkeypatch):
-    as_here = probe_program.plan_chunks
+    as_here = compiled_sweep.plan_chunks
 
     def plan(*args, **given):
         return as_here(*args, **given | {"backend": "gpu", "num_devices": 1})
 
-    monkeypatch.setattr(probe_program, "plan_chunks", plan)
+    monkeypatch.setattr(compiled_sweep, "plan_chunks", plan)
 
 
 def test_side_by_side_measures_what_one_after_another_does(sweep_of, monkeypatch, request):

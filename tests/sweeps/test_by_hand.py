@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from kvjax.config import BirthThresholds, Stabilization
+from kvjax.config.run import BirthThresholds, Stabilization
 from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
 from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.sweeps.dataset import build_dataset
 from kvjax.sweeps.intervals import build_intervals
-from kvjax.sweeps.means import LENS_MEANS, ProbeIndex
+from kvjax.sweeps.probe_index import LENS_MEANS, ProbeIndex
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records

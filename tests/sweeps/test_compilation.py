@@ -9,8 +9,8 @@ import pytest
 
 from kvjax.model.decoder import Decoder, DecoderConfig
 from kvjax.sweeps.ablations import ABLATIONS
-from kvjax.sweeps.probe_program import ProbeProgram
-from kvjax.sweeps.program import measure_checkpoint, measure_checkpoints
+from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.measure_checkpoint import measure_checkpoint, measure_checkpoints
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
@@ -51,8 +51,8 @@ def test_one_trace_serves_any_number_of_checkpoints(small_benchmark, monkeypatch
     """Chunks are filled up, so that 1, 2 or 5 checkpoints are the same program."""
     chex.clear_trace_counter()
     counted = jax.jit(chex.assert_max_traces(measure_checkpoints.__wrapped__, n=1), static_argnums=0)
-    monkeypatch.setattr("kvjax.sweeps.probe_program.measure_checkpoints", counted)
-    monkeypatch.setattr("kvjax.sweeps.lowered.lowered_folder", lambda: None)  # no other test's program
+    monkeypatch.setattr("kvjax.sweeps.compiled_sweep.measure_checkpoints", counted)
+    monkeypatch.setattr("kvjax.execution.export_cache.lowered_folder", lambda: None)  # no other test's program
     program, params = probe_program(Benchmark.open(small_benchmark), 3)
     for number in (2, 1, 2):
         assert len(program.measure([params] * number)) == number

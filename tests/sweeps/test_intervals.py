@@ -6,8 +6,8 @@ import xarray as xr
 
 from kvjax.measure.uncertainty import resample_counts
 from kvjax.sweeps.intervals import INTERVAL_SEED
-from tests.building import STEPS
-from tests.scores import score_interval
+from tests.helpers.building import STEPS
+from tests.helpers.scores import score_interval
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from kvjax.errors import InputError
-from kvjax.sweeps import prepared
-from kvjax.sweeps.analysis import sweep_runs
+from kvjax.execution import inputs
+from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
-from tests.building import SMALL_MODEL, STEPS, read_lines, write_run
-from tests.oracle import load_module, mean, measure
-from tests.sweeping import prepared_run, source
+from tests.helpers.building import SMALL_MODEL, STEPS, read_lines, write_run
+from tests.helpers.sweeping import prepared_run, source
+from tests.oracles.pytorch_loops import load_module, mean, measure
 
 
 def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, small_run, rows):
@@ -58,7 +58,7 @@ def test_what_keeps_a_run_from_being_written_is_told_before_what_stopped_a_later
     def full_disk(*measured):
         raise InputError("checkpoint_metrics.nc: expected a file that can be written; found a full disk")
 
-    monkeypatch.setattr("kvjax.sweeps.publish.publish", full_disk)
+    monkeypatch.setattr("kvjax.sweeps.tables.publish", full_disk)
     with pytest.raises(InputError, match="full disk"):
         sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
 
@@ -67,9 +67,9 @@ def test_what_runs_share_is_opened_and_encoded_once(tmp_path, small_run, monkeyp
     own = prepared_run(small_run)
     given = str(small_run / "analysis" / "probe_set.jsonl")
     encoded = []
-    encode = prepared.encode_records
-    monkeypatch.setattr(prepared, "encode_records", lambda *a, **k: encoded.append(k) or encode(*a, **k))
-    opened = prepared.OpenedInputs()
+    encode = inputs.encode_records
+    monkeypatch.setattr(inputs, "encode_records", lambda *a, **k: encoded.append(k) or encode(*a, **k))
+    opened = inputs.OpenedInputs()
     runs = [small_run, shutil.copytree(small_run, tmp_path / "other")]
     first, second = (prepared_run(run, probe_set=given, opened=opened) for run in runs)
     assert len(encoded) == 2  # the probe records and the fit set

@@ -11,16 +11,16 @@ import scipy.stats
 import torch
 import xarray as xr
 
+from kvjax.artifacts.parameter_store import read_stored_run
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.store import read_stored_run
 from kvjax.errors import InputError
+from kvjax.execution.inputs import prepare_run
 from kvjax.model.sites import stage_names
-from kvjax.sweeps.analysis import sweep_runs
-from kvjax.sweeps.prepared import prepare_run
+from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
-from tests.building import SMALL_MODEL, STEPS, read_lines, write_small_benchmark
-from tests.oracle import mean
-from tests.sweeping import source, sweep
+from tests.helpers.building import SMALL_MODEL, STEPS, read_lines, write_small_benchmark
+from tests.helpers.sweeping import source, sweep
+from tests.oracles.pytorch_loops import mean
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
@@ -387,7 +387,7 @@ def test_results_that_cannot_be_written_are_tried_once_and_conversions_stay(smal
         tried.append(name)
         raise InputError(f"{name}.npz: expected a file that can be written; found a full disk")
 
-    monkeypatch.setattr("kvjax.artifacts.results.ResultStore.save", full_disk)
+    monkeypatch.setattr("kvjax.artifacts.checkpoint_sums.ResultStore.save", full_disk)
     with pytest.raises(InputError, match="full disk"):
         sweep(small_run, ablations=("zero",), probe="none", checkpoint_batch="1")
     assert len(tried) == len(set(tried)) == 2, "the chunk that failed, and the one that was on the devices"

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from kvjax.config import BenchmarkConfig, find_config, read_config
+from kvjax.config.benchmark import BenchmarkConfig
+from kvjax.config.files import find_config, read_config
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark, check_diagnostics, check_record, generate_benchmark
-from tests.building import read_lines, small_benchmark_config, write_small_benchmark
+from tests.helpers.building import read_lines, small_benchmark_config, write_small_benchmark
 
 SPLITS = ("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood", "counterfactual")
 

@@ -16,7 +16,7 @@ from kvjax.task.pair_encoding import encode_pairs
 from kvjax.task.pairs import check_pair, generate_pairs, open_pairs, own_pairs
 from kvjax.task.probe_set import generate_probe_set, install_probe_set, open_probe_set, pairs_manifest_path, pairs_path
 from kvjax.task.stream import replay
-from tests.building import read_lines
+from tests.helpers.building import read_lines
 
 
 @pytest.fixture(scope="module")

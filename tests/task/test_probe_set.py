@@ -15,7 +15,7 @@ from kvjax.task.probe_set import (
     own_probe_set,
 )
 from kvjax.task.selection import COVERED_AXES, assign_difficulty, choose_examples
-from tests.building import read_lines, write_small_benchmark
+from tests.helpers.building import read_lines, write_small_benchmark
 
 
 def make(benchmark, path, **changes):

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 import torch
+from kvjax.converters.to_torch import to_torch
+from kvjax.converters.torch_decoder import TorchDecoder
 
-from converters.to_torch import to_torch
-from converters.torch_decoder import TorchDecoder
-from kvjax.config import InitializedModelConfig, OptimizationConfig, ScheduleConfig
+from kvjax.config.train import InitializedModelConfig, OptimizationConfig, ScheduleConfig
 from kvjax.model.decoder import DecoderConfig
 from kvjax.train.schedule import learning_rate, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
-from tests.building import SMALL_MODEL
+from tests.helpers.building import SMALL_MODEL
 
 VOCAB, RECORDS, BATCH, LENGTH = 30, 21, 8, 14
 MODEL = InitializedModelConfig.model_validate(SMALL_MODEL)

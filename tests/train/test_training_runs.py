@@ -5,18 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from kvjax.converters.convert_run import convert_run
+from kvjax.converters.torch_decoder import TorchDecoder
+from kvjax.converters.training import run_directories, train_runs
 
-from converters.runs import convert_run
-from converters.torch_decoder import TorchDecoder
-from converters.training import run_directories, train_runs
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
-from kvjax.config import ModelConfig, TrainConfig, find_config, read_config
+from kvjax.config.files import find_config, read_config
+from kvjax.config.run import ModelConfig
+from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.trainer import batch_indices
-from tests.building import SMALL_MODEL, read_lines, write_small_benchmark
+from tests.helpers.building import SMALL_MODEL, read_lines, write_small_benchmark
 
 SEEDS = [3, 4]
 
@@ -194,7 +196,7 @@ class TestBest:
 
     @pytest.fixture
     def recorder(self, tmp_path, small_benchmark):
-        from converters import training
+        from kvjax.converters import training
 
         run = training.run_directories(config(small_benchmark), None, str(tmp_path / "run"))
         training.train_runs(run, Benchmark.open(small_benchmark), resume=False, overwrite=False, advance=lambda n: None)
@@ -218,7 +220,7 @@ class TestBest:
         ],
     )
     def test_ties(self, small_benchmark, candidate, expected):
-        from converters.training import is_better
+        from kvjax.converters.training import is_better
 
         best = {"answer_accuracy": 0.5, "loss": 2.0}
         assert is_better(candidate, best, config(small_benchmark).checkpointing) is expected
@@ -261,7 +263,7 @@ def test_overwriting_checks_every_directory_before_the_first_is_replaced(tmp_pat
 
 
 def test_adding_a_seed_leaves_finished_runs_alone(tmp_path, small_benchmark):
-    from converters.training import train_missing_runs
+    from kvjax.converters.training import train_missing_runs
 
     opened, settings = Benchmark.open(small_benchmark), config(small_benchmark)
     train_missing_runs(run_directories(settings, [3], str(tmp_path)), opened, advance=lambda n: None)

@@ -1,0 +1,94 @@
+"""One checkpoint file of a run, checked against the run and its benchmark, converted and certified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from kvjax.converters.certificate import certify
+from kvjax.converters.parameter_names import modern_name
+from kvjax.converters.to_flax import to_flax
+from kvjax.converters.torch_checkpoint import TorchCheckpoint, read_checkpoint, section
+from kvjax.converters.types import ConvertedCheckpoint
+
+from kvjax.config.run import RunConfig
+from kvjax.errors import unusable
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.vocabulary import Vocabulary
+
+
+def convert_checkpoint(
+    path: Path,
+    run: RunConfig,
+    benchmark: Benchmark,
+    *,
+    expected_step: int | None = None,
+    certify_on: np.ndarray | None = None,
+) -> ConvertedCheckpoint:
+    """Returns a run's checkpoint file as Flax parameters.
+
+    Args:
+      path: the `.pt` file.
+      run: the run's config.
+      benchmark: what it is to be measured on; a checkpoint of another vocabulary is refused, one trained on another
+        benchmark of the same vocabulary is noted.
+      expected_step: the step its name states.
+      certify_on: sample sequences [B, T] for the parity certificate; none is made where None.
+
+    Raises:
+      InputError: the file is unusable, or not of this run, step or benchmark.
+    """
+    checkpoint = read_checkpoint(path)
+    if expected_step is not None and checkpoint.step != expected_step:
+        raise unusable(path, f"the checkpoint of step {expected_step}", f"step {checkpoint.step}")
+    notes = check_recorded_config(checkpoint, run, benchmark, path)
+    vocab_size = len(benchmark.vocabulary.tokens)
+    params = to_flax(checkpoint.state, run.model, vocab_size, where=path)
+    certificate = None
+    if certify_on is not None:
+        state = {modern_name(name): array for name, array in checkpoint.state.items()}
+        certificate = certify(state, params, run.model, certify_on, where=path)
+    try:
+        document = {"config": dict(checkpoint.config), "metrics": dict(checkpoint.metrics)}
+        recorded = json.loads(json.dumps(document, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise unusable(path, "config and metrics that JSON can hold", error) from None
+    return ConvertedCheckpoint(path, checkpoint.sha256, checkpoint.step, params, certificate, recorded, notes)
+
+
+def check_recorded_config(
+    checkpoint: TorchCheckpoint, run: RunConfig, benchmark: Benchmark, path: Path
+) -> tuple[str, ...]:
+    """Returns notes on what the trainer recorded inside a file; one without such records is judged by its tensors.
+
+    Raises:
+      InputError: the file is of another model or vocabulary.
+    """
+    spec = section(section(checkpoint.config, "train_spec", path), "model", path)
+    ours = run.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"})
+    for name, value in ours.items():
+        if spec and spec.get(name) != value:
+            raise unusable(path, f"{name} {value} as in run_config.json", f"{name} {spec.get(name)}")
+    trained_on = section(checkpoint.config, "benchmark_metadata", path)
+    if "vocabulary" not in trained_on:
+        return ()
+    recorded = Vocabulary.from_metadata(trained_on["vocabulary"], path)
+    if recorded != benchmark.vocabulary:
+        raise unusable(
+            path,
+            f"a model of the benchmark's vocabulary ({_describe(benchmark.vocabulary)})",
+            f"one of another ({_describe(recorded)})",
+        )
+    pairs = trained_on.get("holdout_pairs")
+    if isinstance(pairs, list) and set(map(str, pairs)) != benchmark.holdout_pairs:
+        return (
+            f"trained on another benchmark than {benchmark.path}: its held-out pairs differ, so that accuracy on "
+            "heldout_pairs does not measure generalisation",
+        )
+    return ()
+
+
+def _describe(vocabulary: Vocabulary) -> str:
+    keys, values = vocabulary.key_tokens, vocabulary.value_tokens
+    return f"{len(keys)} keys {keys[0]}…{keys[-1]}, {len(values)} values {values[0]}…{values[-1]}"

@@ -1,0 +1,176 @@
+"""Whole runs: every checkpoint to Flax parameters in a store, and back to `.pt` files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.converters.to_flax import to_flax
+from kvjax.converters.to_torch import to_torch
+from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
+from kvjax.converters.types import Certificate, ConvertedCheckpoint
+
+from kvjax.artifacts.parameter_store import STORE_FOLDER, read_stored_run
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.config.run import ModelConfig
+from kvjax.errors import InputError, unusable
+from kvjax.model.decoder import DecoderConfig
+from kvjax.sweeps.evaluation import SplitEvaluator
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import encode_records
+
+Verify = Literal["sample", "all", "metrics", "none"]
+
+EXPORT_FOLDER = "exported_torch"
+VERIFY_SPLIT = "validation_iid"
+
+_SAMPLE_RECORDS = 16
+_EVENTS_OF_TOLERANCE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricCheck:
+    """An `answer_accuracy` that the run itself recorded, measured again on the converted checkpoint."""
+
+    step: int
+    split: str
+    recorded: float
+    measured: float
+    num_events: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What converting a run gave.
+
+    Attributes:
+      folder: where the result lies.
+      steps: the converted steps.
+      largest_difference: the largest |logit difference| over the certificates, relative to each one's largest
+        |logit|; None where none was made.
+      near_ties: positions with another argmax, all of them near-ties.
+      metric_checks: the run's recorded accuracies, reproduced.
+    """
+
+    folder: Path
+    steps: list[int]
+    largest_difference: float | None
+    near_ties: int
+    metric_checks: list[MetricCheck]
+
+
+def convert_run(
+    run: RunDir, benchmark: Benchmark, *, verify: Verify, advance: Callable[[int], None]
+) -> ConversionReport:
+    """Converts every step checkpoint of a run into the parameter store beside it.
+
+    Args:
+      run: the run.
+      benchmark: what it was trained on.
+      verify: `sample` certifies each checkpoint on a few validation sequences, `all` on the whole split, `metrics` also
+        reproduces the accuracies the run recorded while it trained.
+      advance: called with the number of checkpoints done.
+
+    Raises:
+      InputError: a checkpoint cannot be used, does not compute the same after conversion, or does not reproduce what
+        the run recorded.
+    """
+    steps = run.select_steps("all")
+    tokens = _certificate_tokens(run, benchmark, verify)
+    checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
+    # Verifying means looking again, so that nothing is taken from an earlier conversion.
+    library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
+    certificates: list[Certificate] = []
+    metric_checks: list[MetricCheck] = []
+    for step in steps:
+        checkpoint = library.load(run.checkpoints[step], step)
+        if checkpoint.certificate is not None:
+            certificates.append(checkpoint.certificate)
+        if checks is not None:
+            metric_checks += checks.check(checkpoint)
+        advance(1)
+    if checks is not None and not metric_checks:
+        raise unusable(
+            run.path / "metrics.jsonl",
+            "an evaluation recorded at a saved checkpoint's step (--verify=metrics)",
+            "none",
+        )
+    library.save()
+    return ConversionReport(
+        folder=run.analysis / STORE_FOLDER,
+        steps=steps,
+        largest_difference=max((c.relative_difference for c in certificates), default=None),
+        near_ties=sum(c.argmax_near_ties for c in certificates),
+        metric_checks=metric_checks,
+    )
+
+
+def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -> ConversionReport:
+    """Writes a run's stored Flax parameters as `.pt` files that the reference trainer's tools read.
+
+    Unless `verify` is `none`, every file is read back and must hold exactly the stored parameters.
+
+    Raises:
+      InputError: there is no store, or a written file does not hold what was stored.
+    """
+    manifest, trees = read_stored_run(run.analysis / STORE_FOLDER)
+    model, vocab_size = ModelConfig.model_validate(manifest.identity["model"]), manifest.identity["vocab_size"]
+    folder = run.analysis / EXPORT_FOLDER
+    for stored, params in zip(manifest.checkpoints, trees, strict=True):
+        path = folder / stored.file
+        write_checkpoint(
+            path, step=stored.step, state=to_torch(params), config=manifest.recorded_config, metrics=stored.metrics
+        )
+        if verify != "none":
+            again = to_flax(read_checkpoint(path).state, model, vocab_size, where=path)
+            same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, again))
+            if not same:
+                raise unusable(path, "exactly the stored parameters", "others")
+        advance(1)
+    return ConversionReport(folder, [stored.step for stored in manifest.checkpoints], None, 0, [])
+
+
+def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np.ndarray | None:
+    if verify == "none":
+        return None
+    records = benchmark.read_split(VERIFY_SPLIT)
+    records = records if verify == "all" else records[:_SAMPLE_RECORDS]
+    encoded = encode_records(records, benchmark.vocabulary, [VERIFY_SPLIT], max_seq_len=run.config.model.max_seq_len)
+    return encoded.tokens
+
+
+class _MetricVerifier:
+    """Compares checkpoints with the full-split accuracies the run recorded, an oracle from outside this project."""
+
+    def __init__(self, run: RunDir, benchmark: Benchmark):
+        self._run = run
+        config = DecoderConfig.from_model_config(run.config.model, len(benchmark.vocabulary.tokens))
+        self._evaluator = SplitEvaluator(config, benchmark)
+
+    def check(self, checkpoint: ConvertedCheckpoint) -> Iterator[MetricCheck]:
+        evaluation = self._run.config.evaluation
+        limit = evaluation.max_eval_batches and evaluation.max_eval_batches * evaluation.batch_size
+        for row in self._run.recorded_evaluations():
+            if row.get("step") != checkpoint.step:
+                continue
+            where = f"{self._run.path / 'metrics.jsonl'} (step {checkpoint.step})"
+            try:
+                split, recorded = str(row["split"]), float(row["answer_accuracy"])
+                num_examples = int(row["num_examples"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise unusable(where, "split, answer_accuracy and num_examples", repr(error)) from None
+            counted = self._evaluator.evaluate(checkpoint.params, split, max_records=limit)
+            if counted.total != num_examples:
+                raise unusable(where, f"the {counted.total} read events of {split}", num_examples)
+            # Written so that a recorded NaN fails.
+            if not abs(recorded * counted.total - counted.correct) <= _EVENTS_OF_TOLERANCE:
+                raise InputError(
+                    f"{checkpoint.path}: expected the answer_accuracy the run recorded for {split}, {recorded:.6f}; "
+                    f"found {counted.answer_accuracy:.6f} over {counted.total} reads"
+                )
+            yield MetricCheck(checkpoint.step, split, recorded, counted.answer_accuracy, counted.total)

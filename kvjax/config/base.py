@@ -1,0 +1,11 @@
+"""What every config section shares."""
+
+from __future__ import annotations
+
+import pydantic
+
+
+class Section(pydantic.BaseModel):
+    """A frozen part of a config."""
+
+    model_config = pydantic.ConfigDict(frozen=True)

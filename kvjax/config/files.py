@@ -1,0 +1,75 @@
+"""Finding and reading config files; configs that people write are checked strictly."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import pydantic
+
+from kvjax.errors import InputError, unusable
+
+Config = TypeVar("Config", bound=pydantic.BaseModel)
+
+
+def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> Config:
+    """Returns the config in a JSON file, validated.
+
+    Args:
+      path: the file.
+      schema: what it must fit.
+      recorded: the file is a run's record of itself, perhaps another trainer's: fields unknown here are left alone.
+
+    Raises:
+      InputError: the file is missing, is not JSON, or does not fit the schema.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise unusable(path, f"a {schema.__name__} JSON file", "no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(path, f"a {schema.__name__} JSON file", error) from None
+    try:
+        return schema.model_validate(document, extra="ignore" if recorded else "forbid")
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {_first_problem(error)}") from None
+
+
+def find_config(name: str, kind: str) -> Path:
+    """Returns the path of a config given on the command line.
+
+    A path that exists wins; otherwise the configs shipped inside the package are searched by name.
+
+    Args:
+      name: a path, or a shipped config's name such as `symbolic_kv_base` (with or without folder and `.json`).
+      kind: the shipped folder to search: `benchmark`, `train`, …
+
+    Raises:
+      InputError: neither exists; the message lists the shipped names.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    shipped = Path(str(resources.files("kvjax.configs") / kind))
+    candidate = shipped / f"{given.stem}.json"
+    if candidate.is_file() and str(given.with_suffix("")) in (
+        given.stem,
+        f"{kind}/{given.stem}",
+        f"configs/{kind}/{given.stem}",
+    ):
+        return candidate
+    names = ", ".join(sorted(path.stem for path in shipped.glob("*.json"))) or "none"
+    raise unusable(name, f"a {kind} config file, or the name of a shipped one ({names})", "no such file")
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "the document"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "missing":
+        return f"expected a field {field}; found none{more}"
+    shown = json.dumps(problem["input"], default=str)
+    found = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{field}: {problem['msg']}; found {found}{more}"

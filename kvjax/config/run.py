@@ -1,0 +1,74 @@
+"""The part of a training run's own `run_config.json` that an analysis reads.
+
+It may come from another trainer, so fields this project does not know are left alone there.
+"""
+
+from __future__ import annotations
+
+import pydantic
+
+from kvjax.config.base import Section
+
+
+class ModelConfig(Section):
+    """The transformer's shape, as a run records it."""
+
+    d_model: int = pydantic.Field(ge=1)
+    n_layers: int = pydantic.Field(ge=1)
+    n_heads: int = pydantic.Field(ge=1)
+    d_ff: int = pydantic.Field(ge=1)
+    max_seq_len: int = pydantic.Field(ge=2)
+    dropout: float = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _heads_fit(self) -> ModelConfig:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        return self
+
+
+class BirthThresholds(Section):
+    """A metric is born where its `validation_iid` value reaches its threshold."""
+
+    answer_accuracy: float
+    q: float
+    r: float
+    w: float
+
+
+class Stabilization(Section):
+    """From which checkpoint on a run's measures count as stable (docs/definitions.md, section 7)."""
+
+    residual_drift: float = pydantic.Field(
+        default=0.05,
+        gt=0.0,
+        description="Largest drift of any stage's mean state at p_e that is stable, per 1000 training steps.",
+    )
+    head_rank_correlation: float = pydantic.Field(
+        default=0.8,
+        ge=-1.0,
+        le=1.0,
+        description="Smallest rank correlation of the heads' accuracy drops with the previous checkpoint's.",
+    )
+
+
+class EvaluationConfig(Section):
+    """What a run evaluated while it trained."""
+
+    batch_size: int = pydantic.Field(ge=1)
+    max_eval_batches: int | None = pydantic.Field(default=None, ge=1)
+    tracked_splits: tuple[str, ...] = ()
+    birth_thresholds: BirthThresholds
+    stabilization: Stabilization = Stabilization()
+
+
+class RunConfig(Section):
+    """The part of a training run's `run_config.json` that an analysis reads."""
+
+    run_name: str
+    seed: int = pydantic.Field(ge=0, lt=2**63)
+    benchmark_dir: str
+    num_steps: int = pydantic.Field(ge=1)
+    checkpoint_every_steps: int = pydantic.Field(ge=1)
+    model: ModelConfig
+    evaluation: EvaluationConfig

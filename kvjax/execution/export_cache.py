@@ -1,0 +1,113 @@
+"""Programs traced before: their lowered form is kept beside the cache of compiled ones.
+
+JAX keeps what it compiled and finds it by the lowered program, which every process traces and lowers anew: 2 to 3 s for
+a sweep's. Here the lowered program is found by everything it is made from, and is not traced again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import kvjax
+from kvjax.artifacts.files import file_sha256, replace_file
+from kvjax.artifacts.provenance import software_versions
+from kvjax.devices import lowered_folder
+from kvjax.errors import InputError
+
+_DIGEST_BYTES = 32  # SHA-256
+_KEPT_PROGRAMS = 100  # of 0.1 to 0.4 MB; every version of the code and every shape of the data makes its own
+
+
+def _digest_of_code(package: Path) -> str:
+    contents = [(str(path.relative_to(package)), file_sha256(path)) for path in sorted(package.rglob("*.py"))]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+
+# Of the code that was imported: taken at once, since files may be edited while a long run goes on.
+_CODE = _digest_of_code(Path(kvjax.__file__).parent)
+
+_calls: dict[str, Callable[..., Any]] = {}  # of this process: equal programs are compiled once
+
+
+def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Callable[..., Any]:
+    """Returns `function(static, ·)` as a function of `args`, not traced again where an earlier process did.
+
+    Args:
+      function: jitted, of a static argument and arrays; what it returns is made of lists, tuples, dicts and arrays.
+      static: its first argument; its `repr` says all of it.
+      args: the arrays it will be called with, or others of the same trees, shapes, dtypes and shardings.
+
+    Returns:
+      The function, compiled at its first call. Where compiled programs are not kept, or this one has operations that
+      JAX does not export, it is `function` itself.
+    """
+    folder = lowered_folder()
+    direct = functools.partial(function, static)
+    if folder is None:
+        return direct
+    leaves, tree = jax.tree.flatten(args)
+    digest = _made_from(function, static, leaves, tree)
+    if digest in _calls:
+        return _calls[digest]
+    path = folder / f"{digest}.stablehlo"
+    exported = _load(path)
+    if exported is None:
+
+        def of_leaves(*leaves: jax.Array) -> Any:
+            return direct(*jax.tree.unflatten(tree, leaves))
+
+        try:
+            exported = jax.export.export(jax.jit(of_leaves))(*leaves)
+        except (ValueError, TypeError, NotImplementedError):  # what JAX raises for what it does not export
+            return direct
+        _save(path, exported)
+    call = jax.jit(exported.call)
+    _calls[digest] = lambda *args: call(*jax.tree.leaves(args))
+    return _calls[digest]
+
+
+def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:
+    """Returns a digest of everything that decides what a program is lowered to."""
+    device = jax.devices()[0]
+    parts = (
+        _CODE,
+        software_versions(),
+        (device.platform, device.device_kind, jax.device_count()),
+        sorted((name, str(value)) for name, value in jax.config.values.items()),
+        (function.__module__, function.__qualname__, static, tree),
+        [(np.shape(leaf), leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves],
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _load(path: Path) -> jax.export.Exported | None:
+    """Returns a kept program; None where there is none, or the file is not as it was written."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(program).digest() != digest:
+        return None
+    with contextlib.suppress(OSError):
+        path.touch()  # used last
+    return jax.export.deserialize(bytearray(program))
+
+
+def _save(path: Path, exported: jax.export.Exported) -> None:
+    program = bytes(exported.serialize())
+    # A full disk costs the next process the tracing, and this one nothing.
+    with contextlib.suppress(InputError, OSError):
+        with replace_file(path) as partial:
+            partial.write_bytes(hashlib.sha256(program).digest() + program)
+        by_age = sorted(path.parent.glob("*.stablehlo"), key=lambda kept: kept.stat().st_mtime, reverse=True)
+        for unused in by_age[_KEPT_PROGRAMS:]:
+            unused.unlink()

@@ -1,0 +1,162 @@
+"""What a study of one window works on: its checkpoints' parameters, the pairs, the fit set and the probe set."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+
+from kvjax.execution.fit_set import component_means
+from kvjax.intervene.pair_runs import PairProgram
+from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length, microbatches
+from kvjax.task.pair_encoding import EncodedPairs
+from kvjax.task.vocabulary import Vocabulary
+
+# Tokens per microbatch of pairs: windows are short, so that more streams than a sweep's microbatch holds fit the cache.
+CPU_TOKENS_PER_BATCH = 2500
+
+ANSWER_ACCURACY = {"long_name": "share of affected reads whose argmax is the clean answer", "units": "1"}
+CLEAN_METRIC = {
+    "long_name": "logit(clean answer) - logit(corrupted answer), mean over affected reads of clean streams",
+    "units": "logits",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one kind of intervention found in one window.
+
+    Attributes:
+      dataset: every number, labelled.
+      summary: what a reader sees first: `effects` and `controls`.
+    """
+
+    dataset: xr.Dataset
+    summary: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One window of a run.
+
+    Attributes:
+      config: the checkpoints' shape.
+      vocabulary: of the benchmark.
+      steps: the checkpoints, ascending.
+      stacked: their parameters, stacked on a leading axis C.
+      encoded: the pairs.
+      pair_ids: their names.
+      clean: the distinct clean streams of the pairs, and which of them each pair's is (`clean_rows`).
+      fit: the fit set.
+      records: the probe set.
+      components: names of the components whose set is tested; None for the smallest faithful one.
+      devices: how many devices share the checkpoints.
+      tokens_per_batch: about how many tokens a microbatch of pairs holds.
+      record_tokens_per_batch: likewise of the probe set's and the fit set's records.
+      found: what was measured once and is looked at by several kinds of intervention.
+    """
+
+    config: DecoderConfig
+    vocabulary: Vocabulary
+    steps: tuple[int, ...]
+    stacked: Params
+    encoded: EncodedPairs
+    pair_ids: tuple[str, ...]
+    clean: EncodedRecords
+    clean_rows: np.ndarray
+    fit: EncodedRecords
+    records: EncodedRecords
+    components: tuple[str, ...] | None
+    devices: int
+    tokens_per_batch: int
+    record_tokens_per_batch: int
+    found: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def pairs(self) -> PairProgram:
+        """The pairs in microbatches."""
+        return PairProgram(self.encoded, self.config, tokens_per_batch=self.tokens_per_batch, devices=self.devices)
+
+    @functools.cached_property
+    def groups(self) -> PairGroups:
+        """The kinds of pairs, and resamples."""
+        return PairGroups.of(self.encoded)
+
+    @functools.cached_property
+    def fit_bucket(self) -> Bucket:
+        """The fit set in microbatches of one length."""
+        (bucket,) = bucket_by_length(self.fit, tokens_per_batch=self.record_tokens_per_batch, max_buckets=1)
+        return bucket
+
+    @functools.cached_property
+    def clean_batches(self) -> EncodedRecords:
+        """The distinct clean streams in microbatches, in order, filled up at the end."""
+        size = max(1, self.record_tokens_per_batch // self.clean.tokens.shape[1])
+        return microbatches(self.clean, np.arange(len(self.clean)), size)[0]
+
+    @functools.cached_property
+    def means(self) -> dict[str, np.ndarray]:
+        """Mean component outputs of every checkpoint: `head_z` [C, L, 1, 1, H, E] and `mlp_out` [C, L, 1, 1, D]."""
+        found = self.each_checkpoint(_means, self.fit_bucket.batches)
+        return {name: np.asarray(x) for name, x in found.items()}
+
+    def once(self, name: Any, measure: Callable[[], Any]) -> Any:
+        """Returns what was measured under a name, measuring it the first time."""
+        if name not in self.found:
+            self.found[name] = measure()
+        return self.found[name]
+
+    def checkpoint(self, index: int) -> Params:
+        """Returns one checkpoint's parameters."""
+        return jax.tree.map(lambda x: x[index], self.stacked)
+
+    def each_checkpoint(self, function: Any, *shared: Any) -> Any:
+        """Returns `function(config, params, *shared)` of every checkpoint, stacked; compiled once."""
+        each = [jax.device_get(function(self.config, self.checkpoint(c), *shared)) for c in range(len(self.steps))]
+        return jax.tree.map(lambda *x: np.stack(x), *each)
+
+    def dataset(self, **coords: Sequence[Any]) -> xr.Dataset:
+        """Returns an empty dataset with the coordinates that all results share, and more."""
+        return xr.Dataset(
+            coords={
+                "statistic": list(STATISTICS),
+                "pair_kind": self.groups.kinds,
+                "step": list(self.steps),
+                **{name: list(values) for name, values in coords.items()},
+            }
+        )
+
+    def baseline(self, arrays: dict[str, np.ndarray], suffix: str) -> dict[str, Any]:
+        """Returns the two runs' metric and accuracy without intervention, by kind of pair and step."""
+        document: dict[str, Any] = {}
+        names = {"difference": "metric", "clean_correct": "clean_answer_accuracy"}
+        for source, name in names.items():
+            means = means_per_read(self.groups, arrays[f"{source}_{suffix}"])
+            for k, kind in enumerate(self.groups.kinds):
+                for c, step in enumerate(self.steps):
+                    entry = document.setdefault(kind, {}).setdefault(str(step), {})
+                    entry[name] = numbers(means[:, k, c])
+        return document
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _means(config: DecoderConfig, params: Params, batches: EncodedRecords) -> dict[str, jax.Array]:
+    return component_means(params, config, batches, features=False)[0]
+
+
+def numbers(estimate_low_high: np.ndarray) -> dict[str, float | None]:
+    """Returns an estimate with its interval, as JSON has it."""
+    return {name: number(x) for name, x in zip(STATISTICS, estimate_low_high, strict=True)}
+
+
+def number(value: Any) -> float | None:
+    """Returns a Python number of six digits, or None where the value does not exist."""
+    value = float(value)
+    return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -1,0 +1,226 @@
+"""The sweep's program: everything measured on one checkpoint, reduced on the device, lifted over checkpoints.
+
+For one checkpoint: the fit set's pass (component means, probes), the clean pass over the probe set, which keeps what
+restarts need, and every ablation restarted from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.execution.fit_set import PROBE_TARGETS, component_means, fit_all_probes, flatten_reads, probe_labels
+from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.head_writes import HeadWrites
+from kvjax.model.restart import CleanRun
+from kvjax.model.sites import Trace
+from kvjax.model.transforms import Lift, over_checkpoints
+from kvjax.sweeps.ablations import measure_ablations
+from kvjax.sweeps.clean import Sums, measure_clean
+from kvjax.task.encoding import EncodedRecords
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiled sweep is made for; hashable.
+
+    Attributes:
+      config: the model's shape.
+      value_ids, key_ids: token ids of values and keys.
+      num_splits: number of splits the records are in.
+      horizons: for each bucket, the positions an intervened run computes; later ones affect no read.
+      ablations: kinds of ablation to measure; with none, the clean run alone.
+      probes: whether trained linear probes are fitted and scored.
+      states: whether the states at the reads are returned.
+      interventions: how the heads of one layer are run, `map` (one by one) or `vmap`.
+      checkpoints: how the checkpoints on one device are run.
+      devices: how many devices share the checkpoints.
+    """
+
+    config: DecoderConfig
+    value_ids: tuple[int, ...]
+    key_ids: tuple[int, ...]
+    num_splits: int
+    horizons: tuple[int, ...]
+    ablations: tuple[str, ...] = ()
+    probes: bool = False
+    states: bool = False
+    interventions: Lift = "map"
+    checkpoints: Lift = "map"
+    devices: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SweepData:
+    """The records that every checkpoint is measured on.
+
+    Attributes:
+      buckets: microbatches [microbatch, B, …] of the probe set, one entry per length bucket.
+      donors: for each bucket, the tokens that each is resampled from, [microbatch, draws, B, T]; none where resampling
+        is not measured. See `donors_by_bucket`.
+      fit: microbatches of the fit set; None where neither means nor probes are needed.
+      permutations: [P, fit rows] orders of the fit reads that probe labels are taken in, the identity first; None
+        without probes.
+    """
+
+    buckets: tuple[EncodedRecords, ...]
+    donors: tuple[jax.Array, ...] = ()
+    fit: EncodedRecords | None = None
+    permutations: jax.Array | None = None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def measure_checkpoints(
+    program: Program, stacked_params: Params, data: SweepData
+) -> tuple[list[Sums], Sums, jax.Array | None]:
+    """Returns everything measured on stacked checkpoints.
+
+    Args:
+      program: the static settings.
+      stacked_params: parameters with a leading checkpoint axis C, a multiple of `program.devices`.
+      data: the records.
+
+    Returns:
+      See `measure_checkpoint`, with a leading axis C on every array.
+    """
+    measure = functools.partial(measure_checkpoint, program)
+    return over_checkpoints(measure, lift=program.checkpoints, devices=program.devices)(stacked_params, data)
+
+
+def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tuple[list[Sums], Sums, jax.Array | None]:
+    """Returns everything measured on one checkpoint.
+
+    Returns:
+      For each bucket, the sums of `measure_clean` and `measure_ablations`, [microbatch, …] each; with probes, also the
+      right answers per sequence `probe/<target>` [microbatch, B, 2 S] and `probe/current_vs_stale` [microbatch, B, S].
+      And, with probes, what the whole probe set gives: `null/<target>` [P - 1, splits, 2 S] and
+      `null/current_vs_stale` [P - 1, splits, S], right answers of probes fitted on permuted labels.
+      And, where asked for, the states at p_e and s_e of all reads, bucket after bucket, [2 S, reads, D].
+    """
+    config = program.config
+    key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
+    means: Trace = {}
+    features = None
+    if data.fit is not None:
+        means, features = component_means(params, config, data.fit, features=program.probes)
+
+    clean_pass = functools.partial(
+        measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=program.num_splits
+    )
+
+    writes = HeadWrites.of(params, config)  # once, not per microbatch
+
+    def ablate(batch: EncodedRecords, run: CleanRun, horizon: int, store: Trace, donors: jax.Array | None) -> Sums:
+        return measure_ablations(
+            params,
+            config,
+            writes,
+            run.cut(horizon),
+            batch,
+            kinds=program.ablations,
+            lift=program.interventions,
+            value_ids=value_ids,
+            means=means,
+            store=store,
+            donors_RxBxT=donors,
+        )
+
+    results, states = [], []
+    if "resample" in program.ablations:
+        # Resampling draws from every record of a split, so that all clean runs come before the first ablation.
+        runs = []
+        for batches in data.buckets:
+            sums, run, at_reads = jax.lax.map(clean_pass, batches)
+            results.append(sums)
+            runs.append(run)
+            states.append(at_reads)
+        store = _token_store(runs)
+        for sums, *parts, horizon in zip(results, data.buckets, runs, data.donors, program.horizons, strict=True):
+            sums |= jax.lax.map(lambda part, h=horizon: ablate(part[0], part[1], h, store, part[2]), tuple(parts))
+    else:
+
+        def clean_and_ablations(batch: EncodedRecords, horizon: int) -> tuple[Sums, jax.Array]:
+            # One microbatch after another, so that its clean run is still in cache when it is restarted from.
+            sums, run, at_reads = clean_pass(batch)
+            return sums | (ablate(batch, run, horizon, {}, None) if program.ablations else {}), at_reads
+
+        for batches, horizon in zip(data.buckets, program.horizons, strict=True):
+            sums, at_reads = jax.lax.map(functools.partial(clean_and_ablations, horizon=horizon), batches)
+            results.append(sums)
+            states.append(at_reads)
+    if not (program.probes or program.states):
+        return results, {}, None
+    at_reads = jnp.concatenate([flatten_reads(x) for x in states], axis=1)  # [2 S, reads, D]
+    kept = at_reads if program.states else None
+    if not program.probes:
+        return results, {}, kept
+    system, probes = fit_all_probes(features, data.fit, data.permutations, key_ids=key_ids, value_ids=value_ids)
+    return *_score_probes(program, system, probes, data.buckets, at_reads, results), kept
+
+
+def _token_store(runs: list[CleanRun]) -> Trace:
+    """Returns what components put out at every token of the probe set: [L, tokens, …]."""
+    store = {}
+    for name in ("head_z", "mlp_out"):
+        by_token = [jnp.moveaxis(run.trace[name], 1, 0) for run in runs]  # [L, M, B, T, …]
+        store[name] = jnp.concatenate([x.reshape(len(x), -1, *x.shape[4:]) for x in by_token], axis=1)
+    return store
+
+
+def _score_probes(
+    program: Program,
+    system: RidgeSystem,
+    probes: dict[str, RidgeProbes],
+    buckets: tuple[EncodedRecords, ...],
+    states_GxNxD: jax.Array,
+    results: list[Sums],
+) -> tuple[list[Sums], Sums]:
+    """Returns the results with every read's probe answers, and the right answers of the permuted probes by split."""
+    key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
+    rows = standardise(system, states_GxNxD)
+    by_bucket = [probe_labels(batches, key_ids=key_ids, value_ids=value_ids) for batches in buckets]
+    labels = {target: jnp.concatenate([x[target] for x in by_bucket]) for target in PROBE_TARGETS}
+    splits = jnp.concatenate([jnp.repeat(x.splits.reshape(-1), x.is_read.shape[-1]) for x in buckets])
+    in_split = (splits[:, None] == jnp.arange(program.num_splits)[None]).astype(jnp.float32)
+
+    def right_answers(target: str, weights_KxD: jax.Array, intercepts_K: jax.Array, rows_NxD: jax.Array) -> jax.Array:
+        """Returns whether each read's label wins and, for values, whether it beats the stale one: [1 or 2, reads]."""
+        scores = probe_scores(weights_KxD, intercepts_K, rows_NxD)
+        wins = label_wins(scores, labels[target])[None]
+        if target != "value":
+            return wins
+        return jnp.concatenate([wins, ranks_above(scores, labels["value"], labels["stale_value"])[None]])
+
+    def of_group(target: str, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weights_PxKxD, rows_NxD = group
+        intercepts_PxK = probes[target].intercepts
+
+        def by_split(probe: tuple[jax.Array, jax.Array]) -> jax.Array:
+            right = right_answers(target, *probe, rows_NxD).astype(jnp.float32)
+            return jnp.matmul(right, in_split, precision="highest")
+
+        permuted = jax.lax.map(by_split, (weights_PxKxD[1:], intercepts_PxK[1:]))
+        return right_answers(target, weights_PxKxD[0], intercepts_PxK[0], rows_NxD), permuted
+
+    stages = len(rows) // 2
+    per_read, nulls = {}, {}
+    for target in PROBE_TARGETS:
+        groups = (probes[target].weights, rows)
+        real, permuted = jax.lax.map(functools.partial(of_group, target), groups)
+        per_read[target], nulls[target] = real[:, 0], permuted[:, :, 0]  # [2 S, reads], [2 S, P - 1, splits]
+        if target == "value":
+            per_read["current_vs_stale"], nulls["current_vs_stale"] = real[:stages, 1], permuted[:stages, :, 1]
+    offset = 0
+    for batches, sums in zip(buckets, results, strict=True):
+        size = batches.is_read.size
+        for target, right in per_read.items():
+            own = right[:, offset : offset + size].T.reshape(*batches.is_read.shape, -1)
+            sums[f"probe/{target}"] = jnp.sum(own, axis=2)
+        offset += size
+    return results, {f"null/{target}": jnp.moveaxis(x, 0, -1) for target, x in nulls.items()}

@@ -1,0 +1,143 @@
+"""The tables of a sweep, from what was measured to files: labelled means, intervals, rows, provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from kvjax.artifacts.files import write_json
+from kvjax.artifacts.provenance import device_description, software_versions
+from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
+from kvjax.artifacts.tables import (
+    SCHEMA_VERSION,
+    CheckpointRow,
+    HeadRow,
+    MlpRow,
+    write_datasets,
+    write_rows,
+)
+from kvjax.execution.inputs import PreparedRun
+from kvjax.sweeps.dataset import build_dataset, build_events
+from kvjax.sweeps.intervals import build_intervals
+from kvjax.sweeps.measured import MeasuredRun
+from kvjax.sweeps.probe_index import ProbeIndex
+from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.stream import SweepLog
+from kvjax.task.probe_set import install_probe_set
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepReport:
+    """What a sweep of one run left behind.
+
+    Attributes:
+      run: the run.
+      rows: the rows of `checkpoint_metrics.jsonl`; none, and no tables, where no checkpoint could be used.
+      log: what was measured, reused and refused.
+      notes: sentences a reader should know, such as why a field is empty.
+      dataset: every mean, labelled; None where there are no rows.
+      intervals: of the means that have them, labelled likewise.
+    """
+
+    run: RunDir
+    rows: list[dict[str, Any]]
+    log: SweepLog
+    notes: list[str]
+    dataset: xr.Dataset | None = None
+    intervals: xr.Dataset | None = None
+
+
+def publish(
+    work: PreparedRun, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
+) -> SweepReport:
+    """Writes the tables of everything measured on a run so far, each file replaced whole, and returns them.
+
+    Args:
+      work: the run.
+      identity: what its results depend on beside checkpoint files.
+      measured: what the tables are made from.
+      settings: the sweep's settings.
+      log: what happened.
+
+    Raises:
+      InputError: a table cannot be written.
+    """
+    run, checkpoints, reference = work.run, measured.checkpoints, measured.reference
+    if not checkpoints:
+        return SweepReport(run, [], log, [])
+    install_probe_set(work.probe, run.analysis)
+    steps = [result.step for result in checkpoints]
+    arrays = {name: np.stack([result.arrays[name] for result in checkpoints]) for name in checkpoints[0].arrays}
+    index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
+    dataset = build_dataset(
+        arrays, steps, index, reference=reference and reference.arrays, moved=measured.moved, logistic=measured.logistic
+    )
+    intervals = build_intervals(arrays, steps, index)
+    dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
+    rows = checkpoint_rows(
+        dataset,
+        run_name=run.config.run_name,
+        seed=run.config.seed,
+        thresholds=run.config.evaluation.birth_thresholds,
+        # What lasts until the run's end is known once every checkpoint up to it is in the table.
+        stabilization=run.config.evaluation.stabilization if run.complete and steps == list(run.checkpoints) else None,
+    )
+    write_rows(run.analysis / "checkpoint_metrics.jsonl", rows, CheckpointRow)
+    candidates = run.analysis / "component_candidates"
+    write_rows(candidates / "heads.jsonl", head_rows(dataset), HeadRow)
+    write_rows(candidates / "mlps.jsonl", mlp_rows(dataset), MlpRow)
+    groups: list[tuple[str | None, xr.Dataset]] = [
+        (None, dataset),
+        ("intervals", intervals),
+        ("events", build_events(arrays, steps, index)),
+    ]
+    write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
+    notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))
+    if log.not_kept is not None:
+        notes.append(f"converted parameters are not kept: {log.not_kept}")
+    if work.reference is not None and reference is None:
+        notes.append(f"drift to the reference is null: {work.reference} could not be used")
+    if work.reference is None:
+        notes.append(
+            f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
+            f"{run.config.num_steps} steps (name another with --reference)"
+        )
+    write_json(
+        run.analysis / SWEEP_FILE,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "run_name": run.config.run_name,
+            "identity": dict(identity),
+            "benchmark": {
+                "name": work.benchmark.name,
+                "sha256": work.benchmark.sha256,
+                "path": str(work.benchmark.path.resolve()),
+            },
+            "probe_set": {
+                "file": "probe_set.jsonl",
+                "given_as": str(work.probe.path),
+                "content_sha256": work.probe.manifest.content_sha256,
+                "fit_sha256": work.probe.manifest.fit_sha256,
+                "num_records": len(work.probe.records),
+            },
+            "precision": settings.precision,
+            "reference": work.reference,
+            "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],
+            "refused": log.refused,
+            "notes": notes,
+            "versions": software_versions(),
+            "device": device_description(),
+            "timings": {
+                "measured": len(log.measured),
+                "reused": len(log.reused),
+                "first_call_seconds": log.first_call_seconds,
+                "later_call_seconds": log.later_call_seconds,
+            },
+        },
+    )
+    return SweepReport(run, rows, log, notes, dataset, intervals)

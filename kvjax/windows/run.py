@@ -1,0 +1,136 @@
+"""Birth windows of runs, from the sweep's files to `analysis/birth_windows.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xarray as xr
+
+from kvjax.artifacts.birth_windows_schema import WINDOWS_FILE, read_sweep_arrays, write_birth_windows
+from kvjax.artifacts.files import read_json
+from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
+from kvjax.artifacts.tables import SCHEMA_VERSION
+from kvjax.config.windows import WindowConfig
+from kvjax.errors import unusable
+from kvjax.windows.score_runs import RunFinding, find_in_runs
+from kvjax.windows.summary import births, verdict_sentence, window_entries
+from kvjax.windows.trajectories import BEHAVIOUR, component_drops, run_trajectories
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowsReport:
+    """What was found in one run.
+
+    Attributes:
+      run: the run.
+      document: what was written to its `birth_windows.json`.
+      notes: sentences a reader should know.
+    """
+
+    run: RunDir
+    document: dict[str, Any]
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Swept:
+    run: RunDir
+    means: xr.Dataset
+    events: xr.Dataset
+    measured_on: dict[str, Any]
+
+
+def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsReport]:
+    """Finds the birth windows of runs, writes each run's file and returns what was found.
+
+    Works on whatever has been measured, also while a run still trains; run it again for more.
+
+    Raises:
+      InputError: a run has no sweep, or a sweep that cannot be read.
+    """
+    swept = [_open(run) for run in runs]
+    trajectories = [run_trajectories(one.means, one.events, config) for one in swept]
+    findings = find_in_runs(trajectories, config)
+    reports = []
+    for one, finding in zip(swept, findings, strict=True):
+        document = _document(one, finding, config)
+        write_birth_windows(one.run.analysis / WINDOWS_FILE, document)
+        reports.append(WindowsReport(one.run, document, _notes(one, finding)))
+    return reports
+
+
+def sweep_identity(run: RunDir) -> dict[str, Any]:
+    """Returns what a run's windows depend on: the probe set, the measured steps and their checkpoints' hashes.
+
+    Raises:
+      InputError: the run has no readable `sweep.json`.
+    """
+    path = run.analysis / SWEEP_FILE
+    if not path.is_file():
+        raise unusable(path, "a sweep (run kvjax checkpoint-sweep first)", "no such file")
+    sweep = read_json(path)
+    try:
+        checkpoints = sorted((int(row["step"]), str(row["sha256"])) for row in sweep["checkpoints"])
+        return {
+            "probe_set_sha256": str(sweep["probe_set"]["content_sha256"]),
+            "steps": [step for step, _ in checkpoints],
+            "checkpoints_sha256": [sha256 for _, sha256 in checkpoints],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise unusable(path, "the provenance of a sweep (run kvjax checkpoint-sweep again)", repr(error)) from None
+
+
+def _open(run: RunDir) -> _Swept:
+    measured_on = sweep_identity(run)
+    path = run.analysis / "checkpoint_metrics.nc"
+    means, events = read_sweep_arrays(path)
+    needed = {"split", "is_read", "head_zero_correct", "mlp_zero_correct", *BEHAVIOUR.values()}
+    if missing := sorted(needed - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):
+        raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
+    steps = means["step"].values.tolist()
+    if steps != measured_on["steps"]:
+        found = f"{len(steps)} steps in the one and {len(measured_on['steps'])} in the other"
+        raise unusable(path, "the steps of sweep.json (run kvjax checkpoint-sweep again)", found)
+    return _Swept(run, means, events, measured_on)
+
+
+def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[str, Any]:
+    components = component_drops(one.means, one.events, config)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_name": one.run.config.run_name,
+        "verdict": finding.verdict,
+        "reason": verdict_sentence(finding, config, complete=one.run.complete),
+        "complete": one.run.complete,
+        "measured_on": one.measured_on,
+        "config": config.model_dump(mode="json"),
+        "births": births(
+            finding.trajectories,
+            thresholds=_thresholds(one.run),
+            config=config,
+            complete=one.run.complete,
+        ),
+        "windows": window_entries(finding, components, config),
+    }
+
+
+def _thresholds(run: RunDir) -> Mapping[str, float]:
+    return run.config.evaluation.birth_thresholds.model_dump()
+
+
+def _notes(one: _Swept, finding: RunFinding) -> list[str]:
+    notes = []
+    missing = [step for step in one.run.checkpoints if step not in set(one.measured_on["steps"])]
+    if missing:
+        notes.append(f"{len(missing)} of the run's checkpoints are not measured yet: run kvjax checkpoint-sweep")
+    if not one.run.complete:
+        last, end = max(one.run.checkpoints, default=0), one.run.config.num_steps
+        notes.append(
+            f"the run is unfinished ({last} of {end} steps): half-rises are null, and windows may yet be added"
+        )
+    if finding.verdict == "no transition" and finding.joining:
+        kinds = sorted({finding.trajectories.metrics[shift.metric].kind for shift in finding.joining})
+        notes.append(f"shifts in {', '.join(kinds)} alone make no window")
+    return notes

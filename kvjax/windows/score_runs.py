@@ -1,0 +1,216 @@
+"""The search for windows in trajectories: scores of all runs at once, then windows run by run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.config.windows import WindowConfig
+from kvjax.windows.group_shifts import DetectionSettings, Shift, Window, find_shifts, find_windows
+from kvjax.windows.onset import movement_steps
+from kvjax.windows.shift_scores import MetricTraits, ShiftSettings, shift_scores
+from kvjax.windows.trajectories import Metric, Trajectories, pooling_matrix
+
+Verdict = Literal["windows", "no transition", "undecidable"]
+
+# Runs are padded to a multiple of this many checkpoints: a run that grows is compiled for now and then, not each time.
+_CHECKPOINT_MULTIPLE = 8
+# Resampled values scored in one call; float32, and a few copies of them live at once.
+_VALUES_PER_CALL = 32_000_000
+
+_DIRECTIONS = {"rise": 1.0, "fall": -1.0, "either": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFinding:
+    """What the search found in one run.
+
+    Attributes:
+      trajectories: of the run.
+      verdict: what it comes to.
+      windows: in order; none unless the verdict is `windows`.
+      num_tests: number of (gap, metric) pairs scored.
+      largest: the shift with the largest score among those that hold, strong enough or not; None where none holds.
+      joining: shifts above the threshold of kinds that open no window.
+    """
+
+    trajectories: Trajectories
+    verdict: Verdict
+    windows: tuple[Window, ...]
+    num_tests: int
+    largest: Shift | None
+    joining: tuple[Shift, ...]
+
+
+def find_in_runs(runs: Sequence[Trajectories], config: WindowConfig) -> list[RunFinding]:
+    """Returns what each run holds; runs with the same metrics are scored together."""
+    scored: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    alike: dict[tuple[Metric, ...], list[int]] = {}
+    for index, run in enumerate(runs):
+        alike.setdefault(run.metrics, []).append(index)
+    for metrics, members in alike.items():
+        padded = _padded_length(max(len(runs[i].steps) for i in members))
+        resamples = runs[members[0]].samples_JxCxM.shape[0]
+        at_once = max(1, _VALUES_PER_CALL // (padded * resamples * len(metrics)))
+        for start in range(0, len(members), at_once):
+            chunk = members[start : start + at_once]
+            for index, scores in zip(chunk, _score([runs[i] for i in chunk], padded, config), strict=True):
+                scored[index] = scores
+    return [_finding(run, *scored[index], config) for index, run in enumerate(runs)]
+
+
+def metric_traits(metrics: tuple[Metric, ...], config: WindowConfig) -> MetricTraits:
+    """Returns what the config says of each metric."""
+    triggers = [getattr(config.triggers, metric.kind) for metric in metrics]
+    return MetricTraits(
+        floor=jnp.asarray([trigger.shift_floor for trigger in triggers], jnp.float32),
+        wobble=jnp.asarray([trigger.expected_wobble for trigger in triggers], jnp.float32),
+        direction=jnp.asarray([_DIRECTIONS[trigger.direction] for trigger in triggers], jnp.float32),
+        pooling=jnp.asarray(pooling_matrix(metrics), jnp.float32),
+    )
+
+
+def shift_settings(config: WindowConfig) -> ShiftSettings:
+    """Returns the static settings of the scores."""
+    return ShiftSettings(
+        side=config.side_checkpoints,
+        min_side=config.min_side_checkpoints,
+        jump_share=config.jump_share,
+        wobble_lags=config.wobble_lags,
+        wobble_radius=config.wobble_radius,
+        prior_weight=config.prior_weight,
+        threshold=config.threshold,
+    )
+
+
+def detection_settings(config: WindowConfig) -> DetectionSettings:
+    """Returns the settings of the search."""
+    return DetectionSettings(
+        threshold=config.threshold,
+        threshold_alone=config.threshold_alone,
+        corroboration=config.corroboration,
+        similar_support=config.similar_support,
+        calibrated_tests=config.calibrated_tests,
+    )
+
+
+def course_steps(
+    values_XxCxM: np.ndarray, steps_C: np.ndarray, shifts: Sequence[Shift], others: Sequence[Shift], *, side: int
+) -> np.ndarray:
+    """Returns onset, midpoint and completion of each shift in each of X versions of the trajectories, [X, shifts, 3].
+
+    Args:
+      values_XxCxM: the trajectories, or their resamples.
+      steps_C: training steps.
+      shifts: whose course is asked for.
+      others: all shifts of the run: those of the same metric bound the stretch that belongs to a shift.
+      side: checkpoints averaged for floor and plateau.
+    """
+    n = len(steps_C)
+    if not shifts:
+        return np.full((len(values_XxCxM), 0, 3), np.nan)
+    segments = np.array([_segment(shift, others, n) for shift in shifts])
+    padding = _padded_length(n) - n
+    values = values_XxCxM[:, :, [shift.metric for shift in shifts]].transpose(0, 2, 1)
+    # Padded to fixed sizes, so that few programs are compiled; padding carries no weight.
+    more = _padded_length(len(shifts)) - len(shifts)
+    values = np.pad(values, ((0, 0), (0, more), (0, padding)), constant_values=np.nan)
+
+    def padded(numbers: Sequence[float] | np.ndarray, dtype: type) -> np.ndarray:
+        array = np.asarray(numbers, dtype)
+        return np.pad(array, ((0, more), *[(0, 0)] * (array.ndim - 1)), mode="edge")
+
+    # Steps relative to the first and in float32: exact up to 16 million steps.
+    steps = np.pad(steps_C - steps_C[0], (0, padding), mode="edge")
+    courses = movement_steps(
+        jnp.asarray(values, jnp.float32),
+        jnp.asarray(steps, jnp.float32),
+        jnp.asarray(padded([np.sign(shift.size) for shift in shifts], np.float32)),
+        jnp.asarray(padded([shift.first for shift in shifts], np.int32)),
+        jnp.asarray(padded([shift.last for shift in shifts], np.int32)),
+        jnp.asarray(padded(segments, np.int32)),
+        side=side,
+    )
+    return np.asarray(courses, np.float64)[:, : len(shifts)] + float(steps_C[0])
+
+
+def _score(
+    runs: Sequence[Trajectories], padded: int, config: WindowConfig
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns sizes, scores and whether they hold, [G, M] each, of runs with the same metrics."""
+
+    def stacked(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
+        widths = [[(0, 0)] * array.ndim for array in arrays]
+        for width, array in zip(widths, arrays, strict=True):
+            width[axis] = (0, padded - array.shape[axis])
+        pairs = zip(arrays, widths, strict=True)
+        return np.stack([np.pad(array, width, constant_values=np.nan) for array, width in pairs])
+
+    steps = []
+    for run in runs:
+        missing = padded - len(run.steps)
+        relative = run.steps - run.steps[0]
+        steps.append(np.concatenate([relative, relative[-1] + 1 + np.arange(missing)]))
+    scores = shift_scores(
+        jnp.asarray(stacked([run.values_CxM for run in runs], 0), jnp.float32),
+        jnp.asarray(stacked([run.samples_JxCxM for run in runs], 1), jnp.float32),
+        jnp.asarray(np.stack(steps), jnp.float32),
+        metric_traits(runs[0].metrics, config),
+        settings=shift_settings(config),
+    )
+    size, score, holds = (np.asarray(array) for array in (scores.size, scores.score, scores.holds))
+    return [
+        (size[r, : len(run.steps) - 1], score[r, : len(run.steps) - 1], holds[r, : len(run.steps) - 1])
+        for r, run in enumerate(runs)
+    ]
+
+
+def _finding(
+    run: Trajectories, size: np.ndarray, score: np.ndarray, holds: np.ndarray, config: WindowConfig
+) -> RunFinding:
+    opens = [getattr(config.triggers, metric.kind).opens_window for metric in run.metrics]
+    num_tests = int(np.isfinite(score).sum())
+    if len(run.steps) < config.min_checkpoints or not num_tests:
+        return RunFinding(run, "undecidable", (), num_tests, None, ())
+    settings = detection_settings(config)
+    spread = _range(run.values_CxM)
+    every = find_shifts(size, score, holds, spread, threshold=0.0)
+    openers = [shift for shift in every if opens[shift.metric]]
+    largest = max(openers, key=lambda shift: shift.score, default=None)
+    shifts = find_shifts(size, score, holds, spread, threshold=config.threshold)
+    courses = course_steps(run.values_CxM[None], run.steps, shifts, shifts, side=config.side_checkpoints)[0]
+    windows = find_windows(
+        shifts,
+        courses[:, [0, 2]],
+        [metric.kind for metric in run.metrics],
+        opens,
+        steps=run.steps,
+        num_tests=num_tests,
+        settings=settings,
+    )
+    joining = tuple(shift for shift in shifts if not opens[shift.metric])
+    verdict: Verdict = "windows" if windows else "no transition"
+    return RunFinding(run, verdict, tuple(windows), num_tests, largest, joining)
+
+
+def _range(values_CxM: np.ndarray) -> np.ndarray:
+    there = np.isfinite(values_CxM)
+    high = np.where(there, values_CxM, -np.inf).max(axis=0)
+    low = np.where(there, values_CxM, np.inf).min(axis=0)
+    return np.where(high > low, high - low, 1.0)
+
+
+def _segment(shift: Shift, others: Sequence[Shift], n: int) -> tuple[int, int]:
+    """Returns the first and last checkpoint between the same metric's earlier and later shift."""
+    same = [other for other in others if other.metric == shift.metric]
+    earlier = [other.last + 1 for other in same if other.last < shift.first]
+    later = [other.first for other in same if other.first > shift.last]
+    return max(earlier, default=0), min(later, default=n - 1)
+
+
+def _padded_length(n: int) -> int:
+    return -(-n // _CHECKPOINT_MULTIPLE) * _CHECKPOINT_MULTIPLE

@@ -1,0 +1,266 @@
+"""What `birth_windows.json` says of a run: births, and per window its triggers, order of metrics and components."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtri
+
+from kvjax.config.benchmark import HELDOUT_SPLIT
+from kvjax.config.windows import WindowConfig
+from kvjax.measure.uncertainty import LEVEL
+from kvjax.windows.group_shifts import Shift, Window
+from kvjax.windows.onset import birth, birth_indices, half_rise_indices, probability_of_preceding
+from kvjax.windows.score_runs import RunFinding, course_steps
+from kvjax.windows.trajectories import Metric, Trajectories
+
+BIRTH_SPLIT = "validation_iid"  # the split the thresholds were written for, and the one an order prefers
+
+# (components (layer, head), drops [C, X], their bootstrap standard deviations [C, X])
+ComponentDrops = tuple[Sequence[tuple[int, int | None]], np.ndarray, np.ndarray]
+
+_BIRTH_METRICS = ("answer_accuracy", "heldout_answer_accuracy", "q", "r", "w", "key_selectivity", "recency_selectivity")
+
+
+def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: bool) -> str:
+    """Returns why the verdict is what it is, in one sentence."""
+    count = len(finding.trajectories.steps)
+    so_far = "" if complete else " so far"
+    if finding.verdict == "windows":
+        number = len(finding.windows)
+        return f"{number} window{'s' if number > 1 else ''}{so_far} among {count} checkpoints"
+    if finding.verdict == "undecidable":
+        if count < config.min_checkpoints:
+            return (
+                f"{count} measured checkpoint{'s' if count > 1 else ''}: a shift needs at least "
+                f"{config.min_side_checkpoints} on each side, {config.min_checkpoints} in all, to be told from noise"
+            )
+        return f"no metric has values at enough of the {count} checkpoints to be scored"
+    if finding.largest is None:
+        return f"no metric shifted{so_far} beyond its floor and held, at any of {count} checkpoints"
+    largest, metric = finding.largest, finding.trajectories.metrics[finding.largest.metric]
+    step = int(finding.trajectories.steps[largest.gap + 1])
+    needed = f"{config.corroboration} metrics together need {config.threshold:g}, one alone {config.threshold_alone:g}"
+    return (
+        f"no shifts{so_far} are strong enough: the strongest, in {metric.measure} on {metric.split} at step {step} "
+        f"({largest.size:+.3g}), scores {largest.score:.1f}; {needed}"
+    )
+
+
+def births(
+    run: Trajectories, *, thresholds: Mapping[str, float], config: WindowConfig, complete: bool
+) -> dict[str, dict[str, Any]]:
+    """Returns the births of a run's behavioural metrics, ready for `BirthEntry`.
+
+    Args:
+      run: its trajectories.
+      thresholds: metric -> the value at which it counts as born; others have a half-rise only.
+      config: persistence, sides and floors.
+      complete: whether the run is finished. Half-rises need its plateau, and are None otherwise.
+    """
+    entries = {}
+    for name in _BIRTH_METRICS:
+        split = HELDOUT_SPLIT if name == "heldout_answer_accuracy" else BIRTH_SPLIT
+        index = _index_of(run.metrics, name, split)
+        if index is None:
+            continue
+        values, samples = run.values_CxM[:, index], run.samples_JxCxM[:, :, index]
+        entry: dict[str, Any] = {"split": split, "threshold": thresholds.get(name)}
+        entry |= _birth_entry(run.steps, values, samples, thresholds.get(name), config.persistence)
+        entry |= {"half_rise_step": None, "half_rise_interval": None}
+        if complete and len(run.steps) >= config.min_checkpoints:
+            floor = getattr(config.triggers, name).shift_floor
+            side = min(config.side_checkpoints, len(run.steps) // 2)
+            (half,) = half_rise_indices(values[None], side=side, floor=floor).tolist()
+            if half < len(run.steps):
+                entry["half_rise_step"] = int(run.steps[half])
+                halves = half_rise_indices(samples, side=side, floor=floor)
+                entry["half_rise_interval"] = _step_interval(halves, run.steps)
+        entries[name] = entry
+    return entries
+
+
+def window_entries(finding: RunFinding, components: ComponentDrops, config: WindowConfig) -> list[dict[str, Any]]:
+    """Returns the windows of a run, ready for `WindowEntry`."""
+    run = finding.trajectories
+    every = [shift for window in finding.windows for shift in window.shifts]
+    entries = []
+    for window in finding.windows:
+        order, precedes = _order(run, window, every, config)
+        entries.append(
+            {
+                "start_step": int(run.steps[window.first]),
+                "center_step": int(run.steps[window.gap + 1]),
+                "end_step": int(run.steps[window.last]),
+                "steps": run.steps[window.first : window.last + 1].tolist(),
+                "triggers": [_trigger(run, shift) for shift in window.shifts],
+                "order": order,
+                "precedes": precedes,
+                "components": _components(run.steps, window, components, config),
+            }
+        )
+    return entries
+
+
+def _index_of(metrics: Sequence[Metric], measure: str, split: str) -> int | None:
+    matching = [i for i, metric in enumerate(metrics) if (metric.measure, metric.split) == (measure, split)]
+    return matching[0] if matching else None
+
+
+def _birth_entry(
+    steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
+) -> dict[str, Any]:
+    if threshold is None:
+        return {"step": None, "interval": None, "censored": False, "reason": "the run's config has no threshold for it"}
+    born = birth(values, threshold, persistence=persistence)
+    if born.index is not None:
+        interval = _step_interval(birth_indices(samples, threshold, persistence=persistence), steps)
+        reason = f"at or above {threshold:g} and so at {persistence} further checkpoints"
+        return {"step": int(steps[born.index]), "interval": interval, "censored": False, "reason": reason}
+    if born.first_reached is None:
+        reason = f"stays below {threshold:g} until the last measured checkpoint, {int(steps[-1])}"
+    elif born.open_ended:
+        reason = f"at or above {threshold:g} at the last measured checkpoint, with too few further ones to call it born"
+    else:
+        reason = f"reaches {threshold:g} first at step {int(steps[born.first_reached])}, but does not stay there"
+    return {"step": None, "interval": None, "censored": True, "reason": reason}
+
+
+def _step_interval(indices_J: np.ndarray, steps: np.ndarray) -> tuple[int | None, int | None]:
+    """Returns the percentile interval of checkpoint indices, as steps; None for an end beyond the run."""
+    ordered = np.sort(indices_J)
+    tail = (1 - LEVEL) / 2
+    ends = [ordered[int(np.floor(tail * (len(ordered) - 1)))], ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))]]
+    low, high = (int(steps[end]) if end < len(steps) else None for end in ends)
+    return low, high
+
+
+def _trigger(run: Trajectories, shift: Shift) -> dict[str, Any]:
+    metric = run.metrics[shift.metric]
+    return {
+        "kind": metric.kind,
+        "metric": metric.measure,
+        "split": metric.split,
+        "step": int(run.steps[shift.gap + 1]),
+        "size": shift.size,
+        "score": shift.score,
+    }
+
+
+def _order(
+    run: Trajectories, window: Window, every: Sequence[Shift], config: WindowConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns when each measure moved, earliest first, and which preceded which."""
+    shifts = _one_per_measure(run.metrics, window.shifts)
+    side = config.side_checkpoints
+    point = course_steps(run.values_CxM[None], run.steps, shifts, every, side=side)[0]
+    samples = course_steps(run.samples_JxCxM, run.steps, shifts, every, side=side)
+    ranked = sorted(range(len(shifts)), key=lambda i: (np.nan_to_num(point[i, 1], nan=np.inf), i))
+    entries = []
+    for i in ranked:
+        metric, midpoint = run.metrics[shifts[i].metric], point[i, 1]
+        midpoints = samples[:, i, 1]
+        known = midpoints[np.isfinite(midpoints)]
+        tail = 50 * (1 - LEVEL)
+        interval = tuple(np.percentile(known, [tail, 100 - tail]).tolist()) if len(known) else None
+        onset, midpoint, completion = (float(x) if np.isfinite(x) else None for x in point[i])
+        entries.append(
+            {
+                "metric": metric.measure,
+                "split": metric.split,
+                "onset": onset,
+                "midpoint": midpoint,
+                "completion": completion,
+                "interval": interval,
+                "between": _between(midpoint, run.steps),
+            }
+        )
+    precedes = []
+    for a, i in enumerate(ranked):
+        for j in ranked[a + 1 :]:
+            probability = probability_of_preceding(samples[:, i, 1], samples[:, j, 1], run.steps)
+            if probability is not None:
+                names = [run.metrics[shifts[k].metric].measure for k in (i, j)]
+                precedes.append({"first": names[0], "second": names[1], "probability": probability})
+    return entries, precedes
+
+
+def _one_per_measure(metrics: Sequence[Metric], shifts: Sequence[Shift]) -> list[Shift]:
+    """Returns one shift for every measure that moved: on the preferred split if it moved there, else the strongest.
+
+    Shifts of one metric that a window holds in the same direction are one movement.
+    """
+    chosen: dict[str, list[Shift]] = {}
+    for shift in sorted(shifts, key=lambda s: (metrics[s.metric].split != BIRTH_SPLIT, -s.score)):
+        group = chosen.setdefault(metrics[shift.metric].measure, [shift])
+        if shift is not group[0] and shift.metric == group[0].metric and np.sign(shift.size) == np.sign(group[0].size):
+            group.append(shift)
+    return [
+        dataclasses.replace(group[0], first=min(s.first for s in group), last=max(s.last for s in group))
+        for group in chosen.values()
+    ]
+
+
+def _between(midpoint: float | None, steps: np.ndarray) -> tuple[int, int] | None:
+    if midpoint is None:
+        return None
+    after = int(np.clip(np.searchsorted(steps, midpoint, side="left"), 1, len(steps) - 1))
+    return int(steps[after - 1]), int(steps[after])
+
+
+def _components(
+    steps: np.ndarray, window: Window, components: ComponentDrops, config: WindowConfig
+) -> list[dict[str, Any]]:
+    """Returns every head and MLP by what its ablation costs before, inside and after a window, inside first.
+
+    Before are the last checkpoints up to the window's first, after the first ones from its last on; inside is what
+    lies between these two.
+    """
+    names, drops, deviations = components
+    side = config.side_checkpoints
+    before = drops[max(0, window.first - side + 1) : window.first + 1].mean(axis=0)
+    inside = drops[window.first + 1 : window.last].mean(axis=0)
+    after = drops[window.last : window.last + side].mean(axis=0)
+    ranks = [_ranks(values) for values in (before, inside, after)]
+    above = _first_above_null(drops, deviations)
+    entries = []
+    for x in np.argsort(-inside, kind="stable").tolist():
+        layer, head = names[x]
+        entries.append(
+            {
+                "layer": layer,
+                "head": head,
+                "importance_before": float(before[x]),
+                "importance_inside": float(inside[x]),
+                "importance_after": float(after[x]),
+                "rank_before": int(ranks[0][x]),
+                "rank_inside": int(ranks[1][x]),
+                "rank_after": int(ranks[2][x]),
+                "first_step_above_null": int(steps[above[x]]) if above[x] < len(steps) else None,
+            }
+        )
+    return entries
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(values), int)
+    ranks[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
+    return ranks
+
+
+def _first_above_null(drops_CxX: np.ndarray, deviations_CxX: np.ndarray) -> np.ndarray:
+    """Returns the first checkpoint at which each component's ablation surely costs something, and goes on to; C: none.
+
+    The null is that it costs nothing. It is rejected where the drop exceeds its bootstrap standard deviation times
+    the normal quantile at 5 % over all components and checkpoints together (Bonferroni), there and at the next
+    checkpoint, where there is one.
+    """
+    n = len(drops_CxX)
+    quantile = -ndtri((1 - LEVEL) / drops_CxX.size)
+    above = (drops_CxX > 0) & (drops_CxX > quantile * deviations_CxX)
+    stays = above.copy()
+    stays[:-1] &= above[1:]
+    return np.where(stays.any(axis=0), stays.argmax(axis=0), n)

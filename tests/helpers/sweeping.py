@@ -1,0 +1,26 @@
+"""Sweeps of the small runs, as the command makes them."""
+
+from __future__ import annotations
+
+from kvjax.api import checkpoint_source as source
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.execution.inputs import PreparedRun, prepare_run
+from kvjax.sweeps.run import sweep_runs
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.tables import SweepReport
+
+__all__ = ["prepared_run", "source", "sweep"]
+
+
+def prepared_run(run, *, probe_set=None, steps="all", reference="final", opened=None) -> PreparedRun:
+    """Prepares a run directory, with its own benchmark."""
+    return prepare_run(
+        RunDir.open(run), benchmark_dir=None, probe_set=probe_set, steps=steps, reference=reference, opened=opened
+    )
+
+
+def sweep(run, *, steps="all", reference="final", **settings) -> SweepReport:
+    """Sweeps a run directory and returns the report."""
+    prepared = prepared_run(run, steps=steps, reference=reference)
+    (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
+    return report

@@ -1,0 +1,184 @@
+"""An independent measurement of a run: PyTorch, one unpadded sequence and one read at a time, plain loops.
+
+Nothing here comes from the code under test: positions are found by walking the tokens, the model is PyTorch's, and
+means are Python sums. docs/definitions.md is what both sides implement.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kvjax.converters.torch_decoder import TorchDecoder
+
+from kvjax.config.run import ModelConfig
+
+ROLES = {"W": ("op_write", "key_write", "value_write"), "R": ("op_read", "key_read", "value_answer")}
+
+
+def load_module(path: Path, model: dict[str, Any], vocab_size: int) -> TorchDecoder:
+    """Returns a checkpoint file as a PyTorch module."""
+    module = TorchDecoder(ModelConfig.model_validate(model), vocab_size)
+    module.load_state_dict(torch.load(path, weights_only=True)["model_state"])
+    return module
+
+
+def reads_of(tokens: list[str]) -> list[dict[str, Any]]:
+    """Returns every read with the positions it is about, by walking the stream."""
+    writes: dict[str, list[int]] = {}
+    values: list[tuple[int, str]] = []  # position and key of each value token so far
+    copies: dict[int, list[int]] = {}  # write's value position -> answers that returned it
+    found = []
+    for op_at in range(1, len(tokens) - 1, 3):
+        op, key, at = tokens[op_at], tokens[op_at + 1], op_at + 2
+        if op == "W":
+            writes.setdefault(key, []).append(at)
+        else:
+            support = writes[key][-1]
+            stale = writes[key][-2] if len(writes[key]) > 1 else None
+            found.append(
+                {
+                    "predict": at - 1,
+                    "answer": at,
+                    "support": support,
+                    "current": [support, *copies.get(support, [])],
+                    "stale": [stale, *copies.get(stale, [])] if stale is not None else [],
+                    "of_key": [p for p, k in values if k == key],
+                    "of_any": [p for p, _ in values],
+                }
+            )
+            copies.setdefault(support, []).append(at)
+        values.append((at, key))
+    return found
+
+
+def margin(logits: torch.Tensor, answer: int, value_ids: list[int]) -> float:
+    return float(logits[answer] - max(logits[v] for v in value_ids if v != answer))
+
+
+def best(logits: torch.Tensor, ids: list[int]) -> int:
+    return max(ids, key=lambda i: float(logits[i]))
+
+
+def attention_of_read(patterns: list[list], read: dict[str, Any]) -> dict[tuple[int, int], dict[str, float]]:
+    """Returns (layer, head) -> attention of one read, from each layer's [H, T, T] pattern."""
+    result = {}
+    for layer, pattern in enumerate(patterns):
+        for head, rows in enumerate(pattern):
+            row = rows[read["predict"]]
+            result[layer, head] = {
+                "query_attention": float(row[read["predict"]]),
+                "support_attention": float(row[read["support"]]),
+                "current_value_attention": float(sum(row[p] for p in read["current"])),
+                "stale_attention": float(sum(row[p] for p in read["stale"])) if read["stale"] else None,
+                "binding_attention": float(rows[read["support"]][read["support"] - 1]),
+                "attention_entropy": -sum(float(p) * math.log(float(p)) for p in row if p > 0),
+                "of_key": float(sum(row[p] for p in read["of_key"])),
+                "of_any": float(sum(row[p] for p in read["of_any"])),
+            }
+    return result
+
+
+def lens(module: TorchDecoder, trace: dict[str, list[torch.Tensor]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns stage -> (states [T, D], lens logits [T, V]) of one sequence."""
+    stages = {"embedding": trace["embedding"][0]}
+    for layer, (a, b) in enumerate(zip(trace["post_attn"], trace["post_mlp"], strict=True)):
+        stages |= {f"layer_{layer}_post_attn": a, f"layer_{layer}_post_mlp": b}
+    read_out = {name: (x[0], module.lm_head(module.final_norm(x[0]))) for name, x in stages.items()}
+    final = trace["final_norm"][0][0]
+    return {**read_out, "final_norm": (final, module.lm_head(final))}
+
+
+@torch.no_grad()
+def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dict[str, list[str]]) -> dict[str, Any]:
+    """Returns per-read and per-token measurements of a checkpoint: `reads` and `tokens`, lists of flat dictionaries."""
+    id_of = {token: i for i, token in enumerate(vocabulary["tokens"])}
+    value_ids = [id_of[v] for v in vocabulary["value_tokens"]]
+    key_ids = [id_of[k] for k in vocabulary["key_tokens"]]
+    reads, tokens = [], []
+    for record in records:
+        names = record["tokens"]
+        ids = [id_of[name] for name in names]
+        batch = torch.tensor([ids])
+        trace: dict[str, list[torch.Tensor]] = {}
+        logits = module(batch, trace)[0]
+        log_probs = logits.log_softmax(-1)
+        roles = [None, *(role for at in range(1, len(names) - 1, 3) for role in ROLES[names[at]]), "eos"]
+        for t in range(1, len(ids)):
+            right = int(logits[t - 1].argmax()) == ids[t]
+            loss = -float(log_probs[t - 1, ids[t]])
+            tokens.append({"split": record["split"], "role": roles[t], "right": right, "loss": loss})
+        stages = lens(module, trace)
+        ablated = ablations(module, batch)
+        patterns = [pattern[0].tolist() for pattern in trace["pattern"]]
+        for index, read in enumerate(reads_of(names)):
+            at, answer, key = read["predict"], ids[read["answer"]], ids[read["predict"]]
+            probs = logits[at].softmax(-1)
+            attention = attention_of_read(patterns, read)
+            shares = {h: a["of_key"] / a["of_any"] for h, a in attention.items() if a["of_any"] >= 1e-6}
+            chosen = max(shares, key=lambda h: shares[h]) if shares else None
+            key_part = attention[chosen]["of_key"] if chosen else 0.0
+            reads.append(
+                {
+                    "split": record["split"],
+                    "sample_id": record["sample_id"],
+                    "axes": record["axes"]
+                    | {
+                        "writes_since_support": record["query_events"][index]["writes_since_support"],
+                        "tokens_since_support": read["answer"] - read["support"],
+                        "slot_after_write": record["query_events"][index]["slot_after_write"],
+                    },
+                    "correct": int(logits[at].argmax()) == answer,
+                    "margin": margin(logits[at], answer, value_ids),
+                    "entropy": -float(sum(p * p.log() for p in probs if p > 0)),
+                    "confidence": float(probs[answer]),
+                    "q": max(a["query_attention"] for a in attention.values()),
+                    "r": max(a["support_attention"] for a in attention.values()),
+                    "key_selectivity": shares[chosen] if chosen else None,
+                    "recency_selectivity": (
+                        attention[chosen]["current_value_attention"] / key_part if key_part >= 1e-6 else None
+                    ),
+                    "attention": attention,
+                    "state": {stage: x[at].numpy().astype(np.float64) for stage, (x, _) in stages.items()},
+                    "support_state": {
+                        stage: x[read["support"]].numpy().astype(np.float64) for stage, (x, _) in stages.items()
+                    },
+                    "lens_answer": {s: best(x[at], value_ids) == answer for s, (_, x) in stages.items()},
+                    "lens_key": {s: best(x[at], key_ids) == key for s, (_, x) in stages.items()},
+                    "lens_support": {s: best(x[read["support"]], value_ids) == answer for s, (_, x) in stages.items()},
+                    "lens_margin": {s: margin(x[at], answer, value_ids) for s, (_, x) in stages.items()},
+                    "write_norm": [float(x[0, at].norm()) for x in trace["mlp_out"]],
+                    "write_norm_support": [float(x[0, read["support"]].norm()) for x in trace["mlp_out"]],
+                    "ablated": {
+                        component: {
+                            "correct": int(x[at].argmax()) == answer,
+                            "margin": margin(x[at], answer, value_ids),
+                        }
+                        for component, x in ablated.items()
+                    },
+                }
+            )
+    return {"reads": reads, "tokens": tokens}
+
+
+def ablations(module: TorchDecoder, batch: torch.Tensor) -> dict[tuple[int, ...], torch.Tensor]:
+    """Returns (layer, head) or (layer,) -> logits [T, V] with that head or MLP zeroed."""
+    result: dict[tuple[int, ...], torch.Tensor] = {}
+    for layer, block in enumerate(module.blocks):
+        for head in range(len(block.attn.head_scale)):
+            block.attn.head_scale[head] = 0.0
+            result[layer, head] = module(batch)[0]
+            block.attn.head_scale[head] = 1.0
+        block.mlp_scale = 0.0
+        result[layer,] = module(batch)[0]
+        block.mlp_scale = 1.0
+    return result
+
+
+def mean(values: list[Any]) -> float | None:
+    """Returns the mean of those values that exist, or None."""
+    present = [float(value) for value in values if value is not None]
+    return sum(present) / len(present) if present else None

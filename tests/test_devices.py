@@ -1,0 +1,100 @@
+"""The compilation cache: private, used again by the next process, and off when asked."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from kvjax.devices import CACHE_VARIABLE, available_cores
+
+_COMPILE = (
+    "import jax; from kvjax.devices import use_compilation_cache; folder = use_compilation_cache();"
+    "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+    "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))); print(folder)"
+)
+
+
+def run(folder, code=_COMPILE):
+    environment = {**os.environ, CACHE_VARIABLE: str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_programs_are_kept_in_a_folder_that_is_nobody_elses(tmp_path):
+    folder = tmp_path / "cache" / "compiled"
+    assert run(folder) == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    first = {path.name for path in folder.iterdir()}
+    assert first
+    run(folder)
+    assert {path.name for path in folder.iterdir() if path.name.endswith("-cache")} == {
+        name for name in first if name.endswith("-cache")
+    }, "the second process found its programs"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
+def test_a_folder_others_may_write_to_is_not_used(tmp_path, mode):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(mode)
+    assert run(folder) == "None"
+    assert stat.S_IMODE(folder.stat().st_mode) == mode and not list(folder.iterdir())
+
+
+def test_a_folder_others_may_read_is_closed_to_them(tmp_path):
+    folder = tmp_path / "readable"
+    folder.mkdir()
+    folder.chmod(0o755)
+    assert run(folder) == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_cannot_be_made_turns_the_cache_off(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "cache") == "None"
+
+
+def test_a_command_keeps_no_programs_when_asked(tmp_path):
+    """Also where an earlier command of the process, or JAX's own variable, had turned the cache on; a later command
+    may turn it on again."""
+    code = (
+        "import jax; from absl import flags; from kvjax.commands import common;"
+        "from kvjax.devices import lowered_folder;"
+        "values = flags.FlagValues(); common.define_runtime_flags(values);"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+        "compile = lambda n: jax.jit(lambda x: x @ x + n)(jax.numpy.ones((8, 8)));"
+        "values(['x']); common.start_jax(values); compile(1);"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+        "values.unparse_flags(); values(['x', '--nocompilation_cache']); common.start_jax(values);"
+        "before = sorted(p.name for p in __import__('pathlib').Path('CACHE').iterdir()); compile(2);"
+        "after = sorted(p.name for p in __import__('pathlib').Path('CACHE').iterdir());"
+        "from kvjax.devices import start_jax; start_jax();"
+        "print(before == after, jax.config.jax_compilation_cache_dir, lowered_folder());"
+        "values.unparse_flags(); values(['x']); common.start_jax(values);"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); compile(3);"
+        "print(lowered_folder() is not None, len(list(__import__('pathlib').Path('CACHE').iterdir())) > len(before))"
+    )
+    assert run(tmp_path / "cache", code.replace("CACHE", str(tmp_path / "cache"))) == "True None None\nTrue True"
+
+
+def test_jaxs_own_switch_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    code = _COMPILE + "; from kvjax.devices import lowered_folder; print(lowered_folder())"
+    assert run(tmp_path / "cache", code) == f"{tmp_path / 'cache'}\nNone"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch):
+    code = "from kvjax.devices import start_jax; start_jax(); import jax; print(jax.local_device_count())"
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert run(tmp_path / "cache", code) == str(len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    assert run(tmp_path / "cache", code) == "3"
+
+
+def test_all_cores_are_used_where_the_system_knows_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_cores() == os.cpu_count()

@@ -1,0 +1,104 @@
+"""From shifts to windows: corroboration, merging, extents."""
+
+import numpy as np
+import pytest
+
+from kvjax.windows.group_shifts import DetectionSettings, Shift, find_shifts, find_windows, scaled_thresholds
+
+SETTINGS = DetectionSettings(
+    threshold=4.5, threshold_alone=7.0, corroboration=3, similar_support=0.5, calibrated_tests=5000
+)
+STEPS = np.arange(1, 21) * 100
+
+
+def shift(metric, gap, *, score=6.0, first=None, last=None, size=1.0, relative=0.8):
+    first, last = gap if first is None else first, gap if last is None else last
+    return Shift(metric, gap, first, last, size, score, relative)
+
+
+def windows(shifts, *, opens=None, kinds=None, courses=None, steps=STEPS):
+    opens = [True] * 20 if opens is None else opens
+    kinds = [f"kind{i}" for i in range(20)] if kinds is None else kinds
+    courses = np.full((len(shifts), 2), np.nan) if courses is None else np.asarray(courses, float)
+    return find_windows(shifts, courses, kinds, opens, steps=steps, num_tests=900, settings=SETTINGS)
+
+
+def test_one_metric_needs_more_than_several_together():
+    assert windows([shift(0, 5), shift(1, 5)]) == []
+    assert [w.gap for w in windows([shift(0, 5), shift(1, 5), shift(2, 5)])] == [5]
+    assert [w.gap for w in windows([shift(0, 5, score=7.5)])] == [5]
+
+
+def test_metrics_in_touching_gaps_corroborate_each_other_and_distant_ones_do_not():
+    assert [w.gap for w in windows([shift(0, 5), shift(1, 6), shift(2, 5)])] == [5]
+    assert windows([shift(0, 5), shift(1, 8), shift(2, 11)]) == []
+
+
+def test_a_kind_counts_once_in_the_choice_of_the_centre():
+    many_of_one = [shift(i, 6, relative=0.9) for i in range(3)]
+    two_kinds = [shift(3, 5, relative=0.6), shift(4, 5, relative=0.6)]
+    (window,) = windows([*many_of_one, *two_kinds], kinds=["a", "a", "a", "b", "c"])
+    assert window.gap == 5 and len(window.shifts) == 5
+
+
+def test_what_cannot_open_a_window_joins_one_and_makes_none():
+    closed = [False] * 3 + [True] * 17
+    drifts = [shift(0, 5, score=30.0), shift(1, 5), shift(2, 5)]
+    assert windows(drifts, opens=closed) == []
+    (window,) = windows([*drifts, shift(3, 5), shift(4, 5), shift(5, 5)], opens=closed)
+    assert window.shifts[0].metric == 0 and len(window.shifts) == 6
+
+
+def test_a_quiet_gap_keeps_windows_apart_and_a_busy_stretch_makes_them_one():
+    early, late = [shift(i, 5) for i in range(3)], [shift(i, 8) for i in range(3, 6)]
+    assert [w.gap for w in windows([*early, *late])] == [5, 8]
+    between = [shift(i, 8, first=6, last=8) for i in range(6, 9)]
+    (window,) = windows([*early, *late, *between])
+    assert (window.first, window.last) == (5, 10) and len(window.shifts) == 9
+
+
+def test_what_leads_up_to_a_much_larger_movement_is_a_window_of_its_own_cut_where_that_begins():
+    small = [shift(i, 5, first=4, last=6, relative=0.2) for i in range(3)]
+    large = [shift(i, 8, first=7, last=9, relative=0.9) for i in range(3, 9)]
+    courses = [[550, 900]] * 3 + [[790, 1100]] * 6
+    early, late = windows([*small, *large], courses=courses)
+    assert (early.gap, late.gap) == (5, 8)
+    # The first, lighter one would reach its plateau at step 900. The second begins at 700, which is the first's centre:
+    # that keeps a checkpoint after it.
+    assert (STEPS[early.first], STEPS[early.last]) == (500, 800)
+    assert (STEPS[late.first], STEPS[late.last]) == (700, 1100)
+
+
+def test_the_extent_is_the_fastest_metrics_course_and_one_checkpoint_to_each_side_of_the_centre():
+    group = [shift(0, 9, relative=0.9), shift(1, 9), shift(2, 9)]
+    # Alone the gap 9: its checkpoints are 9 and 10, the centre is 10.
+    (window,) = windows(group)
+    assert (window.first, window.last) == (9, 11)
+    # Leaves its floor at 640, reaches its plateau at 1310: checkpoints 5 (step 600) and 13 (step 1400).
+    (window,) = windows(group, courses=[[640, 1310], [100, 2000], [100, 2000]])
+    assert (STEPS[window.first], STEPS[window.last]) == (600, 1400)
+
+
+def test_the_extent_stays_inside_the_run():
+    group = [shift(i, 18) for i in range(3)]
+    (window,) = windows(group)
+    assert window.last == 19
+
+
+def test_more_tests_raise_the_thresholds_fewer_do_not_lower_them():
+    assert scaled_thresholds(100, SETTINGS) == (4.5, 7.0)
+    together, alone = scaled_thresholds(500_000, SETTINGS)
+    assert 4.5 < together < 6 and together / 4.5 == pytest.approx(alone / 7.0)
+
+
+def test_neighbouring_gaps_of_one_direction_are_one_shift():
+    holds = np.array([[1, 1, 1, 0, 1, 1]], bool).T
+    size = np.array([[1, 3, -2, 9, 1, 2.0]]).T
+    score = np.full_like(size, 6.0)
+    found = find_shifts(size, score, holds, np.array([4.0]), threshold=5.0)
+    assert [(s.first, s.last, s.gap, s.size, s.relative) for s in found] == [
+        (0, 1, 1, 3.0, 0.75),
+        (2, 2, 2, -2.0, 0.5),
+        (4, 5, 5, 2.0, 0.5),
+    ]
+    assert find_shifts(size, score, holds, np.array([4.0]), threshold=6.5) == []

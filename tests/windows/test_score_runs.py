@@ -1,0 +1,172 @@
+"""The search on simulated runs whose truth is known, and what the document says of hand-made ones."""
+
+import numpy as np
+import pytest
+
+from benchmarks.window_calibration import Noise, Truth, measure, simulate
+from kvjax.config.files import find_config, read_config
+from kvjax.config.windows import WindowConfig
+from kvjax.windows.score_runs import find_in_runs
+from kvjax.windows.summary import births, verdict_sentence, window_entries
+from kvjax.windows.trajectories import Metric, Trajectories
+
+NOISE = Noise(autocorrelation=0.5, wobble_share=0.6)
+
+
+@pytest.fixture(scope="module")
+def config():
+    shipped = read_config(find_config("default", "windows"), WindowConfig)
+    return shipped.model_copy(update={"resamples": 100})
+
+
+@pytest.mark.parametrize("kind", ["flat", "spike"])
+def test_runs_in_which_nothing_stays_changed_have_no_windows(config, kind):
+    # Of a method that errs in 1 % of runs, 1 in 130 such samples of 40 would hold 3 or more.
+    row = measure(16, NOISE, Truth(kind, 20.0), config, runs=40, seed=1)
+    assert row["runs_with_windows"] <= 2
+
+
+def test_large_shifts_are_found_within_a_checkpoint(config):
+    row = measure(16, NOISE, Truth("shift", 9.0), config, runs=40, seed=2)
+    assert row["found"] >= 38 and row["runs_with_false_windows"] <= 2
+
+
+def test_runs_together_are_runs_alone_whatever_their_lengths(config):
+    rng = np.random.default_rng(3)
+    runs = [simulate(rng, length, NOISE, Truth("shift", 9.0), config)[0] for length in (9, 16, 12)]
+    together = find_in_runs(runs, config)
+    for run, found in zip(runs, together, strict=True):
+        (alone,) = find_in_runs([run], config)
+        assert [(w.gap, w.first, w.last, len(w.shifts)) for w in found.windows] == [
+            (w.gap, w.first, w.last, len(w.shifts)) for w in alone.windows
+        ]
+
+
+def test_a_run_found_while_it_grows_is_the_run_found_at_once(config):
+    run, (gap,) = simulate(np.random.default_rng(4), 16, NOISE, Truth("shift", 12.0), config)
+
+    def until(n):
+        return Trajectories(run.steps[:n], run.metrics, run.values_CxM[:n], run.samples_JxCxM[:, :n])
+
+    grown = [find_in_runs([until(n)], config)[0] for n in (3, gap + 2, gap + 3, 16)]
+    # Too few; the shift seen at one checkpoint only; at two; and the whole run.
+    assert [found.verdict for found in grown] == ["undecidable", "no transition", "windows", "windows"]
+    assert grown[2].windows[0].gap == grown[3].windows[0].gap == gap
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_few_checkpoints_are_undecidable_and_say_why(config, length):
+    run, _ = simulate(np.random.default_rng(5), 8, NOISE, Truth("flat"), config)
+    short = Trajectories(run.steps[:length], run.metrics, run.values_CxM[:length], run.samples_JxCxM[:, :length])
+    (found,) = find_in_runs([short], config)
+    sentence = verdict_sentence(found, config, complete=True)
+    assert found.verdict == "undecidable" and f"{length} measured checkpoint" in sentence and "4 in all" in sentence
+
+
+def test_a_flat_run_says_what_came_closest(config):
+    run, _ = simulate(np.random.default_rng(6), 24, NOISE, Truth("flat"), config)
+    (found,) = find_in_runs([run], config)
+    assert found.verdict == "no transition"
+    assert "no shifts" in (sentence := verdict_sentence(found, config, complete=False)) or "no metric" in sentence
+    assert "so far" in sentence
+
+
+def hand_made(courses, *, steps, wobble=0.004, splits=("validation_iid", "heldout_pairs", "counterfactual")):
+    """Returns trajectories that follow given curves, with resamples that differ by a little."""
+    rng = np.random.default_rng(7)
+    metrics = [Metric(name, name, split) for name in courses for split in splits]
+    values = np.stack([courses[metric.measure] for metric in metrics], axis=1).astype(float)
+    samples = values + wobble * rng.standard_normal((50, *values.shape))
+    return Trajectories(np.asarray(steps), tuple(metrics), values, samples)
+
+
+STEPS = np.array([100, 200, 300, 400, 500, 700, 1100, 1200, 1300, 1400])
+EARLY = [0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1]
+LATE = [0, 0, 0, 0, 0.1, 0.9, 1, 1, 1, 1]
+NOTHING = [0.3] * 10
+
+
+@pytest.fixture(scope="module")
+def formed(config):
+    run = hand_made({"r": EARLY, "answer_accuracy": LATE, "q": NOTHING}, steps=STEPS)
+    (found,) = find_in_runs([run], config)
+    drops = np.stack([np.zeros(10), np.array(LATE) * 0.5, np.array(LATE[::-1]) * 0.4], axis=1)
+    parts = ([(0, 0), (0, 1), (0, None)], drops, np.full_like(drops, 0.01))
+    return found, window_entries(found, parts, config)
+
+
+def test_the_order_of_metrics_is_the_order_of_the_curves(formed):
+    _, (window,) = formed
+    order = {entry["metric"]: entry for entry in window["order"]}
+    assert list(order) == ["r", "answer_accuracy"]
+    # Halfway at a checkpoint, and halfway between 0.1 at 500 and 0.9 at 700.
+    assert order["r"]["midpoint"] == pytest.approx(400, abs=5)
+    assert order["answer_accuracy"]["midpoint"] == pytest.approx(600, abs=5)
+    assert order["answer_accuracy"]["between"] == (500, 700)
+    for entry in order.values():
+        low, high = entry["interval"]
+        assert low <= entry["midpoint"] <= high
+        assert entry["onset"] < entry["midpoint"] < entry["completion"]
+    (pair,) = window["precedes"]
+    assert pair == {"first": "r", "second": "answer_accuracy", "probability": 1.0}
+
+
+def test_the_window_holds_what_moved_and_its_centre_is_a_checkpoint_inside(formed):
+    found, (window,) = formed
+    assert window["steps"] == STEPS[found.windows[0].first : found.windows[0].last + 1].tolist()
+    assert window["start_step"] < window["center_step"] < window["end_step"]
+    assert {trigger["metric"] for trigger in window["triggers"]} == {"r", "answer_accuracy"}
+    assert all(trigger["step"] in STEPS for trigger in window["triggers"])
+
+
+def test_components_are_ranked_before_inside_and_after(formed):
+    _, (window,) = formed
+    parts = {(part["layer"], part["head"]): part for part in window["components"]}
+    grows, shrinks, idle = parts[0, 1], parts[0, None], parts[0, 0]
+    assert (shrinks["rank_before"], grows["rank_after"]) == (1, 1)
+    assert grows["importance_before"] < grows["importance_inside"] < grows["importance_after"]
+    # 0.5 times 0.1 at step 500 is above 0.01 times the quantile for 30 tests (2.94), and stays so.
+    assert grows["first_step_above_null"] == 500 and shrinks["first_step_above_null"] == 100
+    assert idle["first_step_above_null"] is None
+    inside = [part["importance_inside"] for part in window["components"]]
+    assert inside == sorted(inside, reverse=True)
+
+
+def test_births_with_thresholds_half_rises_and_censoring(config):
+    late = [0, 0, 0, 0, 0, 0, 0, 0, 0.95, 0.95]
+    run = hand_made({"r": EARLY, "answer_accuracy": late, "q": NOTHING, "key_selectivity": LATE}, steps=STEPS)
+    thresholds = {"r": 0.4, "answer_accuracy": 0.9, "q": 0.9}
+    found = births(run, thresholds=thresholds, config=config, complete=True)
+    assert (found["r"]["step"], found["r"]["interval"], found["r"]["censored"]) == (400, (400, 400), False)
+    assert found["r"]["half_rise_step"] in (400, 500)
+    assert found["answer_accuracy"]["step"] is None and found["answer_accuracy"]["censored"]
+    assert "too few further" in found["answer_accuracy"]["reason"]
+    assert found["q"]["censored"] and "stays below 0.9" in found["q"]["reason"]
+    assert found["q"]["half_rise_step"] is None
+    assert found["key_selectivity"]["threshold"] is None and found["key_selectivity"]["half_rise_step"] == 700
+    unfinished = births(run, thresholds=thresholds, config=config, complete=False)
+    assert all(entry["half_rise_step"] is None for entry in unfinished.values())
+    assert unfinished["r"]["step"] == 400
+
+
+def test_a_birth_that_some_resamples_miss_has_an_open_interval(config):
+    run = hand_made({"r": [0] * 7 + [0.5, 0.5, 0.5]}, steps=STEPS)
+    run.samples_JxCxM[:10, :, 0] = 0.0
+    found = births(run, thresholds={"r": 0.4}, config=config, complete=True)
+    assert found["r"]["step"] == 1200 and found["r"]["interval"] == (1200, None)
+
+
+def test_residual_drift_alone_makes_no_window(config):
+    stages = [f"residual_drift.layer_{i}_post_mlp" for i in range(4)]
+    metrics = tuple(
+        [Metric("residual_drift", stage, "validation_iid") for stage in stages]
+        + [Metric("answer_accuracy", "answer_accuracy", "validation_iid")]
+    )
+    falls = np.where(np.arange(10) < 5, 0.0, -2.0)
+    values = np.stack([*[falls] * 4, np.zeros(10)], axis=1)
+    run = Trajectories(STEPS, metrics, values, np.repeat(values[None], 50, axis=0))
+    (found,) = find_in_runs([run], config)
+    assert found.verdict == "no transition" and len(found.joining) == 4
+    drift = config.triggers.residual_drift.model_copy(update={"opens_window": True})
+    opened = config.model_copy(update={"triggers": config.triggers.model_copy(update={"residual_drift": drift})})
+    assert find_in_runs([run], opened)[0].verdict == "windows"
