@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from kvjax.converters.types import Certificate, ConvertedCheckpoint
 
 from kvjax.artifacts.files import file_sha256
 from kvjax.artifacts.parameter_store import STORE_FOLDER, NewCheckpoint, ParameterStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, unusable
+from kvjax.model.checkpoint import Certificate, Checkpoint
+from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.task.benchmark import Benchmark
 
 Keep = Literal["nothing", "if possible", "everything"]
@@ -45,10 +46,10 @@ class CheckpointLibrary:
         self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
         self._trust_store, self._keep = trust_store, keep
         self._store = ParameterStore(run.analysis / STORE_FOLDER, store_identity(run, benchmark))
-        self._new: list[ConvertedCheckpoint] = []
+        self._new: list[Checkpoint] = []
         self._lock = threading.Lock()
 
-    def load(self, path: Path, expected_step: int | None) -> ConvertedCheckpoint:
+    def load(self, path: Path, expected_step: int | None) -> Checkpoint:
         """Returns a checkpoint file's parameters, with its certificate.
 
         Raises:
@@ -63,10 +64,16 @@ class CheckpointLibrary:
                 found = self._store.find(sha256)
             if found is not None and found[0].certificate is not None and expected_step in (None, found[0].step):
                 stored, params = found
-                recorded = {"metrics": stored.metrics}
-                certificate = Certificate(**stored.certificate)
-                return ConvertedCheckpoint(
-                    path, stored.sha256, stored.step, params, certificate, recorded, tuple(stored.notes)
+                return Checkpoint(
+                    step=stored.step,
+                    params=params,
+                    config=self._config(params),
+                    path=path,
+                    sha256=sha256,
+                    certificate=Certificate(**stored.certificate),
+                    recorded_config=self._store.recorded_config,
+                    recorded_metrics=stored.metrics,
+                    notes=tuple(stored.notes),
                 )
         from kvjax.converters.convert import (
             convert_checkpoint,  # torch takes 1.5 s to import; a full store needs none of it
@@ -80,6 +87,10 @@ class CheckpointLibrary:
                 self._hold(checkpoint)
         return checkpoint
 
+    def _config(self, params: Params) -> DecoderConfig:
+        vocab_size = len(self._benchmark.vocabulary.tokens)
+        return DecoderConfig.from_model_config(self._run.config.model, vocab_size, tied="unembedding" not in params)
+
     def save(self) -> None:
         """Writes what was converted since the last time into the store.
 
@@ -89,7 +100,7 @@ class CheckpointLibrary:
         with self._lock:
             self._write()
 
-    def _hold(self, checkpoint: ConvertedCheckpoint) -> None:
+    def _hold(self, checkpoint: Checkpoint) -> None:
         """Holds a conversion until there are enough for a part."""
         if len(self._new) >= _KEPT_AT_ONCE:
             return  # those held could not be written, and no more are held: this one is converted again another time
@@ -106,21 +117,21 @@ class CheckpointLibrary:
             group = [c for c in self._new if _is_tied(c) == tied]
             if group:
                 new = [_to_store(c) for c in {c.sha256: c for c in group}.values()]
-                self._store.add(new, group[0].recorded["config"])
+                self._store.add(new, group[0].recorded_config)
                 self._new = [c for c in self._new if _is_tied(c) != tied]  # only now: else it is tried again
 
 
-def _is_tied(checkpoint: ConvertedCheckpoint) -> bool:
+def _is_tied(checkpoint: Checkpoint) -> bool:
     return "unembedding" not in checkpoint.params
 
 
-def _to_store(checkpoint: ConvertedCheckpoint) -> NewCheckpoint:
+def _to_store(checkpoint: Checkpoint) -> NewCheckpoint:
     return NewCheckpoint(
         step=checkpoint.step,
         file=checkpoint.path.name,
         sha256=checkpoint.sha256,
         certificate=checkpoint.certificate and dataclasses.asdict(checkpoint.certificate),
-        metrics=dict(checkpoint.recorded["metrics"]),
+        metrics=dict(checkpoint.recorded_metrics),
         notes=checkpoint.notes,
         params=checkpoint.params,
     )

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import torch
 from kvjax.converters.torch_decoder import TorchDecoder
-from kvjax.converters.types import Certificate
 
 from kvjax.config.run import ModelConfig
 from kvjax.errors import unusable
+from kvjax.model.checkpoint import Certificate
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.transforms import plain_forward
 from kvjax.task.vocabulary import PAD_ID

@@ -10,10 +10,11 @@ from kvjax.converters.certificate import certify
 from kvjax.converters.parameter_names import modern_name
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.torch_checkpoint import TorchCheckpoint, read_checkpoint, section
-from kvjax.converters.types import ConvertedCheckpoint
 
 from kvjax.config.run import RunConfig
 from kvjax.errors import unusable
+from kvjax.model.checkpoint import Checkpoint
+from kvjax.model.decoder import DecoderConfig
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.vocabulary import Vocabulary
 
@@ -25,7 +26,7 @@ def convert_checkpoint(
     *,
     expected_step: int | None = None,
     certify_on: np.ndarray | None = None,
-) -> ConvertedCheckpoint:
+) -> Checkpoint:
     """Returns a run's checkpoint file as Flax parameters.
 
     Args:
@@ -54,7 +55,17 @@ def convert_checkpoint(
         recorded = json.loads(json.dumps(document, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise unusable(path, "config and metrics that JSON can hold", error) from None
-    return ConvertedCheckpoint(path, checkpoint.sha256, checkpoint.step, params, certificate, recorded, notes)
+    return Checkpoint(
+        step=checkpoint.step,
+        params=params,
+        config=DecoderConfig.from_model_config(run.model, vocab_size, tied="unembedding" not in params),
+        path=path,
+        sha256=checkpoint.sha256,
+        certificate=certificate,
+        recorded_config=recorded["config"],
+        recorded_metrics=recorded["metrics"],
+        notes=notes,
+    )
 
 
 def check_recorded_config(

@@ -13,12 +13,12 @@ from kvjax.converters.cached_loader import CheckpointLibrary
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
-from kvjax.converters.types import Certificate, ConvertedCheckpoint
 
 from kvjax.artifacts.parameter_store import STORE_FOLDER, read_stored_run
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
+from kvjax.model.checkpoint import Certificate, Checkpoint
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
@@ -152,7 +152,7 @@ class _MetricVerifier:
         config = DecoderConfig.from_model_config(run.config.model, len(benchmark.vocabulary.tokens))
         self._evaluator = SplitEvaluator(config, benchmark)
 
-    def check(self, checkpoint: ConvertedCheckpoint) -> Iterator[MetricCheck]:
+    def check(self, checkpoint: Checkpoint) -> Iterator[MetricCheck]:
         evaluation = self._run.config.evaluation
         limit = evaluation.max_eval_batches and evaluation.max_eval_batches * evaluation.batch_size
         for row in self._run.recorded_evaluations():

@@ -12,9 +12,9 @@ from kvjax.converters.cached_loader import CheckpointLibrary
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
 from kvjax.execution.inputs import OpenedInputs, PreparedRun, prepare_run
+from kvjax.model.checkpoint import CheckpointSource
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.stream import CheckpointSource
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.cached_loader import CheckpointLibrary
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
+from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import over_checkpoints
 from kvjax.task.benchmark import Benchmark
@@ -23,15 +23,6 @@ from kvjax.task.vocabulary import PAD_ID, Vocabulary
 
 if TYPE_CHECKING:
     import xarray as xr
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint of a run: its step, its parameters, and their shape, as `kvjax.patch` and the others take them."""
-
-    step: int
-    params: Params
-    config: DecoderConfig
 
 
 def open_run(run_dir: str | Path, *, benchmark_dir: str | Path | None = None) -> OpenedRun:
@@ -78,8 +69,7 @@ class OpenedRun:
           InputError: there is none, or it cannot be used.
         """
         step, path = self.run.checkpoint_named(str(which))
-        loaded = self._library.load(path, None if which == "best" else step)
-        return Checkpoint(loaded.step, loaded.params, self._config(tied="unembedding" not in loaded.params))
+        return self._library.load(path, None if which == "best" else step)
 
     def encode(self, streams: Sequence[Sequence[str]]) -> np.ndarray:
         """Returns streams of tokens such as `["<bos>", "W", "K01", "V083", …]` as ids [B, T], padded at their ends.

@@ -110,6 +110,11 @@ class ParameterStore:
         self._damaged: set[str] = set()
         self._manifest = self._read_own_manifest()
 
+    @property
+    def recorded_config(self) -> Mapping[str, Any]:
+        """The `config` that the trainer recorded in the newest checkpoint."""
+        return self._manifest.recorded_config if self._manifest else {}
+
     def find(self, sha256: str) -> tuple[StoredCheckpoint, Tree] | None:
         """Returns what is stored of the `.pt` file with that hash; None where nothing is, or what is is damaged."""
         for stored in self._manifest.checkpoints if self._manifest else ():

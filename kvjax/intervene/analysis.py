@@ -24,8 +24,8 @@ from kvjax.intervene import components, flow, states
 from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, Outcome, Study
 from kvjax.intervene.patching import component_places
+from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig, stack_params
-from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import PairSet, own_pairs

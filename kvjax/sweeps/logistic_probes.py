@@ -16,10 +16,10 @@ import numpy as np
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.execution.fit_set import PROBE_TARGETS, probe_labels
 from kvjax.measure.probes import NO_LABEL, fit_logistic, label_wins, probe_scores, ridge_system, standardise
+from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.compiled_sweep import ProbeProgram
 from kvjax.sweeps.state_similarity import read_states
-from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.encoding import EncodedRecords
 
 

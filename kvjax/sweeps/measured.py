@@ -9,11 +9,11 @@ import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.execution.inputs import BEST, PreparedRun, step_files
+from kvjax.model.checkpoint import CheckpointSource
 from kvjax.sweeps.compiled_sweep import ProbeProgram
 from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.sweeps.state_similarity import measure_movement
-from kvjax.sweeps.stream import CheckpointSource
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.artifacts.checkpoint_sums import ResultStore
+from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh, over_checkpoints
 from kvjax.sweeps.compiled_sweep import ProbeProgram
 from kvjax.sweeps.measure_checkpoint import Program
 from kvjax.sweeps.state_similarity import OTHERS, Comparison, ReadStates, keep_movement, movement, spread_of_states
-from kvjax.sweeps.stream import LoadedCheckpoint
 from kvjax.task.encoding import EncodedRecords
 
 
@@ -34,9 +34,9 @@ class MovementWatch:
             self._others[name]["previous"] = before
         self._reference, self._store = reference, store
         self._program, self._buckets = program.program, program.data.buckets
-        self._at_hand: dict[str, tuple[LoadedCheckpoint, ReadStates]] = {}
+        self._at_hand: dict[str, tuple[Checkpoint, ReadStates]] = {}
 
-    def __call__(self, chunk: Sequence[tuple[str, LoadedCheckpoint]], states: jax.Array) -> Callable[[], None]:
+    def __call__(self, chunk: Sequence[tuple[str, Checkpoint]], states: jax.Array) -> Callable[[], None]:
         """Starts what the states of a chunk make possible, behind the chunk's own work; returns how to keep it.
 
         Args:

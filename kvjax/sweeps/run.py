@@ -12,13 +12,14 @@ from kvjax.artifacts.files import read_json
 from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
 from kvjax.errors import InputError, unusable
 from kvjax.execution.inputs import PreparedRun
+from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import chosen_ablations
 from kvjax.sweeps.compiled_sweep import ProbeProgram
 from kvjax.sweeps.measured import MeasuredRun, gather_measured
 from kvjax.sweeps.movement_watch import MovementWatch
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.stream import CheckpointSource, SweepLog, sweep_run
+from kvjax.sweeps.stream import SweepLog, sweep_run
 from kvjax.task.probe_set import check_installable
 
 if TYPE_CHECKING:

@@ -21,12 +21,12 @@ import numpy as np
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.execution.fit_set import flatten_reads, probe_features
 from kvjax.measure.residual import event_drift, linear_cka, spread
+from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.restart import run_clean
 from kvjax.model.sites import STAGE_SITES
 from kvjax.model.transforms import Lift, over_interventions
 from kvjax.sweeps.compiled_sweep import ProbeProgram
-from kvjax.sweeps.stream import CheckpointSource
 from kvjax.task.encoding import EncodedRecords
 
 OTHERS = ("previous", "reference")

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -17,35 +17,15 @@ from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
-from kvjax.model.decoder import Params
+from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.sweeps.compiled_sweep import PendingMeasurement, ProbeProgram
 from kvjax.sweeps.settings import SweepSettings
 
 _READERS = 8  # files read at once
 
 
-class LoadedCheckpoint(Protocol):
-    """What the sweep needs of a converted checkpoint."""
-
-    step: int
-    sha256: str
-    params: Params
-    certificate: Any
-    notes: tuple[str, ...]
-
-
-class CheckpointSource(Protocol):
-    """Where a run's checkpoints come from, converted and certified."""
-
-    def load(self, path: Path, expected_step: int | None) -> LoadedCheckpoint:
-        """Returns the checkpoint of a file; may be called from several threads."""
-
-    def save(self) -> None:
-        """Keeps what was converted, so that the next time it is only read."""
-
-
 # Told of each chunk, with its states, when the devices have started on it; returns what to call once it is measured.
-StateWatch = Callable[[Sequence[tuple[str, LoadedCheckpoint]], jax.Array], Callable[[], None]]
+StateWatch = Callable[[Sequence[tuple[str, Checkpoint]], jax.Array], Callable[[], None]]
 
 
 @dataclasses.dataclass
@@ -123,7 +103,7 @@ def sweep_run(
     device, versions = device_description(), software_versions()
 
     def keep(
-        chunk: list[tuple[str, LoadedCheckpoint]], pending: PendingMeasurement, seen: Callable[[], None], start: float
+        chunk: list[tuple[str, Checkpoint]], pending: PendingMeasurement, seen: Callable[[], None], start: float
     ) -> None:
         measured = pending.collect()
         seconds = log.add_call(start, time.perf_counter())
@@ -175,12 +155,12 @@ def _load_ahead(
     log: SweepLog,
     advance: Callable[[int], None],
     chunk: int,
-) -> Iterator[tuple[str, LoadedCheckpoint]]:
+) -> Iterator[tuple[str, Checkpoint]]:
     """Yields converted checkpoints in order; those of the next chunk are read while the devices work on this one."""
     ahead = chunk + 1
     with concurrent.futures.ThreadPoolExecutor(max_workers=min(ahead, _READERS)) as readers:
 
-        def read(name: str) -> concurrent.futures.Future[LoadedCheckpoint]:
+        def read(name: str) -> concurrent.futures.Future[Checkpoint]:
             step, path = files[name]
             return readers.submit(source.load, path, step)
 
