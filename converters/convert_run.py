@@ -97,7 +97,7 @@ def convert_run(
     if checks is not None and not metric_checks:
         raise unusable(
             run.path / "metrics.jsonl",
-            "an evaluation recorded at a saved checkpoint's step (--verify=metrics)",
+            "an evaluation recorded at a saved checkpoint's step (`verify=metrics`)",
             "none",
         )
     library.save()

@@ -11,7 +11,7 @@ import numpy as np
 from kvjax.converters.convert import convert_checkpoint
 
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.errors import unusable
+from kvjax.errors import bad_argument
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.evaluation import SplitEvaluation, SplitEvaluator
 from kvjax.task.benchmark import Benchmark
@@ -45,7 +45,7 @@ class CheckpointEvaluator:
         """
         missing = [split for split in splits if split not in benchmark.split_sizes]
         if missing:
-            raise unusable("--splits", f"splits of {benchmark.path} ({', '.join(benchmark.split_sizes)})", missing[0])
+            raise bad_argument("splits", f"splits of {benchmark.path} ({', '.join(benchmark.split_sizes)})", missing[0])
         step, path = run.checkpoint_named(checkpoint)
         converted = convert_checkpoint(path, run.config, benchmark, expected_step=step)
         config = DecoderConfig.from_model_config(run.config.model, len(benchmark.vocabulary.tokens))

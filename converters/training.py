@@ -127,7 +127,7 @@ def train_missing_runs(
             recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
             places = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the same run
             if recorded.model_dump(exclude=places) != config.model_dump(exclude=places):
-                raise unusable(path, "a run of this config (or another --output_dir)", "a run of another config")
+                raise unusable(path, "a run of this config (or another `output_dir`)", "a run of another config")
         if (path / SUMMARY_FILE).is_file():
             advance(config.num_steps)
         elif (path / "run_config.json").is_file() and _resumable(path):
@@ -147,7 +147,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
     """Raises `InputError` where a run may not be put; all are checked before the first is replaced."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
-            raise unusable(path, "an empty run directory (or --resume, or --overwrite)", "files")
+            raise unusable(path, "an empty run directory (or `resume`, or `overwrite`)", "files")
         if not (path / "run_config.json").is_file():
             raise unusable(path, "an earlier run to overwrite", "a path without run_config.json")
 

@@ -41,7 +41,7 @@ def sweep(
       run_dirs: run directories, or globs.
       probe_set: what to measure on; each run's own where None.
       benchmark_dir: the runs' benchmark; the one each run's config records, or that it was swept on, where None.
-      steps: what to measure: `all`, a step, several, or as `--steps`: `250,1000-4000`. What was measured earlier is
+      steps: what to measure: `all`, a step, several, or ranges such as `250,1000-4000`. What was measured earlier is
         returned as well.
       reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
       **settings: fields of `SweepSettings`, such as `ablations=("zero",)` or `probe="none"`.

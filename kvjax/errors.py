@@ -1,29 +1,67 @@
-"""The one exception that means: the input cannot be used, and here is why."""
+"""The one exception that says: this input cannot be used, and why."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
-    """Unusable input or flags. Commands print it as one line and exit with status 2.
+    """A file or an argument that cannot be used. Commands print it as one line and exit with status 2.
 
-    The message names the file or argument, what was expected and what was found.
+    The message names the file or argument, what was expected and what was found. It writes parameters in backticks, as
+    in "(or `overwrite`)"; commands print those as flags.
+
+    Attributes:
+      parameter: the argument that cannot be used; None if a file is at fault.
     """
+
+    def __init__(self, message: str, *, parameter: str | None = None):
+        super().__init__(message)
+        self.parameter = parameter
 
 
 def unusable(where: str | Path, expected: str, found: object) -> InputError:
-    """Returns an `InputError` in the one shape all of them have.
+    """Makes the `InputError` about a file, in the one shape that all of them have.
 
     Args:
-      where: the file, or the flag or argument, that cannot be used.
-      expected: what it should have held.
+      where: the file, or the place in it.
+      expected: what it should hold, with the remedy.
       found: what it holds; newlines are folded so that the message stays one line.
     """
     return InputError(f"{where}: expected {expected}; found {one_line(found)}")
 
 
+def bad_argument(parameter: str, expected: str, found: object) -> InputError:
+    """Makes the `InputError` about an argument; a command prints it under the flag of that name."""
+    return InputError(f"{parameter}: expected {expected}; found {one_line(found)}", parameter=parameter)
+
+
+def command(name: str, **flags: Any) -> str:
+    """Writes a command as a shell takes it: paths are quoted, lists joined by commas, True is a bare flag.
+
+    Flags that are None or False are left out.
+    """
+    words = ["kvjax", name]
+    for flag, value in flags.items():
+        if value is True:
+            words.append(f"--{flag}")
+        elif value is not None and value is not False:
+            joined = ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            words.append(f"--{flag}={shlex.quote(str(joined))}")
+    return " ".join(words)
+
+
 def one_line(text: object) -> str:
-    """Returns `text` as a single line of at most 300 characters."""
-    folded = " ".join(str(text).split())
+    """Folds a text into a single line of at most 300 characters, control characters made visible."""
+    folded = visible(" ".join(str(text).split()))
     return folded if len(folded) <= 300 else folded[:297] + "..."
+
+
+def visible(text: str) -> str:
+    """Writes control characters as escapes such as `\\x1b`, so that text of a file cannot steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

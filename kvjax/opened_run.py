@@ -107,7 +107,7 @@ class OpenedRun:
           function: from the parameters and config of one checkpoint and `shared` to an array; traced by JAX.
           *shared: arrays, or trees of them such as `probe_set()`.
           dims: names of the array's axes.
-          steps: `all`, a step, several, or as `--steps`: `250,1000-4000`.
+          steps: `all`, a step, several, or ranges such as `250,1000-4000`.
 
         Returns:
           The arrays with the first dimension `step`.

@@ -41,7 +41,7 @@ def test_a_checkpoint_computes_what_its_file_does(small_run):
 @pytest.mark.parametrize(
     ("ask", "complaint"),
     [
-        (lambda run: run.checkpoint(150), "expected a checkpoint for --checkpoint=150; found steps 100, 200, 300"),
+        (lambda run: run.checkpoint(150), "expected a checkpoint for `checkpoint=150`; found steps 100, 200, 300"),
         (lambda run: run.checkpoint("last"), "expected best, final or a step; found last"),
         (lambda run: run.encode([["W", "K99"]]), "streams: expected tokens of .*; found 'K99'"),
         (lambda run: run.encode([["W"] * 1000]), "at most max_seq_len"),

@@ -15,7 +15,7 @@ import numpy as np
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
 from kvjax.config.files import read_config
 from kvjax.config.run import RunConfig
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError, bad_argument, unusable
 
 SUMMARY_FILE = "summary.json"  # a trainer writes it when a run is finished
 SWEEP_FILE = "sweep.json"  # in a run's analysis folder: what a sweep was made on, and how
@@ -91,7 +91,7 @@ class RunDir:
             return swept_on
         raise unusable(
             self.path / "run_config.json",
-            "benchmark_dir to exist (or --benchmark_dir)",
+            "benchmark_dir to exist (or `benchmark_dir`)",
             f"{recorded}, which does not",
         )
 
@@ -136,10 +136,10 @@ class RunDir:
         if name == "best":
             return self.best_checkpoint()
         if name != "final" and not name.isdecimal():
-            raise unusable("--checkpoint", "best, final or a step", name)
+            raise bad_argument("checkpoint", "best, final or a step", name)
         step = max(self.select_steps("all")) if name == "final" else int(name)
         if step not in self.checkpoints:
-            raise unusable(self.path / "checkpoints", f"a checkpoint for --checkpoint={name}", self.describe_steps())
+            raise unusable(self.path / "checkpoints", f"a checkpoint for `checkpoint={name}`", self.describe_steps())
         return step, self.checkpoints[step]
 
     def recorded_evaluations(self) -> list[Mapping[str, Any]]:
@@ -162,13 +162,13 @@ class RunDir:
         for part in wanted.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
             if not match:
-                raise unusable("--steps", "all, or steps and ranges such as 250,1000-4000", wanted)
+                raise bad_argument("steps", "all, or steps and ranges such as 250,1000-4000", wanted)
             first, last = int(match[1]), int(match[2] or match[1])
             inside = [step for step in self.checkpoints if first <= step <= last]
             if not inside:
                 raise unusable(
                     self.path / "checkpoints",
-                    f"a checkpoint for --steps={part.strip()}",
+                    f"a checkpoint for `steps={part.strip()}`",
                     self.describe_steps(),
                 )
             steps.update(inside)
@@ -192,8 +192,8 @@ def find_run_dirs(patterns: Iterable[str]) -> list[RunDir]:
     for pattern in filter(None, patterns):
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not matches:
-            raise unusable("--run_dirs", f"run directories matching {pattern}", "none")
+            raise bad_argument("run_dirs", f"run directories matching {pattern}", "none")
         paths.update(dict.fromkeys(Path(match) for match in matches))
     if not paths:
-        raise InputError("--run_dirs: expected one or more run directories; found none")
+        raise bad_argument("run_dirs", "one or more run directories", "none")
     return [RunDir.open(path) for path in paths]

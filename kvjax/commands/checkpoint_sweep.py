@@ -100,7 +100,7 @@ def run() -> None:
     import functools
 
     from kvjax.api import sweep_reports
-    from kvjax.errors import InputError, unusable
+    from kvjax.errors import InputError, bad_argument
     from kvjax.sweeps.ablations import chosen_ablations
     from kvjax.sweeps.settings import SweepSettings
 
@@ -118,8 +118,8 @@ def run() -> None:
         overwrite=FLAGS.overwrite,
     )
     if FLAGS.probe == "logistic" and FLAGS.steps == "all":
-        raise unusable(
-            "--probe", "steps to fit logistic probes at (--steps), for they take far longer than ridge", "--steps=all"
+        raise bad_argument(
+            "probe", "steps to fit logistic probes at (`steps`), for they take far longer than ridge", "`steps=all`"
         )
     refused: set[tuple] = set()
     while True:

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from kvjax.errors import InputError
+from kvjax.errors import bad_argument
 
 
 def define_run_flags(values: flags.FlagValues) -> None:
@@ -38,7 +38,7 @@ def required(values: flags.FlagValues, name: str) -> Any:
     """Returns the value of a flag that has no default; raises `InputError` where it was not given."""
     value = values[name].value
     if value in (None, "", []):
-        raise InputError(f"--{name}: expected a value; found none ({values[name].help})")
+        raise bad_argument(name, "a value", f"none ({values[name].help})")
     return value
 
 
@@ -48,7 +48,7 @@ def integers(name: str, values: list[str] | None) -> list[int] | None:
         return None
     bad = [value for value in values if not value.strip().isdecimal() or int(value) >= 2**32]
     if bad or not values or len({int(value) for value in values}) != len(values):
-        raise InputError(f"--{name}: expected different whole numbers, such as 7,11,13; found {','.join(values)}")
+        raise bad_argument(name, "different whole numbers, such as 7,11,13", ",".join(values))
     return [int(value) for value in values]
 
 

@@ -11,7 +11,8 @@ import sys
 
 from absl import flags
 
-from kvjax.errors import InputError, one_line
+from kvjax.commands.flags import message_of
+from kvjax.errors import InputError, one_line, visible
 
 # Command -> what it does, in the order a study runs them.
 COMMANDS = {
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module.run()
     except InputError as error:
-        return _fail(f"kvjax {name}", " ".join(str(error).split()))
+        return _fail(f"kvjax {name}", " ".join(visible(message_of(error, module.FLAGS)).split()))
     except BrokenPipeError:
         return 0  # whoever read the output has read enough
     except (OSError, UnicodeError, RecursionError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.errors import unusable
+from kvjax.errors import bad_argument, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
 from kvjax.task.probe_set import ProbeSet, open_probe_set, own_probe_set
@@ -26,7 +26,7 @@ class PreparedRun:
 
     Attributes:
       wanted: result name -> (step the file's name states or None, file) of what this sweep measures.
-      named: those of them that `--steps` names; the reference is measured with them.
+      named: those of them that `steps` names; the reference is measured with them.
       reference: result name of the checkpoint that drift is measured to; None where the run has none yet.
     """
 
@@ -144,7 +144,7 @@ def _reference_name(run: RunDir, reference: str) -> str | None:
     if reference == BEST:
         return BEST
     if not reference.isdecimal():
-        raise unusable("--reference", "final, best or a step", reference)
+        raise bad_argument("reference", "final, best or a step", reference)
     if int(reference) not in run.checkpoints:
-        raise unusable(run.path / "checkpoints", f"a checkpoint for --reference={reference}", run.describe_steps())
+        raise unusable(run.path / "checkpoints", f"a checkpoint for `reference={reference}`", run.describe_steps())
     return result_name(int(reference))

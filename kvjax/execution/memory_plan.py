@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from kvjax.errors import unusable
+from kvjax.errors import bad_argument
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.transforms import Lift
 
@@ -61,7 +61,7 @@ def plan_chunks(
     it does not hold one checkpoint, microbatches are cut.
 
     Args:
-      requested: the `--checkpoint_batch` flag, `auto` or a number.
+      requested: `auto` or a number of checkpoints.
       config: the model's shape.
       backend: `cpu`, `gpu` or `tpu`.
       num_devices: devices there are.
@@ -74,7 +74,7 @@ def plan_chunks(
       InputError: `requested` is neither `auto` nor a positive number.
     """
     if requested != "auto" and not (str(requested).isdecimal() and int(requested) > 0):
-        raise unusable("--checkpoint_batch", "auto or a positive number", requested)
+        raise bad_argument("checkpoint_batch", "auto or a positive number", requested)
 
     def needed(tokens_per_batch: int, at_once: int) -> float:
         kept = num_tokens if keeps_runs else tokens_per_batch

@@ -17,7 +17,7 @@ from kvjax.artifacts.files import file_sha256, write_json, write_json_lines
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import PreparedRun
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.intervene import components, flow, states
@@ -136,7 +136,7 @@ def plan_interventions(
     places = component_places(work.run.config.model.n_layers, work.run.config.model.n_heads)
     for name in settings.components or ():
         if name not in places:
-            raise unusable("--components", f"components among {', '.join(places)}", name)
+            raise bad_argument("components", f"components among {', '.join(places)}", name)
     named = None
     if settings.components is not None:
         named = [place for place in places if place in settings.components]
@@ -210,7 +210,7 @@ def chosen_kinds(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the kinds of intervention that a flag names, in the order of `KINDS`; raises `InputError` for others."""
     unknown = [name for name in names if name not in KINDS]
     if unknown or not names:
-        raise unusable("--kinds", f"kinds among {', '.join(KINDS)}", unknown[0] if unknown else "none")
+        raise bad_argument("kinds", f"kinds among {', '.join(KINDS)}", unknown[0] if unknown else "none")
     return tuple(kind for kind in KINDS if kind in names)
 
 
@@ -227,16 +227,16 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
         advice = f"run {failing.command}, or" if failing.command else "or"
         raise InputError(
             f'{run.path}: expected a run ready for circuit work; found that "{failing.name}" does not hold: '
-            f"{failing.reason} ({advice} go on with --force)"
+            f"{failing.reason} ({advice} go on with `force`)"
         )
     if settings.steps is not None:
         if settings.window != "all":
-            raise unusable("--window", "no window beside --steps", settings.window)
+            raise bad_argument("window", "no window beside `steps`", settings.window)
         steps = tuple(run.select_steps(settings.steps))
         return [Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
     path = run.analysis / WINDOWS_FILE
     if not path.is_file():
-        raise unusable(path, "birth windows (run kvjax birth-windows, or name --steps)", "no such file")
+        raise unusable(path, "birth windows (run kvjax birth-windows, or name `steps`)", "no such file")
     found = read_birth_windows(path)
     windows = []
     for entry in found.windows:
@@ -248,7 +248,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
             windows.append(Window(f"window_{entry.center_step}", bounds | {"steps": entry.steps}, tuple(entry.steps)))
     if not windows:
         centers = ", ".join(str(entry.center_step) for entry in found.windows) or f"none ({found.verdict})"
-        expected = "a window (or --steps)" if settings.window == "all" else f"a window around {settings.window}"
+        expected = "a window (or `steps`)" if settings.window == "all" else f"a window around {settings.window}"
         raise unusable(path, expected, f"windows around: {centers}")
     return windows
 

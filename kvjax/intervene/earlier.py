@@ -57,10 +57,10 @@ def find_earlier(path: Path, wanted: MeasuredOn) -> dict[str, Any] | None:
         settings, inputs = dict(document["measured_on"]["settings"]), document["measured_on"]["inputs"]
     except (KeyError, TypeError, ValueError):
         found = "one that does not say what it was measured on"
-        raise unusable(path, "a summary of this version, or --overwrite", found) from None
+        raise unusable(path, "a summary of this version, or `overwrite`", found) from None
     if changed := [name for name in wanted.settings if settings.get(name) != wanted.settings[name]]:
         before, now = (" ".join(_as_flag(name, of.get(name)) for name in changed) for of in (settings, wanted.settings))
-        raise unusable(path, f"{before}, as it was measured, or --overwrite", now)
+        raise unusable(path, f"{before}, as it was measured, or `overwrite`", now)
     if inputs != wanted.inputs:
         return None
     try:
@@ -72,5 +72,5 @@ def find_earlier(path: Path, wanted: MeasuredOn) -> dict[str, Any] | None:
 
 def _as_flag(name: str, value: Any) -> str:
     if value is None:
-        return f"no --{name}"
-    return f"--{name}={','.join(value) if isinstance(value, list) else value}"
+        return f"no `{name}`"
+    return f"`{name}={','.join(value) if isinstance(value, list) else value}`"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from kvjax.errors import unusable
+from kvjax.errors import bad_argument
 from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
@@ -33,9 +33,11 @@ def chosen_ablations(names: Sequence[str] | str) -> tuple[str, ...]:
     names = names.split(",") if isinstance(names, str) else names
     unknown = [name for name in names if name not in ABLATIONS]
     if unknown:
-        raise unusable("--ablations", f"kinds among {', '.join(ABLATIONS)}", unknown[0])
+        raise bad_argument("ablations", f"kinds among {', '.join(ABLATIONS)}", unknown[0])
     if "zero" not in names:
-        raise unusable("--ablations", "zero among the kinds, for ranks are by zero ablation", ",".join(names) or "none")
+        raise bad_argument(
+            "ablations", "zero among the kinds, for ranks are by zero ablation", ",".join(names) or "none"
+        )
     return tuple(kind for kind in ABLATIONS if kind in names)
 
 

@@ -56,7 +56,7 @@ def gather_measured(
     """
     results, of_steps = dict(results), step_files(work.run)
     for name, (_, path) in of_steps.items():
-        # Steps measured earlier stay in the tables whatever `--steps` this sweep was given.
+        # Steps measured earlier stay in the tables whatever `steps` this sweep was given.
         if name not in work.wanted and (earlier := store.load(name, path)) is not None:
             results[name] = earlier
     tabled = {name: result for name, result in sorted(results.items(), key=lambda item: item[1].step) if name != BEST}

@@ -138,7 +138,7 @@ def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSetting
             changed = [name for name in identity if before.get(name) != identity[name]]
             raise unusable(
                 record,
-                "a sweep with the same settings (or --overwrite)",
+                "a sweep with the same settings (or `overwrite`)",
                 " and ".join(f"another {name}{_in_words(before.get(name))}" for name in changed),
             )
     return ResultStore(run.analysis / "measured", identity)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 
-from kvjax.errors import unusable
+from kvjax.errors import bad_argument
 from kvjax.sweeps.ablations import chosen_ablations
 
 
@@ -39,12 +39,12 @@ class SweepSettings:
     def __post_init__(self) -> None:
         for name, allowed in (("precision", ("highest", "default")), ("probe", ("ridge", "logistic", "none"))):
             if getattr(self, name) not in allowed:
-                raise unusable(f"--{name}", f"one of {', '.join(allowed)}", getattr(self, name))
+                raise bad_argument(name, f"one of {', '.join(allowed)}", getattr(self, name))
         draws, memory = self.resample_draws, self.memory_gb
         if not (isinstance(draws, numbers.Integral) and not isinstance(draws, bool) and draws >= 1):
-            raise unusable("--resample_draws", "a whole number of at least 1", draws)
+            raise bad_argument("resample_draws", "a whole number of at least 1", draws)
         object.__setattr__(self, "resample_draws", int(draws))
         if memory is not None and not (isinstance(memory, numbers.Real) and 0 < memory < math.inf):
-            raise unusable("--memory_gb", "a number above 0", memory)
+            raise bad_argument("memory_gb", "a number above 0", memory)
         if self.ablations:  # in one order, whatever order they were named in: results are found by them
             object.__setattr__(self, "ablations", chosen_ablations(self.ablations))

@@ -105,7 +105,7 @@ def publish(
     if work.reference is None:
         notes.append(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
-            f"{run.config.num_steps} steps (name another with --reference)"
+            f"{run.config.num_steps} steps (name another with `reference`)"
         )
     write_json(
         run.analysis / SWEEP_FILE,

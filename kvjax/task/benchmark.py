@@ -106,7 +106,7 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
     """
     taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
     if taken and not overwrite:
-        raise unusable(output_dir, "a directory to create (or --overwrite)", "an existing one")
+        raise unusable(output_dir, "a directory to create (or `overwrite`)", "an existing one")
     if taken and not (output_dir / METADATA_FILE).is_file():
         raise unusable(output_dir, "an earlier benchmark to overwrite", f"a path without {METADATA_FILE}")
     vocabulary, heldout, splits = draw_benchmark(config)

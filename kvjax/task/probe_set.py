@@ -234,7 +234,7 @@ def check_installable(probe: ProbeSet, folder: Path) -> None:
     """Raises `InputError` where an analysis folder holds another probe set than the given one."""
     target = folder / PROBE_SET_FILE
     if _is_complete(target) and _installed_sha256(target) != probe.manifest.content_sha256:
-        raise unusable(target, f"the probe set {probe.path} of this sweep (or --overwrite)", "another probe set")
+        raise unusable(target, f"the probe set {probe.path} of this sweep (or `overwrite`)", "another probe set")
 
 
 def install_probe_set(probe: ProbeSet, folder: Path) -> None:

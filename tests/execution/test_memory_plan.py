@@ -91,21 +91,21 @@ def test_numbers_may_be_numbers():
 
 @pytest.mark.parametrize("requested", ["0", "-1", "many", "1.5", 0, -1, 1.5])
 def test_no_number_is_refused(requested):
-    with pytest.raises(InputError, match="--checkpoint_batch: expected auto or a positive number"):
+    with pytest.raises(InputError, match="checkpoint_batch: expected auto or a positive number"):
         plan(requested)
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"memory_gb": 0}, "--memory_gb: expected a number above 0; found 0"),
-        ({"memory_gb": -1.0}, "--memory_gb: expected a number above 0; found -1.0"),
-        ({"memory_gb": float("inf")}, "--memory_gb: expected a number above 0; found inf"),
-        ({"memory_gb": float("nan")}, "--memory_gb: expected a number above 0; found nan"),
-        ({"memory_gb": "8"}, "--memory_gb: expected a number above 0; found 8"),
-        ({"resample_draws": True}, "--resample_draws: expected a whole number of at least 1; found True"),
-        ({"resample_draws": 0}, "--resample_draws: expected a whole number of at least 1; found 0"),
-        ({"resample_draws": 1.5}, "--resample_draws: expected a whole number of at least 1; found 1.5"),
+        ({"memory_gb": 0}, "memory_gb: expected a number above 0; found 0"),
+        ({"memory_gb": -1.0}, "memory_gb: expected a number above 0; found -1.0"),
+        ({"memory_gb": float("inf")}, "memory_gb: expected a number above 0; found inf"),
+        ({"memory_gb": float("nan")}, "memory_gb: expected a number above 0; found nan"),
+        ({"memory_gb": "8"}, "memory_gb: expected a number above 0; found 8"),
+        ({"resample_draws": True}, "resample_draws: expected a whole number of at least 1; found True"),
+        ({"resample_draws": 0}, "resample_draws: expected a whole number of at least 1; found 0"),
+        ({"resample_draws": 1.5}, "resample_draws: expected a whole number of at least 1; found 1.5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, complaint):

@@ -88,10 +88,10 @@ def test_other_settings_do_not_replace_earlier_results_unasked(intervened, folde
     intervened()
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     for settings, complaint in (
-        ({"pairs_per_kind": 3}, r"--pairs_per_kind=2, as it was measured, or --overwrite; found --pairs_per_kind=3"),
-        ({"pairs_per_kind": None}, "expected --pairs_per_kind=2, .*; found no --pairs_per_kind"),
-        ({"precision": "default"}, "expected --precision=highest, .*; found --precision=default"),
-        ({"components": ("L0H1", "MLP2")}, "expected no --components, .*; found --components=L0H1,MLP2"),
+        ({"pairs_per_kind": 3}, r"`pairs_per_kind=2`, as it was measured, or `overwrite`; found `pairs_per_kind=3`"),
+        ({"pairs_per_kind": None}, "expected `pairs_per_kind=2`, .*; found no `pairs_per_kind`"),
+        ({"precision": "default"}, "expected `precision=highest`, .*; found `precision=default`"),
+        ({"components": ("L0H1", "MLP2")}, "expected no `components`, .*; found `components=L0H1,MLP2`"),
     ):
         with pytest.raises(InputError, match=complaint):
             intervened(**settings)
@@ -103,7 +103,7 @@ def test_other_settings_do_not_replace_earlier_results_unasked(intervened, folde
     document = json.loads(older.read_text())
     del document["measured_on"]
     older.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="a summary of this version, or --overwrite; found one that does not say"):
+    with pytest.raises(InputError, match="a summary of this version, or `overwrite`; found one that does not say"):
         intervened()
     assert intervened(pairs_per_kind=3, overwrite=True) == KINDS
 
@@ -169,14 +169,14 @@ def test_another_probe_set_is_refused_too(intervened, small_run, small_benchmark
     intervened()
     other = tmp_path / "other.jsonl"
     generate_probe_set(Benchmark.open(small_benchmark), other, examples_per_split=8, fit_examples=16, seed=99)
-    with pytest.raises(InputError, match=r"--probe_set=\w{12}, as it was measured, or --overwrite; found --probe_set="):
+    with pytest.raises(InputError, match=r"`probe_set=\w{12}`, as it was measured, or `overwrite`; found `probe_set="):
         intervened(probe_set=str(other))
 
 
 def test_of_several_runs_none_is_measured_where_one_is_refused(intervened, small_run, tmp_path):
     other = shutil.copytree(small_run, tmp_path / "second")
     intervened(runs=(other,), pairs_per_kind=3)
-    with pytest.raises(InputError, match=r"second/analysis/.*: expected --pairs_per_kind=3"):
+    with pytest.raises(InputError, match=r"second/analysis/.*: expected `pairs_per_kind=3`"):
         intervened(runs=(small_run, other))
     assert not (small_run / "analysis" / "interventions").exists()
     assert intervened(runs=(small_run, other), pairs_per_kind=3) == KINDS, "of the first alone"
