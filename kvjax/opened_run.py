@@ -13,6 +13,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.cached_loader import CheckpointLibrary
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
+from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import over_checkpoints
@@ -134,19 +135,23 @@ class OpenedRun:
         dims: tuple[str, ...],
     ) -> Iterator[np.ndarray]:
         compiled: dict[bool, Callable[..., jax.Array]] = {}  # by whether unembeddings are tied
-        for start in range(0, len(steps), devices):
-            chunk = [self.checkpoint(step).params for step in steps[start : start + devices]]
-            stacked = stack_params([*chunk, *[chunk[-1]] * (devices - len(chunk))])
+
+        def dispatch(params: list[Params]) -> jax.Array:
+            stacked = stack_params(params)
             tied = "unembedding" not in stacked
             if tied not in compiled:
                 config = self._config(tied=tied)
 
-                def one(params: Params, *shared: Any, config: DecoderConfig = config) -> jax.Array:
+                def one(params: Params, *shared: Any) -> jax.Array:
                     return function(params, config, *shared)
 
                 compiled[tied] = jax.jit(over_checkpoints(one, lift="map", devices=devices))
                 _check_measure(compiled[tied].trace(stacked, *shared).out_info, dims)
-            yield np.asarray(compiled[tied](stacked, *shared))[: len(chunk)]
+            return compiled[tied](stacked, *shared)
+
+        params_of_steps = (self.checkpoint(step).params for step in steps)
+        for chunk in over_chunks(dispatch, params_of_steps, size=devices):
+            yield chunk.outputs
 
     def _config(self, *, tied: bool) -> DecoderConfig:
         return DecoderConfig.from_model_config(self.run.config.model, len(self.vocabulary.tokens), tied=tied)

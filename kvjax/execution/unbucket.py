@@ -1,44 +1,64 @@
-"""From the device's per-microbatch sums back to arrays in the probe set's own order."""
+"""Puts the devices' per-microbatch arrays back into the order of the records or pairs they were made from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
-
-from kvjax.task.encoding import Bucket
 
 PER_BATCH = "state/"  # sums over a whole microbatch; everything else has a leading sequence axis
 PER_READ = "read/"
 
 
-def collect(
-    outputs: Sequence[Mapping[str, np.ndarray]], buckets: Sequence[Bucket], num_records: int, num_reads: int
+class Bucketed(Protocol):
+    """Records or pairs in microbatches; `indices` [microbatch * B] is the row that each came from, -1 for padding."""
+
+    indices: np.ndarray
+
+
+def unbucket(
+    outputs: Sequence[Mapping[str, np.ndarray]],
+    buckets: Sequence[Bucketed],
+    num_records: int,
+    *,
+    num_reads: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Returns measured arrays with one row per record.
+    """Joins the arrays of all buckets, with one row per record.
 
     Args:
-      outputs: for each bucket, sums [C, microbatch, …] as `measure_checkpoints` returns them.
+      outputs: for each bucket, arrays [C, microbatch, B, …], or [C, microbatch, …] under `PER_BATCH`.
       buckets: the buckets, in the same order.
       num_records: N.
-      num_reads: Q, the most reads a record has; per-read arrays are padded to it with NaN (or False).
+      num_reads: the least number of reads that `PER_READ` arrays are padded to.
 
     Returns:
-      `state/…` arrays [C, …], summed over all records in float64; all others [C, N, …].
+      `PER_BATCH` arrays [C, …], summed over all records in float64; all others [C, N, …]. An axis that is longer in
+      another bucket is padded with NaN, or with 0 if the array is not of floats.
     """
     collected: dict[str, np.ndarray] = {}
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for output, bucket in zip(outputs, buckets, strict=True):
         real = bucket.indices >= 0
-        for name, sums in output.items():
+        for name, x in output.items():
             if name.startswith(PER_BATCH):
-                collected[name] = collected.get(name, 0.0) + sums.astype(np.float64).sum(axis=1)
-                continue
-            rows = sums.reshape(len(sums), -1, *sums.shape[3:])[:, real]
-            if name.startswith(PER_READ):
-                missing = num_reads - rows.shape[2]
-                fill = False if rows.dtype == bool else np.nan
-                rows = np.pad(rows, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
-            if name not in collected:
-                collected[name] = np.empty((len(rows), num_records, *rows.shape[2:]), rows.dtype)
-            collected[name][:, bucket.indices[real]] = rows
+                collected[name] = collected.get(name, 0.0) + x.astype(np.float64).sum(axis=1)
+            else:
+                rows = x.reshape(len(x), -1, *x.shape[3:])[:, real]
+                parts.setdefault(name, []).append((bucket.indices[real], rows))
+    for name, of_buckets in parts.items():
+        collected[name] = _in_order(of_buckets, num_records, num_reads if name.startswith(PER_READ) else 0)
     return collected
+
+
+def _in_order(of_buckets: Sequence[tuple[np.ndarray, np.ndarray]], num_records: int, num_reads: int) -> np.ndarray:
+    """Returns the rows of all buckets in the records' order, their third axis at least `num_reads` long."""
+    longest = [max(sizes) for sizes in zip(*(rows.shape[2:] for _, rows in of_buckets), strict=True)]
+    if longest:
+        longest[0] = max(longest[0], num_reads)
+    first = of_buckets[0][1]
+    fill = np.nan if np.issubdtype(first.dtype, np.floating) else 0
+    joined = np.full((len(first), num_records, *longest), fill, first.dtype)
+    for indices, rows in of_buckets:
+        joined[:, indices, *(slice(size) for size in rows.shape[2:])] = rows
+    return joined

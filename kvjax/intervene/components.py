@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from kvjax.execution.unbucket import collect
+from kvjax.execution.unbucket import unbucket
 from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.intervene.necessity import (
     BASELINES,
@@ -196,7 +196,7 @@ def neurons(study: Study) -> Outcome:
                 jax.device_get(neuron_sums(study.config, bucket.horizon, value_ids, devices, chunk, bucket.batches))
             )
         outputs.append(jax.tree.map(lambda *x: np.concatenate(x)[: len(study.steps)], *each))
-    arrays = collect(outputs, buckets, *study.records.is_read.shape)
+    arrays = unbucket(outputs, buckets, len(study.records))
     reads = float(study.records.is_read.sum())
     dataset = xr.Dataset(coords={"step": list(study.steps), "layer": np.arange(study.config.n_layers)})
     dims = ("step", "layer", "neuron")

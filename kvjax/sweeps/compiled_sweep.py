@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.execution.export_cache import kept_lowered
 from kvjax.execution.memory_plan import plan_chunks
-from kvjax.execution.unbucket import collect
+from kvjax.execution.unbucket import unbucket
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.transforms import checkpoint_mesh
 from kvjax.sweeps.ablations import restarts_at_once
@@ -132,7 +132,7 @@ class PendingMeasurement:
     def collect(self) -> list[dict[str, np.ndarray]]:
         """Returns the measured arrays, one mapping per checkpoint, once they are there."""
         by_bucket, whole = jax.device_get(self.outputs)
-        arrays = collect(by_bucket, self.buckets, *self.shape) | whole
+        arrays = unbucket(by_bucket, self.buckets, self.shape[0], num_reads=self.shape[1]) | whole
         return [{name: array[c] for name, array in arrays.items()} for c in range(self.num_checkpoints)]
 
 
