@@ -19,7 +19,7 @@ from kvjax.converters.convert import convert_checkpoint
 from benchmarks.longer_run import longer_run
 from benchmarks.reporting import machine, median_seconds, write_result
 from kvjax.artifacts.files import file_sha256
-from kvjax.artifacts.parameter_store import STORE_FOLDER, load_tree, read_stored_run
+from kvjax.artifacts.parameter_store import load_tree, read_stored_run
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.task.benchmark import Benchmark
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         for path in paths:
             library.load(path, None)
         library.save()
-        folder = run.analysis / STORE_FOLDER
+        folder = run.layout.converted
         parts = [path / "params" for path in folder.iterdir() if path.is_dir()]
         load_tree(parts[0])  # imports Orbax
         reading = median_seconds(lambda: [load_tree(path) for path in parts], FLAGS.repeats)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from kvjax.artifacts.files import file_sha256
-from kvjax.artifacts.parameter_store import STORE_FOLDER, NewCheckpoint, ParameterStore
+from kvjax.artifacts.parameter_store import NewCheckpoint, ParameterStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
@@ -45,7 +45,7 @@ class CheckpointLibrary:
     ):
         self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
         self._trust_store, self._keep = trust_store, keep
-        self._store = ParameterStore(run.analysis / STORE_FOLDER, store_identity(run, benchmark))
+        self._store = ParameterStore(run.layout.converted, store_identity(run, benchmark))
         self._new: list[Checkpoint] = []
         self._lock = threading.Lock()
 

@@ -14,7 +14,7 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 
-from kvjax.artifacts.parameter_store import STORE_FOLDER, read_stored_run
+from kvjax.artifacts.parameter_store import read_stored_run
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
@@ -26,7 +26,6 @@ from kvjax.task.encoding import encode_records
 
 Verify = Literal["sample", "all", "metrics", "none"]
 
-EXPORT_FOLDER = "exported_torch"
 VERIFY_SPLIT = "validation_iid"
 
 _SAMPLE_RECORDS = 16
@@ -96,13 +95,13 @@ def convert_run(
         advance(1)
     if checks is not None and not metric_checks:
         raise unusable(
-            run.path / "metrics.jsonl",
+            run.layout.metrics,
             "an evaluation recorded at a saved checkpoint's step (`verify=metrics`)",
             "none",
         )
     library.save()
     return ConversionReport(
-        folder=run.analysis / STORE_FOLDER,
+        folder=run.layout.converted,
         steps=steps,
         largest_difference=max((c.relative_difference for c in certificates), default=None),
         near_ties=sum(c.argmax_near_ties for c in certificates),
@@ -118,9 +117,9 @@ def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -
     Raises:
       InputError: there is no store, or a written file does not hold what was stored.
     """
-    manifest, trees = read_stored_run(run.analysis / STORE_FOLDER)
+    manifest, trees = read_stored_run(run.layout.converted)
     model, vocab_size = ModelConfig.model_validate(manifest.identity["model"]), manifest.identity["vocab_size"]
-    folder = run.analysis / EXPORT_FOLDER
+    folder = run.layout.exported_torch
     for stored, params in zip(manifest.checkpoints, trees, strict=True):
         path = folder / stored.file
         write_checkpoint(
@@ -158,7 +157,7 @@ class _MetricVerifier:
         for row in self._run.recorded_evaluations():
             if row.get("step") != checkpoint.step:
                 continue
-            where = f"{self._run.path / 'metrics.jsonl'} (step {checkpoint.step})"
+            where = f"{self._run.layout.metrics} (step {checkpoint.step})"
             try:
                 split, recorded = str(row["split"]), float(row["answer_accuracy"])
                 num_examples = int(row["num_examples"])

@@ -18,19 +18,17 @@ from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 
 from kvjax.artifacts.files import read_json, replace_directory, replace_file, write_json, write_json_lines
+from kvjax.artifacts.layout import RunLayout
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.run_dir import SUMMARY_FILE, RunDir
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.files import read_config
 from kvjax.config.train import CheckpointingConfig, TrainConfig
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
-from kvjax.task.benchmark import METADATA_FILE, Benchmark
+from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Row, Training
 from kvjax.train.schedule import learning_rate, restore_adam
 from kvjax.train.trainer import TrainState
-
-BEST_FILE = "best.pt"
-LAST_FILE = "last.pt"  # kept, and replaced, where a run saves no step checkpoints: what it is resumed from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +95,9 @@ def train_runs(
             _check_free(path, overwrite)
         for path, run in runs.items():
             with replace_directory(path) as fresh:
-                (fresh / "checkpoints").mkdir()
-                write_json(fresh / "run_config.json", run.model_dump(mode="json"))
-    metadata = read_json(benchmark.path / METADATA_FILE)
+                (begun := RunLayout(fresh)).checkpoints.mkdir()
+                write_json(begun.config, run.model_dump(mode="json"))
+    metadata = read_json(benchmark.layout.metadata)
     num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(states[0].params))
     recorders = [_Recorder(path, run, num_parameters, metadata, step) for path, run in runs.items()]
     training.run(states, recorders, done_steps=step, advance=advance)
@@ -123,14 +121,15 @@ def train_missing_runs(
     """
     begun, fresh = {}, {}
     for path, config in runs.items():
-        if (path / "run_config.json").is_file():
-            recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
+        layout = RunLayout(path)
+        if layout.config.is_file():
+            recorded = read_config(layout.config, TrainConfig, recorded=True)
             places = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the same run
             if recorded.model_dump(exclude=places) != config.model_dump(exclude=places):
                 raise unusable(path, "a run of this config (or another `output_dir`)", "a run of another config")
-        if (path / SUMMARY_FILE).is_file():
+        if layout.summary.is_file():
             advance(config.num_steps)
-        elif (path / "run_config.json").is_file() and _resumable(path):
+        elif layout.config.is_file() and _resumable(path):
             begun[path] = config
         else:
             fresh[path] = config
@@ -148,20 +147,22 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
             raise unusable(path, "an empty run directory (or `resume`, or `overwrite`)", "files")
-        if not (path / "run_config.json").is_file():
-            raise unusable(path, "an earlier run to overwrite", "a path without run_config.json")
+        config = RunLayout(path).config
+        if not config.is_file():
+            raise unusable(path, "an earlier run to overwrite", f"a path without {config.name}")
 
 
 def _check_same_training(path: Path, config: TrainConfig) -> None:
     """Raises `InputError` where going on would give other steps than the recorded run; how long it is may change."""
-    recorded = read_config(path / "run_config.json", TrainConfig, recorded=True)
+    file = RunLayout(path).config
+    recorded = read_config(file, TrainConfig, recorded=True)
     names = ["seed", "batch_size", "model", "optimization"]
     schedule = config.optimization.schedule
     if schedule.kind == "cosine_decay" and schedule.decay_end_step is None:
         names.append("num_steps")  # the decay ends there: another end is another schedule from the start
     for name in names:
         if getattr(recorded, name) != getattr(config, name):
-            raise unusable(path / "run_config.json", f"the same {name} as the config to resume with", "another")
+            raise unusable(file, f"the same {name} as the config to resume with", "another")
 
 
 def _resumable(path: Path) -> dict[int, Path]:
@@ -172,8 +173,7 @@ def _resumable(path: Path) -> dict[int, Path]:
     run = RunDir.open(path)
     if run.checkpoints:
         return dict(run.checkpoints)
-    for name in (LAST_FILE, BEST_FILE):
-        file = path / "checkpoints" / name
+    for file in (run.layout.last, run.layout.best):
         if file.is_file():
             return {read_checkpoint(file).step: file}
     return {}
@@ -239,32 +239,34 @@ class _Recorder:
         self._metadata = metadata
         self._best: Row | None = None
         self._num_parameters = num_parameters
-        self._metrics_path = path / "metrics.jsonl"
+        self._layout = RunLayout(path)
         if done_steps:
             self._rewind(done_steps)
-            write_json(path / "run_config.json", self._spec)  # it may have been prolonged
+            write_json(self._layout.config, self._spec)  # it may have been prolonged
 
     def log(self, row: Row) -> None:
-        with self._metrics_path.open("a", encoding="utf-8") as file:
+        with self._layout.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
         checkpointing = self.config.checkpointing
         self.last_evaluations = evaluations or self.last_evaluations
         if step % self.config.checkpoint_every_steps == 0 or step == self.config.num_steps:
-            name = f"step_{step:06d}.pt" if checkpointing.save_step_checkpoints else LAST_FILE
-            self._write(name, step, params, AdamMoments(step, mu, nu), evaluations)
+            keeps_steps = checkpointing.save_step_checkpoints
+            # Where no step checkpoints are saved, the last one is what the run is resumed from.
+            file = self._layout.step_checkpoint(step) if keeps_steps else self._layout.last
+            self._write(file, step, params, AdamMoments(step, mu, nu), evaluations)
         if checkpointing.save_best_checkpoint and evaluations:
             candidate = evaluations[checkpointing.best_checkpoint_split]
             if is_better(candidate, self._best, checkpointing):
                 self._best = candidate
-                self._write(BEST_FILE, step, params, AdamMoments(step, mu, nu), evaluations)
-                write_json(self.path / "best_checkpoint.json", self._best_record())
+                self._write(self._layout.best, step, params, AdamMoments(step, mu, nu), evaluations)
+                write_json(self._layout.best_record, self._best_record())
 
     def finish(self) -> None:
         """Writes `summary.json`."""
         write_json(
-            self.path / SUMMARY_FILE,
+            self._layout.summary,
             {
                 "run_name": self.config.run_name,
                 "seed": self.config.seed,
@@ -279,8 +281,8 @@ class _Recorder:
 
     def _rewind(self, step: int) -> None:
         """Drops what was logged after the step training goes on from, and finds the best checkpoint up to it."""
-        (self.path / SUMMARY_FILE).unlink(missing_ok=True)  # the run is unfinished again
-        _drop_half_line(self._metrics_path)
+        self._layout.summary.unlink(missing_ok=True)  # the run is unfinished again
+        _drop_half_line(self._layout.metrics)
         checkpointing = self.config.checkpointing
         try:
             rows = [row for row in RunDir.open(self.path).metrics if int(row["step"]) <= step]
@@ -291,28 +293,28 @@ class _Recorder:
                     if is_tracked and is_better(row, self._best, checkpointing):
                         self._best = row
         except (KeyError, TypeError, ValueError) as error:
-            raise unusable(self._metrics_path, "rows with phase, step and their evaluations", repr(error)) from None
-        write_json_lines(self._metrics_path, [*rows, {"phase": "resume", "step": step}])
+            raise unusable(self._layout.metrics, "rows with phase, step and their evaluations", repr(error)) from None
+        write_json_lines(self._layout.metrics, [*rows, {"phase": "resume", "step": step}])
         if self._best is not None and checkpointing.save_best_checkpoint:
             self._restore_best(int(self._best["step"]))
 
     def _restore_best(self, step: int) -> None:
         """Makes `best.pt` the best checkpoint of the rows that were kept; without its weights there is none."""
-        best, same = self.path / "checkpoints" / BEST_FILE, self.path / "checkpoints" / f"step_{step:06d}.pt"
+        best, same = self._layout.best, self._layout.step_checkpoint(step)
         if same.is_file():
             with replace_file(best) as partial:
                 shutil.copyfile(same, partial)
         elif not (best.is_file() and read_checkpoint(best).step == step):
             self._best = None
             best.unlink(missing_ok=True)
-            (self.path / "best_checkpoint.json").unlink(missing_ok=True)
+            self._layout.best_record.unlink(missing_ok=True)
             return
-        write_json(self.path / "best_checkpoint.json", self._best_record())
+        write_json(self._layout.best_record, self._best_record())
 
     def _best_record(self) -> Row:
         checkpointing = self.config.checkpointing
         return {
-            "path": str(self.path / "checkpoints" / BEST_FILE),
+            "path": str(self._layout.best),
             "step": self._best["step"],
             "split": checkpointing.best_checkpoint_split,
             "metric": checkpointing.best_checkpoint_metric,
@@ -321,11 +323,11 @@ class _Recorder:
             "loss": self._best["loss"],
         }
 
-    def _write(self, name: str, step: int, params: Params, moments: AdamMoments, evaluations: dict[str, Row]) -> None:
+    def _write(self, path: Path, step: int, params: Params, moments: AdamMoments, evaluations: dict[str, Row]) -> None:
         optimization = self.config.optimization
         rate = float(learning_rate(optimization, step, self.config.num_steps))
         write_checkpoint(
-            self.path / "checkpoints" / name,
+            path,
             step=step,
             state=to_torch(params),
             optimizer_state=to_torch_optimizer(moments, optimization, rate),

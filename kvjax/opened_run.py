@@ -91,7 +91,11 @@ class OpenedRun:
 
     def probe_set(self, path: str | Path | None = None) -> EncodedRecords:
         """Returns a probe set's records as arrays: the run's own, made where it has none, or the one in a file."""
-        probe = open_probe_set(Path(path), self.benchmark) if path else own_probe_set(self.run.analysis, self.benchmark)
+        probe = (
+            open_probe_set(Path(path), self.benchmark)
+            if path
+            else own_probe_set(self.run.layout.probe_set, self.benchmark)
+        )
         model = self.run.config.model
         return encode_records(probe.records, self.vocabulary, probe.manifest.splits, max_seq_len=model.max_seq_len)
 

@@ -14,8 +14,6 @@ from kvjax.errors import unusable
 if TYPE_CHECKING:
     import xarray
 
-WINDOWS_FILE = "birth_windows.json"
-
 Interval = tuple[float | None, float | None]  # an end is None where it lies beyond the run
 StepInterval = tuple[int | None, int | None]
 

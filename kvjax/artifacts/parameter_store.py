@@ -26,8 +26,6 @@ from absl import logging
 from kvjax.artifacts.files import read_json, replace_directory, write_json
 from kvjax.errors import InputError, unusable
 
-STORE_FOLDER = "converted"  # in a run's analysis folder
-
 _MANIFEST = "manifest.json"
 
 Tree = dict[str, Any]

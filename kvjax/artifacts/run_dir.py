@@ -13,14 +13,10 @@ from typing import Any
 import numpy as np
 
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
+from kvjax.artifacts.layout import BenchmarkLayout, RunLayout
 from kvjax.config.files import read_config
 from kvjax.config.run import RunConfig
 from kvjax.errors import InputError, bad_argument, unusable
-
-SUMMARY_FILE = "summary.json"  # a trainer writes it when a run is finished
-SWEEP_FILE = "sweep.json"  # in a run's analysis folder: what a sweep was made on, and how
-
-_STEP_FILE = re.compile(r"step_(\d+)\.pt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +42,24 @@ class RunDir:
         """
         if not path.is_dir():
             raise unusable(path, "a run directory", "none")
-        config = read_config(path / "run_config.json", RunConfig, recorded=True)
-        found = {}
-        for file in (path / "checkpoints").glob("step_*.pt"):
-            if match := _STEP_FILE.fullmatch(file.name):
-                step = int(match[1])
-                if step in found:
-                    raise unusable(file, f"one checkpoint of step {step}", f"{found[step].name} as well")
-                found[step] = file
+        layout = RunLayout(path)
+        config = read_config(layout.config, RunConfig, recorded=True)
+        found: dict[int, Path] = {}
+        for step, file in layout.step_checkpoints():
+            if step in found:
+                raise unusable(file, f"one checkpoint of step {step}", f"{found[step].name} as well")
+            found[step] = file
         return cls(path, config, dict(sorted(found.items())))
 
     @property
+    def layout(self) -> RunLayout:
+        """The names of all its files."""
+        return RunLayout(self.path)
+
+    @property
     def analysis(self) -> Path:
-        """Where everything measured on this run goes."""
-        return self.path / "analysis"
+        """The folder of everything measured on this run."""
+        return self.layout.analysis
 
     @property
     def complete(self) -> bool:
@@ -70,7 +70,7 @@ class RunDir:
         """
         every, end = self.config.checkpoint_every_steps, self.config.num_steps
         reached = max(self.checkpoints, default=-1)
-        return reached >= end or (reached >= end // every * every and (self.path / SUMMARY_FILE).is_file())
+        return reached >= end or (reached >= end // every * every and self.layout.summary.is_file())
 
     def benchmark_dir(self, override: str | None = None) -> Path:
         """Returns where the run's benchmark is.
@@ -85,12 +85,12 @@ class RunDir:
             return Path(override)
         recorded = Path(self.config.benchmark_dir)
         for base in (Path(), self.path, *self.path.resolve().parents):
-            if (base / recorded / "metadata.json").is_file():
+            if BenchmarkLayout(base / recorded).metadata.is_file():
                 return base / recorded
         if (swept_on := self._swept_benchmark()) is not None:
             return swept_on
         raise unusable(
-            self.path / "run_config.json",
+            self.layout.config,
             "benchmark_dir to exist (or `benchmark_dir`)",
             f"{recorded}, which does not",
         )
@@ -98,21 +98,21 @@ class RunDir:
     def _swept_benchmark(self) -> Path | None:
         """Returns the benchmark that the run's sweep names, None where there is none or it has changed."""
         try:
-            named = read_json(self.analysis / SWEEP_FILE)["benchmark"]
+            named = read_json(self.layout.sweep)["benchmark"]
             path = Path(named["path"])
-            return path if file_sha256(path / "metadata.json") == named["sha256"] else None
+            return path if file_sha256(BenchmarkLayout(path).metadata) == named["sha256"] else None
         except (InputError, KeyError, TypeError, ValueError):
             return None
 
     def best_checkpoint(self) -> tuple[int, Path]:
         """Returns the step and file of the best checkpoint, found beside the others whatever path was recorded."""
-        record_path = self.path / "best_checkpoint.json"
+        record_path = self.layout.best_record
         record = read_json(record_path)
         try:
             step, name = int(record["step"]), Path(record["path"]).name
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise unusable(record_path, "a best checkpoint with path and step", repr(error)) from None
-        file = self.path / "checkpoints" / name
+        file = self.layout.checkpoints / name
         if not file.is_file():
             raise unusable(record_path, f"its checkpoint at {file}", "no such file")
         return step, file
@@ -120,7 +120,7 @@ class RunDir:
     @functools.cached_property
     def metrics(self) -> tuple[Mapping[str, Any], ...]:
         """The rows of `metrics.jsonl`; none where the trainer wrote none."""
-        path = self.path / "metrics.jsonl"
+        path = self.layout.metrics
         rows = read_json_lines(path) if path.is_file() else []
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
@@ -139,7 +139,7 @@ class RunDir:
             raise bad_argument("checkpoint", "best, final or a step", name)
         step = max(self.select_steps("all")) if name == "final" else int(name)
         if step not in self.checkpoints:
-            raise unusable(self.path / "checkpoints", f"a checkpoint for `checkpoint={name}`", self.describe_steps())
+            raise unusable(self.layout.checkpoints, f"a checkpoint for `checkpoint={name}`", self.describe_steps())
         return step, self.checkpoints[step]
 
     def recorded_evaluations(self) -> list[Mapping[str, Any]]:
@@ -153,7 +153,7 @@ class RunDir:
           InputError: the run has no step checkpoints, the flag cannot be read, or it names none of them.
         """
         if not self.checkpoints:
-            raise unusable(self.path / "checkpoints", "checkpoints step_XXXXXX.pt", "none")
+            raise unusable(self.layout.checkpoints, "checkpoints step_XXXXXX.pt", "none")
         if not isinstance(wanted, str):
             wanted = ",".join(str(step) for step in np.atleast_1d(wanted))
         if wanted == "all":
@@ -167,7 +167,7 @@ class RunDir:
             inside = [step for step in self.checkpoints if first <= step <= last]
             if not inside:
                 raise unusable(
-                    self.path / "checkpoints",
+                    self.layout.checkpoints,
                     f"a checkpoint for `steps={part.strip()}`",
                     self.describe_steps(),
                 )

@@ -91,7 +91,7 @@ _FOLLOW_SECONDS = 30
 
 def _refused_files(report: SweepReport) -> list[tuple]:
     """Returns the checkpoints that could not be used, each as it was: one still being written is another later."""
-    files = [report.run.path / "checkpoints" / name for name in report.log.refused]
+    files = [report.run.layout.checkpoints / name for name in report.log.refused]
     return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
@@ -143,5 +143,5 @@ def run() -> None:
     if useless:
         reason = next(iter(useless[0].log.refused.values()))
         raise InputError(f"{useless[0].run.path}: expected at least one usable checkpoint; found none ({reason})")
-    example = reports[0].run.analysis / "checkpoint_metrics.nc"
+    example = reports[0].run.layout.arrays
     print(f"Next: xarray.open_dataset('{example}') (README, \"Reading the results\").")

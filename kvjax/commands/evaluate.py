@@ -40,7 +40,7 @@ def run() -> None:
                 "notes": list(result.notes),
                 "versions": software_versions(),
             }
-            path = run_dir.analysis / "evaluation" / f"{FLAGS.checkpoint}.json"
+            path = run_dir.layout.evaluation(FLAGS.checkpoint)
             write_json(path, document)
             evaluated.append((result, path))
             advance(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvjax.artifacts.layout import step_name
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import bad_argument, unusable
 from kvjax.task.benchmark import Benchmark
@@ -103,25 +104,20 @@ def prepare_run(
     """
     opened = opened or OpenedInputs()
     benchmark = opened.benchmark(run.benchmark_dir(benchmark_dir))
-    wanted = {result_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
+    wanted = {step_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
     named = frozenset(wanted)
     reference_name = _reference_name(run, reference)
     if reference_name is not None:
         wanted[reference_name] = result_file(run, reference_name)
     given = Path(probe_set) if probe_set else None
-    probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.analysis, benchmark)
+    probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.layout.probe_set, benchmark)
     encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
     return PreparedRun(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
 
 
-def result_name(step: int) -> str:
-    """Returns the name that a checkpoint's result is kept under."""
-    return f"step_{step:06d}"
-
-
 def step_files(run: RunDir) -> dict[str, tuple[int | None, Path]]:
     """Returns result name -> (step, file) of a run's step checkpoints."""
-    return {result_name(step): (step, path) for step, path in run.checkpoints.items()}
+    return {step_name(step): (step, path) for step, path in run.checkpoints.items()}
 
 
 def result_file(run: RunDir, name: str) -> tuple[int | None, Path]:
@@ -134,17 +130,17 @@ def result_file(run: RunDir, name: str) -> tuple[int | None, Path]:
         return None, run.best_checkpoint()[1]
     files = step_files(run)
     if name not in files:
-        raise unusable(run.path / "checkpoints", f"the checkpoint {name}", run.describe_steps())
+        raise unusable(run.layout.checkpoints, f"the checkpoint {name}", run.describe_steps())
     return files[name]
 
 
 def _reference_name(run: RunDir, reference: str) -> str | None:
     if reference == "final":
-        return result_name(max(run.checkpoints)) if run.complete else None
+        return step_name(max(run.checkpoints)) if run.complete else None
     if reference == BEST:
         return BEST
     if not reference.isdecimal():
         raise bad_argument("reference", "final, best or a step", reference)
     if int(reference) not in run.checkpoints:
-        raise unusable(run.path / "checkpoints", f"a checkpoint for `reference={reference}`", run.describe_steps())
-    return result_name(int(reference))
+        raise unusable(run.layout.checkpoints, f"a checkpoint for `reference={reference}`", run.describe_steps())
+    return step_name(int(reference))

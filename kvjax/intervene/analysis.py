@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from kvjax.artifacts.birth_windows_schema import WINDOWS_FILE, read_birth_windows
+from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.artifacts.files import file_sha256, write_json, write_json_lines
+from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.provenance import device_description, software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
@@ -40,8 +41,6 @@ KINDS: Mapping[str, Callable[[Study], Outcome]] = {
     "neurons": components.neurons,
     "attribution": flow.attribution,
 }
-
-FOLDER = "interventions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +158,7 @@ def plan_interventions(
             "probe_set_sha256": work.probe.manifest.content_sha256,
             "fit_sha256": work.probe.manifest.fit_sha256,
         }
-        path = work.run.analysis / FOLDER / kind / f"{window.name}.json"
+        path = work.run.layout.intervention(kind, window.name)
         measured_on = MeasuredOn(chosen, inputs)
         return Task(window, kind, path, measured_on, None if settings.overwrite else find_earlier(path, measured_on))
 
@@ -188,7 +187,7 @@ def intervene_in_run(
         by the next plan: a call that was stopped goes on where it was.
     """
     run, reports = plan.work.run, []
-    neuron_table = run.analysis / "component_candidates" / "neurons.jsonl"
+    neuron_table = run.layout.neurons
     for window, tasks in itertools.groupby(plan.tasks, key=lambda task: task.window):
         study = None
         for task in tasks:
@@ -234,7 +233,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
             raise bad_argument("window", "no window beside `steps`", settings.window)
         steps = tuple(run.select_steps(settings.steps))
         return [Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
-    path = run.analysis / WINDOWS_FILE
+    path = run.layout.birth_windows
     if not path.is_file():
         raise unusable(path, "birth windows (run kvjax birth-windows, or name `steps`)", "no such file")
     found = read_birth_windows(path)
@@ -244,7 +243,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
             bounds = {"start_step": entry.start_step, "center_step": entry.center_step, "end_step": entry.end_step}
             missing = [step for step in entry.steps if step not in run.checkpoints]
             if missing:
-                raise unusable(run.path / "checkpoints", f"the window's checkpoint {missing[0]}", run.describe_steps())
+                raise unusable(run.layout.checkpoints, f"the window's checkpoint {missing[0]}", run.describe_steps())
             windows.append(Window(f"window_{entry.center_step}", bounds | {"steps": entry.steps}, tuple(entry.steps)))
     if not windows:
         centers = ", ".join(str(entry.center_step) for entry in found.windows) or f"none ({found.verdict})"
@@ -326,7 +325,7 @@ def _publish(
     dataset = outcome.dataset
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed, "kind": kind}
     dataset.attrs[HASH_ATTRIBUTE] = task.measured_on.sha256()
-    write_datasets(task.path.with_suffix(".nc"), [(None, dataset)])
+    write_datasets(arrays_beside(task.path), [(None, dataset)])
     write_json(task.path, document)
     return InterventionReport(run, kind, window.name, task.path, document)
 
@@ -334,8 +333,8 @@ def _publish(
 def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:
     """Returns the neurons of every window measured so far, each step once, by its newest measurement."""
     rows: dict[int, list[dict[str, Any]]] = {}
-    folder = run.analysis / FOLDER / "neurons"
-    for path in sorted(folder.glob("*.nc"), key=lambda path: path.stat().st_mtime_ns):
+    found = map(arrays_beside, run.layout.intervention("neurons", "*").parent.glob("*.json"))
+    for path in sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns):
         own: dict[int, list[dict[str, Any]]] = {}
         try:
             dataset = read_dataset(path, expected="measured neurons")

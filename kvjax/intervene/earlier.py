@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.files import read_json
+from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.tables import read_dataset
 from kvjax.errors import InputError, unusable
 
@@ -64,7 +65,7 @@ def find_earlier(path: Path, wanted: MeasuredOn) -> dict[str, Any] | None:
     if inputs != wanted.inputs:
         return None
     try:
-        arrays = read_dataset(path.with_suffix(".nc"), expected="every number of a summary")
+        arrays = read_dataset(arrays_beside(path), expected="every number of a summary")
     except InputError:
         return None
     return document if arrays.attrs.get(HASH_ATTRIBUTE) == wanted.sha256() else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from kvjax.artifacts.layout import arrays_beside
+
 _SHOWN_ROWS = 24
 
 
@@ -28,9 +30,9 @@ def print_sweep_report(report: Any) -> None:
         print(f"skipped {file}: {reason}")
     for note in report.notes:
         print(f"note: {note}")
-    log = report.log
+    log, layout = report.log, report.run.layout
     print(f"{len(log.measured)} measured, {len(log.reused)} reused, {len(log.refused)} skipped.")
-    print(f"Results in {report.run.analysis}: rows in checkpoint_metrics.jsonl, arrays in checkpoint_metrics.nc.")
+    print(f"Results in {layout.analysis}: rows in {layout.rows.name}, arrays in {layout.arrays.name}.")
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -68,7 +70,7 @@ def print_windows_report(report: Any, *, show: int) -> None:
         print(f"  births: {'; '.join(births)}")
     for note in report.notes:
         print(f"  note: {note}")
-    print(f"  Results in {report.run.analysis / 'birth_windows.json'}")
+    print(f"  Results in {report.run.layout.birth_windows}")
 
 
 def _birth(entry: dict[str, Any]) -> str:
@@ -107,7 +109,7 @@ def print_intervention_report(report: Any) -> None:
         print(f"  {line}")
     if report.reused:
         print("  measured before (--overwrite measures again)")
-    print(f"  {report.path}, every number in {report.path.with_suffix('.nc').name}")
+    print(f"  {report.path}, every number in {arrays_beside(report.path).name}")
 
 
 def _list(steps: list[int]) -> str:

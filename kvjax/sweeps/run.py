@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, unusable
 from kvjax.execution.inputs import PreparedRun
 from kvjax.model.checkpoint import CheckpointSource
@@ -64,7 +64,7 @@ def sweep_runs(
                 identity, log = _identity(work, settings), SweepLog()
                 store = _open_store(work.run, identity, settings)
                 if not settings.overwrite:
-                    check_installable(work.probe, work.run.analysis)
+                    check_installable(work.probe, work.run.layout.probe_set)
                 program = _program(work, settings, programs)
                 checkpoints = source(work)
                 results = sweep_run(
@@ -129,7 +129,7 @@ def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
 
 
 def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSettings) -> ResultStore:
-    record = run.analysis / SWEEP_FILE
+    record = run.layout.sweep
     if record.exists() and not settings.overwrite:
         document = read_json(record)
         before = document.get("identity") if isinstance(document, dict) else None
@@ -141,7 +141,7 @@ def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSetting
                 "a sweep with the same settings (or `overwrite`)",
                 " and ".join(f"another {name}{_in_words(before.get(name))}" for name in changed),
             )
-    return ResultStore(run.analysis / "measured", identity)
+    return ResultStore(run.layout.measured, identity)
 
 
 def _in_words(value: Any) -> str:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import (
     SCHEMA_VERSION,
     CheckpointRow,
@@ -70,7 +70,7 @@ def publish(
     run, checkpoints, reference = work.run, measured.checkpoints, measured.reference
     if not checkpoints:
         return SweepReport(run, [], log, [])
-    install_probe_set(work.probe, run.analysis)
+    install_probe_set(work.probe, run.layout.probe_set)
     steps = [result.step for result in checkpoints]
     arrays = {name: np.stack([result.arrays[name] for result in checkpoints]) for name in checkpoints[0].arrays}
     index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
@@ -87,16 +87,15 @@ def publish(
         # What lasts until the run's end is known once every checkpoint up to it is in the table.
         stabilization=run.config.evaluation.stabilization if run.complete and steps == list(run.checkpoints) else None,
     )
-    write_rows(run.analysis / "checkpoint_metrics.jsonl", rows, CheckpointRow)
-    candidates = run.analysis / "component_candidates"
-    write_rows(candidates / "heads.jsonl", head_rows(dataset), HeadRow)
-    write_rows(candidates / "mlps.jsonl", mlp_rows(dataset), MlpRow)
+    write_rows(run.layout.rows, rows, CheckpointRow)
+    write_rows(run.layout.heads, head_rows(dataset), HeadRow)
+    write_rows(run.layout.mlps, mlp_rows(dataset), MlpRow)
     groups: list[tuple[str | None, xr.Dataset]] = [
         (None, dataset),
         ("intervals", intervals),
         ("events", build_events(arrays, steps, index)),
     ]
-    write_datasets(run.analysis / "checkpoint_metrics.nc", groups)
+    write_datasets(run.layout.arrays, groups)
     notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))
     if log.not_kept is not None:
         notes.append(f"converted parameters are not kept: {log.not_kept}")
@@ -108,7 +107,7 @@ def publish(
             f"{run.config.num_steps} steps (name another with `reference`)"
         )
     write_json(
-        run.analysis / SWEEP_FILE,
+        run.layout.sweep,
         {
             "schema_version": SCHEMA_VERSION,
             "run_name": run.config.run_name,
@@ -119,7 +118,7 @@ def publish(
                 "path": str(work.benchmark.path.resolve()),
             },
             "probe_set": {
-                "file": "probe_set.jsonl",
+                "file": run.layout.probe_set.name,
                 "given_as": str(work.probe.path),
                 "content_sha256": work.probe.manifest.content_sha256,
                 "fit_sha256": work.probe.manifest.fit_sha256,

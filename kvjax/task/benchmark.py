@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.files import read_json, read_json_lines, replace_directory, write_json, write_json_lines
+from kvjax.artifacts.layout import BenchmarkLayout
 from kvjax.config.benchmark import HELDOUT_SPLIT, BenchmarkConfig
 from kvjax.errors import InputError, unusable
 from kvjax.task.generator import Pair, draw_benchmark
@@ -18,7 +19,6 @@ from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record, replay
 from kvjax.task.vocabulary import Vocabulary
 
 BENCHMARK_TYPE = "symbolic_kv_stream"
-METADATA_FILE = "metadata.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Benchmark:
         Raises:
           InputError: there is no such benchmark, or its metadata is not one's.
         """
-        metadata_path = path / METADATA_FILE
+        metadata_path = BenchmarkLayout(path).metadata
         if not metadata_path.is_file():
-            raise unusable(path, f"a benchmark directory with {METADATA_FILE}", "none")
+            raise unusable(path, f"a benchmark directory with {metadata_path.name}", "none")
         metadata = read_json(metadata_path)
         if not isinstance(metadata, dict) or metadata.get("benchmark_type") != BENCHMARK_TYPE:
             found = metadata.get("benchmark_type") if isinstance(metadata, dict) else type(metadata).__name__
@@ -74,9 +74,14 @@ class Benchmark:
             sha256=hashlib.sha256(metadata_path.read_bytes()).hexdigest(),
         )
 
+    @property
+    def layout(self) -> BenchmarkLayout:
+        """The names of its files."""
+        return BenchmarkLayout(self.path)
+
     def has_config(self, config: BenchmarkConfig) -> bool:
         """Whether this is the benchmark that a config generates, as far as its metadata says."""
-        return read_json(self.path / METADATA_FILE).get("config") == _recorded_config(config)
+        return read_json(self.layout.metadata).get("config") == _recorded_config(config)
 
     def read_split(self, split: str) -> list[Record]:
         """Returns the records of a split, in file order.
@@ -84,12 +89,12 @@ class Benchmark:
         Raises:
           InputError: the split is missing, damaged or not as long as the metadata says.
         """
-        path = self.path / f"{split}.jsonl"
+        path = self.layout.split(split)
         if split not in self.split_sizes or not path.is_file():
             raise unusable(path, f"the records of split {split}", "no such file")
         records = read_json_lines(path)
         if len(records) != self.split_sizes[split]:
-            raise unusable(path, f"{self.split_sizes[split]} records (metadata.json)", len(records))
+            raise unusable(path, f"{self.split_sizes[split]} records ({self.layout.metadata.name})", len(records))
         for number, record in enumerate(records, start=1):
             check_record_fields(record, f"{path}:{number}")
         return records
@@ -107,8 +112,9 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
     taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
     if taken and not overwrite:
         raise unusable(output_dir, "a directory to create (or `overwrite`)", "an existing one")
-    if taken and not (output_dir / METADATA_FILE).is_file():
-        raise unusable(output_dir, "an earlier benchmark to overwrite", f"a path without {METADATA_FILE}")
+    metadata_file = BenchmarkLayout(output_dir).metadata
+    if taken and not metadata_file.is_file():
+        raise unusable(output_dir, "an earlier benchmark to overwrite", f"a path without {metadata_file.name}")
     vocabulary, heldout, splits = draw_benchmark(config)
     diagnostics = {
         "heuristics": {split: heuristic_accuracies(records) for split, records in splits.items()},
@@ -128,9 +134,10 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
         "config": _recorded_config(config),
     }
     with replace_directory(output_dir) as partial:
+        written = BenchmarkLayout(partial)
         for split, records in splits.items():
-            write_json_lines(partial / f"{split}.jsonl", records)
-        write_json(partial / METADATA_FILE, metadata)
+            write_json_lines(written.split(split), records)
+        write_json(written.metadata, metadata)
     return metadata
 
 

@@ -23,10 +23,11 @@ from typing import Literal
 import pydantic
 
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines, write_json, write_json_lines
+from kvjax.artifacts.layout import ProbeSetLayout
 from kvjax.errors import InputError, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, corrupt, difference
-from kvjax.task.probe_set import ProbeSet, content_sha256, pairs_manifest_path, pairs_path
+from kvjax.task.probe_set import ProbeSet, content_sha256
 from kvjax.task.stream import Program, Record, build_record, program_of
 from kvjax.task.vocabulary import Vocabulary
 
@@ -132,7 +133,8 @@ def generate_pairs(
     """
     if pairs_per_kind < 1:
         raise unusable("pairs_per_kind", "at least 1", pairs_per_kind)
-    path, manifest_path = pairs_path(probe.path), pairs_manifest_path(probe.path)
+    names = ProbeSetLayout(probe.path)
+    path, manifest_path = names.pairs, names.pairs_manifest
     for taken in (path, manifest_path):
         if taken.exists():
             raise unusable(taken, "a path to create (pairs are immutable)", "a file")
@@ -167,9 +169,10 @@ def own_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
 
     Pairs that an interrupted run left without their manifest are made anew.
     """
-    if pairs_manifest_path(probe.path).is_file():
+    names = ProbeSetLayout(probe.path)
+    if names.pairs_manifest.is_file():
         return open_pairs(probe, benchmark)
-    pairs_path(probe.path).unlink(missing_ok=True)
+    names.pairs.unlink(missing_ok=True)
     return generate_pairs(probe, benchmark)
 
 
@@ -180,7 +183,8 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
       InputError: a file is missing or was edited, the pairs were made from another probe set, or replaying a pair's
         streams gives something else than it records.
     """
-    path, manifest_path = pairs_path(probe.path), pairs_manifest_path(probe.path)
+    names = ProbeSetLayout(probe.path)
+    path, manifest_path = names.pairs, names.pairs_manifest
     try:
         manifest = PairManifest.model_validate(read_json(manifest_path))
     except pydantic.ValidationError as error:

@@ -33,6 +33,7 @@ from kvjax.artifacts.files import (
     write_json,
     write_json_lines,
 )
+from kvjax.artifacts.layout import ProbeSetLayout
 from kvjax.config.benchmark import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
 from kvjax.errors import unusable
 from kvjax.task.benchmark import Benchmark, check_record, check_record_fields
@@ -41,7 +42,6 @@ from kvjax.task.stream import Record
 
 PROBE_SPLITS = ("validation_iid", HELDOUT_SPLIT, "structural_ood", COUNTERFACTUAL_SPLIT)
 FIT_SPLIT = "train"
-PROBE_SET_FILE = "probe_set.jsonl"  # in a run's analysis folder
 DEFAULT_EXAMPLES_PER_SPLIT = 96
 DEFAULT_FIT_EXAMPLES = 512
 DEFAULT_SEED = 17
@@ -92,39 +92,9 @@ class ProbeSet:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that make it up, the reference tool's metadata included, the manifest last."""
-        manifests = (manifest_path(self.path), companion_path(self.path))
-        present = tuple(path for path in manifests if path.is_file())
-        return (self.path, fit_path(self.path), sources_path(self.path), *present)
-
-
-def manifest_path(path: Path) -> Path:
-    """Returns where the metadata of the probe set at `path` lies: its manifest, or the reference tool's own."""
-    return path.with_suffix(".metadata.json")
-
-
-def companion_path(path: Path) -> Path:
-    """Returns where the manifest of the reference tool's probe set at `path` lies."""
-    return path.with_suffix(".companion.json")
-
-
-def fit_path(path: Path) -> Path:
-    """Returns where the fit set of the probe set at `path` lies."""
-    return path.with_suffix(".fit.jsonl")
-
-
-def sources_path(path: Path) -> Path:
-    """Returns where the counterfactuals' source records of the probe set at `path` lie."""
-    return path.with_suffix(".sources.jsonl")
-
-
-def pairs_path(path: Path) -> Path:
-    """Returns where the pairs that were made from the probe set at `path` lie (`kvjax.task.pairs`)."""
-    return path.with_suffix(".pairs.jsonl")
-
-
-def pairs_manifest_path(path: Path) -> Path:
-    """Returns where the manifest of those pairs lies."""
-    return path.with_suffix(".pairs.metadata.json")
+        names = ProbeSetLayout(self.path)
+        present = tuple(path for path in (names.manifest, names.companion) if path.is_file())
+        return (self.path, names.fit, names.sources, *present)
 
 
 def generate_probe_set(
@@ -136,7 +106,8 @@ def generate_probe_set(
       InputError: the path is taken, or the benchmark lacks a split or has too few records in it.
     """
     _check_suffix(path)
-    taken = [p for p in (path, manifest_path(path), fit_path(path), sources_path(path)) if p.exists()]
+    names = ProbeSetLayout(path)
+    taken = [p for p in (path, names.manifest, names.fit, names.sources) if p.exists()]
     if taken:
         raise unusable(taken[0], "a path to create (probe sets are immutable; choose another name)", "a file")
     records: list[Record] = []
@@ -144,7 +115,7 @@ def generate_probe_set(
     for split in PROBE_SPLITS:
         pool = benchmark.read_split(split)
         if len(pool) < examples_per_split:
-            raise unusable(f"{benchmark.path}/{split}.jsonl", f"at least {examples_per_split} records", len(pool))
+            raise unusable(benchmark.layout.split(split), f"at least {examples_per_split} records", len(pool))
         chosen = choose_examples(pool, examples_per_split, seed=f"{seed}/{split}")
         added[split] = len(chosen) - examples_per_split
         records += chosen
@@ -152,18 +123,18 @@ def generate_probe_set(
         check_record(record, benchmark.vocabulary, benchmark.path)
     companions = _choose_companions(benchmark, records, seed, fit_examples)
     write_json_lines(path, records)
-    _complete(path, manifest_path(path), benchmark, records, companions, seed, added)
+    _complete(path, names.manifest, benchmark, records, companions, seed, added)
     return open_probe_set(path, benchmark)
 
 
-def own_probe_set(folder: Path, benchmark: Benchmark) -> ProbeSet:
-    """Returns the probe set of an analysis folder, made there with the default settings if it has none yet.
+def own_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
+    """Opens a run's own probe set at `path`, made with the default settings if there is none yet.
 
     Files that an interrupted run left there without their manifest are no probe set, and are made anew.
     """
-    path = folder / PROBE_SET_FILE
-    if not _is_complete(path):
-        for file in (path, fit_path(path), sources_path(path)):
+    names = ProbeSetLayout(path)
+    if not _is_complete(names):
+        for file in (path, names.fit, names.sources):
             file.unlink(missing_ok=True)
         smallest = min((benchmark.split_sizes.get(split, 0) for split in PROBE_SPLITS), default=0)
         return generate_probe_set(
@@ -185,16 +156,17 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     _check_suffix(path)
     if not path.is_file():
         raise unusable(path, "a probe set", "no such file")
-    metadata = read_json(manifest_path(path))
-    if not _has_own_manifest(metadata) and not companion_path(path).exists():
-        _adopt(path, metadata, companion_path(path), benchmark)
+    names = ProbeSetLayout(path)
+    metadata = read_json(names.manifest)
+    if not _has_own_manifest(metadata) and not names.companion.exists():
+        _adopt(names, metadata, benchmark)
     manifest = frozen_manifest(path)
     if manifest.benchmark_sha256 != benchmark.sha256:
         raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
     records = read_json_lines(path)
     counterfactuals = [record["sample_id"] for record in records if record["counterfactual_of"]]
-    sources = dict(zip(counterfactuals, read_json_lines(sources_path(path)), strict=True))
-    return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(fit_path(path))), sources)
+    sources = dict(zip(counterfactuals, read_json_lines(names.sources), strict=True))
+    return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(names.fit)), sources)
 
 
 def frozen_manifest(path: Path) -> Manifest:
@@ -203,10 +175,11 @@ def frozen_manifest(path: Path) -> Manifest:
     Raises:
       InputError: a file is missing or was edited.
     """
-    manifest_file = manifest_path(path)
+    names = ProbeSetLayout(path)
+    manifest_file = names.manifest
     metadata = read_json(manifest_file)
     if not _has_own_manifest(metadata):
-        manifest_file = companion_path(path)
+        manifest_file = names.companion
         metadata = read_json(manifest_file)
     try:
         manifest = Manifest.model_validate(metadata)
@@ -214,8 +187,8 @@ def frozen_manifest(path: Path) -> Manifest:
         raise unusable(manifest_file, "the manifest of a probe set", error.errors()[0]["msg"]) from None
     for file, recorded in (
         (path, manifest.records_sha256),
-        (fit_path(path), manifest.fit_sha256),
-        (sources_path(path), manifest.sources_sha256),
+        (names.fit, manifest.fit_sha256),
+        (names.sources, manifest.sources_sha256),
     ):
         if not file.is_file():
             raise unusable(file, "a file of the probe set", "no such file")
@@ -230,51 +203,52 @@ def _has_own_manifest(metadata: Any) -> bool:
     return isinstance(metadata, dict) and "kvjax_probe_set" in metadata
 
 
-def check_installable(probe: ProbeSet, folder: Path) -> None:
-    """Raises `InputError` where an analysis folder holds another probe set than the given one."""
-    target = folder / PROBE_SET_FILE
-    if _is_complete(target) and _installed_sha256(target) != probe.manifest.content_sha256:
+def check_installable(probe: ProbeSet, target: Path) -> None:
+    """Raises `InputError` if another probe set than the given one is installed at `target`."""
+    if _is_complete(ProbeSetLayout(target)) and _installed_sha256(target) != probe.manifest.content_sha256:
         raise unusable(target, f"the probe set {probe.path} of this sweep (or `overwrite`)", "another probe set")
 
 
-def install_probe_set(probe: ProbeSet, folder: Path) -> None:
-    """Copies a probe set into a run's analysis folder, so that later stages and other people find it there.
+def install_probe_set(probe: ProbeSet, target: Path) -> None:
+    """Copies a probe set to where a run keeps its own, so that later stages and other people find it there.
 
     Its manifest goes last: files without one are no probe set. Pairs of the one that was there go with it.
     """
-    target = folder / PROBE_SET_FILE
-    if _is_complete(target) and _installed_sha256(target) == probe.manifest.content_sha256:
+    names = ProbeSetLayout(target)
+    if _is_complete(names) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
     # Pairs first: whatever an interruption leaves, they are of the probe set beside them, or are made again.
-    for stale in (pairs_manifest_path, pairs_path, manifest_path, companion_path):
-        stale(target).unlink(missing_ok=True)
+    for stale in (names.pairs_manifest, names.pairs, names.manifest, names.companion):
+        stale.unlink(missing_ok=True)
     for file in probe.files:
-        with replace_file(folder / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
+        with replace_file(target.parent / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
             shutil.copyfile(file, partial)
 
 
-def _is_complete(path: Path) -> bool:
-    return path.is_file() and (manifest_path(path).is_file() or companion_path(path).is_file())
+def _is_complete(names: ProbeSetLayout) -> bool:
+    return names.records.is_file() and (names.manifest.is_file() or names.companion.is_file())
 
 
 def _installed_sha256(path: Path) -> str | None:
-    for file in (companion_path(path), manifest_path(path)):
+    names = ProbeSetLayout(path)
+    for file in (names.companion, names.manifest):
         document = read_json(file) if file.is_file() else None
         if isinstance(document, dict) and "content_sha256" in document:
             return document["content_sha256"]
     return None
 
 
-def _adopt(path: Path, metadata: Any, companion: Path, benchmark: Benchmark) -> None:
+def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
     """Checks a probe set of the reference tool against the benchmark and writes what it lacks beside it."""
     try:
         seed = int(metadata["seed"])
         num_records = int(metadata["num_records"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise unusable(manifest_path(path), "the metadata of a probe set (seed, num_records)", repr(error)) from None
+        raise unusable(names.manifest, "the metadata of a probe set (seed, num_records)", repr(error)) from None
+    path = names.records
     records = read_json_lines(path)
     if len(records) != num_records:
-        raise unusable(path, f"{num_records} records ({manifest_path(path).name})", len(records))
+        raise unusable(path, f"{num_records} records ({names.manifest.name})", len(records))
     by_split: dict[str, dict[str, Record]] = {}
     for number, record in enumerate(records, start=1):
         where = f"{path}:{number}"
@@ -288,7 +262,7 @@ def _adopt(path: Path, metadata: Any, companion: Path, benchmark: Benchmark) -> 
             raise unusable(where, f"a record of the benchmark in {benchmark.path}", found)
         check_record(record, benchmark.vocabulary, where)
     companions = _choose_companions(benchmark, records, seed, DEFAULT_FIT_EXAMPLES)
-    _complete(path, companion, benchmark, records, companions, seed, dict.fromkeys(by_split, 0))
+    _complete(path, names.companion, benchmark, records, companions, seed, dict.fromkeys(by_split, 0))
 
 
 def _choose_companions(
@@ -315,8 +289,9 @@ def _complete(
 ) -> None:
     """Writes the fit set, the source records and, last, the manifest that makes them a probe set."""
     fit, sources = companions
-    write_json_lines(fit_path(path), fit)
-    write_json_lines(sources_path(path), sources)
+    names = ProbeSetLayout(path)
+    write_json_lines(names.fit, fit)
+    write_json_lines(names.sources, sources)
     counts = Counter(record["split"] for record in records)
     document = {
         "kvjax_probe_set": SCHEMA_VERSION,
@@ -332,8 +307,8 @@ def _complete(
         "fit_split": FIT_SPLIT,
         "num_fit_records": len(fit),
         "records_sha256": file_sha256(path),
-        "fit_sha256": file_sha256(fit_path(path)),
-        "sources_sha256": file_sha256(sources_path(path)),
+        "fit_sha256": file_sha256(names.fit),
+        "sources_sha256": file_sha256(names.sources),
     }
     document["content_sha256"] = content_sha256(document)
     write_json(manifest_file, Manifest.model_validate(document).model_dump())

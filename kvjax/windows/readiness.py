@@ -6,12 +6,12 @@ import dataclasses
 import shlex
 from typing import Any
 
-from kvjax.artifacts.birth_windows_schema import WINDOWS_FILE, read_birth_windows
+from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.execution.inputs import result_file
-from kvjax.task.probe_set import PROBE_SET_FILE, frozen_manifest
+from kvjax.task.probe_set import frozen_manifest
 from kvjax.windows.run import sweep_identity
 
 REFERENCE, PROBE_SET, SWEEP, WINDOWS = "reference fixed", "probe set fixed", "sweep complete", "windows identified"
@@ -80,7 +80,7 @@ def _sweep(run: RunDir) -> dict[str, Any] | InputError:
         identity = sweep_identity(run)
     except InputError as error:
         return error
-    return {**read_json(run.analysis / SWEEP_FILE), "measured_on": identity}
+    return {**read_json(run.layout.sweep), "measured_on": identity}
 
 
 def _reference(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
@@ -103,7 +103,7 @@ def _reference(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
 
 
 def _probe_set(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
-    path = run.analysis / PROBE_SET_FILE
+    path = run.layout.probe_set
     if not path.is_file():
         return Condition(PROBE_SET, False, f"{path} does not exist", _sweep_command(run))
     try:
@@ -139,7 +139,7 @@ def _sweep_complete(run: RunDir, sweep: dict[str, Any] | InputError) -> Conditio
 
 def _windows(run: RunDir, sweep: dict[str, Any] | InputError) -> Condition:
     command = f"kvjax birth-windows {_run_flag(run)}"
-    path = run.analysis / WINDOWS_FILE
+    path = run.layout.birth_windows
     if isinstance(sweep, InputError):
         return Condition(WINDOWS, False, "windows are found in a sweep, and there is none", _sweep_command(run))
     if not path.is_file():

@@ -8,9 +8,9 @@ from typing import Any
 
 import xarray as xr
 
-from kvjax.artifacts.birth_windows_schema import WINDOWS_FILE, read_sweep_arrays, write_birth_windows
+from kvjax.artifacts.birth_windows_schema import read_sweep_arrays, write_birth_windows
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.run_dir import SWEEP_FILE, RunDir
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import unusable
@@ -56,7 +56,7 @@ def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsR
     reports = []
     for one, finding in zip(swept, findings, strict=True):
         document = _document(one, finding, config)
-        write_birth_windows(one.run.analysis / WINDOWS_FILE, document)
+        write_birth_windows(one.run.layout.birth_windows, document)
         reports.append(WindowsReport(one.run, document, _notes(one, finding)))
     return reports
 
@@ -67,7 +67,7 @@ def sweep_identity(run: RunDir) -> dict[str, Any]:
     Raises:
       InputError: the run has no readable `sweep.json`.
     """
-    path = run.analysis / SWEEP_FILE
+    path = run.layout.sweep
     if not path.is_file():
         raise unusable(path, "a sweep (run kvjax checkpoint-sweep first)", "no such file")
     sweep = read_json(path)
@@ -84,7 +84,7 @@ def sweep_identity(run: RunDir) -> dict[str, Any]:
 
 def _open(run: RunDir) -> _Swept:
     measured_on = sweep_identity(run)
-    path = run.analysis / "checkpoint_metrics.nc"
+    path = run.layout.arrays
     means, events = read_sweep_arrays(path)
     needed = {"split", "is_read", "head_zero_correct", "mlp_zero_correct", *BEHAVIOUR.values()}
     if missing := sorted(needed - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvjax.artifacts.run_dir import SUMMARY_FILE, RunDir
+from kvjax.artifacts.run_dir import RunDir
 
 
 @pytest.mark.parametrize(
@@ -30,5 +30,5 @@ def test_a_run_is_finished_with_its_last_checkpoint(small_run, num_steps, last, 
         if last is None or int(path.stem[5:]) > last:
             path.unlink()
     if summary:
-        (small_run / SUMMARY_FILE).write_text("{}")
+        (small_run / "summary.json").write_text("{}")
     assert RunDir.open(small_run).complete == complete

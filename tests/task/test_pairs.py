@@ -14,7 +14,7 @@ from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
 from kvjax.task.encoding import NO_ROLE, bucket_by_length
 from kvjax.task.pair_encoding import encode_pairs
 from kvjax.task.pairs import check_pair, generate_pairs, open_pairs, own_pairs
-from kvjax.task.probe_set import generate_probe_set, install_probe_set, open_probe_set, pairs_manifest_path, pairs_path
+from kvjax.task.probe_set import generate_probe_set, install_probe_set, open_probe_set
 from kvjax.task.stream import replay
 from tests.helpers.building import read_lines
 
@@ -26,6 +26,11 @@ def benchmark(small_benchmark):
 
 def make_probe(benchmark, path, *, seed=17):
     return generate_probe_set(benchmark, path, examples_per_split=10, fit_examples=8, seed=seed)
+
+
+def beside(probe, ending):
+    """Returns the file of a probe set with an ending."""
+    return probe.path.parent / f"{probe.path.stem}{ending}"
 
 
 @pytest.fixture
@@ -120,7 +125,7 @@ def test_edited_pairs_are_refused(probe, benchmark, edit):
 
 def test_an_edited_manifest_is_refused(probe, benchmark):
     generate_pairs(probe, benchmark, pairs_per_kind=4)
-    path = pairs_manifest_path(probe.path)
+    path = beside(probe, ".pairs.metadata.json")
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"seed": 99}))
     with pytest.raises(InputError, match="edited"):
@@ -133,8 +138,8 @@ def test_an_edited_manifest_is_refused(probe, benchmark):
 def test_another_probe_sets_pairs_are_refused(probe, benchmark, tmp_path):
     pair_set = generate_pairs(probe, benchmark, pairs_per_kind=4)
     other = make_probe(benchmark, tmp_path / "other" / "probe.jsonl", seed=18)
-    pairs_path(other.path).write_bytes(pair_set.path.read_bytes())
-    pairs_manifest_path(other.path).write_bytes(pairs_manifest_path(probe.path).read_bytes())
+    beside(other, ".pairs.jsonl").write_bytes(pair_set.path.read_bytes())
+    beside(other, ".pairs.metadata.json").write_bytes(beside(probe, ".pairs.metadata.json").read_bytes())
     with pytest.raises(InputError, match=r"remove this file .*; found another probe set's") as refused:
         open_pairs(other, benchmark)
     Path(str(refused.value).split(": ")[0]).unlink()  # as it says
@@ -144,14 +149,14 @@ def test_another_probe_sets_pairs_are_refused(probe, benchmark, tmp_path):
 def test_pairs_of_a_probe_set_that_is_replaced_go_with_it(probe, benchmark, tmp_path):
     analysis = tmp_path / "analysis"
     for chosen in (probe, make_probe(benchmark, tmp_path / "other" / "probe.jsonl", seed=18)):
-        install_probe_set(chosen, analysis)
+        install_probe_set(chosen, analysis / "probe_set.jsonl")
         pair_set = own_pairs(open_probe_set(analysis / "probe_set.jsonl", benchmark), benchmark)
         assert pair_set.manifest.probe_set_sha256 == chosen.manifest.content_sha256
 
 
 def test_what_an_interruption_left_is_made_anew(probe, benchmark):
     first = own_pairs(probe, benchmark)
-    pairs_manifest_path(probe.path).unlink()
+    beside(probe, ".pairs.metadata.json").unlink()
     assert own_pairs(probe, benchmark) == first
 
 
@@ -160,7 +165,7 @@ def test_no_pairs_asked_for_and_none_possible_are_refused(probe, benchmark):
         generate_pairs(probe, benchmark, pairs_per_kind=0)
     with pytest.raises(InputError, match="allow a pair of kind value; found none"):
         generate_pairs(dataclasses.replace(probe, records=()), benchmark)
-    assert not pairs_path(probe.path).exists()
+    assert not beside(probe, ".pairs.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -193,27 +193,27 @@ class TestReferenceProbeSet:
     def test_a_copy_in_an_analysis_folder_opens_like_the_original(self, path, small_benchmark, tmp_path):
         benchmark = Benchmark.open(small_benchmark)
         probe = open_probe_set(path, benchmark)
-        install_probe_set(probe, tmp_path / "analysis")
+        install_probe_set(probe, tmp_path / "analysis" / "probe_set.jsonl")
         copy = open_probe_set(tmp_path / "analysis" / "probe_set.jsonl", benchmark)
         assert copy.manifest == probe.manifest
 
 
 def test_another_probe_set_is_not_replaced_unasked(probe, small_benchmark, tmp_path):
     other = make(small_benchmark, tmp_path / "second.jsonl", seed=18)
-    install_probe_set(probe, tmp_path / "analysis")
-    check_installable(probe, tmp_path / "analysis")
+    install_probe_set(probe, tmp_path / "analysis" / "probe_set.jsonl")
+    check_installable(probe, tmp_path / "analysis" / "probe_set.jsonl")
     with pytest.raises(InputError, match="another probe set"):
-        check_installable(other, tmp_path / "analysis")
-    install_probe_set(other, tmp_path / "analysis")
+        check_installable(other, tmp_path / "analysis" / "probe_set.jsonl")
+    install_probe_set(other, tmp_path / "analysis" / "probe_set.jsonl")
     installed = open_probe_set(tmp_path / "analysis" / "probe_set.jsonl", Benchmark.open(small_benchmark))
     assert installed.manifest.seed == 18
 
 
 def test_what_an_interruption_left_without_a_manifest_is_made_anew(small_benchmark, tmp_path):
     benchmark = Benchmark.open(small_benchmark)
-    first = own_probe_set(tmp_path, benchmark)
+    first = own_probe_set(tmp_path / "probe_set.jsonl", benchmark)
     first.path.with_suffix(".metadata.json").unlink()
-    assert own_probe_set(tmp_path, benchmark).manifest == first.manifest
+    assert own_probe_set(tmp_path / "probe_set.jsonl", benchmark).manifest == first.manifest
 
 
 @pytest.mark.parametrize("line", ["{}", "3", "[]", "null", '{"sample_id": 3}'])

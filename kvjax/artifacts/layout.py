@@ -1,0 +1,212 @@
+"""Name every file and folder of a run, a probe set and a benchmark, once (docs/formats.md says what each holds)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLayout:
+    """The files of a run directory. Everything outside `analysis` is the trainer's.
+
+    Attributes:
+      path: the run directory.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """What the run was trained with."""
+        return self.path / "run_config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Rows that the trainer logged."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """Written by the trainer once the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def best_record(self) -> Path:
+        """Which checkpoint is the best, and by which metric."""
+        return self.path / "best_checkpoint.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint so far."""
+        return self.checkpoints / "best.pt"
+
+    @property
+    def last(self) -> Path:
+        """The last checkpoint of a run that keeps no step checkpoints."""
+        return self.checkpoints / "last.pt"
+
+    def step_checkpoint(self, step: int) -> Path:
+        """Returns where this project's trainer writes the checkpoint of a step."""
+        return self.checkpoints / f"{step_name(step)}.pt"
+
+    def step_checkpoints(self) -> list[tuple[int, Path]]:
+        """Lists (step, file) of the step checkpoints that exist, whatever the number of digits in their names."""
+        found = [(step_of(file), file) for file in self.checkpoints.glob("step_*.pt")]
+        return [(step, file) for step, file in found if step is not None]
+
+    @property
+    def analysis(self) -> Path:
+        """The folder of everything measured on the run."""
+        return self.path / "analysis"
+
+    @property
+    def probe_set(self) -> Path:
+        """The run's own probe set; `ProbeSetLayout` names its other files."""
+        return self.analysis / "probe_set.jsonl"
+
+    @property
+    def measured(self) -> Path:
+        """The folder of measured sums, one file per checkpoint."""
+        return self.analysis / "measured"
+
+    @property
+    def sweep(self) -> Path:
+        """The provenance of a sweep, and the hashes of its tables."""
+        return self.analysis / "sweep.json"
+
+    @property
+    def rows(self) -> Path:
+        """One row per checkpoint."""
+        return self.analysis / "checkpoint_metrics.jsonl"
+
+    @property
+    def arrays(self) -> Path:
+        """Every mean, its interval, and the events behind them, labelled."""
+        return self.analysis / "checkpoint_metrics.nc"
+
+    @property
+    def heads(self) -> Path:
+        """One row per checkpoint and head."""
+        return self.analysis / "component_candidates" / "heads.jsonl"
+
+    @property
+    def mlps(self) -> Path:
+        """One row per checkpoint and MLP."""
+        return self.analysis / "component_candidates" / "mlps.jsonl"
+
+    @property
+    def neurons(self) -> Path:
+        """One row per checkpoint and neuron, from interventions."""
+        return self.analysis / "component_candidates" / "neurons.jsonl"
+
+    @property
+    def birth_windows(self) -> Path:
+        """Births, birth windows and their components."""
+        return self.analysis / "birth_windows.json"
+
+    @property
+    def interventions(self) -> Path:
+        """The folder of interventions, one folder per kind."""
+        return self.analysis / "interventions"
+
+    def intervention(self, kind: str, window: str) -> Path:
+        """Returns where the summary of one kind of intervention in one window lies; `arrays_beside` has the numbers."""
+        return self.interventions / kind / f"{window}.json"
+
+    @property
+    def converted(self) -> Path:
+        """The folder of the parameter store."""
+        return self.analysis / "converted"
+
+    @property
+    def exported_torch(self) -> Path:
+        """The folder of `.pt` files written from stored parameters."""
+        return self.analysis / "exported_torch"
+
+    def evaluation(self, checkpoint: str) -> Path:
+        """Returns where the full-split evaluation of a checkpoint (`best`, `final` or a step) lies."""
+        return self.analysis / "evaluation" / f"{checkpoint}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSetLayout:
+    """The files of a probe set, which share a stem.
+
+    Attributes:
+      records: the probe records, `<stem>.jsonl`.
+    """
+
+    records: Path
+
+    @property
+    def manifest(self) -> Path:
+        """The probe set's manifest, or the metadata that the reference tool wrote."""
+        return self.records.with_suffix(".metadata.json")
+
+    @property
+    def companion(self) -> Path:
+        """The manifest of a probe set that the reference tool wrote."""
+        return self.records.with_suffix(".companion.json")
+
+    @property
+    def fit(self) -> Path:
+        """The fit set."""
+        return self.records.with_suffix(".fit.jsonl")
+
+    @property
+    def sources(self) -> Path:
+        """The source record of every counterfactual record."""
+        return self.records.with_suffix(".sources.jsonl")
+
+    @property
+    def pairs(self) -> Path:
+        """The pairs of streams made from the probe set."""
+        return self.records.with_suffix(".pairs.jsonl")
+
+    @property
+    def pairs_manifest(self) -> Path:
+        """The manifest of these pairs."""
+        return self.records.with_suffix(".pairs.metadata.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkLayout:
+    """The files of a benchmark directory.
+
+    Attributes:
+      path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def metadata(self) -> Path:
+        """Vocabulary, splits, diagnostics and config."""
+        return self.path / "metadata.json"
+
+    def split(self, name: str) -> Path:
+        """Returns where the records of a split lie."""
+        return self.path / f"{name}.jsonl"
+
+
+def arrays_beside(summary: Path) -> Path:
+    """Returns the netCDF file with every number of an intervention's summary."""
+    return summary.with_suffix(".nc")
+
+
+def step_name(step: int) -> str:
+    """Returns the name of a step's checkpoint, which its measured sums have too."""
+    return f"step_{step:06d}"
+
+
+def step_of(file: Path) -> int | None:
+    """Returns the step that a checkpoint file's name states; None if it states none."""
+    match = re.fullmatch(r"step_(\d+)\.pt", file.name)
+    return int(match[1]) if match else None
