@@ -11,14 +11,17 @@ import jax
 import pytest
 import torch
 
-from kvjax.devices import CACHE_VARIABLE
+from kvjax.devices import CACHE_VARIABLE, use_compilation_cache
 from tests.helpers.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # so that every sweep in the tests is shared among devices
-# Commands under test keep compiled programs for each other, and away from the user's own.
-os.environ[CACHE_VARIABLE] = tempfile.mkdtemp(prefix="kvjax-test-")
-atexit.register(shutil.rmtree, os.environ[CACHE_VARIABLE], ignore_errors=True)
+# One cache of compiled programs for the run: its workers and the commands they start share it. It goes with the run.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[CACHE_VARIABLE] = tempfile.mkdtemp(prefix="kvjax-test-")
+    atexit.register(shutil.rmtree, os.environ[CACHE_VARIABLE], ignore_errors=True)
+if jax.config.jax_compilation_cache_dir is None:
+    use_compilation_cache()
 torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost more than they do
 
 
