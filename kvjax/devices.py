@@ -84,7 +84,7 @@ def share_cpu_cores() -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 
     A sweep then runs one checkpoint per core. That beats running each matrix product on all cores, since attention,
-    LayerNorms and activations are too small to be shared (measured in docs/design.md). Without effect on an
+    LayerNorms and activations are too small to be shared (measured in docs/performance.md). Without effect on an
     accelerator, or where the number was set before.
     """
     import jax

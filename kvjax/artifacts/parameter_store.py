@@ -35,7 +35,7 @@ _BYTES_AT_HAND = 512 << 20
 _DAY = 86400.0
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 
-_CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/design.md
+_CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/performance.md
 
 
 class StoredCheckpoint(pydantic.BaseModel):

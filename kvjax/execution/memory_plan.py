@@ -13,7 +13,7 @@ from kvjax.errors import bad_argument
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.transforms import Lift
 
-CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/design.md
+CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/performance.md
 DEFAULT_ACCELERATOR_GB = 8.0  # where the device does not say how much it has
 MEMORY_SHARE = 0.7
 MACHINE_SHARE = 0.5

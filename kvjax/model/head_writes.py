@@ -55,7 +55,7 @@ class HeadWrites:
         """Returns `post_attn` and `mlp_pre` as they are where a head's z differs by `change`.
 
         Float32 keeps its digits while the head does not dwarf the rest of the residual stream: on the run of
-        docs/design.md logits err from float64 by 0 to 3 % more than after projecting again. A head that makes the
+        docs/performance.md logits err from float64 by 0 to 3 % more than after projecting again. A head that makes the
         stream N times as large as it is without it costs the MLP's activations about a factor N.
 
         Args:
