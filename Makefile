@@ -1,11 +1,13 @@
 # Each target does its own set-up; only Python (>= 3.11) and make are needed.
 PYTHON ?= python3
 VENV ?= .venv
+# The version of PyTorch that `make constraints` pins.
+TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 # A file of tests stays in one process, so that what it compiles is compiled once.
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test lint format constraints clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +29,12 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Pins all dependencies anew, resolved in an empty environment. pip downloads what it has to look into.
+constraints:
+	rm -rf build/resolver && $(PYTHON) -m venv build/resolver
+	build/resolver/bin/python tools/constraints.py $(TORCH) > build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
