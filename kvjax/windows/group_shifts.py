@@ -1,4 +1,4 @@
-"""From scores to windows: which shifts are significant over a whole run, which belong together, how far they reach."""
+"""Groups significant level shifts of a run into windows and finds how far each window reaches."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class Window:
 
 
 def scaled_thresholds(num_tests: int, settings: DetectionSettings) -> tuple[float, float]:
-    """Returns the thresholds (together, alone) for a run with `num_tests` (gap, metric) pairs.
+    """Raises the thresholds (together, alone) for a run with more (gap, metric) pairs than they were calibrated for.
 
-    They were calibrated for a number of tests; a larger family raises both as it raises a normal quantile at
-    Bonferroni's level. A smaller one does not lower them: with few checkpoints the noise is less known.
+    Both grow as a normal quantile does at Bonferroni's level. Fewer pairs do not lower them: with few checkpoints the
+    noise is less known.
     """
     ratio = 1.0
     if num_tests > settings.calibrated_tests:
@@ -83,12 +83,12 @@ def scaled_thresholds(num_tests: int, settings: DetectionSettings) -> tuple[floa
 def find_shifts(
     size_GxM: np.ndarray, score_GxM: np.ndarray, holds_GxM: np.ndarray, range_M: np.ndarray, *, threshold: float
 ) -> list[Shift]:
-    """Returns every shift that holds and reaches the threshold: one per metric and run of neighbouring gaps.
+    """Finds every shift that holds and reaches the threshold: one per metric and run of neighbouring gaps.
 
     Args:
-      size_GxM: sizes, NaN where a gap cannot be scored.
+      size_GxM: sizes, NaN if a gap cannot be scored.
       score_GxM: scores.
-      holds_GxM: where a shift holds.
+      holds_GxM: whether the shift at a gap holds.
       range_M: largest minus smallest value of each metric in the run.
       threshold: score to reach.
     """
@@ -126,18 +126,19 @@ def find_windows(
     num_tests: int,
     settings: DetectionSettings,
 ) -> list[Window]:
-    """Returns the windows of a run, in order; none where no shifts are strong enough together.
+    """Finds the windows of a run, in order; none if no shifts are strong enough together.
 
-    The gap at which most kinds of metric moved most takes the shifts at itself and at the gaps touching it; what is
-    left is searched again. Two groups of similar weight with no pause between them, where at every gap enough metrics
-    still move, are one window; what leads up to a much larger movement stays one of its own. A window reaches from
-    where its fastest metric leaves its floor to where it reaches its plateau, at least one checkpoint to each side of
-    its centre.
+    Greedily picks the gap with the largest total shift (each metric kind counted once), assigns it all shifts within
+    one gap, and repeats on the rest. Two groups of similar weight become one window if enough metrics move at every
+    gap between them. A group that leads up to a much larger movement stays a window of its own.
+
+    A window reaches from the checkpoint at which its fastest metric leaves its floor to the one at which that metric
+    reaches its plateau. It has at least one checkpoint on each side of its centre.
 
     Args:
       shifts: from `find_shifts`.
-      courses: [shifts, 2] the step at which each leaves its floor and at which it reaches its plateau; NaN: unknown.
-      kinds: kind of each metric: in looking for the busiest gap a kind counts once, however many splits it has.
+      courses: [shifts, 2] the steps at which each leaves its floor and reaches its plateau; NaN if unknown.
+      kinds: kind of each metric; a kind counts once per gap, however many splits it has.
       opens: whether each metric can open a window; one that cannot may still join one.
       steps: [C] training steps.
       num_tests: number of (gap, metric) pairs scored.
@@ -168,7 +169,7 @@ def find_windows(
 
 
 def _support(shifts: Sequence[Shift], kinds: Sequence[str]) -> dict[int, float]:
-    """Returns, for each gap, the sum over kinds of the kind's largest relative shift there."""
+    """Sums, for each gap, the largest relative shift of each kind of metric there."""
     largest: dict[tuple[int, str], float] = {}
     for shift in shifts:
         key = (shift.gap, kinds[shift.metric])
@@ -180,7 +181,7 @@ def _support(shifts: Sequence[Shift], kinds: Sequence[str]) -> dict[int, float]:
 
 
 def _busiest_gap(shifts: Sequence[Shift], kinds: Sequence[str]) -> int:
-    """Returns the gap with the largest support; ties by gap."""
+    """Finds the gap with the largest support; the first of equal ones."""
     support = _support(shifts, kinds)
     return min(support, key=lambda gap: (-support[gap], gap))
 
@@ -194,9 +195,9 @@ def _are_one(
 
 
 def _apart(windows: Sequence[Window], kinds: Sequence[str]) -> list[Window]:
-    """Returns windows in order, the lighter of two that overlap cut where the other begins or ends.
+    """Cuts the lighter of two overlapping windows at the beginning or end of the other.
 
-    One checkpoint to each side of its centre it keeps in any case.
+    It always keeps one checkpoint on each side of its centre.
     """
     apart = list(windows)
     for i in range(len(apart) - 1):
@@ -225,9 +226,9 @@ def _with(window: Window, more: Sequence[Shift]) -> Window:
 def _extent(
     gap: int, shifts: Sequence[Shift], course_of: Mapping[Shift, np.ndarray], steps: np.ndarray
 ) -> tuple[int, int]:
-    """Returns the first and last checkpoint of the stretch over which the fastest metric moved.
+    """Finds the first and last checkpoint of the stretch over which the fastest metric moved.
 
-    Fastest is the largest relative shift, of those that hold at the gap itself.
+    The fastest metric has the largest relative shift of those that hold at the gap itself.
     """
     at_gap = [shift for shift in shifts if shift.first <= gap <= shift.last] or list(shifts)
     fastest = max(at_gap, key=lambda shift: (shift.relative, shift.score))

@@ -1,6 +1,6 @@
-"""When metrics moved: births by threshold, half-rises, and the course of a movement inside a window.
+"""Dates movements of metrics: births by threshold, half-rises, and the course of a movement inside a window.
 
-Source: docs/definitions.md, sections 7 and 8. Axis letters as in `kvjax.windows.shift_scores`.
+Source: docs/birth_windows.md. Axis letters as in `kvjax.windows.shift_scores`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ COURSE_SHARES = (0.1, 0.5, 0.9)  # onset, midpoint, completion
 
 @dataclasses.dataclass(frozen=True)
 class Birth:
-    """The first checkpoint at which a metric is at its threshold to stay.
+    """The first checkpoint at which a metric reaches its threshold and stays there.
 
     Attributes:
-      index: of the checkpoint; None while there is none.
-      first_reached: the first checkpoint at or above the threshold, whatever follows; None where there is none.
+      index: of the checkpoint; None if there is none so far.
+      first_reached: the first checkpoint at or above the threshold, whatever follows; None if there is none.
       open_ended: the metric is at its threshold at the end, but for too few checkpoints to call it a birth.
     """
 
@@ -31,7 +31,7 @@ class Birth:
 
 
 def birth(values_C: np.ndarray, threshold: float, *, persistence: int) -> Birth:
-    """Returns the birth of a metric: at or above the threshold, and so at `persistence` further checkpoints.
+    """Finds the birth of a metric: it reaches the threshold, and stays there for `persistence` further checkpoints.
 
     Args:
       values_C: its trajectory; NaN is below any threshold.
@@ -49,7 +49,7 @@ def birth(values_C: np.ndarray, threshold: float, *, persistence: int) -> Birth:
 
 
 def birth_indices(values_XxC: np.ndarray, threshold: float, *, persistence: int) -> np.ndarray:
-    """Returns the checkpoint index of each trajectory's birth, int [X]; C where there is none."""
+    """Finds the checkpoint index of each trajectory's birth, int [X]; C if there is none."""
     n = values_XxC.shape[1]
     at = values_XxC >= threshold
     stays = np.zeros_like(at)
@@ -59,13 +59,13 @@ def birth_indices(values_XxC: np.ndarray, threshold: float, *, persistence: int)
 
 
 def half_rise_indices(values_XxC: np.ndarray, *, side: int, floor: float) -> np.ndarray:
-    """Returns where each trajectory first reaches halfway from its level before to its plateau, int [X].
+    """Finds where each trajectory first reaches halfway from its level before to its plateau, int [X].
 
-    Level and plateau are the averages of the first and last `side` checkpoints of the run. Like a birth, it needs no
-    later checkpoint: it is what a threshold would be that fits this run.
+    Level and plateau are the averages of the first and last `side` checkpoints of the run. The halfway value acts as a
+    threshold fitted to this run. Unlike a birth, a half-rise does not need further checkpoints at that level.
 
     Returns:
-      Checkpoint indices; C where the rise from level to plateau is below `floor`, so that there is none to halve.
+      Checkpoint indices; C if the rise from level to plateau is below `floor`, too small to halve.
     """
     before, after = values_XxC[:, :side].mean(axis=1), values_XxC[:, -side:].mean(axis=1)
     reached = values_XxC >= ((before + after) / 2)[:, None]
@@ -74,7 +74,7 @@ def half_rise_indices(values_XxC: np.ndarray, *, side: int, floor: float) -> np.
 
 
 def isotonic_fit(values_C: jax.Array, weights_C: jax.Array) -> jax.Array:
-    """Returns the weighted least-squares fit that never falls, [C]; weights may be 0.
+    """Fits the weighted least-squares curve that never falls, [C]; weights may be 0.
 
     The fit at i is the largest, over starts a <= i, of the smallest, over ends b >= i, average of values a to b.
     Source: Barlow et al., Statistical Inference under Order Restrictions (1972), the max-min formula.
@@ -85,7 +85,7 @@ def isotonic_fit(values_C: jax.Array, weights_C: jax.Array) -> jax.Array:
     sums = weighted[None, 1:] - weighted[:-1, None]
     weights = total[None, 1:] - total[:-1, None]
     ordered = jnp.arange(n)[None, :] >= jnp.arange(n)[:, None]
-    # A stretch without weight says nothing: it must neither lower a minimum nor raise a maximum.
+    # A stretch without weight must neither lower a minimum nor raise a maximum.
     said = ordered & (weights > 1e-6)
     averages = jnp.where(said, sums / jnp.where(said, weights, 1.0), jnp.inf)
     smallest = jax.lax.cummin(averages, axis=1, reverse=True)
@@ -94,16 +94,16 @@ def isotonic_fit(values_C: jax.Array, weights_C: jax.Array) -> jax.Array:
 
 
 def crossing_steps(fit_C: jax.Array, steps_C: jax.Array, inside_C: jax.Array, levels_X: jax.Array) -> jax.Array:
-    """Returns the step at which a rising curve first reaches each level, interpolated between checkpoints, [X].
+    """Interpolates the step at which a rising curve first reaches each level, [X].
 
     Args:
       fit_C: the curve.
       steps_C: steps of its points.
       inside_C: bool, the points that count, next to each other.
-      levels_X: the levels. One that the first point has reached already gives its step.
+      levels_X: the levels. A level that the first point has reached already gives that point's step.
 
     Returns:
-      Steps; NaN where the level is not reached.
+      Steps; NaN if the level is not reached.
     """
     n = fit_C.shape[0]
     reached = inside_C[:, None] & (fit_C[:, None] >= levels_X[None])
@@ -128,11 +128,11 @@ def movement_steps(
     *,
     side: int,
 ) -> jax.Array:
-    """Returns onset, midpoint and completion of metrics' movements, for a trajectory and all its resamples alike.
+    """Dates onset, midpoint and completion of metrics' movements, for a trajectory and all its resamples alike.
 
-    Between the average of the `side` checkpoints up to the movement's first gap, its floor, and the average of as many
-    from its last gap on, its plateau, an isotonic fit to them and what lies between is followed; onset, midpoint and
-    completion are where it has covered 10, 50 and 90 % of the way.
+    The floor is the average of the `side` checkpoints up to the movement's first gap, the plateau that of as many after
+    its last gap. An isotonic fit runs over these checkpoints and all between them. Onset, midpoint and completion are
+    the steps at which the fit has covered 10, 50 and 90 % of the way from floor to plateau.
 
     Args:
       values_XxMxC: X versions (say, resamples) of M trajectories. NaN is left out of the fit.
@@ -144,13 +144,13 @@ def movement_steps(
       side: checkpoints averaged for floor and plateau.
 
     Returns:
-      Steps [X, M, 3]; NaN where the course cannot be followed.
+      Steps [X, M, 3]; NaN if the plateau is not beyond the floor, or a level is not reached.
     """
     n = values_XxMxC.shape[-1]
     index = jnp.arange(n)
 
     def one(values_C: jax.Array, sign: jax.Array, first: jax.Array, last: jax.Array, segment: jax.Array) -> jax.Array:
-        # Never further than floor and plateau: what comes later may undo the movement.
+        # Never further than floor and plateau: later checkpoints may undo the movement.
         start = jnp.maximum(jnp.minimum(segment[0], first), first - side + 1)
         end = jnp.minimum(jnp.maximum(segment[1], last + 1), last + side)
         inside = (index >= start) & (index <= end)
@@ -172,10 +172,10 @@ def movement_steps(
 
 
 def probability_of_preceding(first_J: np.ndarray, second_J: np.ndarray, steps_C: np.ndarray) -> float | None:
-    """Returns the share of joint resamples in which one midpoint comes before another.
+    """Computes the share of joint resamples in which one midpoint comes before another.
 
-    Midpoints between the same two checkpoints count half each way: what happened there was not observed, and
-    interpolation does not make it so.
+    Midpoints between the same two checkpoints count half each way: their order was not observed, and interpolation
+    does not change that.
 
     Args:
       first_J: midpoints of the one metric, in steps.
@@ -183,7 +183,7 @@ def probability_of_preceding(first_J: np.ndarray, second_J: np.ndarray, steps_C:
       steps_C: training steps of the checkpoints.
 
     Returns:
-      The probability; None where no resample has both.
+      The probability; None if no resample has both.
     """
     both = np.isfinite(first_J) & np.isfinite(second_J)
     if not both.any():

@@ -43,9 +43,9 @@ class _Swept:
 
 
 def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsReport]:
-    """Finds the birth windows of runs, writes each run's file and returns what was found.
+    """Finds the birth windows of runs and writes each run's file.
 
-    Works on whatever has been measured, also while a run still trains; run it again for more.
+    It works on whatever has been measured, even while a run still trains.
 
     Raises:
       InputError: a run has no sweep, or a sweep that cannot be read.

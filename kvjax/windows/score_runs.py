@@ -1,4 +1,4 @@
-"""The search for windows in trajectories: scores of all runs at once, then windows run by run."""
+"""Searches trajectories for windows: scores all runs at once, then finds windows run by run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvjax.windows.trajectories import Metric, Trajectories, pooling_matrix
 
 Verdict = Literal["windows", "no transition", "undecidable"]
 
-# Runs are padded to a multiple of this many checkpoints: a run that grows is compiled for now and then, not each time.
+# Runs are padded to a multiple of this many checkpoints, so that a growing run does not compile a program each time.
 _CHECKPOINT_MULTIPLE = 8
 # Resampled values scored in one call; float32, and a few copies of them live at once.
 _VALUES_PER_CALL = 32_000_000
@@ -34,7 +34,7 @@ class RunFinding:
       verdict: what it comes to.
       windows: in order; none unless the verdict is `windows`.
       num_tests: number of (gap, metric) pairs scored.
-      largest: the shift with the largest score among those that hold, strong enough or not; None where none holds.
+      largest: the shift with the largest score among those that hold, strong enough or not; None if none holds.
       joining: shifts above the threshold of kinds that open no window.
     """
 
@@ -47,7 +47,7 @@ class RunFinding:
 
 
 def find_in_runs(runs: Sequence[Trajectories], config: WindowConfig) -> list[RunFinding]:
-    """Returns what each run holds; runs with the same metrics are scored together."""
+    """Finds shifts and windows in each run; runs with the same metrics are scored together."""
     scored: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     alike: dict[tuple[Metric, ...], list[int]] = {}
     for index, run in enumerate(runs):
@@ -64,7 +64,7 @@ def find_in_runs(runs: Sequence[Trajectories], config: WindowConfig) -> list[Run
 
 
 def metric_traits(metrics: tuple[Metric, ...], config: WindowConfig) -> MetricTraits:
-    """Returns what the config says of each metric."""
+    """Collects what the config says of each metric."""
     triggers = [getattr(config.triggers, metric.kind) for metric in metrics]
     return MetricTraits(
         floor=jnp.asarray([trigger.shift_floor for trigger in triggers], jnp.float32),
@@ -75,7 +75,7 @@ def metric_traits(metrics: tuple[Metric, ...], config: WindowConfig) -> MetricTr
 
 
 def shift_settings(config: WindowConfig) -> ShiftSettings:
-    """Returns the static settings of the scores."""
+    """Takes the static settings of the scores from a config."""
     return ShiftSettings(
         side=config.side_checkpoints,
         min_side=config.min_side_checkpoints,
@@ -88,7 +88,7 @@ def shift_settings(config: WindowConfig) -> ShiftSettings:
 
 
 def detection_settings(config: WindowConfig) -> DetectionSettings:
-    """Returns the settings of the search."""
+    """Takes the settings of the search from a config."""
     return DetectionSettings(
         threshold=config.threshold,
         threshold_alone=config.threshold_alone,
@@ -101,13 +101,13 @@ def detection_settings(config: WindowConfig) -> DetectionSettings:
 def course_steps(
     values_XxCxM: np.ndarray, steps_C: np.ndarray, shifts: Sequence[Shift], others: Sequence[Shift], *, side: int
 ) -> np.ndarray:
-    """Returns onset, midpoint and completion of each shift in each of X versions of the trajectories, [X, shifts, 3].
+    """Dates onset, midpoint and completion of each shift in X versions of the trajectories, [X, shifts, 3].
 
     Args:
       values_XxCxM: the trajectories, or their resamples.
       steps_C: training steps.
-      shifts: whose course is asked for.
-      others: all shifts of the run: those of the same metric bound the stretch that belongs to a shift.
+      shifts: the shifts to date.
+      others: all shifts of the run; those of the same metric bound the stretch that belongs to a shift.
       side: checkpoints averaged for floor and plateau.
     """
     n = len(steps_C)
@@ -141,7 +141,7 @@ def course_steps(
 def _score(
     runs: Sequence[Trajectories], padded: int, config: WindowConfig
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Returns sizes, scores and whether they hold, [G, M] each, of runs with the same metrics."""
+    """Scores runs with the same metrics: sizes, scores and whether they hold, [G, M] each."""
 
     def stacked(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
         widths = [[(0, 0)] * array.ndim for array in arrays]
@@ -205,7 +205,7 @@ def _range(values_CxM: np.ndarray) -> np.ndarray:
 
 
 def _segment(shift: Shift, others: Sequence[Shift], n: int) -> tuple[int, int]:
-    """Returns the first and last checkpoint between the same metric's earlier and later shift."""
+    """Finds the first and last checkpoint between the same metric's earlier and later shift."""
     same = [other for other in others if other.metric == shift.metric]
     earlier = [other.last + 1 for other in same if other.last < shift.first]
     later = [other.first for other in same if other.first > shift.last]

@@ -1,9 +1,9 @@
-"""Scores of level shifts: how much a metric changed at each gap between checkpoints, against its noise.
+"""Scores level shifts: how much a metric changed at each gap between checkpoints, against its noise.
 
-Pure jitted functions of arrays [run, checkpoint, metric]; a gap g lies between checkpoints g and g + 1. Axis letters
+Pure jitted functions of arrays [run, checkpoint, metric]. Gap g lies between checkpoints g and g + 1. Axis letters
 beside those of `kvjax.model.sites`: M metrics (one trajectory each: a measure on a split, of a component), G gaps, J
-bootstrap resamples. Checkpoints may be spaced unevenly: drift and second differences are taken in steps. A value that
-does not exist is NaN, and so is every checkpoint that pads a shorter run.
+bootstrap resamples. Checkpoints may be spaced unevenly: drift and second differences are taken in steps. A missing
+value is NaN, and so is every checkpoint that pads a shorter run.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _MEDIAN_SD = 1.2533  # of a median, in standard deviations of a mean
 
 @dataclasses.dataclass(frozen=True)
 class ShiftSettings:
-    """What is static in the scores (docs/birth_windows.md explains each; values come from the window config).
+    """The static settings of the scores (docs/birth_windows.md explains each; values come from the window config).
 
     Attributes:
       side: checkpoints averaged on each side of a gap; fewer at the run's edges.
       min_side: fewest checkpoints on a side for a gap to be scored.
       jump_share: share of a shift that must happen between the gap's own two checkpoints.
       wobble_lags: distances, in checkpoints, over which second differences are taken.
-      wobble_radius: gaps further away than this tell nothing about a gap's wobble.
+      wobble_radius: checkpoints further away from a gap than this do not count for its wobble.
       prior_weight: weight of the expected wobble, in observations.
       threshold: score at which a shift is taken out of its metric's wobble.
     """
@@ -52,7 +52,7 @@ class MetricTraits:
     Attributes:
       floor: [M] smallest shift that means anything, in the metric's unit.
       wobble: [M] standard deviation from checkpoint to checkpoint to expect.
-      direction: [M] +1 where only a rise counts, -1 where only a fall does, 0 for either.
+      direction: [M] +1 if only a rise counts, -1 if only a fall does, 0 for either.
       pooling: [M, M] rows that average over the metrics sharing a wobble (one measure on all splits).
     """
 
@@ -64,7 +64,7 @@ class MetricTraits:
 
 @chex.dataclass(frozen=True)
 class ShiftScores:
-    """Level shifts of metrics at gaps; NaN where a gap cannot be scored.
+    """Level shifts of metrics at gaps; NaN if a gap cannot be scored.
 
     Attributes:
       size: [..., G, M] average after minus average before, less the metric's own steady drift.
@@ -86,7 +86,7 @@ def shift_scores(
     *,
     settings: ShiftSettings,
 ) -> ShiftScores:
-    """Returns the score of every candidate shift of runs, from trajectories and their paired resamples.
+    """Scores every candidate shift of runs, from trajectories and their paired resamples.
 
     Args:
       values_RxCxM: trajectories; runs with fewer checkpoints are padded with NaN at the end.
@@ -104,10 +104,10 @@ def shift_scores(
 
 
 def level_shifts(values_CxM: jax.Array, *, side: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns, at every gap, the average of up to `side` checkpoints after minus that of as many before.
+    """Subtracts, at every gap, the average of up to `side` checkpoints before from that of as many after.
 
     Returns:
-      The shifts [G, M], NaN where a side holds no value, and how many values stand before and after, [G, M] each.
+      The shifts [G, M], NaN if a side holds no value, and how many values stand before and after, [G, M] each.
     """
     before, after = _sides(values_CxM.shape[0], side)
     there = jnp.isfinite(values_CxM).astype(values_CxM.dtype)
@@ -123,17 +123,17 @@ def level_shifts(values_CxM: jax.Array, *, side: int) -> tuple[jax.Array, jax.Ar
 
 
 def steady_drift(values_CxM: jax.Array, steps_C: jax.Array) -> jax.Array:
-    """Returns each metric's steady drift per step, [M]: the median slope, as far as it is surely not zero.
+    """Estimates each metric's steady drift per step, [M]: the median slope, shrunk towards 0 by two standard errors.
 
-    The median slope of a run that stands still, jumps and stands still is about 0; that of a ramp is the ramp's. Two
-    standard errors are taken off, so that noise alone makes no drift.
+    The median slope of a run that stands still, jumps and stands still is about 0; that of a ramp is the ramp's slope.
+    The shrinkage keeps noise alone from making a drift.
     """
     slopes = jnp.diff(values_CxM, axis=0) / jnp.diff(steps_C)[:, None]
     count = jnp.isfinite(slopes).sum(axis=0)
     middle = _median(slopes, axis=0)
     spread = _MAD_TO_SD * _median(jnp.abs(slopes - middle[None]), axis=0)
     error = _MEDIAN_SD * spread / jnp.sqrt(jnp.maximum(count, 1))
-    # Of fewer than five slopes the median may lie inside a transition.
+    # The median of fewer than five slopes may lie inside a transition.
     surely = jnp.sign(middle) * jnp.maximum(jnp.abs(middle) - 2 * error, 0.0)
     return jnp.where(count >= 5, surely, 0.0)
 
@@ -146,13 +146,14 @@ def wobble_variance(
     *,
     settings: ShiftSettings,
 ) -> jax.Array:
-    """Returns the variance of each metric from checkpoint to checkpoint as seen from each gap, [G, M].
+    """Estimates the variance of each metric from checkpoint to checkpoint as seen from each gap, [G, M].
 
-    A checkpoint's deviation from the line between its neighbours (at a lag of some checkpoints, in steps), scaled to
-    unit variance for white noise; of these, near the gap but neither across it nor across a known shift
-    (`shifted_GxM`), the squared median absolute value. The expected wobble counts as `prior_weight` more observations,
-    so that few checkpoints cannot claim to be noiseless.
-    The largest over lags and over own and pooled estimate is taken: what wobbles slowly shows at long lags only.
+    1. Take each checkpoint's deviation from the line between its neighbours at a lag, scaled to unit variance for white
+       noise.
+    2. Keep the deviations near the gap, but neither across it nor across a known shift (`shifted_GxM`).
+    3. Square their median absolute value. The expected wobble counts as `prior_weight` more observations, so that few
+       checkpoints cannot appear noiseless.
+    4. Take the largest over lags and over own and pooled estimate: slow wobble shows at long lags only.
     """
     n = values_CxM.shape[0]
     gaps = jnp.arange(n - 1)
@@ -215,8 +216,8 @@ def _score_run(
         # Second differences hold the sampling noise of single checkpoints as well: the two overlap and are not added.
         return jnp.where(scored, jnp.abs(size) / jnp.sqrt(jnp.maximum(bootstrap, wobble)), jnp.nan)
 
-    # One shift must not count as wobble where another is looked for. Shifts are found for that at the shortest lag,
-    # which they disturb least, and again without the first ones.
+    # One shift must not count as wobble when another is scored. Shifts are therefore found at the shortest lag, which
+    # they disturb least, and found again without the first ones.
     shifted = jnp.zeros_like(holds)
     for _ in range(2):
         shifted = holds & (score(shifted, settings.wobble_lags[:1]) >= settings.threshold)
@@ -225,9 +226,9 @@ def _score_run(
 
 
 def _separates(level_CxM: jax.Array, size_GxM: jax.Array, settings: ShiftSettings) -> jax.Array:
-    """Returns where every value before lies on one side of the middle and every value after on the other, [G, M].
+    """Checks whether all values before lie on one side of the middle and all values after on the other, [G, M].
 
-    A spike fails it on either flank. So does a gap beside the shift's own, whose near average is a mixture.
+    A spike fails on either flank. So does a gap beside the shift's own, whose near average is a mixture.
     """
     n = level_CxM.shape[0]
     gaps = jnp.arange(n - 1)
@@ -250,7 +251,7 @@ def _separates(level_CxM: jax.Array, size_GxM: jax.Array, settings: ShiftSetting
 
 
 def _median(values: jax.Array, *, axis: int) -> jax.Array:
-    """Returns the median of the finite values along an axis; NaN where there is none.
+    """Computes the median of the finite values along an axis; NaN if there is none.
 
     One sort and two look-ups: `jnp.nanmedian` compiles several times longer.
     """
@@ -262,7 +263,7 @@ def _median(values: jax.Array, *, axis: int) -> jax.Array:
 
 
 def _sides(n: int, side: int) -> tuple[jax.Array, jax.Array]:
-    """Returns which checkpoints stand before and after each gap, as 0 and 1, [G, C] each."""
+    """Marks the checkpoints before and after each gap with 1, the others with 0, [G, C] each."""
     distance = jnp.arange(n)[None] - jnp.arange(n - 1)[:, None]  # 0: the checkpoint just before the gap
     before = (distance <= 0) & (distance > -side)
     after = (distance >= 1) & (distance <= side)

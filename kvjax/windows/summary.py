@@ -1,4 +1,4 @@
-"""What `birth_windows.json` says of a run: births, and per window its triggers, order of metrics and components."""
+"""Builds the entries of `birth_windows.json`: births, and per window its triggers, order of metrics and components."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BIRTH_METRICS = ("answer_accuracy", "heldout_answer_accuracy", "q", "r", "w", "
 
 
 def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: bool) -> str:
-    """Returns why the verdict is what it is, in one sentence."""
+    """States the reason for the verdict in one sentence."""
     count = len(finding.trajectories.steps)
     so_far = "" if complete else " so far"
     if finding.verdict == "windows":
@@ -53,11 +53,11 @@ def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: boo
 def births(
     run: Trajectories, *, thresholds: Mapping[str, float], config: WindowConfig, complete: bool
 ) -> dict[str, dict[str, Any]]:
-    """Returns the births of a run's behavioural metrics, ready for `BirthEntry`.
+    """Lists the births of a run's behavioural metrics, ready for `BirthEntry`.
 
     Args:
       run: its trajectories.
-      thresholds: metric -> the value at which it counts as born; others have a half-rise only.
+      thresholds: metric -> the value at which it counts as born; metrics without one have a half-rise only.
       config: persistence, sides and floors.
       complete: whether the run is finished. Half-rises need its plateau, and are None otherwise.
     """
@@ -84,7 +84,7 @@ def births(
 
 
 def window_entries(finding: RunFinding, components: ComponentDrops, config: WindowConfig) -> list[dict[str, Any]]:
-    """Returns the windows of a run, ready for `WindowEntry`."""
+    """Describes the windows of a run, ready for `WindowEntry`."""
     run = finding.trajectories
     every = [shift for window in finding.windows for shift in window.shifts]
     entries = []
@@ -130,7 +130,7 @@ def _birth_entry(
 
 
 def _step_interval(indices_J: np.ndarray, steps: np.ndarray) -> tuple[int | None, int | None]:
-    """Returns the percentile interval of checkpoint indices, as steps; None for an end beyond the run."""
+    """Computes the percentile interval of checkpoint indices, as steps; None for an end beyond the run."""
     ordered = np.sort(indices_J)
     tail = (1 - LEVEL) / 2
     ends = [ordered[int(np.floor(tail * (len(ordered) - 1)))], ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))]]
@@ -153,7 +153,7 @@ def _trigger(run: Trajectories, shift: Shift) -> dict[str, Any]:
 def _order(
     run: Trajectories, window: Window, every: Sequence[Shift], config: WindowConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns when each measure moved, earliest first, and which preceded which."""
+    """Orders measures by when they moved, earliest first, and finds which preceded which."""
     shifts = _one_per_measure(run.metrics, window.shifts)
     side = config.side_checkpoints
     point = course_steps(run.values_CxM[None], run.steps, shifts, every, side=side)[0]
@@ -189,7 +189,7 @@ def _order(
 
 
 def _one_per_measure(metrics: Sequence[Metric], shifts: Sequence[Shift]) -> list[Shift]:
-    """Returns one shift for every measure that moved: on the preferred split if it moved there, else the strongest.
+    """Picks one shift for every measure that moved: on the preferred split if it moved there, else the strongest.
 
     Shifts of one metric that a window holds in the same direction are one movement.
     """
@@ -214,10 +214,10 @@ def _between(midpoint: float | None, steps: np.ndarray) -> tuple[int, int] | Non
 def _components(
     steps: np.ndarray, window: Window, components: ComponentDrops, config: WindowConfig
 ) -> list[dict[str, Any]]:
-    """Returns every head and MLP by what its ablation costs before, inside and after a window, inside first.
+    """Ranks every head and MLP by the accuracy its ablation costs before, inside and after a window, inside first.
 
-    Before are the last checkpoints up to the window's first, after the first ones from its last on; inside is what
-    lies between these two.
+    "Before" averages the last checkpoints up to the window's first, "after" the first ones from its last on, "inside"
+    those between.
     """
     names, drops, deviations = components
     side = config.side_checkpoints
@@ -252,11 +252,14 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _first_above_null(drops_CxX: np.ndarray, deviations_CxX: np.ndarray) -> np.ndarray:
-    """Returns the first checkpoint at which each component's ablation surely costs something, and goes on to; C: none.
+    """Finds the first checkpoint where ablating each component costs accuracy significantly, there and at the next.
 
-    The null is that it costs nothing. It is rejected where the drop exceeds its bootstrap standard deviation times
-    the normal quantile at 5 % over all components and checkpoints together (Bonferroni), there and at the next
-    checkpoint, where there is one.
+    The null hypothesis is that ablating costs nothing. It is rejected if the drop exceeds its bootstrap standard
+    deviation times the normal quantile at 5 % over all components and checkpoints together (Bonferroni). The next
+    checkpoint must reject it too, if there is one.
+
+    Returns:
+      Checkpoint indices [X]; C if there is none.
     """
     n = len(drops_CxX)
     quantile = -ndtri((1 - LEVEL) / drops_CxX.size)
