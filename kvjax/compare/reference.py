@@ -1,4 +1,4 @@
-"""Choosing the reference among trained runs, with the reasons written out."""
+"""Chooses the reference among trained runs and gives the reasons."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Candidate:
     parameter_count: int
 
     def sort_key(self) -> tuple[float, ...]:
-        """Returns the key by which the best candidate comes first."""
+        """Builds the key that sorts the best candidate first."""
         return (*(-self.accuracies[split] for split in RANKED_SPLITS), self.parameter_count)
 
 
 def select_reference(candidates: Sequence[Candidate], *, min_validation_answer_accuracy: float) -> dict[str, Any]:
-    """Returns the ranking of candidates and the one selected, as a document with reasons.
+    """Ranks candidates and selects the best, as a document with reasons.
 
     Args:
-      candidates: the runs; equal ones keep this order.
+      candidates: the runs; equal ones stay in this order.
       min_validation_answer_accuracy: candidates below it are listed, but not eligible.
 
     Returns:
@@ -68,7 +68,7 @@ def select_reference(candidates: Sequence[Candidate], *, min_validation_answer_a
 
 
 def _difference(ahead: Candidate, behind: Candidate) -> str:
-    """Returns the first criterion in which two candidates differ, in words."""
+    """Describes the first criterion in which two candidates differ."""
     for split in RANKED_SPLITS:
         if ahead.accuracies[split] != behind.accuracies[split]:
             return f"{split} answer accuracy {ahead.accuracies[split]:.4f} against {behind.accuracies[split]:.4f}"

@@ -1,4 +1,4 @@
-"""What every config section shares."""
+"""Defines the base class of config sections."""
 
 from __future__ import annotations
 

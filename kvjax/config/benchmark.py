@@ -1,4 +1,4 @@
-"""Benchmark configs: which streams each split holds."""
+"""Defines benchmark configs: which streams each split holds."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ class BenchmarkConfig(Section):
     counterfactual: CounterfactualConfig
 
     def split(self, name: str) -> SplitConfig:
-        """Returns the settings of one of `GENERATED_SPLITS`."""
+        """Looks up the settings of one of `GENERATED_SPLITS`."""
         return getattr(self, name)

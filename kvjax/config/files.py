@@ -1,4 +1,4 @@
-"""Finding and reading config files; configs that people write are checked strictly."""
+"""Finds and reads config files; configs that people write are checked strictly."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 
 def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> Config:
-    """Returns the config in a JSON file, validated.
+    """Reads the config in a JSON file and validates it.
 
     Args:
       path: the file.
-      schema: what it must fit.
-      recorded: the file is a run's record of itself, perhaps another trainer's: fields unknown here are left alone.
+      schema: the config's type.
+      recorded: the file is a run's record of itself, perhaps by another trainer; unknown fields are ignored.
 
     Raises:
       InputError: the file is missing, is not JSON, or does not fit the schema.
@@ -38,7 +38,7 @@ def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> 
 
 
 def find_config(name: str, kind: str) -> Path:
-    """Returns the path of a config given on the command line.
+    """Finds the file of a config given on the command line.
 
     A path that exists wins; otherwise the configs shipped inside the package are searched by name.
 

@@ -1,6 +1,6 @@
-"""The part of a training run's own `run_config.json` that an analysis reads.
+"""Defines the part of a training run's `run_config.json` that an analysis reads.
 
-It may come from another trainer, so fields this project does not know are left alone there.
+The file may come from another trainer, so fields unknown here are ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ModelConfig(Section):
 
 
 class BirthThresholds(Section):
-    """A metric is born where its `validation_iid` value reaches its threshold."""
+    """A metric is born at the checkpoint where its `validation_iid` value reaches its threshold."""
 
     answer_accuracy: float
     q: float
@@ -37,7 +37,7 @@ class BirthThresholds(Section):
 
 
 class Stabilization(Section):
-    """From which checkpoint on a run's measures count as stable (docs/definitions.md, section 7)."""
+    """From which checkpoint on a run's measures count as stable (docs/definitions.md, "Dynamics")."""
 
     residual_drift: float = pydantic.Field(
         default=0.05,
@@ -53,7 +53,7 @@ class Stabilization(Section):
 
 
 class EvaluationConfig(Section):
-    """What a run evaluated while it trained."""
+    """The evaluations a run makes while it trains, and its thresholds of birth and stability."""
 
     batch_size: int = pydantic.Field(ge=1)
     max_eval_batches: int | None = pydantic.Field(default=None, ge=1)

@@ -1,4 +1,4 @@
-"""Training configs: model, optimiser, schedule, evaluation and checkpoints."""
+"""Defines training configs: model, optimiser, schedule, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ScheduleConfig(Section):
 
 
 class OptimizationConfig(Section):
-    """AdamW as PyTorch defines it, with clipping by global norm (none where `grad_clip_norm` is null)."""
+    """AdamW as PyTorch defines it, with clipping by global norm (none if `grad_clip_norm` is null)."""
 
     learning_rate: float = pydantic.Field(gt=0.0)
     weight_decay: float = pydantic.Field(ge=0.0)
@@ -56,8 +56,8 @@ class OptimizationConfig(Section):
 
 
 class TrainingEvaluationConfig(EvaluationConfig):
-    """What is evaluated while training. The `max_analysis_batches` and `analysis_splits` of older configs are accepted;
-    analyses are the sweep's."""
+    """The evaluations while training. Older configs may hold `max_analysis_batches` and `analysis_splits`, which are
+    ignored: the sweep analyses."""
 
     max_analysis_batches: int | None = None
     analysis_splits: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class TrainingEvaluationConfig(EvaluationConfig):
 
 
 class CheckpointingConfig(Section):
-    """Which checkpoints are kept, and what makes one the best."""
+    """Which checkpoints are saved, and by which metric one is the best."""
 
     save_step_checkpoints: bool = True
     save_best_checkpoint: bool = True
@@ -80,7 +80,7 @@ class CheckpointingConfig(Section):
 
 
 class TrainConfig(RunConfig):
-    """A training run. `device` and `num_workers` are accepted from older configs; JAX picks the device."""
+    """A training run. Older configs may hold `device` and `num_workers`, which are ignored: JAX picks the device."""
 
     seed: int = pydantic.Field(ge=0, lt=2**32)  # JAX keys hold no more
     device: str = "auto"

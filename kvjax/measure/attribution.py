@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each component writes towards the answer (docs/definitions.md, section 6)."""
+"""Attributes logits directly: what each component writes towards the answer (docs/definitions.md, "Heads and MLPs")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYER_TERMS = ("head", "attn_bias", "mlp")
 def direct_logit_attribution(
     params: Params, trace_at_reads: Trace, answers_BxQ: jax.Array, value_ids: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns what each component adds to logit(answer) - mean logit over value tokens, through the clean LayerNorm.
+    """Splits logit(answer) - mean logit over value tokens into each component's part, through the clean LayerNorm.
 
     The component's output at p_e, centred over its D entries, is divided by the clean final LayerNorm's scale there,
     multiplied by its gain, and dotted with (unembedding of the answer - mean unembedding of the value tokens). The
@@ -30,7 +30,7 @@ def direct_logit_attribution(
 
     Returns:
       `embedding`, `final_norm_bias` [B, Q]; `attn_bias`, `mlp` [L, B, Q]; `head` [L, B, Q, H]; in logits.
-      Source: Elhage et al., A mathematical framework for transformer circuits (2021); definitions, section 6.
+      Source: Elhage et al., A mathematical framework for transformer circuits (2021).
     """
     target_BxQxD = _target(params, answers_BxQ, value_ids)
     direction_BxQxD = answer_direction(params, trace_at_reads["post_mlp"][-1], answers_BxQ, value_ids)
@@ -54,7 +54,7 @@ def direct_logit_attribution(
 
 
 def answer_direction(params: Params, final_BxQxD: jax.Array, answers_BxQ: jax.Array, value_ids: jax.Array) -> jax.Array:
-    """Returns the direction along which an output at p_e adds to logit(answer) - mean logit over values, [B, Q, D].
+    """Finds the direction along which an output at p_e adds to logit(answer) - mean logit over values, [B, Q, D].
 
     Args:
       params: of the checkpoint.
@@ -64,7 +64,7 @@ def answer_direction(params: Params, final_BxQxD: jax.Array, answers_BxQ: jax.Ar
     """
     towards = _target(params, answers_BxQ, value_ids) * params["final_norm"]["scale"][None, None]
     scale = jax.lax.rsqrt(jnp.var(final_BxQxD, axis=-1, keepdims=True) + LAYER_NORM_EPS)
-    # Centring is symmetric, so that it can be applied to the direction instead of to every output.
+    # Centring is symmetric, so it is applied once to the direction instead of to every output.
     return (towards - jnp.mean(towards, axis=-1, keepdims=True)) * scale
 
 

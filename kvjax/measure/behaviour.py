@@ -1,4 +1,4 @@
-"""Behaviour: what the logits say about the answers and about every other token (docs/definitions.md, section 4)."""
+"""Measures behaviour: how the logits rank the answers and all other tokens (docs/definitions.md, "Behaviour")."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SELECTIVITY_FLOOR = 1e-6
 
 
 def wins_among(logits: jax.Array, targets: jax.Array, ids: jax.Array | None = None) -> jax.Array:
-    """Returns whether the argmax over some tokens is the target, bool [...].
+    """Checks whether the argmax over some tokens is the target, bool [...].
 
-    Written with maxima, which are several times faster on a CPU than an argmax; ties go to the lower id, as there.
+    Maxima are several times faster on a CPU than an argmax. Ties go to the lower id, as with an argmax.
 
     Args:
       logits: [..., V].
       targets: [...] token ids, among `ids`.
-      ids: token ids that compete; the whole vocabulary where None.
+      ids: token ids that compete; the whole vocabulary if None.
     """
     vocabulary = _expand(jnp.arange(logits.shape[-1]), targets)
     competing = True if ids is None else _expand(_is_member(logits.shape[-1], ids), targets)
@@ -37,7 +37,7 @@ def wins_among(logits: jax.Array, targets: jax.Array, ids: jax.Array | None = No
 
 
 def answer_margin(logits: jax.Array, answers: jax.Array, value_ids: jax.Array) -> jax.Array:
-    """Returns logit(answer) - max logit of the other value tokens, [...] in logits.
+    """Computes logit(answer) - max logit of the other value tokens, [...] in logits.
 
     Args:
       logits: [..., V] at the prediction positions.
@@ -52,7 +52,7 @@ def answer_margin(logits: jax.Array, answers: jax.Array, value_ids: jax.Array) -
 
 
 def answer_correct(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """Returns whether the argmax over the full vocabulary is the answer, bool [...]."""
+    """Checks whether the argmax over the full vocabulary is the answer, bool [...]."""
     return wins_among(logits, answers)
 
 
@@ -65,7 +65,7 @@ def _expand(x_V: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def answer_distribution(logits: jax.Array, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the entropy (nats, full vocabulary) of the prediction and the probability of the answer, [...] each."""
+    """Computes the prediction's entropy (nats, full vocabulary) and the answer's probability, [...] each."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     probs = jnp.exp(log_probs)
     entropy = -jnp.sum(probs * log_probs, axis=-1)
@@ -75,12 +75,12 @@ def answer_distribution(logits: jax.Array, answers: jax.Array) -> tuple[jax.Arra
 def next_token_sums(
     logits_BxTxV: jax.Array, tokens_BxT: jax.Array, token_roles_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns per-sequence sums over all non-pad targets.
+    """Sums cross-entropy and right predictions over all non-pad targets of a sequence.
 
     Args:
       logits_BxTxV: at every position; those at t predict token t + 1.
       tokens_BxT: token ids.
-      token_roles_BxT: index into `TOKEN_ROLES` of each token, negative where it is no target.
+      token_roles_BxT: index into `TOKEN_ROLES` of each token, negative if it is no target.
 
     Returns:
       The summed cross-entropy in nats, [B]; and the number of targets predicted right by role, [B, roles].
@@ -94,7 +94,7 @@ def next_token_sums(
 
 
 def relation_attention(pattern_LxBxHxQxT: jax.Array, relations_BxQxT: jax.Array) -> dict[str, jax.Array]:
-    """Returns each head's attention from p_e to the positions in each relation to the read, [L, B, H, Q] each.
+    """Sums each head's attention from p_e to the positions in each relation to the read, [L, B, H, Q] each.
 
     `current`: the support value and its earlier answers. `stale`: the overwritten value and its answers. `key`: all
     values and answers of the key read. `value`: all values and answers before p_e.
@@ -114,10 +114,10 @@ def relation_attention(pattern_LxBxHxQxT: jax.Array, relations_BxQxT: jax.Array)
 def selectivities(
     current_LxBxHxQ: jax.Array, key_LxBxHxQ: jax.Array, value_LxBxHxQ: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns key and recency selectivity per read, [B, Q]; NaN where the denominator is below 1e-6.
+    """Computes key and recency selectivity per read, [B, Q]; NaN if the denominator is below 1e-6.
 
-    Key selectivity is the largest share, over all heads, that values of the key read have in a head's attention to any
-    value; recency selectivity is, for that head, the current value's share of the key's part.
+    Key selectivity is the largest share, over all heads, of a head's attention to values that goes to values of the key
+    read. Recency selectivity is the current value's share of that head's attention to values of the key.
     """
     share = jnp.where(
         value_LxBxHxQ >= SELECTIVITY_FLOOR,

@@ -1,4 +1,4 @@
-"""Heads: where they attend (docs/definitions.md, section 6)."""
+"""Measures where heads attend (docs/definitions.md, "Heads and MLPs")."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def attention_per_read(
     support_positions_BxQ: jax.Array,
     relations_BxQxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns `ATTENTION_MEASURES` and the `key` and `value` groups of `relation_attention`, [L, B, H, Q] each.
+    """Measures `ATTENTION_MEASURES` and the `key` and `value` groups of `relation_attention`, [L, B, H, Q] each.
 
     Args:
       pattern_LxBxHxTxT: attention probabilities, queries on the second last axis.
@@ -43,7 +43,7 @@ def attention_per_read(
     from_prediction = rows(prediction_positions_BxQ)
     from_support = rows(support_positions_BxQ)
     groups = relation_attention(from_prediction, relations_BxQxT)
-    # Filling reads point at position 0, which has none before it.
+    # Padding reads point at position 0, and no position lies before that.
     write_key_positions = jnp.maximum(support_positions_BxQ - 1, 0)
     return {
         "query_attention": entries(from_prediction, prediction_positions_BxQ),

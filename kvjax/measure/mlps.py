@@ -1,4 +1,4 @@
-"""MLP blocks: how much they write, and where (docs/definitions.md, section 6)."""
+"""Measures how much MLPs write (docs/definitions.md, "Heads and MLPs")."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def write_norm_sums(mlp_out_LxBxQxD: jax.Array, is_read_BxQ: jax.Array) -> jax.Array:
-    """Returns the L2 norm of each MLP's output, summed over the reads of a sequence: [L, B].
+    """Sums the L2 norm of each MLP's output over the reads of a sequence: [L, B].
 
     Args:
       mlp_out_LxBxQxD: the MLP outputs at one position of each read.

@@ -1,7 +1,7 @@
-"""Trained linear probes: ridge regression to one-hot classes, many targets and label permutations from one Gram matrix.
+"""Fits linear probes: ridge regression to one-hot classes, many targets and label permutations from one Gram matrix.
 
-Closed form on features standardised by the fit set, with intercept and penalty 1e-3 N (docs/definitions.md, section 5).
-The classes of one target under P permutations of its labels are P more right-hand sides of one factorised system.
+Closed form on features standardised by the fit set, with intercept and penalty 1e-3 N (docs/definitions.md, "Trained
+probes"). P permutations of a target's labels are P more right-hand sides of one factorised system.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RidgeSystem:
 
 
 def ridge_system(features_GxNxD: jax.Array, counts_N: jax.Array) -> RidgeSystem:
-    """Returns the normal equations of N fit rows, of which those with count 1 count."""
+    """Forms the normal equations of those of N fit rows whose count is 1."""
     total = jnp.sum(counts_N)
     weights = counts_N[None, :, None]
     mean = jnp.sum(features_GxNxD * weights, axis=1) / total
@@ -70,12 +70,11 @@ def ridge_system(features_GxNxD: jax.Array, counts_N: jax.Array) -> RidgeSystem:
 
 
 def fit_probes(system: RidgeSystem, labels_PxN: jax.Array, num_classes: int) -> RidgeProbes:
-    """Returns the ridge probes of one target.
+    """Fits the ridge probes of one target.
 
     Args:
       system: of the fit set.
-      labels_PxN: class of each row in each permutation; `NO_LABEL` for rows that have none, which count as rows of no
-        class.
+      labels_PxN: class of each row in each permutation; `NO_LABEL` for rows without one, which belong to no class.
       num_classes: K.
     """
     groups, rows, width = system.features.shape
@@ -98,7 +97,7 @@ def fit_probes(system: RidgeSystem, labels_PxN: jax.Array, num_classes: int) -> 
 
 
 def fit_logistic(features_NxD: jax.Array, labels_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns a multinomial logistic probe: weights [K, D] on the features, and intercepts [K].
+    """Fits a multinomial logistic probe: weights [K, D] on the features, and intercepts [K].
 
     Minimises the mean cross-entropy over the rows that have a label plus `RIDGE` / 2 times the squared weights, by
     L-BFGS. That is scikit-learn's `LogisticRegression` with C = 1 / (RIDGE · rows).
@@ -135,10 +134,10 @@ def fit_logistic(features_NxD: jax.Array, labels_N: jax.Array, num_classes: int)
 
 
 def _inverse(spd_DxD: jax.Array) -> jax.Array:
-    """Returns the inverse of a symmetric positive definite matrix by sweeping its rows (Goodnight 1979).
+    """Inverts a symmetric positive definite matrix by sweeping its rows (Goodnight 1979).
 
-    Not by LAPACK: JAX's calls of it on several CPU devices at once were seen to block each other forever, and with
-    thousands of right-hand sides a product with the inverse takes a third of the triangular solves' time.
+    LAPACK is avoided: JAX's calls of it on several CPU devices at once blocked each other forever. With thousands of
+    right-hand sides, a product with the inverse also takes a third of the triangular solves' time.
     """
 
     def sweep(k: jax.Array, a: jax.Array) -> jax.Array:
@@ -152,23 +151,23 @@ def _inverse(spd_DxD: jax.Array) -> jax.Array:
 
 
 def standardise(system: RidgeSystem, features_GxNxD: jax.Array) -> jax.Array:
-    """Returns features of other rows as the fit set standardises them."""
+    """Standardises features of other rows by the fit set's mean and scale."""
     return (features_GxNxD - system.mean[:, None]) / system.scale[:, None]
 
 
 def probe_scores(weights_KxD: jax.Array, intercepts_K: jax.Array, standardised_NxD: jax.Array) -> jax.Array:
-    """Returns the score of every class for every row, classes first: [K, N]."""
+    """Scores every class for every row, classes first: [K, N]."""
     return jnp.matmul(weights_KxD, standardised_NxD.T, precision="highest") + intercepts_K[:, None]
 
 
 def label_wins(scores_KxN: jax.Array, labels_N: jax.Array) -> jax.Array:
-    """Returns whether the row's label has the highest score, bool [N]; False for rows without a label."""
+    """Checks whether the row's label has the highest score, bool [N]; False for rows without a label."""
     own = jnp.take_along_axis(scores_KxN, jnp.maximum(labels_N, 0)[None], axis=0)[0]
     return (own >= jnp.max(scores_KxN, axis=0)) & (labels_N != NO_LABEL)
 
 
 def ranks_above(scores_KxN: jax.Array, labels_N: jax.Array, others_N: jax.Array) -> jax.Array:
-    """Returns whether the row's label scores higher than another class of it, bool [N]; False where either is none."""
+    """Checks whether the row's label scores higher than another class, bool [N]; False if either is `NO_LABEL`."""
     both = jnp.maximum(jnp.stack([labels_N, others_N]), 0)
     own, other = jnp.take_along_axis(scores_KxN, both, axis=0)
     return (own > other) & (labels_N != NO_LABEL) & (others_N != NO_LABEL)

@@ -1,4 +1,4 @@
-"""The residual stream: logit lens, lens margins and drift of the mean state (docs/definitions.md, section 5)."""
+"""Measures the residual stream: logit lens, margins, drift and CKA (docs/definitions.md, "Residual stream")."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def lens_sums(
     value_ids: jax.Array,
     key_ids: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns per-sequence sums of the logit lens at every stage, [S, B] each.
+    """Sums the logit lens over the reads of a sequence at every stage, [S, B] each.
 
     Args:
       prediction_logits_SxBxQxV: every stage at p_e (= k_e), through final LayerNorm and unembedding.
@@ -44,7 +44,7 @@ def lens_sums(
 
 
 def state_sums(states_SxBxQxD: jax.Array, is_read_BxQ: jax.Array, split_weights_BxZ: jax.Array) -> jax.Array:
-    """Returns the sum of the states over reads, by split: [Z, S, D].
+    """Sums the states over reads, by split: [Z, S, D].
 
     Args:
       states_SxBxQxD: every stage at one position of each read.
@@ -56,9 +56,9 @@ def state_sums(states_SxBxQxD: jax.Array, is_read_BxQ: jax.Array, split_weights_
 
 
 def cosine_drift(sums_SxD: np.ndarray, reference_SxD: np.ndarray) -> np.ndarray:
-    """Returns 1 - cosine between two (sums or means of) states, [S]; NaN where one of them is zero.
+    """Computes 1 - cosine between two states, or sums of states, [S]; NaN if one of them is zero.
 
-    In float64: early stages move by 1e-5 and less between checkpoints.
+    It computes in float64, because early stages move by 1e-5 and less between checkpoints.
     """
     a, b = np.asarray(sums_SxD, np.float64), np.asarray(reference_SxD, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
@@ -67,7 +67,7 @@ def cosine_drift(sums_SxD: np.ndarray, reference_SxD: np.ndarray) -> np.ndarray:
 
 
 def event_drift(states_GxNxD: jax.Array, others_GxNxD: jax.Array) -> jax.Array:
-    """Returns 1 - cosine of every event's state with its state in another checkpoint, [G, N]; NaN for a zero state."""
+    """Computes 1 - cosine of every event's state with its state in another checkpoint, [G, N]; NaN for a zero state."""
 
     def unit(x: jax.Array) -> jax.Array:
         norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
@@ -83,15 +83,15 @@ def linear_cka(
     counted_N: jax.Array,
     spreads: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Returns the linear centred kernel alignment of two checkpoints' states over the same events, [G].
+    """Computes the linear centred kernel alignment of two checkpoints' states over the same events, [G].
 
-    1 where one is a rotation and rescaling of the other, 0 where no direction of one varies with one of the other; NaN
-    where either does not vary.
+    It is 1 if one is a rotation and rescaling of the other, 0 if no direction of one varies with one of the other, and
+    NaN if either does not vary.
 
     Args:
       states_GxNxD, others_GxNxD: of N events, for each of G stages and positions.
       counted_N: bool, the events that count.
-      spreads: of the two, [G] each, from `spread`, where they are known already.
+      spreads: of the two, [G] each, from `spread`, if they are known already.
 
     Source: Kornblith et al., Similarity of neural network representations revisited (2019), equation 5.
     """
@@ -102,7 +102,7 @@ def linear_cka(
 
 
 def spread(states_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
-    """Returns the Frobenius norm of the scatter matrix of the states that count, [G]."""
+    """Computes the Frobenius norm of the scatter matrix of the states that count, [G]."""
     return _cross_spread(states_GxNxD, states_GxNxD, counted_N)
 
 
@@ -110,7 +110,7 @@ def _cross_spread(states_GxNxD: jax.Array, others_GxNxD: jax.Array, counted_N: j
     weights = counted_N.astype(jnp.float32)
 
     def centred(x: jax.Array) -> jax.Array:
-        # A product, since XLA sums columns on a CPU one element at a time.
+        # A product, because XLA sums columns on a CPU one element at a time.
         means = jnp.matmul(weights[None, None] / jnp.sum(weights), x, precision="highest")
         return (x - means) * weights[None, :, None]
 

@@ -1,4 +1,4 @@
-"""The training loop over segments of steps: what is logged, evaluated and saved when."""
+"""Runs the training loop over segments of steps, and decides when to log, evaluate and save."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Training:
         self._evaluator = SplitEvaluator(self.decoder, benchmark)
 
     def initial_states(self) -> list[TrainState]:
-        """Returns each seed's state before its first step."""
+        """Draws each seed's state before its first step."""
         states = []
         for seed in self.seeds:
             params = initial_params(self.config.model, self.decoder, seed)

@@ -1,4 +1,4 @@
-"""The optimiser as PyTorch defines it, in optax: learning rate by 1-based step, clipping, AdamW."""
+"""Builds PyTorch's optimiser in optax: learning rate by 1-based step, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kvjax.config.train import OptimizationConfig
 
 
 def learning_rate(config: OptimizationConfig, step: jax.Array | int, num_steps: int) -> jax.Array:
-    """Returns the learning rate of a step, counted from 1: linear warm-up, then constant or cosine decay.
+    """Computes the learning rate of a step, counted from 1: linear warm-up, then constant or cosine decay.
 
     Args:
       config: the optimisation settings.
       step: 1-based step, possibly traced.
-      num_steps: of the whole run, where a cosine decay ends unless told otherwise.
+      num_steps: of the whole run; a cosine decay ends there unless the config names a `decay_end_step`.
     """
     peak, schedule = config.learning_rate, config.schedule
     warmup = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
@@ -30,7 +30,7 @@ def learning_rate(config: OptimizationConfig, step: jax.Array | int, num_steps: 
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Returns PyTorch's clipping: gradients times min(1, max_norm / (norm + 1e-6))."""
+    """Clips gradients by their global norm as PyTorch does: times min(1, max_norm / (norm + 1e-6))."""
 
     def update(updates, state, params=None):
         del params
@@ -41,7 +41,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimizationConfig, num_steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with decoupled decay on every parameter, eps 1e-8, after clipping."""
+    """Builds AdamW with decoupled decay on every parameter, eps 1e-8, after clipping."""
     clip = clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm is not None else optax.identity()
     adamw = optax.adamw(
         # optax counts from 0, the schedule from 1.
@@ -57,7 +57,7 @@ def make_optimizer(config: OptimizationConfig, num_steps: int) -> optax.Gradient
 def restore_adam(
     optimizer: optax.GradientTransformation, params: optax.Params, *, count: int, mu: optax.Params, nu: optax.Params
 ) -> optax.OptState:
-    """Returns the optimiser state after `count` steps with the given first and second moments."""
+    """Builds the optimiser state after `count` steps from its first and second moments."""
 
     def replace(part):
         if isinstance(part, optax.ScaleByAdamState):
@@ -70,7 +70,7 @@ def restore_adam(
 
 
 def adam_moments(state: optax.OptState) -> tuple[optax.Params, optax.Params]:
-    """Returns the first and second moments of an optimiser state."""
+    """Extracts the first and second moments of an optimiser state."""
     parts = jax.tree.leaves(state, is_leaf=_is_counted)
     (adam,) = [part for part in parts if isinstance(part, optax.ScaleByAdamState)]
     return adam.mu, adam.nu

@@ -1,4 +1,4 @@
-"""Training many seeds as one program: a scanned segment of steps, lifted over seeds."""
+"""Trains many seeds as one program: a scanned segment of steps, lifted over seeds."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """What the compiled training segment is made for; hashable.
+    """The static settings of the compiled training segment; hashable.
 
     Attributes:
       config: the model's shape.
@@ -65,8 +65,7 @@ class TrainProgram:
         on a CPU.
       lift: how the seeds of a device are run, `map` (one after another) or `vmap`.
       devices: how many devices share the work.
-      shared: what they share: `seeds`, which need nothing of each other, or each step's `batch`, whose gradients are
-        summed over them.
+      shared: what they share: `seeds`, which are independent, or each step's `batch`, whose gradients are summed.
     """
 
     config: DecoderConfig
@@ -87,7 +86,7 @@ class TrainProgram:
 
     @property
     def specs(self) -> tuple[PartitionSpec, PartitionSpec]:
-        """How states [R, …] and batches [R, steps, B] lie on the devices."""
+        """Shards states [R, …] and batches [R, steps, B] over the devices."""
         if self.shared == "seeds":
             return PartitionSpec(DEVICE_AXIS), PartitionSpec(DEVICE_AXIS)
         return PartitionSpec(), PartitionSpec(None, None, DEVICE_AXIS)
@@ -104,16 +103,15 @@ def plan_training(
     num_seeds: int,
     num_devices: int,
 ) -> TrainProgram:
-    """Returns how to train on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere.
+    """Plans training on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere.
 
-    Devices, of which a CPU has one per core, share the seeds or every batch, in equal parts: whichever employs more of
-    them.
+    Devices (a CPU has one per core) share either the seeds or every batch in equal parts, whichever uses more devices.
     """
 
     def sharing(items: int) -> int:
         return max(n for n in range(1, num_devices + 1) if items % n == 0)
 
-    devices, shared = sharing(num_seeds), "seeds"  # seeds need nothing of each other
+    devices, shared = sharing(num_seeds), "seeds"  # preferred: seeds are independent
     if sharing(batch_size) > devices:
         devices, shared = sharing(batch_size), "batch"
     microbatches, share = 1, batch_size // (devices if shared == "batch" else 1)
@@ -126,7 +124,7 @@ def plan_training(
 
 
 def initial_params(model: InitializedModelConfig, config: DecoderConfig, seed: int) -> Params:
-    """Returns freshly drawn parameters with PyTorch's default distributions, times `init_scale`.
+    """Draws parameters from PyTorch's default distributions, times `init_scale`.
 
     Embeddings are N(0, 1), linear weights and biases U(±1/√fan_in); LayerNorms start at 1 and 0, unscaled.
     """
@@ -151,7 +149,7 @@ def initial_params(model: InitializedModelConfig, config: DecoderConfig, seed: i
 
 
 def batch_indices(seed: int, first_step: int, steps: int, *, num_records: int, batch_size: int) -> np.ndarray:
-    """Returns which records each step trains on, [steps, batch_size]; -1 fills the partial last batch of an epoch.
+    """Draws the records each step trains on, [steps, batch_size]; -1 pads the partial last batch of an epoch.
 
     Every epoch visits every record once, in an order drawn from (seed, epoch) alone, so that a resumed run sees the
     batches the uninterrupted one would have seen.
@@ -176,7 +174,7 @@ def batch_indices(seed: int, first_step: int, steps: int, *, num_records: int, b
 
 
 def loss_sums(config: DecoderConfig, params: Params, tokens_BxT: jax.Array, weights_B: jax.Array) -> tuple:
-    """Returns (summed cross-entropy, number right) over the non-pad next tokens of records with weight 1."""
+    """Sums cross-entropy and right predictions over the non-pad next tokens of records with weight 1."""
     logits, _ = Decoder(config).apply({"params": params}, tokens_BxT)
     targets = tokens_BxT[:, 1:]
     counted = (targets != PAD_ID) & (weights_B[:, None] > 0)
@@ -186,20 +184,20 @@ def loss_sums(config: DecoderConfig, params: Params, tokens_BxT: jax.Array, weig
 
 
 def over_shares(program: TrainProgram, sums: Any) -> Any:
-    """Returns sums over a device's share of a batch as sums over the whole batch."""
+    """Adds up sums over each device's share of a batch, if devices share batches."""
     return jax.lax.psum(sums, DEVICE_AXIS) if program.shared == "batch" and program.devices > 1 else sums
 
 
 def train_step(
     program: TrainProgram, state: TrainState, tokens_NxT: jax.Array, indices_B: jax.Array, step: jax.Array
 ) -> tuple[TrainState, StepMetrics]:
-    """Returns the state after one step, and what the step measured.
+    """Takes one step: gradient, clipping, update.
 
     Args:
       program: the static settings.
       state: of one seed.
       tokens_NxT: the training split.
-      indices_B: the step's records, negative where the batch is not full; this device's share of them.
+      indices_B: the step's records, negative for padding; this device's share of them.
       step: 1-based.
     """
     weights = (indices_B >= 0).astype(jnp.float32)
@@ -231,10 +229,10 @@ def train_step(
 def start_training(
     program: TrainProgram, states: Sequence[TrainState], tokens_NxT: np.ndarray
 ) -> tuple[TrainState, jax.Array]:
-    """Returns seeds' states, stacked, and the training split, where `train_segment` leaves and expects them.
+    """Stacks the seeds' states and puts them and the training split on the devices `train_segment` uses.
 
-    Anywhere else they would be moved by the first segment, whose program would then be compiled a second time for
-    what it returned.
+    Placed elsewhere, the first segment would move them, and its program would be compiled again for the placement it
+    returns.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     if program.devices == 1:
@@ -251,7 +249,7 @@ def train_segment(
     indices_RxKxB: jax.Array,
     first_step: jax.Array,
 ) -> tuple[TrainState, StepMetrics]:
-    """Returns every seed's state after a segment of steps, and the metrics of each step, [R, steps].
+    """Trains every seed for a segment of steps, and measures each step, [R, steps].
 
     Args:
       program: the static settings.
