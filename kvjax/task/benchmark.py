@@ -1,4 +1,4 @@
-"""A benchmark directory: written atomically with its fairness checks, and read back with its vocabulary."""
+"""Writes a benchmark directory atomically after its fairness checks, and reads it back with its vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHMARK_TYPE = "symbolic_kv_stream"
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A benchmark directory, opened. Splits are read when asked for.
+    """An opened benchmark directory. Splits are read only by `read_split`.
 
     Attributes:
       path: the directory.
@@ -43,10 +43,10 @@ class Benchmark:
 
     @classmethod
     def open(cls, path: Path) -> Benchmark:
-        """Returns the benchmark in a directory.
+        """Opens the benchmark in a directory.
 
         Raises:
-          InputError: there is no such benchmark, or its metadata is not one's.
+          InputError: the directory holds no benchmark, or its metadata is damaged.
         """
         metadata_path = BenchmarkLayout(path).metadata
         if not metadata_path.is_file():
@@ -80,11 +80,11 @@ class Benchmark:
         return BenchmarkLayout(self.path)
 
     def has_config(self, config: BenchmarkConfig) -> bool:
-        """Whether this is the benchmark that a config generates, as far as its metadata says."""
+        """Checks whether the metadata records this config."""
         return read_json(self.layout.metadata).get("config") == _recorded_config(config)
 
     def read_split(self, split: str) -> list[Record]:
-        """Returns the records of a split, in file order.
+        """Reads the records of a split, in file order.
 
         Raises:
           InputError: the split is missing, damaged or not as long as the metadata says.
@@ -101,13 +101,13 @@ class Benchmark:
 
 
 def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: bool) -> dict[str, Any]:
-    """Draws, checks and writes a benchmark; an existing one is replaced only once the new one is whole.
+    """Draws, checks and writes a benchmark; replaces an existing one only when the new one is complete.
 
     Returns:
       The metadata written.
 
     Raises:
-      InputError: the directory is taken, the settings cannot work, or a check does not hold.
+      InputError: the directory is taken, the settings cannot work, or a fairness check fails.
     """
     taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
     if taken and not overwrite:
@@ -142,11 +142,11 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
 
 
 def heuristic_accuracies(records: Sequence[Record]) -> dict[str, float]:
-    """Returns how often three shortcuts that look up nothing would answer right.
+    """Measures the accuracy of three shortcuts that look up nothing.
 
-    `last_value_before_query`: the last value token before the read. `first_value_for_key`: the value of the key's
-    first write. `most_frequent_value_before_query`: the value written most often before the read, the first by name
-    among equals.
+    - `last_value_before_query`: the last value token before the read.
+    - `first_value_for_key`: the value of the key's first write.
+    - `most_frequent_value_before_query`: the value written most often before the read, the first by name among equals.
     """
     names = ("first_value_for_key", "last_value_before_query", "most_frequent_value_before_query")
     right = dict.fromkeys(names, 0)
@@ -170,7 +170,7 @@ def heuristic_accuracies(records: Sequence[Record]) -> dict[str, float]:
 
 
 def check_diagnostics(diagnostics: Mapping[str, Any], heuristic_limit: float) -> None:
-    """Raises `InputError` where a benchmark's diagnostics break a rule of a fair test."""
+    """Raises `InputError` if a benchmark's diagnostics break a rule of a fair test."""
     for split, accuracies in diagnostics["heuristics"].items():
         for name, accuracy in accuracies.items():
             if accuracy > heuristic_limit:
@@ -193,7 +193,7 @@ def check_diagnostics(diagnostics: Mapping[str, Any], heuristic_limit: float) ->
 
 
 def check_record_fields(record: Any, where: object) -> None:
-    """Raises `InputError` unless a document has the fields every use of a record reads, of the right kinds."""
+    """Raises `InputError` unless a document has every field of a record that the code reads, of the right kind."""
     kinds = {
         "sample_id": str,
         "split": str,
@@ -215,22 +215,23 @@ def check_record_fields(record: Any, where: object) -> None:
         raise unusable(where, "a benchmark record with axes and query_events", f"no {(missing or ['query_events'])[0]}")
     for event in record["query_events"]:
         if not isinstance(event, dict) or not all(isinstance(event.get(axis), int) for axis in EVENT_AXES):
-            raise unusable(where, f"query_events with {', '.join(EVENT_AXES)}", "another one")
+            raise unusable(where, f"query_events with integer {', '.join(EVENT_AXES)}", event)
 
 
 def check_record(record: Record, vocabulary: Vocabulary, where: object) -> None:
-    """Raises `InputError` unless a record's ids and read events are what replaying its tokens gives."""
+    """Raises `InputError` unless replaying a record's tokens gives its ids and read events."""
     check_record_fields(record, where)
     name = f"{where}: {record['sample_id']}"
     try:
         ids = [vocabulary.id_of[token] for token in record["tokens"]]
         if ids != record["token_ids"]:
-            raise unusable(name, "token_ids of the benchmark's vocabulary", "others")
+            index, expected, found = _first_difference(ids, record["token_ids"])
+            raise unusable(name, f"token_ids of the benchmark's vocabulary ({expected} at position {index})", found)
         try:
             reads = replay(record["tokens"])
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        told = [
+        recorded = [
             (
                 event["key"],
                 event["answer_value"],
@@ -242,12 +243,19 @@ def check_record(record: Record, vocabulary: Vocabulary, where: object) -> None:
     except (KeyError, TypeError) as error:
         raise unusable(name, "a record of this benchmark", repr(error)) from None
     replayed = [(read.key, read.answer, read.answer_position, read.support_value_position) for read in reads]
-    if told != replayed:
-        raise unusable(name, "query_events as replaying the tokens gives them", "others")
+    if recorded != replayed:
+        index, expected, found = _first_difference(replayed, recorded)
+        raise unusable(name, f"query_events as replaying the tokens gives them (read {index}: {expected})", found)
+
+
+def _first_difference(expected: Sequence[Any], found: Sequence[Any]) -> tuple[int, Any, Any]:
+    """Finds the first index at which two different sequences differ, and both entries; a missing one is None."""
+    pairs = enumerate(itertools.zip_longest(expected, found))
+    return next((index, a, b) for index, (a, b) in pairs if a != b)
 
 
 def _recorded_config(config: BenchmarkConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"output_dir"})  # where it lies is no part of what it is
+    return config.model_dump(mode="json", exclude={"output_dir"})  # a benchmark may be moved
 
 
 _SIGNATURES = {"exact_sequence": "exact_sequence_signature", "latent_program": "latent_program_signature"}

@@ -1,8 +1,8 @@
-"""Corrupted streams for interventions: four ways to change a stream so that the answer of a read changes.
+"""Corrupts streams for interventions: four ways to change a stream so that the answer of a read changes.
 
-Each kind changes the input of one part of the lookup, because a component can only show under a corruption that
-changes what it reads (docs/definitions.md, "Pairs of streams"). A corrupted stream is a stream of the task: only keys
-and values of writes and keys of reads are changed, and every read's answer is then looked up anew.
+Each kind changes the input of one part of the lookup, because a component shows only under a corruption of its input
+(docs/definitions.md, "Pairs of streams"). A corrupted stream is a stream of the task: only keys and values of writes
+and keys of reads change, and every read's answer is looked up anew.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ PAIR_ROLES = ("before", "changed", "earlier_answers", "between", "operator", "pr
 class Corruption:
     """A corrupted program, and how far it breaks rules of the benchmark.
 
-    A model may fail on streams unlike those it was trained on for other reasons than the change. Counted are: writes to
-    the key written just before; reads of a key never overwritten; by how many writes the lag of a read (writes since
-    its support) lies off those that reads of the split have. Some corruptions cannot keep every rule: an overwritten
-    value lies further back.
+    A model may fail on streams unlike its training streams for other reasons than the change. `broken_rules` counts:
+
+    - consecutive writes to one key;
+    - reads of a key that was never overwritten;
+    - for each read, the distance of its lag (writes since its support) from the nearest lag of reads in the split.
+
+    Some corruptions cannot keep every rule: an overwritten value lies further back.
     """
 
     program: Program
@@ -48,15 +51,15 @@ def corrupt(
     lags: frozenset[int],
     rng: random.Random,
 ) -> Corruption | None:
-    """Returns a program of the same length in which a read's answer differs, or None where the kind allows none.
+    """Changes a program, at the same length, so that a read's answer differs; gives None if the kind allows no change.
 
-    `value`: the support write's value becomes one that the stream does not hold. `query`: the read's key becomes
-    another key written before it. `swap`: the support write and another write exchange keys, so that the other
-    write's value becomes the answer. `stale`: the support write goes to another key of the stream, so that the value
-    it overwrote becomes the answer.
+    - `value`: the support write gets a value that the stream does not hold.
+    - `query`: the read asks for another key written before it.
+    - `swap`: the support write and another write exchange keys, so that the other write's value becomes the answer.
+    - `stale`: the support write goes to another key of the stream, so that the value it overwrote becomes the answer.
 
-    One of those that break the rules least is drawn. Outside the `heldout_pairs` split no changed write makes a
-    held-out pair. Inside it `value` keeps to held-out pairs; `swap` and `stale` re-key writes and may make seen ones.
+    The result is drawn from the changes that break the fewest rules. Outside the `heldout_pairs` split no changed write
+    makes a held-out pair. Inside it `value` keeps to held-out pairs; `swap` and `stale` may make seen ones.
 
     Args:
       kind: one of `PAIR_KINDS`.
@@ -66,7 +69,7 @@ def corrupt(
       heldout_pairs: (key, value) pairs that belong to the `heldout_pairs` split alone.
       split: the record's split.
       lags: the lags that reads of the split have.
-      rng: where the draw comes from.
+      rng: the generator to draw with.
     """
 
     def keeps_splits_apart(candidate: Program) -> bool:
@@ -97,7 +100,7 @@ def corrupt(
     return rng.choice(best) if best else None
 
 
-# A candidate is a program, its reads' supports still those of the clean one, and the answer that its kind asks for.
+# A candidate is a program whose reads still have the clean supports, and the answer that its kind asks for.
 _Candidates = Iterator[tuple[Program, str | None]]
 
 
@@ -151,7 +154,7 @@ _CANDIDATES = {
 
 
 def _looked_up(program: Program) -> Program | None:
-    """Returns the program with every read's support found anew; None where a read precedes all writes of its key."""
+    """Finds every read's support anew; gives None if a read precedes all writes of its key."""
     reads = []
     for read in program.reads:
         latest = next((i for i in range(read.slot_after_write, -1, -1) if program.writes[i][0] == read.key), None)
@@ -178,7 +181,7 @@ class ReadChange:
 
     Attributes:
       prediction_position: p_e, the same in both.
-      clean_answer, corrupted_answer: its answer token in either.
+      clean_answer, corrupted_answer: its answer token in each.
     """
 
     prediction_position: int
@@ -192,12 +195,12 @@ class ReadChange:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How two streams of one length differ, as far as the last read whose answer changes predicts from it.
+    """How two streams of one length differ, up to the prediction of the last read whose answer changes.
 
     Attributes:
       reads: every read.
-      input_positions: where the corrupted stream was changed: keys and values of writes, a read's key.
-      answer_positions: answers that changed with them.
+      input_positions: the positions the corruption changed: keys and values of writes, a read's key.
+      answer_positions: the positions of answers that changed with them.
       roles: of every position, one of `PAIR_ROLES`; None after the last affected prediction position.
     """
 
@@ -208,25 +211,26 @@ class Difference:
 
 
 def difference(clean: Sequence[str], corrupted: Sequence[str]) -> Difference:
-    """Returns how two streams differ, from their tokens alone.
+    """Compares two streams by their tokens alone.
 
     A position has the first of these roles that fits:
 
     - None: after p_e of the last affected read, that is, of the last read whose answer changes.
-    - `before`: ahead of the first changed token; both runs are the same there, which makes it a zero control.
+    - `before`: ahead of the first changed token; both runs agree there, which makes it a zero control.
     - `prediction`, `operator`: p_e of an affected read, and the operator token ahead of it.
     - `earlier_answers`: an answer that changed; later reads of the same write can copy it.
     - `changed`: another token that changed.
     - `between`: the rest.
 
-    Where a read's own key is changed (`query`) that token is p_e: it has the role `prediction`, nothing has the role
+    If a read's own key is changed (`query`), that token is p_e: it has the role `prediction`, no position has the role
     `changed`, and the operator lies `before`.
 
     Raises:
-      InputError: one is no stream of the task, their events do not line up, or no answer changes.
+      InputError: one of them is not a stream of the task, their events do not line up, or no answer changes.
     """
     if len(clean) != len(corrupted) or list(clean[1:-1:3]) != list(corrupted[1:-1:3]):
-        raise InputError("expected two streams of the same operators; found others")
+        operators = [" ".join(tokens[1:-1:3]) for tokens in (clean, corrupted)]
+        raise InputError(f"expected two streams of the same operators; found {operators[0]} and {operators[1]}")
     reads = tuple(
         ReadChange(before.answer_position - 1, before.answer, after.answer)
         for before, after in zip(replay(clean), replay(corrupted), strict=True)

@@ -1,4 +1,4 @@
-"""Partners for resample ablation: for each token, a random one of the same role in another sequence of its split."""
+"""Draws donors for resample ablation: for each token, a random token of its role in another sequence of its split."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kvjax.task.vocabulary import PAD_ID
 
 
 def draw_donors(encoded: EncodedRecords, *, draws: int, seed: int) -> np.ndarray:
-    """Returns, for every token, the tokens that its activations are resampled from: int [draws, N, T].
+    """Draws, for every token, the tokens that its activations are resampled from: int [draws, N, T].
 
-    A token n, t is named n * T + t. Roles are those of `TOKEN_ROLES`, and the first token's own; padding names itself.
-    The draw depends on the records and the seed alone, not on how they are batched.
+    Token t of sequence n has the number n * T + t. Roles are those of `TOKEN_ROLES`, and the first token has its own.
+    Padding is its own donor. The draw depends on the records and the seed, not on the batches.
 
     Raises:
-      InputError: a split has one record only, so that there is no other to draw from.
+      InputError: a split has only one record, so that no other sequence can be drawn from.
     """
     rng = np.random.default_rng(seed)
     num_records, length = encoded.tokens.shape
@@ -40,9 +40,9 @@ def draw_donors(encoded: EncodedRecords, *, draws: int, seed: int) -> np.ndarray
 
 
 def donors_by_bucket(donors: np.ndarray, buckets: Sequence[Bucket]) -> tuple[np.ndarray, ...]:
-    """Returns the donors of every bucket's microbatches, int32 [microbatch, draws, B, T] each.
+    """Arranges the donors by bucket and microbatch, int32 [microbatch, draws, B, T] each.
 
-    Donors are named there by their row in the concatenation of all buckets' tokens, [sum of microbatch * B * T].
+    A donor's number there is its row in the concatenation of all buckets' tokens, [sum of microbatch * B * T].
     """
     draws, num_records, length = donors.shape
     place = np.zeros((num_records, length), np.int64)
@@ -55,7 +55,7 @@ def donors_by_bucket(donors: np.ndarray, buckets: Sequence[Bucket]) -> tuple[np.
     found = []
     for bucket in buckets:
         microbatches, size, width = bucket.batches.tokens.shape
-        rows = np.where(bucket.indices < 0, bucket.indices.max(), bucket.indices)  # filling repeats some record
+        rows = np.where(bucket.indices < 0, bucket.indices.max(), bucket.indices)  # padding rows repeat a record
         flat = place.reshape(-1)[donors[:, rows, :width]].astype(np.int32)
         found.append(flat.reshape(draws, microbatches, size, width).swapaxes(0, 1))
     return tuple(found)

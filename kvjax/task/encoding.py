@@ -1,4 +1,4 @@
-"""Records as arrays: what a measurement needs to know of each token and each read, padded and bucketed by length."""
+"""Encodes records as arrays of tokens and reads, padded and bucketed by length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvjax.task.vocabulary import EOS, PAD_ID, READ, WRITE, Vocabulary
 TOKEN_ROLES = ("op_write", "key_write", "value_write", "op_read", "key_read", "value_answer", "eos")
 NO_ROLE = -1
 
-# What a position before a read holds, seen from that read. The groups are disjoint.
+# The relation of a position to a read after it. The groups are disjoint.
 RELATION_OTHER = 0  # no value or answer token, or not before the prediction position
 RELATION_CURRENT = 1  # the support value, and earlier answers that copied it
 RELATION_STALE = 2  # the value the support overwrote, and answers that copied that
@@ -34,14 +34,14 @@ class EncodedRecords:
 
     Attributes:
       tokens: [N, T] int32 ids, `PAD_ID` beyond the end.
-      token_roles: [N, T] int8 index into `TOKEN_ROLES`, `NO_ROLE` where the token is no target.
+      token_roles: [N, T] int8 index into `TOKEN_ROLES`, `NO_ROLE` if the token is no target.
       splits: [N] int32 index into the split names the records were encoded with.
-      weights: [N] float32: 1 for a record, 0 for one that only fills a batch.
+      weights: [N] float32: 1 for a record, 0 for padding rows.
       is_read: [N, Q] bool: whether the record has that many reads.
       prediction_positions: [N, Q] int32 p_e; the read's key token stands there too (k_e = p_e). 0 for no read.
-      support_positions: [N, Q] int32 s_e, 0 where there is no read.
+      support_positions: [N, Q] int32 s_e, 0 for no read.
       answers: [N, Q] int32 token id of y_e.
-      stale_values: [N, Q] int32 token id of the value the support overwrote, `PAD_ID` where there is none.
+      stale_values: [N, Q] int32 token id of the value the support overwrote, `PAD_ID` if there is none.
       keys: [N, Q] int32 token id of the key read.
       relations: [N, Q, T] int8, one of the `RELATION_…` of each position to each read.
     """
@@ -67,7 +67,7 @@ class EncodedRecords:
         return (self.tokens != PAD_ID).sum(axis=1)
 
     def take(self, indices: np.ndarray) -> EncodedRecords:
-        """Returns the records at `indices`, cut to the longest of them."""
+        """Selects the records at `indices`, cut to the longest of them."""
         taken = {f.name: getattr(self, f.name)[indices] for f in dataclasses.fields(self)}
         length = int((taken["tokens"] != PAD_ID).sum(axis=1).max())
         reads = int(taken["is_read"].sum(axis=1).max())
@@ -93,7 +93,7 @@ Packed = TypeVar("Packed", bound=_Packed)
 def encode_records(
     records: Sequence[Record], vocabulary: Vocabulary, splits: Sequence[str], *, max_seq_len: int
 ) -> EncodedRecords:
-    """Returns records as arrays; everything about reads comes from replaying the tokens.
+    """Encodes records as arrays; everything about reads comes from replaying the tokens.
 
     Raises:
       InputError: a record is longer than the model's positions, or a token is not in the vocabulary.
@@ -156,9 +156,9 @@ class Bucket:
     """Records of similar length, in microbatches.
 
     Attributes:
-      batches: the arrays of `EncodedRecords`, reshaped to [microbatch, B, …]; rows that fill the last microbatches
-        repeat a record with weight 0.
-      indices: [microbatch * B] the row of the original arrays that each row is; -1 for filling.
+      batches: the arrays of `EncodedRecords`, reshaped to [microbatch, B, …]; padding rows repeat a record with
+        weight 0.
+      indices: [microbatch * B] the row of the original arrays that each row holds; -1 for padding.
       horizon: positions from this one on affect no read's prediction.
     """
 
@@ -171,13 +171,13 @@ class Bucket:
 
 
 def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buckets: int = 3) -> list[Bucket]:
-    """Returns the records in at most `max_buckets` length buckets, each cut into equal microbatches.
+    """Sorts the records into at most `max_buckets` length buckets, each cut into equal microbatches.
 
-    The length edges minimise the number of padded tokens; one program is compiled per bucket.
+    The length edges minimise the number of padding tokens.
 
     Args:
       encoded: the records.
-      tokens_per_batch: about how many tokens a microbatch holds; what stays in cache on a CPU.
+      tokens_per_batch: about how many tokens a microbatch holds; few enough to stay in cache on a CPU.
       max_buckets: how many different lengths to pad to.
     """
     lengths = encoded.lengths
@@ -191,11 +191,11 @@ def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buck
 
 
 def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple[Packed, np.ndarray]:
-    """Returns some of the records in equal microbatches of about `batch_size`, and which record each row is.
+    """Cuts some of the records into equal microbatches of about `batch_size`.
 
     Returns:
-      The arrays, reshaped to [microbatch, B, …]; and [microbatch * B] indices, -1 for rows that fill the last
-      microbatches, which repeat a record with weight 0.
+      The arrays, reshaped to [microbatch, B, …]; and [microbatch * B] indices of the records, -1 for padding rows. A
+      padding row repeats a record with weight 0.
     """
     num_batches = _fewest_fillers(len(members), batch_size)
     batch_size = math.ceil(len(members) / num_batches)
@@ -207,13 +207,13 @@ def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple
 
 
 def _fewest_fillers(members: int, batch_size: int) -> int:
-    """Returns how many equal batches, of about `batch_size` and at most a fifth more, leave the fewest rows to fill."""
+    """Finds the number of equal batches, of `batch_size` give or take a fifth, that needs the fewest padding rows."""
     fewest, most = math.ceil(members / math.floor(1.2 * batch_size)), math.ceil(members / (0.8 * batch_size))
     return min(range(fewest, most + 1), key=lambda count: (count * math.ceil(members / count), count))
 
 
 def length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:
-    """Returns the lengths to pad to that minimise the padding, ascending, at most `max_buckets` of them."""
+    """Finds the lengths to pad to that minimise the padding, ascending, at most `max_buckets` of them."""
     distinct, counts = np.unique(lengths, return_counts=True)
     best, cost = (int(distinct[-1]),), math.inf
     for inner in itertools.combinations(distinct[:-1], min(max_buckets, len(distinct)) - 1):

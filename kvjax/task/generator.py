@@ -1,8 +1,12 @@
 """Draws the programs of a benchmark from its seed, and refuses settings that cannot work before drawing any.
 
-The rules make the benchmark a fair test of latest-write lookup: every value of a stream is written once, consecutive
-writes go to different keys with the least overwritten key preferred, reads ask only for keys whose support is an
-overwrite, no program repeats, and held-out (key, value) pairs appear in their own split alone.
+The rules make the benchmark a fair test of latest-write lookup:
+
+- every value of a stream is written once;
+- consecutive writes go to different keys, the least overwritten key preferred;
+- reads ask only for keys whose support is an overwrite;
+- no program repeats;
+- held-out (key, value) pairs appear in their own split alone.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ Pair = tuple[str, str]
 
 
 def draw_benchmark(config: BenchmarkConfig) -> tuple[Vocabulary, frozenset[Pair], dict[str, list[Record]]]:
-    """Returns a benchmark's vocabulary, held-out pairs and records by split, the same for the same config.
+    """Draws a benchmark's vocabulary, held-out pairs and records by split, the same for the same config.
 
     Raises:
       InputError: the settings cannot work, or the distinct streams they allow run out.
@@ -55,7 +59,7 @@ def draw_benchmark(config: BenchmarkConfig) -> tuple[Vocabulary, frozenset[Pair]
 
 
 def draw_heldout_pairs(config: BenchmarkConfig, vocabulary: Vocabulary) -> frozenset[Pair]:
-    """Returns the held-out (key, value) pairs, spread over the keys as evenly as their number allows."""
+    """Draws the held-out (key, value) pairs, spread over the keys as evenly as their number allows."""
     rng = random.Random(f"{config.seed}/holdout_pairs")
     total = math.floor(config.num_keys * config.num_values * config.holdout_answer_pair_fraction)
     keys_with_one_more = set(rng.sample(vocabulary.key_tokens, total % config.num_keys))
@@ -86,7 +90,7 @@ def _draw_write_keys(rng: random.Random, keys: Sequence[str], overwrite_count: i
 
 
 def _read_candidates(write_keys: Sequence[str], lag: range) -> list[Read]:
-    """Returns every read whose support is an overwrite and whose lag is allowed, sorted by slot."""
+    """Lists every read whose support is an overwrite and whose lag is allowed, sorted by slot."""
     latest: dict[str, int] = {}
     overwritten: set[str] = set()
     candidates = []
@@ -99,7 +103,7 @@ def _read_candidates(write_keys: Sequence[str], lag: range) -> list[Read]:
 
 
 def _draw_program(rng: random.Random, split: SplitConfig, allowed: Mapping[str, Sequence[str]]) -> Program | None:
-    """Returns one program, or None where this draw left too few values or read candidates."""
+    """Draws one program; gives None if this draw left too few values or read candidates."""
     active = rng.randint(split.active_keys.min, split.active_keys.max)
     overwrites = rng.randint(split.overwrite_count.min, split.overwrite_count.max)
     num_queries = rng.randint(split.num_queries.min, split.num_queries.max)
@@ -153,7 +157,7 @@ def _draw_counterfactuals(
     sources: Sequence[Record],
     seen_signatures: set[str],
 ) -> list[Record]:
-    """Returns records whose one supporting write carries another value; sources are reused only when all were used."""
+    """Draws records with another value in one supporting write; reuses a source only when all were used."""
     wanted = config.counterfactual.num_samples
     rng = random.Random(f"{config.seed}/{COUNTERFACTUAL_SPLIT}")
     order: list[Record] = []
@@ -210,7 +214,7 @@ def _check_settings(config: BenchmarkConfig, vocabulary: Vocabulary, heldout: fr
 
 
 def _check_reads_fit(split: str, settings: SplitConfig) -> None:
-    """Refuses a setting in which some combination of sizes cannot place the most reads asked for."""
+    """Raises `InputError` if some combination of sizes cannot place the largest number of reads asked for."""
     rng = random.Random(0)
     for active, overwrites in itertools.product(settings.active_keys.values(), settings.overwrite_count.values()):
         keys = [str(index) for index in range(active)]

@@ -1,4 +1,4 @@
-"""Pairs of clean and corrupted streams as arrays: what an intervention needs to know of each position and each read."""
+"""Encodes pairs of clean and corrupted streams as arrays of positions and reads."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class EncodedPairs:
     Attributes:
       clean_tokens, corrupted_tokens: [N, T] int32 ids, `PAD_ID` beyond the end.
       kinds: [N] int8 index into `PAIR_KINDS`.
-      weights: [N] float32: 1 for a pair, 0 for one that only fills a batch.
+      weights: [N] float32: 1 for a pair, 0 for padding rows.
       is_read: [N, Q] bool: whether the pair has that many reads.
       is_affected: [N, Q] bool: whether the read's answer differs between the streams.
-      is_target: [N, Q] bool: the one read the corruption was made for.
+      is_target: [N, Q] bool: the one read that the corruption is for.
       prediction_positions: [N, Q] int32 p_e, 0 for no read.
       support_positions: [N, Q] int32 s_e in the clean stream, 0 for no read.
-      clean_answers, corrupted_answers: [N, Q] int32 token ids, 0 for no read; equal where the read is not affected.
+      clean_answers, corrupted_answers: [N, Q] int32 token ids, 0 for no read; equal if the read is not affected.
       roles: [N, T] int8 index into `PAIR_ROLES`; `NO_ROLE` after the last affected prediction position.
       is_changed: [N, T] bool: whether the tokens differ there, up to the last affected prediction position.
       first_changed: [N] int32 the first position whose tokens differ.
-      last_affected: [N] int32 p_e of the last affected read; nothing after it matters.
+      last_affected: [N] int32 p_e of the last affected read; later positions cannot affect the metric.
     """
 
     clean_tokens: np.ndarray
@@ -65,7 +65,7 @@ class EncodedPairs:
         return (self.clean_tokens != PAD_ID).sum(axis=1)
 
     def take(self, indices: np.ndarray) -> EncodedPairs:
-        """Returns the pairs at `indices`, cut to the longest of them."""
+        """Selects the pairs at `indices`, cut to the longest of them."""
         taken = {f.name: getattr(self, f.name)[indices] for f in dataclasses.fields(self)}
         length = int((taken["clean_tokens"] != PAD_ID).sum(axis=1).max())
         reads = int(taken["is_read"].sum(axis=1).max())
@@ -85,10 +85,10 @@ class EncodedPairs:
 
 
 def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq_len: int) -> EncodedPairs:
-    """Returns pairs as arrays.
+    """Encodes pairs as arrays.
 
     Raises:
-      InputError: there are none, or one is longer than the model's positions.
+      InputError: `pairs` is empty, or one is longer than the model's positions.
     """
     if not pairs:
         raise InputError("pairs: expected at least one; found none")
@@ -139,10 +139,10 @@ def encode_pairs(pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq
 def encode_clean_streams(
     pairs: Sequence[StreamPair], vocabulary: Vocabulary, *, max_seq_len: int
 ) -> tuple[EncodedRecords, np.ndarray]:
-    """Returns the distinct clean streams of pairs as records, and which of them each pair's is: int [N].
+    """Encodes the distinct clean streams of pairs as records, and finds each pair's record: int [N].
 
-    Splits are numbered as they appear. A split with one stream alone shares a number with another such, or with the
-    first: there is then some other stream to resample from.
+    Splits are numbered as they appear. Splits of a single stream are merged with one another, or with the first split,
+    so that resample ablation always has another stream to draw from.
     """
     streams = {tuple(pair.clean_tokens): pair for pair in pairs}
     splits = Counter(pair.split for pair in streams.values())
@@ -164,8 +164,8 @@ class PairBucket:
 
     Attributes:
       batches: the arrays of `EncodedPairs`, reshaped to [microbatch, B, …].
-      indices: [microbatch * B] the row of the original arrays that each row is; -1 for filling.
-      window: from the first changed token on, as many positions hold everything that a change can reach.
+      indices: [microbatch * B] the row of the original arrays that each row holds; -1 for padding.
+      window: the number of positions, from the first changed token on, that a change can reach.
     """
 
     batches: EncodedPairs
@@ -174,7 +174,7 @@ class PairBucket:
 
 
 def bucket_by_window(encoded: EncodedPairs, *, tokens_per_batch: int, max_buckets: int = 3) -> list[PairBucket]:
-    """Returns the pairs by how far it is from the first changed token to the last affected read.
+    """Sorts pairs into buckets by the distance from the first changed token to the last affected read.
 
     Args:
       encoded: the pairs.

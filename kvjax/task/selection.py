@@ -1,4 +1,4 @@
-"""Which records a probe set holds: chosen to cover a split's axes, counted, and tagged by difficulty."""
+"""Chooses a probe set's records to cover a split's axes, counts them, and tags them by difficulty."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Difficulty = Literal["easy", "hard"]
 
 
 def choose_examples(pool: Sequence[Record], count: int, *, seed: str) -> list[Record]:
-    """Returns `count` records that cover a split: round-robin over axis signatures, then topped up.
+    """Chooses `count` records that cover a split: round-robin over axis signatures, then topped up.
 
     After the round-robin, records are added until every value of `COVERED_AXES` in the pool has at least
-    `EVENTS_PER_VALUE` read events or all there are; then the last round-robin picks that coverage can spare make room.
-    More than `count` records come back only where coverage needs them.
+    `EVENTS_PER_VALUE` read events, or all that exist. Then the last round-robin picks that coverage can spare are
+    removed. More than `count` records remain only if coverage needs them.
     """
     rng = random.Random(seed)
     groups: dict[tuple[int, ...], list[Record]] = {}
@@ -59,7 +59,7 @@ def choose_examples(pool: Sequence[Record], count: int, *, seed: str) -> list[Re
 
 
 def assign_difficulty(records: Sequence[Record]) -> dict[str, Difficulty]:
-    """Returns sample_id -> easy or hard, by `DIFFICULTY_RULE`."""
+    """Tags each record, by sample_id, easy or hard by `DIFFICULTY_RULE`."""
     by_split: dict[str, list[Record]] = {}
     for record in records:
         by_split.setdefault(record["split"], []).append(record)
@@ -77,7 +77,7 @@ def assign_difficulty(records: Sequence[Record]) -> dict[str, Difficulty]:
 
 
 def coverage_counts(records: Sequence[Record]) -> dict[str, dict[str, dict[str, int]]]:
-    """Returns split -> axis -> value -> number of read events, for every axis a slice can be taken on."""
+    """Counts read events by split, axis and value, for every axis a slice can be taken on."""
     counts: dict[str, dict[str, Counter[int]]] = {}
     for record in records:
         axes = counts.setdefault(record["split"], {axis: Counter() for axis in (*SEQUENCE_AXES, *EVENT_AXES)})

@@ -1,4 +1,4 @@
-"""One key-value stream: from a program of writes and reads to its record, and back by replaying the tokens."""
+"""Builds a key-value stream's record from its program of writes and reads, and replays a record's tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Read:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a stream does: writes in order, and reads sorted by the write they follow.
+    """The events of a stream: writes in order, and reads sorted by the write they follow.
 
     Attributes:
       writes: (key, value) of each write.
@@ -51,7 +51,7 @@ class Program:
     reads: tuple[Read, ...]
 
     def signature(self) -> str:
-        """Returns the SHA-256 that names this program; two records with the same signature repeat each other."""
+        """Computes the SHA-256 that identifies this program; records with equal signatures are repeats."""
         document = {
             "writes": self.writes,
             "reads": [[read.slot_after_write, read.key, read.support_write_index] for read in self.reads],
@@ -69,7 +69,7 @@ def build_record(
     counterfactual_of: str | None = None,
     changed_write_index: int | None = None,
 ) -> Record:
-    """Returns the record of a program (docs/formats.md, "A record")."""
+    """Builds the record of a program (docs/formats.md, "A record")."""
     tokens = [BOS]
     steps: list[Record] = []
     events: list[Record] = []
@@ -165,7 +165,7 @@ def build_record(
 
 
 def program_of(record: Mapping[str, Any]) -> Program:
-    """Returns the program a record was built from."""
+    """Reads the program that a record was built from."""
     return Program(
         writes=tuple((write["key"], write["value"]) for write in record["writes"]),
         reads=tuple(
@@ -176,13 +176,13 @@ def program_of(record: Mapping[str, Any]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayedRead:
-    """One read as found by replaying the tokens; positions count from 0 at `<bos>`.
+    """One read, found by replaying the tokens; positions count from 0 at `<bos>`.
 
     Attributes:
       key: the key read.
       answer: its third token.
-      answer_position: where that token stands.
-      support_value_position: where the latest earlier write to the key put its value.
+      answer_position: that token's position.
+      support_value_position: the value's position in the latest earlier write to the key.
       stale_value_position: the value position of the write to that key before the support; None if there is none.
       earlier_answer_positions: answers of earlier reads that returned the same write.
       stale_answer_positions: answers of earlier reads that returned the stale write.
@@ -198,10 +198,10 @@ class ReplayedRead:
 
 
 def replay(tokens: Sequence[str]) -> list[ReplayedRead]:
-    """Replays a stream against a dictionary: the task's own semantics, from the tokens alone.
+    """Replays a stream against a dictionary, which is the task's definition, from the tokens alone.
 
     Raises:
-      InputError: the tokens are no stream, a read precedes every write of its key, or a read's third token is not
+      InputError: the tokens are not a stream, a read precedes every write of its key, or a read's third token is not
         the latest value of its key.
     """
     if len(tokens) < 2 or tokens[0] != BOS or tokens[-1] != EOS or len(tokens) % 3 != 2:

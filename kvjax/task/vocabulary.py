@@ -1,4 +1,4 @@
-"""Token names and ids of the key-value stream."""
+"""Names the tokens of the key-value stream and numbers them."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Vocabulary:
 
     @classmethod
     def of_size(cls, num_keys: int, num_values: int) -> Vocabulary:
-        """Returns the vocabulary of a new benchmark: keys K00…, values V000…."""
+        """Builds the vocabulary of a new benchmark: keys K00…, values V000…."""
         keys = tuple(f"K{i:02d}" for i in range(num_keys))
         values = tuple(f"V{i:03d}" for i in range(num_values))
         return cls(SPECIAL_TOKENS + keys + values, keys, values)
 
     @classmethod
     def from_metadata(cls, document: Mapping[str, Sequence[str]], where: object) -> Vocabulary:
-        """Returns the vocabulary a benchmark's metadata or a checkpoint records.
+        """Reads the vocabulary that a benchmark's metadata or a checkpoint records.
 
         Args:
           document: `{tokens, key_tokens, value_tokens}`.
-          where: the file it stands in, for the error message.
+          where: the file it comes from, for the error message.
 
         Raises:
-          InputError: a part is missing, a token repeats, or a key or value is no token.
+          InputError: a part is missing, a token repeats, or a key or value is not among the tokens.
         """
         try:
             vocabulary = cls(*(tuple(document[name]) for name in ("tokens", "key_tokens", "value_tokens")))
@@ -82,5 +82,5 @@ class Vocabulary:
         return np.array([self.id_of[token] for token in self.value_tokens], np.int32)
 
     def to_metadata(self) -> dict[str, list[str]]:
-        """Returns the JSON form that `from_metadata` reads."""
+        """Builds the JSON form that `from_metadata` reads."""
         return {name: list(getattr(self, name)) for name in ("key_tokens", "tokens", "value_tokens")}
