@@ -1,6 +1,6 @@
-"""One checkpoint of a run with its parameters, and where a run's checkpoints come from.
+"""Defines a checkpoint with its parameters, and the interface that loads a run's checkpoints.
 
-Nothing here imports torch: parameters that were converted before are read without it.
+This module does not import torch: stored parameters are read without it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CheckpointSource(Protocol):
     """Loads a run's checkpoints, converted and certified."""
 
     def load(self, path: Path, expected_step: int | None) -> Checkpoint:
-        """Returns the checkpoint of a file; may be called from several threads."""
+        """Loads the checkpoint of a file; may be called from several threads."""
 
     def save(self) -> None:
         """Writes new conversions to the parameter store, so that later runs only read them."""

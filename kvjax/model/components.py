@@ -36,7 +36,7 @@ class Component:
 
     @property
     def is_mlp(self) -> bool:
-        """Whether it is an MLP."""
+        """Checks whether it is an MLP."""
         return self.head is None
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The decoder-only transformer of the checkpoints, with layer-stacked parameters (docs/definitions.md, section 2).
+"""The decoder-only transformer of the checkpoints, with layer-stacked parameters (docs/definitions.md).
 
 Pre-LayerNorm blocks, learned positions, biases on every linear but the unembedding, LayerNorm eps 1e-5, exact GELU.
 """
@@ -34,7 +34,7 @@ class DecoderConfig:
 
     Attributes:
       tied: the unembedding is the token embedding, and the parameters hold no other.
-      precision: of every matrix product, `highest` or `default` (JAX may use TF32 for float32 on a GPU).
+      precision: of every matrix product, `highest` or `default` (with which JAX may use TF32 on a GPU).
     """
 
     vocab_size: int
@@ -48,7 +48,7 @@ class DecoderConfig:
 
     @classmethod
     def from_model_config(cls, model: ModelConfig, vocab_size: int, **static: Any) -> DecoderConfig:
-        """Returns the shape that a run's recorded model section describes."""
+        """Takes the shape from a run's recorded model section."""
         shape = {field: getattr(model, field) for field in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")}
         return cls(vocab_size=vocab_size, **shape, **static)
 
@@ -58,14 +58,14 @@ class DecoderConfig:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Returns the exact GELU; on CPU this form is faster than `jax.nn.gelu` and as exact."""
+    """Computes the exact GELU; on a CPU this form is faster than `jax.nn.gelu` and as exact."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a layer that were computed before, for a run that computes the positions after them alone.
+    """Keys and values of a layer computed earlier, for a run that computes only the positions after them.
 
     Attributes:
       keys, values: [B, H, T, E].
@@ -76,11 +76,11 @@ class Prefix:
 
 
 def attention_mask(tokens_BxT: jax.Array, positions_BxP: jax.Array | None = None) -> jax.Array:
-    """Returns which keys a query may attend to, bool [B, 1, P, T]: not later than itself, and not padding.
+    """Masks the keys a query may attend to, bool [B, 1, P, T]: not later than itself, and not padding.
 
     Args:
       tokens_BxT: token ids.
-      positions_BxP: the queried positions; all T where None.
+      positions_BxP: the queried positions; all T if None.
     """
     length = tokens_BxT.shape[1]
     queries = jnp.arange(length)[None] if positions_BxP is None else positions_BxP
@@ -89,7 +89,7 @@ def attention_mask(tokens_BxT: jax.Array, positions_BxP: jax.Array | None = None
 
 
 def window_mask(tokens_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.Array) -> jax.Array:
-    """Returns which keys a query may attend to where a window alone is computed, bool [B, 1, P, T + W].
+    """Masks the keys a query may attend to if only a window is computed, bool [B, 1, P, T + W].
 
     Args:
       tokens_BxT: token ids.
@@ -100,7 +100,7 @@ def window_mask(tokens_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.A
     in_prefix = (jnp.arange(length)[None] < window_BxW[:, :1]) & (tokens_BxT != PAD_ID)
     before = jnp.broadcast_to(in_prefix[:, None], (*queries_BxP.shape, length))
     within = queries_BxP[:, :, None] >= window_BxW[:, None, :]
-    # A window that would reach beyond the end repeats the last position; it is attended to once.
+    # A window that would reach beyond the end repeats the last position, which must be attended to once.
     once = window_BxW == window_BxW[:, :1] + jnp.arange(window_BxW.shape[1])[None]
     within &= (once & (jnp.take_along_axis(tokens_BxT, window_BxW, axis=1) != PAD_ID))[:, None]
     return jnp.concatenate([before, within], axis=-1)[:, None]
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = dense(), dense(), dense(), dense()
 
     def _heads(self, projection: nn.Dense, x: jax.Array) -> jax.Array:
-        """Returns a projection by head, [B, H, T, E], of one input for all heads, [B, T, D], or one each, [B, T, H, D].
+        """Projects by head, [B, H, T, E], one input for all heads, [B, T, D], or one each, [B, T, H, D].
 
         Heads first: batched [T, E] products are 1.4-2.9 times faster on CPU than the head-last layout.
         """
@@ -137,10 +137,10 @@ class Attention(nn.Module):
         tap: Tap,
         prefix: Prefix | None = None,
     ) -> jax.Array:
-        """Returns every head's z, [B, P, H, E].
+        """Computes every head's z, [B, P, H, E].
 
         Args:
-          inputs: what queries, keys and values are made from, after the LayerNorm: [B, P or T, D], or one per head.
+          inputs: the inputs of queries, keys and values, after the LayerNorm: [B, P or T, D], or one per head.
           mask_Bx1xPxT: from `attention_mask`, or `window_mask` with a prefix.
           tap: called at every site.
           prefix: keys and values attended to before those of `inputs`.
@@ -161,14 +161,14 @@ class Attention(nn.Module):
     def head_outputs_of_few(
         self, query_input_BxPxD: jax.Array, context_BxTxD: jax.Array, mask_Bx1xPxT: jax.Array
     ) -> jax.Array:
-        """Returns every head's z, [B, P, H, E], for few queries, without making keys or values.
+        """Computes every head's z, [B, P, H, E], for few queries, without making keys or values.
 
-        Scores are (W_K q)·x instead of q·(W_K x), and z is W_V applied to the attended mean of x: the same sums in
-        another order, H P rows of work per sequence where keys and values take D per position. What the keys' bias adds
-        to a query's scores is one number, which the softmax does not see.
+        Scores are (W_K q)·x instead of q·(W_K x), and z is W_V applied to the attended mean of x. These are the same
+        sums in another order: H P rows of work per sequence, instead of D per position for keys and values. The keys'
+        bias adds the same number to all scores of a query, which the softmax ignores.
 
         Args:
-          query_input_BxPxD, context_BxTxD: what queries, and what keys and values are made from, after the LayerNorm.
+          query_input_BxPxD, context_BxTxD: the inputs of queries, and of keys and values, after the LayerNorm.
           mask_Bx1xPxT: from `attention_mask`.
         """
         config = self.config
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         return z_BxPxHxE + bias_HxE[None, None]
 
     def write(self, z_BxPxHxE: jax.Array) -> jax.Array:
-        """Returns what the heads write into the residual stream, [B, P, D]."""
+        """Projects the heads' z into the residual stream, [B, P, D]."""
         return self.out_proj(z_BxPxHxE.reshape(*z_BxPxHxE.shape[:2], self.config.d_model))
 
 
@@ -215,12 +215,12 @@ class Mlp(nn.Module):
         return self.write(gelu(tap("mlp_pre", self.fc_in(x_BxPxD))), tap)
 
     def write(self, hidden_BxPxF: jax.Array, tap: Tap) -> jax.Array:
-        """Returns what the hidden activations write into the residual stream, [B, P, D]."""
+        """Projects the hidden activations into the residual stream, [B, P, D]."""
         return self.fc_out(tap("mlp_hidden", hidden_BxPxF))
 
 
 def _layer_norm() -> nn.LayerNorm:
-    # Flax's one-pass variance is off by 6e-4 where the mean is large against the spread.
+    # Flax's one-pass variance is off by 6e-4 if the mean is large against the spread.
     return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False)
 
 
@@ -243,7 +243,7 @@ class Block(nn.Module):
         queries_BxP: jax.Array | None = None,
         prefix: Prefix | None = None,
     ) -> jax.Array:
-        """Returns the residual stream after the block, [B, P, D].
+        """Computes the residual stream after the block, [B, P, D].
 
         Args:
           resid_BxTxD: the residual stream before it, at all positions, or at those after `prefix`.
@@ -276,33 +276,33 @@ class Block(nn.Module):
         return self.from_head_z(at_queries(resid_BxTxD), z_BxPxHxE, tap)
 
     def _few(self, queries: int, tap: Tap) -> bool:
-        """Whether attention at this many queries is cheaper without keys and values, and nothing asks for those."""
+        """Checks whether attention is cheaper without keys and values, and no edit or capture needs these."""
         inside = ("query_input", "key_input", "value_input", "key", "value", "pattern")
         return queries * self.config.n_heads < self.config.d_model and not any(map(tap.wants, inside))
 
     def from_head_z(self, resid_BxPxD: jax.Array, z_BxPxHxE: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
-        """Returns the residual stream after the block, given the one before it and every head's z."""
+        """Computes the residual stream after the block from the one before it and every head's z."""
         attn_out_BxPxD = tap("attn_out", self.attn.write(tap("head_z", z_BxPxHxE)))
         return self.from_post_attn(resid_BxPxD + attn_out_BxPxD, tap)
 
     def from_post_attn(self, resid_BxPxD: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
-        """Returns the residual stream after the block, given the one between its halves."""
+        """Computes the residual stream after the block from the one between its halves."""
         resid_BxPxD = tap("post_attn", resid_BxPxD)
         mlp_out_BxPxD = self.mlp(self.ln_2(tap("mlp_input", resid_BxPxD)), tap)
         return self.from_mlp_out(resid_BxPxD, mlp_out_BxPxD, tap)
 
     def from_mlp_hidden(self, resid_BxPxD: jax.Array, hidden_BxPxF: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
-        """Returns the residual stream after the block, given the one between its halves and the MLP's activations."""
+        """Computes the residual stream after the block from the one between its halves and the MLP's activations."""
         return self.from_mlp_out(resid_BxPxD, self.mlp.write(hidden_BxPxF, tap), tap)
 
     def from_mlp_out(self, resid_BxPxD: jax.Array, mlp_out_BxPxD: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
-        """Returns the residual stream after the block, given the one between its halves and the MLP's output."""
+        """Computes the residual stream after the block from the one between its halves and the MLP's output."""
         return tap("post_mlp", resid_BxPxD + tap("mlp_out", mlp_out_BxPxD))
 
 
 class Decoder(nn.Module):
     """The whole model. Parameters: `token_embedding`, `position_embedding`, `blocks` (stacked on L), `final_norm`,
-    and `unembedding` where it is not tied."""
+    and `unembedding` if it is not tied."""
 
     config: DecoderConfig
 
@@ -318,11 +318,11 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens_BxT: jax.Array, edits: Interventions = CLEAN, capture: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Trace]:
-        """Returns the logits at every position, [B, T, V], and the activations captured.
+        """Runs the model: logits at every position, [B, T, V], and the captured activations.
 
         Args:
           tokens_BxT: token ids.
-          edits: what to replace where.
+          edits: the interventions.
           capture: names of the sites to return, after any edit of them.
         """
         tap = Tap(edits, capture=capture)
@@ -339,30 +339,30 @@ class Decoder(nn.Module):
         return logits, tap.record | seen
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Returns token plus position embeddings, [B, T, D]."""
+        """Adds token and position embeddings, [B, T, D]."""
         return self.token_embedding(tokens_BxT) + self.position_embedding(jnp.arange(tokens_BxT.shape[1]))[None]
 
     def unembed(self, normed: jax.Array) -> jax.Array:
-        """Returns the logits of states the final LayerNorm was applied to, [..., V]."""
+        """Computes the logits of states after the final LayerNorm, [..., V]."""
         if self.config.tied:
             return jnp.matmul(normed, self.token_embedding.embedding.T, precision=self.config.precision)
         return self.unembedding(normed)
 
     def read_out(self, resid: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
-        """Returns the logits of residual states before the final LayerNorm, [..., V]."""
+        """Computes the logits of residual states before the final LayerNorm, [..., V]."""
         return self.unembed(tap("final_norm", self.final_norm(tap("logits_input", resid))))
 
 
 def layer_params(params: Params, layer: jax.Array | int) -> Params:
-    """Returns the parameters of one block, sliced from the stacked ones; `layer` may be traced."""
+    """Slices the parameters of one block from the stacked ones; `layer` may be traced."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), params["blocks"])
 
 
 def stack_params(params: Sequence[Params]) -> Params:
-    """Returns the parameters of several checkpoints of one shape, stacked on a leading axis C.
+    """Stacks the parameters of several checkpoints of one shape on a leading axis C.
 
-    Where only some are tied (an untied unembedding may start as a copy of the token embedding), all get one of their
-    own, so that their trees have one structure.
+    If only some are tied (an untied unembedding may start as a copy of the token embedding), all get one of their own,
+    so that their trees have one structure.
     """
     if any("unembedding" in tree for tree in params):
         params = [untie(tree) for tree in params]
@@ -370,7 +370,7 @@ def stack_params(params: Sequence[Params]) -> Params:
 
 
 def untie(params: Params) -> Params:
-    """Returns the parameters with an unembedding of their own, equal to the token embedding where they had none."""
+    """Gives tied parameters an unembedding of their own, equal to the token embedding."""
     if "unembedding" in params:
         return params
     return {**params, "unembedding": {"kernel": np.asarray(params["token_embedding"]["embedding"]).T}}

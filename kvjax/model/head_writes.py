@@ -1,8 +1,8 @@
-"""What a change of one head's z adds, without projecting again what all the others left as it was.
+"""Adds the effect of a change of one head's z, without projecting the unchanged heads again.
 
-A head writes through W_O into the residual stream, and from there, but for the LayerNorm's scale, linearly into the
-MLP's activations. Both maps of one head make one matrix, [E, D + F]: a change of its z costs E × (D + F) products per
-position where projecting all heads and the whole state again costs D × (D + F).
+A head writes through W_O into the residual stream and from there, apart from the LayerNorm's scale, linearly into the
+MLP's activations. Both maps of one head make one matrix, [E, D + F]. A change of its z costs E × (D + F) products per
+position; projecting all heads and the whole state again costs D × (D + F).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kvjax.model.decoder import LAYER_NORM_EPS, DecoderConfig, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadWrites:
-    """The maps of one checkpoint's heads from their z.
+    """The maps of one checkpoint's heads, from z to the residual stream and the MLP's activations.
 
     Attributes:
       kernels: [L, H, E, D + F]: into the residual stream, and into the MLP's activations before GELU, times the
         standard deviation that the LayerNorm divides by.
-      offsets: [L, F], the activations before GELU of a state that equals its own mean.
+      offsets: [L, F], the activations before GELU of a state whose entries are all equal.
     """
 
     kernels: jax.Array
@@ -31,12 +31,12 @@ class HeadWrites:
 
     @classmethod
     def of(cls, params: Params, config: DecoderConfig) -> HeadWrites:
-        """Returns the maps of a checkpoint's heads."""
+        """Computes the maps of a checkpoint's heads."""
         blocks = params["blocks"]
         shape = (config.n_layers, config.n_heads, config.d_head, config.d_model)
         written = blocks["attn"]["out_proj"]["kernel"].reshape(shape)
         norm, into_mlp = blocks["ln_2"], blocks["mlp"]["fc_in"]
-        # The LayerNorm takes the mean over D away, from a sum of states as from each of them.
+        # The LayerNorm subtracts the mean over D, from a sum of states as from each of them.
         centred = written - jnp.mean(written, axis=-1, keepdims=True)
         scaled = norm["scale"][:, None, :, None] * into_mlp["kernel"][:, None]
         offsets = jnp.matmul(norm["bias"][:, None], into_mlp["kernel"], precision="highest")[:, 0] + into_mlp["bias"]
@@ -52,11 +52,11 @@ class HeadWrites:
         *,
         precision: str,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns `post_attn` and `mlp_pre` as they are where a head's z differs by `change`.
+        """Computes `post_attn` and `mlp_pre` after a change of one head's z.
 
-        Float32 keeps its digits while the head does not dwarf the rest of the residual stream: on the run of
-        docs/performance.md logits err from float64 by 0 to 3 % more than after projecting again. A head that makes the
-        stream N times as large as it is without it costs the MLP's activations about a factor N.
+        Float32 keeps its digits while the head does not dwarf the rest of the residual stream. On the reference run,
+        errors of logits against float64 are 0 to 3 % larger than after projecting again (docs/performance.md). If the
+        head makes the stream N times larger, errors of the MLP's activations grow by about a factor N.
 
         Args:
           layer, head: the head's address, which may be traced.
@@ -73,5 +73,5 @@ class HeadWrites:
 
 
 def _deviation(resid: jax.Array) -> jax.Array:
-    """Returns what the LayerNorm divides by, [..., 1]."""
+    """Computes the standard deviation that the LayerNorm divides by, [..., 1]."""
     return jnp.sqrt(jnp.var(resid, axis=-1, keepdims=True) + LAYER_NORM_EPS)

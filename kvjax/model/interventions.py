@@ -1,6 +1,6 @@
-"""An intervention is data: where a mask says so, a site's activation is replaced by a value.
+"""Represents interventions as data: a mask selects the entries of a site's activation that a value replaces.
 
-Zero, mean and resample ablation and patching differ only in where the value comes from, so all are `Edit`s. Masks,
+Zero, mean and resample ablation and patching differ only in the origin of the value, so all are `Edit`s. Masks,
 values and the descriptors they are built from are traced: choosing another component needs no recompilation.
 """
 
@@ -39,31 +39,31 @@ CLEAN: Interventions = {}
 def ablate_head(
     layer: jax.Array | int, head: jax.Array | int, *, n_layers: int, n_heads: int, value: jax.Array | None = None
 ) -> Interventions:
-    """Returns the ablation of one head: its attention output z, before the output projection, is replaced.
+    """Ablates one head: replaces its attention output z, before the output projection.
 
     Args:
       layer, head: which head; may be traced.
       n_layers, n_heads: the model's shape.
-      value: what replaces z, with the axes of `head_z` (each of its length or 1); zero where None.
+      value: replaces z, with the axes of `head_z` (each of its length or 1); zero if None.
     """
     mask_LxH = (jnp.arange(n_layers) == layer)[:, None] & (jnp.arange(n_heads) == head)[None]
     return {"head_z": Edit(mask_LxH[:, None, None, :, None], jnp.zeros((1,) * 5) if value is None else value)}
 
 
 def ablate_mlp(layer: jax.Array | int, *, n_layers: int, value: jax.Array | None = None) -> Interventions:
-    """Returns the ablation of one MLP: its whole output, bias included, is replaced by `value`, or by zero.
+    """Ablates one MLP: replaces its whole output, bias included.
 
     Args:
       layer: which MLP; may be traced.
       n_layers: the model's shape.
-      value: what replaces the output, with the axes of `mlp_out` (each of its length or 1); zero where None.
+      value: replaces the output, with the axes of `mlp_out` (each of its length or 1); zero if None.
     """
     mask_L = jnp.arange(n_layers) == layer
     return {"mlp_out": Edit(mask_L[:, None, None, None], jnp.zeros((1,) * 4) if value is None else value)}
 
 
 def compose(first: Interventions, second: Interventions) -> Interventions:
-    """Returns the interventions that apply `first`, then `second`."""
+    """Composes interventions: `first` is applied, then `second`."""
     both = dict(first)
     for site, edit in second.items():
         if site in both:
@@ -74,7 +74,7 @@ def compose(first: Interventions, second: Interventions) -> Interventions:
 
 
 def earliest_site(edits: Interventions) -> str:
-    """Returns the site of the edits that a forward pass reaches first within a layer."""
+    """Finds the edited site that a forward pass reaches first within a layer."""
     return min(edits, key=SITE_ORDER.__getitem__)
 
 
@@ -93,15 +93,15 @@ def check_interventions(edits: Interventions) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """What the model calls at every site: it applies the edits that name the site, and records what was asked for.
+    """Called by the model at every site: applies the edits that name the site, and records it if captured.
 
     Attributes:
       edits: interventions over the whole model.
       layer: the layer the tap sits in, possibly traced; None for sites outside the layers.
-      queried_BxP: the positions that are queried, where not all are.
-      context_BxT: the positions that keys and values are made at, where not all are.
+      queried_BxP: the positions that are queried; None for all.
+      context_BxT: the positions that keys and values are made at; None for all.
       capture: sites to record, after any edit.
-      record: where to.
+      record: receives the captured activations by site.
     """
 
     edits: Interventions = dataclasses.field(default_factory=dict)
@@ -112,7 +112,7 @@ class Tap:
     record: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def wants(self, name: str) -> bool:
-        """Whether the site must exist: activations that only edits need are not formed without one."""
+        """Checks whether the site is edited or captured; some activations are formed only then."""
         return name in self.edits or name in self.capture
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ class Tap:
         return x
 
     def _local(self, name: str, array: jax.Array) -> jax.Array:
-        """Returns the part of a mask or value that belongs to this layer and these positions."""
+        """Selects the part of a mask or value that belongs to this layer and these positions."""
         site = SITES[name]
         if site.per_layer:
             # A layer axis of length 1 serves every layer without being copied for each.

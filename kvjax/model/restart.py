@@ -1,9 +1,9 @@
-"""The engine: a clean pass that keeps what restarts need, and intervened runs that compute only what can have changed.
+"""Restarts forward passes: keeps a clean pass, and computes only what an intervention can change.
 
-An edit in layer l leaves everything before it as in the clean run, so an intervened run restarts inside layer l, where
-its earliest edit sits. Reads are all that is measured under an intervention, so the last block computes its queries,
-MLP and logits at the reads' prediction positions alone. An edit at one position leaves earlier positions alone as well:
-given a window, only the positions in it are computed, on top of the clean run's keys and values.
+An edit in layer l leaves everything before it unchanged, so an intervened run restarts inside layer l, at its earliest
+edit. Only reads are measured under an intervention, so the last block computes its queries, MLP and logits at the
+reads' prediction positions alone. An edit at one position leaves earlier positions unchanged as well: given a window,
+only the positions in it are computed, on top of the clean run's keys and values.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from kvjax.model.interventions import Interventions, Tap, check_interventions, e
 from kvjax.model.sites import SITE_ORDER, SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
 
-# What restarts need of the clean run: every site's own activation, or what it is made from.
+# The activations of the clean run that restarts need: every other site's is made from these.
 RESTART_CAPTURE = ("embedding", "head_z", "post_attn", "mlp_out", "post_mlp")
-# What restarts from one head need beside that.
+# Restarts from one head also need these.
 HEAD_CAPTURE = ("mlp_pre",)
-# And restarts inside a window.
+# Restarts inside a window also need these.
 WINDOW_CAPTURE = ("key", "value")
 
 
@@ -46,20 +46,20 @@ class CleanRun:
     Attributes:
       tokens: [B, T].
       trace: the captured activations, at least `RESTART_CAPTURE`; with `HEAD_CAPTURE` for restarts from a head,
-        `WINDOW_CAPTURE` for windows. Where it holds `mlp_hidden`, edits of that site do not compute it again. At T
-        positions, or at more, of which `at` takes the first T.
+        `WINDOW_CAPTURE` for windows. If it holds `mlp_hidden`, edits of that site do not compute it again. It may cover
+        more than T positions; `at` takes the first T.
     """
 
     tokens: jax.Array
     trace: Trace
 
     def cut(self, length: int) -> CleanRun:
-        """Returns the run's first `length` positions; what comes later has no effect on them."""
-        # The trace is not copied: cutting where it is read costs nothing, all of it 3 % of a sweep on one core.
+        """Cuts the run to its first `length` positions; later ones have no effect on them."""
+        # The trace is not copied: `at` cuts it for free, whereas copying takes 3 % of a sweep on one core.
         return CleanRun(self.tokens[:, :length], self.trace)
 
     def at(self, name: str, layer: jax.Array | int | None = None) -> jax.Array:
-        """Returns a site's activation at the run's positions, of all layers or one, which may be traced."""
+        """Reads a site's activation at the run's positions, of all layers or one, which may be traced."""
         x, axis = self.trace[name], SITES[name].positions
         if layer is not None:
             x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
@@ -68,7 +68,7 @@ class CleanRun:
         return self._cut(x, axis)
 
     def before(self, layer: jax.Array | int) -> jax.Array:
-        """Returns the residual stream before a layer, which may be traced: [B, T, D]."""
+        """Reads the residual stream before a layer, which may be traced: [B, T, D]."""
         return self._cut(before_layer(self.trace, layer), 1)
 
     def _cut(self, x: jax.Array, axis: int) -> jax.Array:
@@ -83,7 +83,7 @@ class CleanRun:
 def run_clean(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, capture: tuple[str, ...]
 ) -> tuple[jax.Array, CleanRun]:
-    """Returns the logits [B, T, V] and the clean pass, every layer at every position, keeping `capture`."""
+    """Runs every layer at every position: logits [B, T, V], and the clean pass with the sites in `capture`."""
     logits, trace = plain_forward(config)(params, tokens_BxT, capture=capture)
     return logits, CleanRun(tokens_BxT, trace)
 
@@ -98,18 +98,18 @@ def restart(
     positions_BxQ: jax.Array,
     window_BxW: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the logits at given positions of a run under `edits`, restarted from the clean one: [B, Q, V].
+    """Computes the logits at given positions under `edits`, restarting from the clean run: [B, Q, V].
 
     Args:
       params: of the checkpoint the clean run came from.
       config: the model's shape.
       clean: the clean run.
-      edits: the interventions, at any sites; per-layer ones take effect from `layer` on, in which the run restarts
+      edits: the interventions, at any sites. Per-layer ones take effect from `layer` on; the run restarts in `layer`,
         before the earliest of their sites.
       layer: the first layer edited. A Python number may name any layer; a traced one must lie before the last.
       positions_BxQ: the positions read.
       window_BxW: consecutive positions to compute, the first edited one of each sequence first; all others keep their
-        clean keys and values. Positions read outside the window get logits that mean nothing. All where None.
+        clean keys and values. Positions read outside the window get meaningless logits. None: all positions.
 
     Raises:
       InputError: an edit is of no site or of another rank, or edits the attention pattern inside a window.
@@ -121,7 +121,7 @@ def restart(
         raise InputError("restart: expected edits of other sites inside a window; found one of pattern")
     span = _Span(clean.tokens, positions_BxQ, window_BxW)
     site, model, variables = earliest_site(edits), Decoder(config), {"params": params}
-    # The last layer is a program of its own, at the positions read alone, as nothing else of it is used.
+    # The last layer is a program of its own, at the positions read alone, because no other output of it is used.
     in_last = isinstance(layer, int) and layer == config.n_layers - 1
     read_tap = Tap(edits, queried_BxP=positions_BxQ)
     if not SITES[site].per_layer:
@@ -153,14 +153,14 @@ def restart_from_head(
     head: jax.Array | int,
     positions_BxQ: jax.Array,
 ) -> jax.Array:
-    """Returns the logits at given positions where one head's z is `value`: `restart` from `head_z`, for less work.
+    """Computes the logits at given positions with one head's z replaced: `restart` from `head_z`, with less work.
 
     Args:
       params: of the checkpoint the clean run came from.
       config: the model's shape.
       clean: the clean run, with `HEAD_CAPTURE`.
       writes: of the checkpoint.
-      value_BxTxE: what the head's z is replaced by, everywhere.
+      value_BxTxE: replaces the head's z at every position.
       layer: the head's. A Python number may name any layer; a traced one must lie before the last.
       head: its number, which may be traced.
       positions_BxQ: the positions read.
@@ -193,12 +193,12 @@ class _Span:
     window_BxW: jax.Array | None
 
     def rows(self, x_BxTxN: jax.Array) -> jax.Array:
-        """Returns the positions computed."""
+        """Selects the positions computed."""
         return x_BxTxN if self.window_BxW is None else take_positions(x_BxTxN, self.window_BxW, 1)
 
     @property
     def read_rows_BxQ(self) -> jax.Array:
-        """Where the positions read lie among those computed."""
+        """Locates the positions read among those computed."""
         if self.window_BxW is None:
             return self.positions_BxQ
         return jnp.clip(self.positions_BxQ - self.window_BxW[:, :1], 0, self.window_BxW.shape[1] - 1)
@@ -225,7 +225,7 @@ def _second_half(
     *,
     in_last: bool,
 ) -> jax.Array:
-    """Returns the residual stream after a layer whose queries, keys and values are clean."""
+    """Computes the residual stream after a layer whose queries, keys and values are clean."""
     positions = span.positions_BxQ if in_last else span.window_BxW
     tap = Tap(edits, layer, queried_BxP=positions)
     block, variables = Block(config), {"params": layer_params(params, layer)}
@@ -259,7 +259,7 @@ def _blocks_from(
     first: jax.Array | int,
     span: _Span,
 ) -> jax.Array:
-    """Returns the residual stream after the last block at the positions read, from the one before block `first`."""
+    """Runs the blocks from `first` on: the residual stream after the last block at the positions read."""
     block, last = Block(config), config.n_layers - 1
     mask = span.mask(reads_only=False)
 
@@ -282,7 +282,7 @@ def _blocks_from(
 
 
 def before_layer(trace: Trace, layer: jax.Array | int) -> jax.Array:
-    """Returns the residual stream of a run before a layer, [B, T, D]; `layer` may be traced."""
+    """Reads the residual stream before a layer from a trace, [B, T, D]; `layer` may be traced."""
     if isinstance(layer, int):
         return trace["embedding"] if layer == 0 else trace["post_mlp"][layer - 1]
     previous = jax.lax.dynamic_index_in_dim(trace["post_mlp"], jnp.maximum(layer - 1, 0), 0, False)

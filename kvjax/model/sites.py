@@ -1,10 +1,14 @@
-"""Axis letters and the named activations (sites) of the decoder.
+"""Names the activations (sites) of the decoder, and the axis letters.
 
 Axis letters, used in names and comments everywhere:
 
-  R runs        C checkpoints   K interventions   B sequences   T positions     Q reads of a sequence
+  R runs or seeds  C checkpoints  K interventions  B sequences   T positions    Q reads of a sequence
   P the positions that are queried: all T, or the Q prediction positions
-  L layers      H heads         E head width      D model width  F MLP width     S residual stages   V vocabulary
+  L layers         H heads        E head width     D model width  F MLP width   S residual stages   V vocabulary
+
+And outside the model:
+
+  N records, reads or fit rows   J bootstrap resamples   X statistics   Z splits   M metrics   G gaps (windows)
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ class Site:
     Attributes:
       name: as in a trace or an intervention.
       axes: its axis letters; a leading L means one activation per layer, stacked.
-      positions: the index, after the layer axis, of the axis that runs over positions: the queried ones where its
-        letter is P, those that keys and values come from where it is T.
+      positions: the index, after the layer axis, of the axis that runs over positions. Its letter is P for queried
+        positions, T for those that keys and values come from.
     """
 
     name: str
@@ -37,7 +41,7 @@ class Site:
 
     @property
     def queried(self) -> bool:
-        """Whether the activation exists at queried positions alone."""
+        """Checks whether the activation exists at queried positions alone."""
         return self.axes[self.positions + self.per_layer] == "P"
 
 
@@ -46,8 +50,8 @@ SITES: Mapping[str, Site] = {
     site.name: site
     for site in (
         Site("embedding", "BPD"),
-        # What each head's queries, keys and values are made from: the residual stream before the layer, once per head.
-        # They exist only where an edit or a capture names them.
+        # The inputs of each head's queries, keys and values: the residual stream before the layer, once per head.
+        # They exist only if an edit or a capture names them.
         Site("query_input", "LBPHD"),
         Site("key_input", "LBTHD"),
         Site("value_input", "LBTHD"),
@@ -75,19 +79,19 @@ Trace = dict[str, jax.Array]
 
 
 def stage_names(n_layers: int) -> tuple[str, ...]:
-    """Returns the 2L + 2 residual stages in order (docs/definitions.md, section 2)."""
+    """Lists the 2L + 2 residual stages in order (docs/definitions.md, "Stages and components")."""
     halves = (f"layer_{layer}_{half}" for layer in range(n_layers) for half in ("post_attn", "post_mlp"))
     return ("embedding", *halves, "final_norm")
 
 
 def residual_stages(trace: Trace) -> jax.Array:
-    """Returns the residual stages of a trace that holds `STAGE_SITES`, stacked: [S, B, P, D]."""
+    """Stacks the residual stages of a trace that holds `STAGE_SITES`: [S, B, P, D]."""
     halves = jnp.stack([trace["post_attn"], trace["post_mlp"]], axis=1)  # [L, 2, B, P, D]
     return jnp.concatenate([trace["embedding"][None], halves.reshape(-1, *halves.shape[2:]), trace["final_norm"][None]])
 
 
 def take_positions(x: jax.Array, positions_BxQ: jax.Array, axis: int) -> jax.Array:
-    """Returns `x` at given positions of each sequence.
+    """Selects given positions of each sequence.
 
     Args:
       x: an array with axis 0 = B and positions on `axis`.

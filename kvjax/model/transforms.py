@@ -37,7 +37,7 @@ class Apply(Protocol):
 
 
 def plain_forward(config: DecoderConfig) -> Apply:
-    """Returns the plain, unrestarted forward pass: the model itself, and the oracle of every faster path."""
+    """Makes the plain, unrestarted forward pass: the model itself, and the oracle of every faster path."""
 
     def apply(params, tokens_BxT, *, edits=CLEAN, capture=()):
         check_interventions(edits)
@@ -53,7 +53,7 @@ def plain_forward(config: DecoderConfig) -> Apply:
 
 
 def capture(apply: Apply, sites: tuple[str, ...]) -> Apply:
-    """Returns `apply`, which also captures the named sites."""
+    """Makes `apply` also capture the named sites."""
 
     @functools.wraps(apply)
     def captured(params, tokens_BxT, *, edits=CLEAN, capture=()):
@@ -63,7 +63,7 @@ def capture(apply: Apply, sites: tuple[str, ...]) -> Apply:
 
 
 def intervene(apply: Apply, edits: Interventions) -> Apply:
-    """Returns `apply` under `edits`; edits given later, at the call, come after them."""
+    """Makes `apply` intervene by `edits`; edits given at the call are applied after them."""
     earlier = edits
 
     @functools.wraps(apply)
@@ -74,7 +74,7 @@ def intervene(apply: Apply, edits: Interventions) -> Apply:
 
 
 def over_interventions(function: Callable[[Any], Any], *, lift: Lift) -> Callable[[Any], Any]:
-    """Returns `function` of one descriptor as a function of K of them, stacked on their leading axis.
+    """Lifts `function` of one descriptor to K of them, stacked on their leading axis.
 
     The descriptor is small (layer, head, …); the function builds its `Edit`s from it, so no activation-sized value
     exists per intervention. `map` runs them one after another in one compiled loop, `vmap` side by side.
@@ -83,7 +83,7 @@ def over_interventions(function: Callable[[Any], Any], *, lift: Lift) -> Callabl
 
 
 def over_checkpoints(function: Callable[..., Any], *, lift: Lift, devices: int = 1) -> Callable[..., Any]:
-    """Returns `function(params, *shared)` as a function of parameters stacked on a leading checkpoint axis.
+    """Lifts `function(params, *shared)` to parameters stacked on a leading checkpoint axis.
 
     Args:
       function: of one checkpoint.
@@ -109,5 +109,5 @@ def over_checkpoints(function: Callable[..., Any], *, lift: Lift, devices: int =
 
 
 def checkpoint_mesh(devices: int) -> Mesh:
-    """Returns the mesh whose one axis shares checkpoints among the first `devices` devices."""
+    """Makes the mesh whose one axis shares checkpoints among the first `devices` devices."""
     return Mesh(np.array(jax.local_devices()[:devices]), (CHECKPOINT_AXIS,))
