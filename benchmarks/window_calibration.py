@@ -22,6 +22,7 @@ from benchmarks.reporting import machine, write_result
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.measure.uncertainty import resample_counts
+from kvjax.model.components import Component, all_components
 from kvjax.windows.score_runs import RunFinding, find_in_runs
 from kvjax.windows.trajectories import Metric, Trajectories
 
@@ -82,10 +83,9 @@ def metrics() -> tuple[Metric, ...]:
             heldout = measure == "answer_accuracy" and split == "heldout_pairs"
             name = "heldout_answer_accuracy" if heldout else measure
             listed.append(Metric(name, name, split))
-        for layer in range(LAYERS):
-            for head in range(HEADS):
-                listed.append(Metric("head_accuracy_drop", f"head_accuracy_drop.L{layer}H{head}", split, layer, head))
-            listed.append(Metric("mlp_accuracy_drop", f"mlp_accuracy_drop.L{layer}", split, layer))
+        for component in all_components(LAYERS, HEADS):
+            kind = "mlp_accuracy_drop" if component.is_mlp else "head_accuracy_drop"
+            listed.append(Metric(kind, f"{kind}.{component}", split, component.layer, component.head))
         listed.append(Metric("head_rank_correlation", "head_rank_correlation", split))
         for stage in ("post_attn", "post_mlp"):
             listed.append(Metric("residual_drift", f"residual_drift.{stage}", split))
@@ -127,7 +127,7 @@ def simulate(
     for split in SPLITS:
         accuracy, copy = (
             next(i for i, m in enumerate(listed) if m.split == split and m.measure.removeprefix("heldout_") == name)
-            for name in ("answer_accuracy", "mlp_accuracy_drop.L0")
+            for name in ("answer_accuracy", f"mlp_accuracy_drop.{Component(0)}")
         )
         values[:, copy], samples[:, :, copy] = values[:, accuracy], samples[:, :, accuracy]
     return Trajectories(steps, listed, values, samples), gaps

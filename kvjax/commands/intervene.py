@@ -40,7 +40,7 @@ flags.DEFINE_integer(
 flags.DEFINE_list(
     "components",
     None,
-    "Components, such as L1H3,MLP2, whose set is tested for sufficiency; by default the smallest faithful set.",
+    "Components, such as L1H3,L1.mlp, whose set is tested for sufficiency; by default the smallest faithful set.",
     flag_values=FLAGS,
 )
 common.define_precision_flag(FLAGS)

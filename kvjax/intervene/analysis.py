@@ -24,8 +24,8 @@ from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PE
 from kvjax.intervene import components, flow, states
 from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, Outcome, Study
-from kvjax.intervene.patching import component_places
 from kvjax.model.checkpoint import CheckpointSource
+from kvjax.model.components import Component, all_components
 from kvjax.model.decoder import DecoderConfig, stack_params
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
@@ -52,7 +52,7 @@ class InterventionSettings:
       window: `all`, or the center step of one window.
       steps: checkpoints to take instead of windows; None for windows.
       pairs_per_kind: pairs of each kind that are used, the first of each; None for all.
-      components: names of the components whose set is tested for sufficiency; None for the smallest faithful one.
+      components: spellings of the set that is tested for sufficiency; None for the smallest faithful one.
       precision: of matrix products.
       force: go on although a condition for circuit work fails.
       overwrite: measure again what was measured already, also where it was with other settings.
@@ -132,13 +132,7 @@ def plan_interventions(
     Raises:
       InputError: a name is unknown, or something was measured before with other settings.
     """
-    places = component_places(work.run.config.model.n_layers, work.run.config.model.n_heads)
-    for name in settings.components or ():
-        if name not in places:
-            raise bad_argument("components", f"components among {', '.join(places)}", name)
-    named = None
-    if settings.components is not None:
-        named = [place for place in places if place in settings.components]
+    named = _named_components(work.run, settings)
     pair_set = own_pairs(work.probe, work.benchmark)
     hashes = {step: file_sha256(work.run.checkpoints[step]) for window in windows for step in window.steps}
 
@@ -149,7 +143,7 @@ def plan_interventions(
             "probe_set": work.probe.manifest.content_sha256[:12],
         }
         if kind == "necessity":
-            chosen["components"] = named
+            chosen["components"] = None if named is None else list(map(str, named))
         inputs = {
             "intervention_version": INTERVENTION_VERSION,
             "window": window.description,
@@ -252,6 +246,18 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
     return windows
 
 
+def _named_components(run: RunDir, settings: InterventionSettings) -> tuple[Component, ...] | None:
+    """Reads the named set, in forward order and each once; raises `InputError` if the model lacks one of them."""
+    if settings.components is None:
+        return None
+    components = all_components(run.config.model.n_layers, run.config.model.n_heads)
+    named = [Component.parse(spelling, "components") for spelling in settings.components]
+    for component in named:
+        if component not in components:
+            raise bad_argument("components", f"components among {', '.join(map(str, components))}", component)
+    return tuple(component for component in components if component in named)
+
+
 def _steps_name(run: RunDir, steps: tuple[int, ...]) -> str:
     """Returns the name of files about some steps: the ends of a whole stretch of the run, or every step."""
     stretch = tuple(step for step in run.checkpoints if steps[0] <= step <= steps[-1])
@@ -291,7 +297,7 @@ def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, set
         clean_rows=clean_rows,
         fit=work.fit,
         records=work.encoded,
-        components=settings.components,
+        components=_named_components(run, settings),
         devices=jax.local_device_count(),
         tokens_per_batch=CPU_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,
         record_tokens_per_batch=RECORD_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,

@@ -24,9 +24,9 @@ from kvjax.intervene.necessity import (
 )
 from kvjax.intervene.neurons import head_spectra, neuron_effects
 from kvjax.intervene.pair_runs import measuring
-from kvjax.intervene.patching import component_places
 from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.measure.between_checkpoints import places
+from kvjax.model.components import all_components
 from kvjax.model.transforms import over_checkpoints
 from kvjax.task.encoding import bucket_by_length
 
@@ -39,7 +39,7 @@ def necessity(study: Study) -> Outcome:
     Components are ranked by the metric that their mean ablation alone costs, over all pairs, at each checkpoint. The
     set whose members are tested is the one that was named, or the smallest prefix that is faithful under mean ablation.
     """
-    names = list(component_places(study.config.n_layers, study.config.n_heads))
+    names = list(map(str, all_components(study.config.n_layers, study.config.n_heads)))
     values = {"mean": study.means, "zero": {name: np.zeros_like(x) for name, x in study.means.items()}}
     donors = pair_donors(study.clean, study.clean_rows, study.pairs.buckets)
 

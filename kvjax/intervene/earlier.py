@@ -13,8 +13,8 @@ from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.tables import read_dataset
 from kvjax.errors import InputError, unusable
 
-# Raised whenever a number of an intervention changes, so that what an older one measured is measured anew.
-INTERVENTION_VERSION = 1
+# Raised whenever a number of an intervention or a name in its files changes, so that older ones are measured anew.
+INTERVENTION_VERSION = 2
 
 HASH_ATTRIBUTE = "measured_on_sha256"  # of the arrays, so that they are not taken for another summary's
 

@@ -14,6 +14,7 @@ import xarray as xr
 from kvjax.execution.fit_set import component_means
 from kvjax.intervene.pair_runs import PairProgram
 from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
+from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length, microbatches
 from kvjax.task.pair_encoding import EncodedPairs
@@ -56,7 +57,7 @@ class Study:
       clean: the distinct clean streams of the pairs, and which of them each pair's is (`clean_rows`).
       fit: the fit set.
       records: the probe set.
-      components: names of the components whose set is tested; None for the smallest faithful one.
+      components: the set that is tested; None for the smallest faithful one.
       devices: how many devices share the checkpoints.
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
@@ -73,7 +74,7 @@ class Study:
     clean_rows: np.ndarray
     fit: EncodedRecords
     records: EncodedRecords
-    components: tuple[str, ...] | None
+    components: tuple[Component, ...] | None
     devices: int
     tokens_per_batch: int
     record_tokens_per_batch: int

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.intervene.pair_runs import Effects, answer_effects
-from kvjax.intervene.patching import Place, component_places
+from kvjax.model.components import Component, all_components
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import RESTART_CAPTURE, restart, run_clean
@@ -104,12 +104,11 @@ def smallest_faithful(faithfulness: np.ndarray, ranking: np.ndarray) -> np.ndarr
     return growing_sets(ranking)[reached[0] if len(reached) else len(ranking)]
 
 
-def named_set(names: Sequence[str], n_layers: int, n_heads: int) -> np.ndarray:
-    """Returns the components of given names (`L1H3`, `MLP2`) as bool [components]; raises KeyError for another."""
-    places: dict[str, Place] = component_places(n_layers, n_heads)
-    index = {name: i for i, name in enumerate(places)}
-    chosen = np.zeros(len(places), bool)
-    chosen[[index[name] for name in names]] = True
+def named_set(members: Sequence[Component], n_layers: int, n_heads: int) -> np.ndarray:
+    """Marks a set's members among all components, bool [components]; raises ValueError for one that is not there."""
+    components = all_components(n_layers, n_heads)
+    chosen = np.zeros(len(components), bool)
+    chosen[[components.index(member) for member in members]] = True
     return chosen
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.intervene.pair_runs import Effects, PairRuns, effects_under, run_pairs, with_runs
+from kvjax.model.components import all_components
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import CleanRun
@@ -41,12 +42,11 @@ def stage_places(n_layers: int) -> dict[str, Place]:
 
 
 def component_places(n_layers: int, n_heads: int) -> dict[str, Place]:
-    """Returns every head's z and every MLP's output, by name."""
-    places = {}
-    for layer in range(n_layers):
-        places |= {f"L{layer}H{head}": Place("head_z", layer, head) for head in range(n_heads)}
-        places[f"MLP{layer}"] = Place("mlp_out", layer)
-    return places
+    """Lists every head's z and every MLP's output in forward order, by the component's spelling."""
+    return {
+        str(component): Place("mlp_out" if component.is_mlp else "head_z", component.layer, component.head or 0)
+        for component in all_components(n_layers, n_heads)
+    }
 
 
 def stage_index(site: str, layer: jax.Array | int, n_layers: int) -> jax.Array | int:

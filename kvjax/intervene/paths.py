@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from kvjax.intervene.pair_runs import Effects, PairRuns, effects_under, run_pairs, with_runs
 from kvjax.intervene.patching import over_places
+from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import before_layer
@@ -37,7 +38,7 @@ class Sender(NamedTuple):
     def name(self) -> str:
         if self.kind == "embedding":
             return self.kind
-        return f"MLP{self.layer}" if self.kind == "mlp" else f"L{self.layer}H{self.head}"
+        return str(Component(self.layer, self.head if self.kind == "head" else None))
 
 
 class Receiver(NamedTuple):
@@ -52,8 +53,8 @@ class Receiver(NamedTuple):
         if self.site == "logits_input":
             return "logits"
         if self.site == "mlp_input":
-            return f"MLP{self.layer}"
-        return f"L{self.layer}H{self.head}.{self.site.removesuffix('_input')}"
+            return str(Component(self.layer))
+        return f"{Component(self.layer, self.head)}.{self.site.removesuffix('_input')}"
 
 
 class Edge(NamedTuple):

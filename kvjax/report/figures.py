@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.files import replace_file
+from kvjax.model.components import all_heads
 from kvjax.sweeps.dataset import ALL_SPLITS
 
 matplotlib.use("Agg")  # figures are files; no display is needed
@@ -74,7 +75,7 @@ def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
         layers, heads = run.sizes["layer"], run.sizes["head"]
         grid = drop.transpose("layer", "head", "step").values.reshape(layers * heads, -1)
         image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axis.set_yticks(range(layers * heads), [f"L{i // heads}H{i % heads}" for i in range(layers * heads)])
+        axis.set_yticks(range(layers * heads), list(map(str, all_heads(layers, heads))))
         steps = run["step"].values
         every = -(-len(steps) // _MOST_STEP_LABELS)
         shown = np.arange(every - 1, len(steps), every)  # checkpoints saved at regular steps get round labels

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from kvjax.artifacts.layout import arrays_beside
+from kvjax.model.components import Component
 
 _SHOWN_ROWS = 24
 
@@ -19,7 +20,8 @@ def print_sweep_report(report: Any) -> None:
     print("   step  accuracy  held-out    margin      r   loss  heads by accuracy drop")
     hidden = len(rows) - _SHOWN_ROWS
     for row in rows if hidden <= 0 else rows[: _SHOWN_ROWS // 2] + rows[-_SHOWN_ROWS // 2 :]:
-        heads = "  ".join(f"L{h['layer']}H{h['head']} {h['value']:.3f}" for h in row["top_heads_by_ablation"][:3])
+        top = row["top_heads_by_ablation"][:3]
+        heads = "  ".join(f"{Component(head['layer'], head['head'])} {head['value']:.3f}" for head in top)
         print(
             f"{row['step']:>7} {_cell(row['answer_accuracy'], '9.3f')} {_cell(row['heldout_answer_accuracy'], '9.3f')} "
             f"{_cell(row['answer_margin'], '9.2f')} {_cell(row['r'], '6.3f')} {_cell(row['loss'], '6.3f')}  {heads}"
@@ -61,9 +63,9 @@ def print_windows_report(report: Any, *, show: int) -> None:
             print(f"      and {len(window['order']) - show} more in the file")
         print("    accuracy an ablation costs, before, inside and after:")
         for part in window["components"][:show]:
-            name = f"L{part['layer']} MLP" if part["head"] is None else f"L{part['layer']}H{part['head']}"
             costs = "  ".join(f"{part[f'importance_{when}']:.3f}" for when in ("before", "inside", "after"))
             first = part["first_step_above_null"]
+            name = str(Component(part["layer"], part["head"]))
             print(f"      {name:<30} {costs}  {f'above the null from {first}' if first is not None else ''}".rstrip())
     births = [f"{name} {_birth(entry)}" for name, entry in document["births"].items()]
     if births:
@@ -152,7 +154,7 @@ def _holder_lines(document: dict[str, Any], stages: list[dict[str, Any]]) -> lis
         own = [e for e in own if e["direction"] == "denoising"]
         held: dict[str, list[str]] = {}
         for e in own:
-            stage = e["place"].replace("layer_", "L").replace("_post_", ".")
+            stage = e["place"].replace("layer_", "L").replace("_post_", ".post_")
             held.setdefault(e["position_role"], []).append(f"{stage} {_cell(e['recovery']['estimate'], '.2f')}")
         shown = "; ".join(f"{role}: {', '.join(parts)}" for role, parts in held.items())
         lines.append(f"{kind:<6} {shown or 'no gap between the runs to recover'}")

@@ -11,6 +11,7 @@ import xarray as xr
 from kvjax.config.benchmark import HELDOUT_SPLIT
 from kvjax.config.windows import WindowConfig
 from kvjax.measure.uncertainty import bootstrap_ratios, resample_counts
+from kvjax.model.components import Component
 
 # Name of a behavioural metric -> the values of each read that it averages.
 BEHAVIOUR = {
@@ -146,7 +147,7 @@ def _split_series(
         yield ratio(Metric(name, name, split), sums, counted.sum(axis=2).astype(float))
     head_samples, head_values = [], []
     for kind, layer, head, lost_CxN in _ablations(events, members):
-        measure = f"{kind}.L{layer}" if head is None else f"{kind}.L{layer}H{head}"
+        measure = f"{kind}.{Component(layer, head)}"
         one = ratio(Metric(kind, measure, split, layer, head), lost_CxN, np.broadcast_to(reads_N, lost_CxN.shape))
         yield one
         if head is not None:

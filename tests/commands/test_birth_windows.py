@@ -282,10 +282,10 @@ class TestIntervene:
         run = folder / "formed"
         line = refused(capsys, "intervene", f"--run_dirs={run}", *SMALL)
         assert "windows identified" in line and f"run kvjax birth-windows --run_dirs={run}" in line
-        forced = ["--force", "--steps=500", "--kinds=necessity", "--components=L0H1,MLP2"]
+        forced = ["--force", "--steps=500", "--kinds=necessity", "--components=L0H1,L2.mlp"]
         assert main(["intervene", f"--run_dirs={run}", *forced, *SMALL]) == 0
         document = json.loads((run / "analysis" / "interventions" / "necessity" / "steps_500.json").read_text())
-        assert document["forced"] and document["effects"][0]["named_set"] == ["L0H1", "MLP2"]
+        assert document["forced"] and document["effects"][0]["named_set"] == ["L0H1", "L2.mlp"]
 
     def test_bad_input_is_one_line(self, folder, capsys):
         run = folder / "formed"
@@ -296,6 +296,7 @@ class TestIntervene:
             (["--window=300"], "expected a window around 300; found windows around: 500"),
             (["--window=500", "--steps=500"], "--window: expected no window beside --steps; found 500"),
             (["--components=L9H9"], "--components: expected components among L0H0"),
+            (["--components=MLP2"], "--components: expected L2.mlp for the MLP of layer 2; found MLP2"),
             (["--steps=250"], "step"),
         ):
             assert expected in refused(capsys, "intervene", f"--run_dirs={run}", *flags, *SMALL)

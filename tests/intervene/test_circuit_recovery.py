@@ -8,6 +8,7 @@ from kvjax.intervene import components, flow, states
 from kvjax.intervene.inputs import Study
 from kvjax.intervene.patching import component_places, stage_places
 from kvjax.intervene.paths import all_edges
+from kvjax.model.components import Component
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
 from kvjax.task.encoding import encode_records
@@ -55,7 +56,9 @@ def study(small_benchmark, tmp_path_factory):
         clean_rows=clean_rows,
         fit=encode_records(probe.fit_records, benchmark.vocabulary, ["train"], max_seq_len=longest),
         records=encode_records(probe.records, benchmark.vocabulary, probe.manifest.splits, max_seq_len=longest),
-        components=tuple(_name(node) for node in PLANTED_NODES.values()),
+        components=tuple(
+            Component(node.layer, node.head if node.kind == "head" else None) for node in PLANTED_NODES.values()
+        ),
         devices=1,
         tokens_per_batch=2000,
         record_tokens_per_batch=900,
@@ -63,7 +66,7 @@ def study(small_benchmark, tmp_path_factory):
 
 
 def _name(node):
-    return f"MLP{node.layer}" if node.kind == "mlp" else f"L{node.layer}H{node.head}"
+    return f"L{node.layer}.mlp" if node.kind == "mlp" else f"L{node.layer}H{node.head}"
 
 
 def check(recovery, is_true, what):

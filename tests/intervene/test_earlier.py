@@ -91,14 +91,17 @@ def test_other_settings_do_not_replace_earlier_results_unasked(intervened, folde
         ({"pairs_per_kind": 3}, r"`pairs_per_kind=2`, as it was measured, or `overwrite`; found `pairs_per_kind=3`"),
         ({"pairs_per_kind": None}, "expected `pairs_per_kind=2`, .*; found no `pairs_per_kind`"),
         ({"precision": "default"}, "expected `precision=highest`, .*; found `precision=default`"),
-        ({"components": ("L0H1", "MLP2")}, "expected no `components`, .*; found `components=L0H1,MLP2`"),
+        (
+            {"components": ("L0H1", "L2.mlp")},
+            "expected no `components`, .*; found `components=L0H1,L2.mlp`",
+        ),
     ):
         with pytest.raises(InputError, match=complaint):
             intervened(**settings)
     assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
     assert intervened(("path_patching",), components=("L0H1",)) == (), "which does not ask for components"
-    assert intervened(components=("L0H1", "MLP2"), overwrite=True) == KINDS
-    assert intervened(components=("MLP2", "L0H1", "MLP2")) == (), "the same set"
+    assert intervened(components=("L0H1", "L2.mlp"), overwrite=True) == KINDS
+    assert intervened(components=("L2.mlp", "L0H1", "L2.mlp")) == (), "the same set"
     older = folder / "necessity" / "steps_100_200.json"
     document = json.loads(older.read_text())
     del document["measured_on"]
