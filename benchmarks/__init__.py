@@ -1,1 +1,1 @@
-"""Benchmark scripts: `python -m benchmarks.<name>`. Ratios within one run; results as JSON in benchmarks/results."""
+"""Benchmarks against peers: `python -m benchmarks.<name>` prints ratios of one run and writes benchmarks/results."""

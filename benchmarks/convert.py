@@ -1,8 +1,8 @@
-"""Seconds to get a run's parameters: torch.load, the whole conversion, and the parameter store.
+"""Times how a run's parameters are read: torch.load, the whole conversion, and the parameter store.
 
     python -m benchmarks.convert --run_dir=… --benchmark_dir=…
 
-Everything is read from a copy of the run, whose files the machine has in memory; each figure is the median of repeats.
+It reads a copy of the run, whose files are in the machine's file cache. Each figure is the median of repeats.
 """
 
 from __future__ import annotations

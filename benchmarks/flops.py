@@ -1,4 +1,4 @@
-"""The arithmetic a sweep cannot do without: products over real tokens, nothing for padding or elementwise work."""
+"""Counts the arithmetic that a sweep cannot avoid: products over real tokens, no padding, no elementwise work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvjax.task.encoding import EncodedRecords
 
 
 def zero_ablation_flops(config: DecoderConfig, encoded: EncodedRecords) -> float:
-    """Returns the operations of the clean pass and of every head's and MLP's ablation, each restarted where it can be.
+    """Counts the operations of the clean pass and of every head's and MLP's ablation, restarted as late as possible.
 
     Multiplications and additions count one each. An ablation in layer l computes again: a head's what its own change
     adds to the residual stream and the MLP's activations of l, and what the MLP makes of these; and either's all later

@@ -1,4 +1,4 @@
-"""No timing: how often 95 % intervals hold the truth, on simulated sequences whose reads depend on each other.
+"""Measures how often 95 % intervals hold the truth, on simulated sequences whose reads depend on each other.
 
     python -m benchmarks.interval_coverage
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def _answers(rng: np.random.Generator, rate: float, shared: float) -> np.ndarray:
-    """Returns right answers, bool [sequences, reads, data sets]; a share of reads follows its sequence."""
+    """Draws right answers, bool [sequences, reads, data sets]; a share of reads follows its sequence."""
     effect = rng.random((FLAGS.sequences, 1, FLAGS.datasets))
     own = rng.random((FLAGS.sequences, READS, FLAGS.datasets))
     return np.where(rng.random(own.shape) < shared, effect, own) < rate

@@ -1,10 +1,10 @@
-"""Seconds of activation patching, path patching and neuron ablation at one checkpoint, against doing it plainly.
+"""Times activation patching, path patching and neuron ablation at one checkpoint, against plain implementations.
 
     python -m benchmarks.interventions --run_dir=… --benchmark_dir=… --probe_set=…
 
 Activation patching: every residual stage at every position, 96 pairs, against TransformerLens' own `patching` (extra
 `peers`) on the same pairs and cores. Path patching: every direct path, against a loop that runs the whole model for
-each. Neurons: each alone, on the whole probe set. What both sides find is compared.
+each. Neurons: each alone, on the whole probe set. The results of both sides are compared.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _paths(config, params, batch, extra, window):
 
 
 def _plain_paths(config, params, batch, extra, window):
-    """Every path by the whole model, edited, one after another in a compiled loop: nothing kept but the two runs."""
+    """Patches every path by the whole model, one after another in a compiled loop, keeping only the two runs."""
     del extra
     runs: PairRuns = run_pairs(params, config, batch, DENOISING, window=window)
     changes = sender_changes(params, config, runs)

@@ -1,4 +1,4 @@
-"""A run of many checkpoints, made from one of few."""
+"""Makes a run of many checkpoints from one of few."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvjax.artifacts.run_dir import RunDir
 
 
 def longer_run(run: RunDir, copies: int, target: Path) -> RunDir:
-    """Writes a run in which every checkpoint of another stands `copies` times, with other bytes each time."""
+    """Writes a run that holds every checkpoint of another `copies` times, with other bytes each time."""
     (target / "checkpoints").mkdir(parents=True)
     shutil.copyfile(run.path / "run_config.json", target / "run_config.json")
     for index, (step, path) in enumerate(run.checkpoints.items()):

@@ -1,4 +1,4 @@
-"""What benchmark scripts share: timing, the machine in words, and results as JSON."""
+"""Times calls, describes the machine, and writes results as JSON, for all benchmark scripts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Returns the median wall-clock seconds of a call; its result is waited for."""
+    """Measures the median wall-clock seconds of a call, waiting for its result."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -33,7 +33,7 @@ def median_seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
-    """Returns the rate of a large float32 matrix product at highest precision: the machine's practical peak."""
+    """Measures the rate of a large float32 matrix product at highest precision: the machine's practical peak."""
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
     product(a).block_until_ready()
@@ -41,7 +41,7 @@ def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Returns the device, the cores this process may use, the CPU's model, and the versions of what ran."""
+    """Describes the device, the cores this process may use, the CPU's model, and the versions of the libraries."""
     return {
         "device": device_description(),
         "cores": available_cores(),
@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Returns the CPU's name and its widest vectors: machines of one workplace differ, and with them every number."""
+    """Names the CPU and its widest vectors, on which every timing depends."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -64,9 +64,9 @@ def _cpu_model() -> str:
 
 
 def torch_device() -> torch.device | None:
-    """Returns where PyTorch peers run, the kind of device that JAX computes on; None where this PyTorch has none.
+    """Chooses the device of PyTorch peers, of the kind that JAX computes on; None if this PyTorch has none.
 
-    A peer on a CPU beside kvjax on a GPU would be no peer.
+    A peer on a CPU beside kvjax on a GPU would not be a fair comparison.
     """
     if jax.default_backend() == "cpu":
         torch.set_num_threads(available_cores())

@@ -1,10 +1,10 @@
-"""How the sweep's time grows with checkpoints, probe sequences, depth, width and heads.
+"""Measures how the sweep's time grows with checkpoints, probe sequences, depth, width and heads.
 
     python -m benchmarks.scaling
 
 Random weights on a freshly drawn benchmark; clean measures and zero ablations. One axis moves at a time from a base
-of the reference shape on fewer records. `growth` is seconds over seconds of the row before, beside that of the
-arithmetic the larger case cannot do without.
+of the reference shape on fewer records. `growth` is seconds over seconds of the row before, beside the growth of the
+arithmetic that cannot be avoided.
 """
 
 from __future__ import annotations

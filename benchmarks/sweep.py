@@ -1,11 +1,11 @@
-"""Seconds per checkpoint of the sweep, against eager PyTorch in the same process on the same cores or GPU.
+"""Times the sweep per checkpoint, against eager PyTorch in the same process on the same cores or GPU.
 
     python -m benchmarks.sweep                                   # random weights on a freshly drawn benchmark
     python -m benchmarks.sweep --run_dir=… --benchmark_dir=… --probe_set=…
 
-Both sides run the clean pass and every head and MLP ablation on the whole probe set; kvjax also forms everything else
-of its rows (logit lens, attention, write norms, drift). Their right answers are compared, so that neither is fast by
-being wrong.
+Both sides run the clean pass and every head and MLP ablation on the whole probe set. kvjax also forms all other
+measures of its rows (logit lens, attention, write norms, drift). Right answers are compared, so that neither side is
+fast by being wrong.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _time_sweep(
     params: Params,
     fit: EncodedRecords | None = None,
 ) -> tuple[ProbeProgram, float, float, dict[str, np.ndarray]]:
-    """Returns the program, seconds per checkpoint, seconds of compiling, and what was measured."""
+    """Times the program: the program, seconds per checkpoint, seconds of compiling, and the measured sums."""
     program = ProbeProgram(config, vocabulary, encoded, num_splits, settings, fit=fit)
     chunk = [params] * program.chunk
     start = time.perf_counter()
@@ -169,7 +169,7 @@ def _time_sweep(
 def _inputs(
     scratch: Path,
 ) -> tuple[Vocabulary, EncodedRecords, EncodedRecords, int, ModelConfig, Params, str, float | None]:
-    """Returns vocabulary, records, fit set, number of splits, model, parameters, whose they are, seconds per file."""
+    """Prepares vocabulary, records, fit set, number of splits, model, parameters, their name, seconds per file."""
     if FLAGS.run_dir:
         run = RunDir.open(Path(FLAGS.run_dir))
         benchmark = Benchmark.open(run.benchmark_dir(FLAGS.benchmark_dir))
@@ -211,7 +211,7 @@ def _peer(
     vocabulary: Vocabulary,
     ours: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Returns a peer's seconds per checkpoint by batch size, and how its answers differ from ours."""
+    """Times a peer per checkpoint by batch size, and counts how its answers differ from ours."""
     seconds = {}
     for batch in map(int, FLAGS.torch_batches):
         peer = ablations(model, encoded, vocabulary.value_ids, batch)
@@ -231,7 +231,7 @@ def _transformer_lens(
     vocabulary: Vocabulary,
     ours: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Returns TransformerLens's version and what `_peer` says of it, on the device of `module`."""
+    """Times TransformerLens by `_peer` on the device of `module`, and names its version."""
     from benchmarks.peers.transformer_lens import TransformerLensAblations, hooked_transformer
 
     hooked = hooked_transformer(model, module.state_dict())
@@ -240,7 +240,7 @@ def _transformer_lens(
 
 
 def _differing_answers(ours: dict[str, np.ndarray], theirs: dict[tuple[int, ...], tuple[np.ndarray, ...]]) -> int:
-    """Returns the number of answers the two sides count differently, summed over sequences and ablations."""
+    """Counts the answers on which the two sides differ, summed over sequences and ablations."""
     different = 0
     for component, (correct, _) in theirs.items():
         match component:

@@ -1,4 +1,4 @@
-"""Seconds per training step against eager PyTorch, and many seeds as one program against one after another.
+"""Times a training step against eager PyTorch, and many seeds as one program against one after another.
 
     python -m benchmarks.train
 
@@ -74,7 +74,7 @@ def _model(config: TrainConfig) -> tuple[InitializedModelConfig, DecoderConfig]:
 
 
 def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -> tuple[float, float, float]:
-    """Returns seconds per step of all seeds, compile seconds, and the first loss of the first seed."""
+    """Measures seconds per step of all seeds, compile seconds, and the first loss of the first seed."""
     model, decoder = _model(config)
     program = plan_training(
         decoder,
@@ -109,9 +109,9 @@ def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -
 def _torch_seconds_per_step(
     config: TrainConfig, tokens: np.ndarray, device: torch.device, *, fused: bool
 ) -> tuple[float, float]:
-    """Returns seconds per step and the first loss, from the same initial weights on the same batches.
+    """Measures seconds per step and the first loss, from the same initial weights on the same batches.
 
-    With `fused`, attention is PyTorch's own fused kernel; the batches have no padding, so causality is all it needs.
+    With `fused`, attention is PyTorch's own fused kernel; the batches have no padding, so a causal mask suffices.
     """
     model, decoder = _model(config)
     module = TorchDecoder(model, VOCAB).to(device)

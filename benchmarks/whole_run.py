@@ -1,13 +1,13 @@
-"""Seconds and memory of `kvjax checkpoint-sweep` on runs of many checkpoints, from `.pt` files to tables.
+"""Measures time and memory of `kvjax checkpoint-sweep` on runs of many checkpoints, from `.pt` files to tables.
 
     python -m benchmarks.whole_run --run_dir=… --benchmark_dir=… --probe_set=…
     python -m benchmarks.whole_run … --runs=5 --name=whole_runs
 
 The command runs three times, in a process of its own each: cold (nothing compiled, converted or measured), warm
-(compiled programs and converted parameters are there, all is measured again), and again with everything measured. What
-the devices did not take is the rest: start, tracing and compiling or loading programs, hashing, reading, converting,
-rendering tables. The first call of the devices holds both: it counts as a typical later call, and the rest as preparing
-the program.
+(compiled programs and converted parameters are there, all is measured again), and again with everything measured. Time
+that the devices did not take is the rest: start, tracing and compiling or loading programs, hashing, reading,
+converting, rendering tables. The first call of the devices holds both: it counts as a typical later call, and its
+remainder as preparing the program.
 """
 
 from __future__ import annotations

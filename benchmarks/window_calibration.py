@@ -1,4 +1,4 @@
-"""How often birth windows are wrong: simulated runs whose truth is known, through the search as it is shipped.
+"""Measures how often birth windows are wrong, by the shipped search on simulated runs whose truth is known.
 
     python -m benchmarks.window_calibration
 
@@ -43,7 +43,7 @@ _RUNS_PER_BATCH = 20
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """What a simulated run's noise is like.
+    """The noise of a simulated run.
 
     Attributes:
       autocorrelation: of the wobble, from checkpoint to checkpoint.
@@ -58,13 +58,13 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What happens in a simulated run.
+    """The events of a simulated run.
 
     Attributes:
       kind: flat, drift, shift, two shifts, or spike.
       size: of it, in noise standard deviations (a drift's over the whole run).
-      measures: behavioural measures it happens to.
-      splits: splits it happens on.
+      measures: number of behavioural measures that change.
+      splits: number of splits they change on.
       missing: share of the run's checkpoints that were not saved, so that steps are uneven.
     """
 
@@ -76,7 +76,7 @@ class Truth:
 
 
 def metrics() -> tuple[Metric, ...]:
-    """Returns the metrics of a simulated run."""
+    """Lists the metrics of a simulated run."""
     listed = []
     for split in SPLITS:
         for measure in BEHAVIOUR:
@@ -95,7 +95,7 @@ def metrics() -> tuple[Metric, ...]:
 def simulate(
     rng: np.random.Generator, checkpoints: int, noise: Noise, truth: Truth, config: WindowConfig
 ) -> tuple[Trajectories, list[int]]:
-    """Returns one run and the gaps at which something truly happened."""
+    """Simulates one run, with the gaps at which something truly happened."""
     listed = metrics()
     expected = np.array([getattr(config.triggers, metric.kind).expected_wobble for metric in listed])
     _, family = np.unique([metric.measure for metric in listed], return_inverse=True)
@@ -136,7 +136,7 @@ def simulate(
 def _levels(
     rng: np.random.Generator, steps: np.ndarray, listed: Sequence[Metric], total: np.ndarray, truth: Truth
 ) -> tuple[np.ndarray, list[int]]:
-    """Returns the noiseless trajectories and the gaps of true shifts, three checkpoints or more from ends."""
+    """Draws the noiseless trajectories and the gaps of true shifts, three checkpoints or more from the ends."""
     n = len(steps)
     level = np.zeros((n, len(listed)))
     if truth.kind == "flat":
@@ -173,7 +173,7 @@ def _autocorrelated(rng: np.random.Generator, n: int, width: int, autocorrelatio
 def measure(
     checkpoints: int, noise: Noise, truth: Truth, config: WindowConfig, *, runs: int, seed: int
 ) -> dict[str, Any]:
-    """Returns how many simulated runs have windows, and how many true shifts one is centred on, within a checkpoint."""
+    """Counts simulated runs with windows, and true shifts that a window is centred on within a checkpoint."""
     rng = np.random.default_rng(seed)
     with_windows = shifts = found = extra = 0
     for start in range(0, runs, _RUNS_PER_BATCH):
@@ -266,7 +266,7 @@ def main() -> None:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the tables of docs/birth_windows.md."""
+    """Formats the tables of docs/birth_windows.md."""
 
     def share(part: int, of: int) -> str:
         return f"{100 * part / of:.1f} %" if of else "–"

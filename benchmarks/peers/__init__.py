@@ -1,1 +1,1 @@
-"""What people use today, measured beside kvjax in the same process."""
+"""Runs the tools in use today beside kvjax in the same process."""

@@ -1,4 +1,4 @@
-"""What every peer reduces its logits to: right answers and margins, summed over the reads of each sequence."""
+"""Reduces a peer's logits to right answers and margins, summed over the reads of each sequence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AnswerSums:
         self._value_ids = torch.from_numpy(value_ids.astype(np.int64)).to(device)
 
     def of(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns right answers and margin sums per sequence, [N] each, of a model of tokens [B, T]."""
+        """Sums right answers and margins per sequence, [N] each, of a model of tokens [B, T]."""
         batches = [
             self._of_batch(forward, slice(i, i + self._batch_size))
             for i in range(0, len(self._tokens), self._batch_size)

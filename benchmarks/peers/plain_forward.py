@@ -1,4 +1,4 @@
-"""kvjax's own plain forward: the whole model for every ablation, on the same microbatches and devices as the sweep."""
+"""Runs kvjax's plain forward pass for every ablation, on the same microbatches and devices as the sweep."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ class PlainAblations:
         self._batches = tuple(bucket.batches for bucket in buckets)
 
     def measure(self, stacked_params: Params):
-        """Returns right answers and margin sums of stacked checkpoints, on the devices."""
+        """Sums right answers and margins of stacked checkpoints, on the devices."""
         return self._run(stacked_params, self._batches)

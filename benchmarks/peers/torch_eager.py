@@ -1,4 +1,4 @@
-"""Eager PyTorch: one batched forward per ablation and one clean pass, answers reduced to per-sequence sums."""
+"""Runs eager PyTorch: one batched forward pass per ablation and a clean one, answers as per-sequence sums."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TorchAblations:
 
     @torch.inference_mode()
     def measure(self) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
-        """Returns () | (layer, head) | (layer,) -> right answers and margin sums per sequence, [N] each."""
+        """Sums right answers and margins per sequence, [N] each, keyed by (), (layer, head) or (layer,)."""
         results = {(): self._answers.of(self._module)}
         for layer, block in enumerate(self._module.blocks):
             for head in range(len(block.attn.head_scale)):

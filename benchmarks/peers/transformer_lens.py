@@ -1,6 +1,6 @@
-"""TransformerLens (Nanda and Bloom, 2022; below version 4): a checkpoint as a `HookedTransformer`, and hooks on it.
+"""Runs TransformerLens (Nanda and Bloom, 2022; below version 4): a checkpoint as a `HookedTransformer`, with hooks.
 
-It shares no code with kvjax's model, so it is both the peer to be faster than and the oracle to agree with.
+It shares no code with kvjax's model, so it serves as a peer for speed and as an oracle for results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PATCH_HOOKS = {
 
 
 def hooked_transformer(model: ModelConfig, state: Mapping[str, torch.Tensor]) -> HookedTransformer:
-    """Returns a checkpoint in TransformerLens, its weights as they are: nothing is folded or centred.
+    """Builds a checkpoint in TransformerLens with unchanged weights: nothing is folded or centred.
 
     TransformerLens masks no padding keys. Behind the last token they change nothing before it, since attention is
     causal; logits at padding positions themselves differ from the checkpoint's own.
@@ -75,7 +75,7 @@ def hooked_transformer(model: ModelConfig, state: Mapping[str, torch.Tensor]) ->
 
 
 def _weights(model: ModelConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns TransformerLens's parameters: linears as [in, out], those of attention with an axis of heads."""
+    """Rearranges parameters for TransformerLens: linears as [in, out], those of attention with an axis of heads."""
     n_heads, d_head = model.n_heads, model.d_model // model.n_heads
     unembedding = state["lm_head.weight"]
     weights = {
@@ -119,7 +119,7 @@ class TransformerLensAblations:
 
     @torch.inference_mode()
     def measure(self) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
-        """Returns () | (layer, head) | (layer,) -> right answers and margin sums per sequence, [N] each."""
+        """Sums right answers and margins per sequence, [N] each, keyed by (), (layer, head) or (layer,)."""
         results = {(): self._answers.of(self._model)}
         for layer in range(self._model.cfg.n_layers):
             for head in range(self._model.cfg.n_heads):
@@ -153,13 +153,13 @@ def patch_arrays(
     sites: Sequence[str] = tuple(PATCH_HOOKS),
     batch_size: int = 64,
 ) -> dict[str, np.ndarray]:
-    """Activation patching of clean activations into corrupted runs, one forward pass per place (definitions, 9).
+    """Patches clean activations into corrupted runs, one forward pass per place (docs/definitions.md).
 
     Args:
       model: the checkpoint, from `hooked_transformer`.
-      clean_NxT: token ids of the clean streams; padding, where there is any, behind the last token.
+      clean_NxT: token ids of the clean streams, padding behind the last token.
       corrupted_NxT: token ids of their corrupted partners, of the same lengths.
-      positions_N: p_e, where the answers are predicted.
+      positions_N: p_e, the positions that predict the answers.
       clean_answers_N: token ids of the clean streams' answers.
       corrupted_answers_N: token ids of the corrupted streams' answers.
       sites: which of `PATCH_HOOKS` to patch.
@@ -209,10 +209,10 @@ def library_patch_means(
     clean_answers_N: np.ndarray,
     corrupted_answers_N: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Returns means of m over pairs, `resid_pre` and `resid_mid` [L, T], by `transformer_lens.patching` itself.
+    """Averages m over pairs, `resid_pre` and `resid_mid` [L, T], by `transformer_lens.patching` itself.
 
-    What its users run: all pairs as one batch, a scalar metric, its own loop over layers and positions. The arguments
-    are those of `patch_arrays`.
+    This is the code its users run: all pairs as one batch, a scalar metric, its own loop over layers and positions.
+    The arguments are those of `patch_arrays`.
     """
     clean, corrupted, *answers = _pairs(
         model, clean_NxT, corrupted_NxT, positions_N, clean_answers_N, corrupted_answers_N
