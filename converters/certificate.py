@@ -51,8 +51,6 @@ def certify(
         with torch.device("meta"):
             module = TorchDecoder(model, vocab_size)
         module.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in state.items()}, assign=True)
-        for block in module.blocks:
-            block.attn.head_scale = torch.ones(model.n_heads)
         theirs = module(torch.from_numpy(np.asarray(tokens_BxT, np.int64))).numpy()
     real = tokens_BxT != PAD_ID
     ours, theirs = ours[real], theirs[real]

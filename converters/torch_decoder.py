@@ -1,4 +1,4 @@
-"""The checkpoints' own architecture in PyTorch, written from its definition (docs/definitions.md, section 2).
+"""The architecture of the checkpoints in PyTorch, written from docs/definitions.md, "Model".
 
 It shares no code with the Flax decoder, so that agreement of the two certifies a conversion.
 """
@@ -14,14 +14,13 @@ from kvjax.config.run import ModelConfig
 
 
 class TorchAttention(nn.Module):
-    """Causal multi-head self-attention. `head_scale` [H] multiplies each head's z; ones change nothing."""
+    """Causal multi-head self-attention; padded keys are never attended to."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
         self.n_heads = model.n_heads
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, nn.Linear(model.d_model, model.d_model))
-        self.register_buffer("head_scale", torch.ones(model.n_heads), persistent=False)
 
     def forward(self, x: torch.Tensor, key_is_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch, length, width = x.shape
@@ -34,11 +33,12 @@ class TorchAttention(nn.Module):
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         allowed = causal[None, None] & key_is_token[:, None, None, :]
         pattern = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-        z = (pattern @ v) * self.head_scale[:, None, None]
-        return self.out_proj(z.transpose(1, 2).reshape(batch, length, width)), pattern
+        return self.out_proj((pattern @ v).transpose(1, 2).reshape(batch, length, width)), pattern
 
 
 class TorchMlp(nn.Module):
+    """Two linears with an exact GELU between them."""
+
     def __init__(self, model: ModelConfig):
         super().__init__()
         self.fc_in = nn.Linear(model.d_model, model.d_ff)
@@ -49,7 +49,7 @@ class TorchMlp(nn.Module):
 
 
 class TorchBlock(nn.Module):
-    """One layer. `mlp_scale` multiplies the MLP's whole output; 1 changes nothing."""
+    """One pre-LayerNorm layer."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
@@ -57,11 +57,10 @@ class TorchBlock(nn.Module):
         self.attn = TorchAttention(model)
         self.ln_2 = nn.LayerNorm(model.d_model)
         self.ff = TorchMlp(model)
-        self.mlp_scale = 1.0
 
 
 class TorchDecoder(nn.Module):
-    """The decoder. Tensor names are those of `model_state`; the unembedding is loaded as its own tensor."""
+    """The decoder, with the tensor names of `model_state`. The unembedding is a tensor of its own, also if tied."""
 
     def __init__(self, model: ModelConfig, vocab_size: int, *, pad_id: int = 0):
         super().__init__()
@@ -73,7 +72,7 @@ class TorchDecoder(nn.Module):
         self.lm_head = nn.Linear(model.d_model, vocab_size, bias=False)
 
     def forward(self, tokens: torch.Tensor, trace: dict[str, list[torch.Tensor]] | None = None) -> torch.Tensor:
-        """Returns logits [B, T, V]; where `trace` is given, each layer's activations are appended to it by name."""
+        """Returns logits [B, T, V]; if `trace` is given, appends each layer's activations to it by name."""
         key_is_token = tokens != self.pad_id
         x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         seen = trace if trace is not None else {}
@@ -83,7 +82,7 @@ class TorchDecoder(nn.Module):
             x = x + attn_out
             seen.setdefault("pattern", []).append(pattern)
             seen.setdefault("post_attn", []).append(x)
-            mlp_out = block.ff(block.ln_2(x)) * block.mlp_scale
+            mlp_out = block.ff(block.ln_2(x))
             x = x + mlp_out
             seen.setdefault("mlp_out", []).append(mlp_out)
             seen.setdefault("post_mlp", []).append(x)

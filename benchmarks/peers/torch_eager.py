@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from kvjax.converters.torch_decoder import TorchDecoder
+from kvjax.converters.torch_decoder import TorchBlock, TorchDecoder
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.peers.answers import AnswerSums
 from kvjax.task.encoding import EncodedRecords
@@ -29,11 +30,25 @@ class TorchAblations:
         """Sums right answers and margins per sequence, [N] each, keyed by (), (layer, head) or (layer,)."""
         results = {(): self._answers.of(self._module)}
         for layer, block in enumerate(self._module.blocks):
-            for head in range(len(block.attn.head_scale)):
-                block.attn.head_scale[head] = 0.0
-                results[layer, head] = self._answers.of(self._module)
-                block.attn.head_scale[head] = 1.0
-            block.mlp_scale = 0.0
-            results[layer,] = self._answers.of(self._module)
-            block.mlp_scale = 1.0
+            for head in range(block.attn.n_heads):
+                with _zero_head(block, head):
+                    results[layer, head] = self._answers.of(self._module)
+            with _zero_mlp(block):
+                results[layer,] = self._answers.of(self._module)
         return results
+
+
+def _zero_head(block: TorchBlock, head: int) -> RemovableHandle:
+    """Zeroes a head's z on its way into the output projection, until the handle is removed."""
+
+    def without_head(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        z = args[0].unflatten(-1, (block.attn.n_heads, -1)).clone()
+        z[..., head, :] = 0.0
+        return (z.flatten(-2),)
+
+    return block.attn.out_proj.register_forward_pre_hook(without_head)
+
+
+def _zero_mlp(block: TorchBlock) -> RemovableHandle:
+    """Zeroes the output of a block's MLP, until the handle is removed."""
+    return block.ff.register_forward_hook(lambda mlp, args, output: torch.zeros_like(output))

@@ -17,6 +17,7 @@ from kvjax.model.interventions import CLEAN, Edit, ablate_head, ablate_mlp, comp
 from kvjax.model.sites import SITES, residual_stages, stage_names
 from kvjax.model.transforms import capture, intervene, over_checkpoints, over_interventions, plain_forward
 from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model
+from tests.oracles.pytorch_loops import zero_head, zero_mlp
 
 VOCAB = 40
 MODEL = ModelConfig.model_validate(SMALL_MODEL)
@@ -98,14 +99,12 @@ def test_zero_ablations_equal_pytorchs(both, tokens, layer):
     module, params, forward = both
     real = tokens != 0
     for head in range(MODEL.n_heads):
-        module.blocks[layer].attn.head_scale[head] = 0.0
-        expected, _ = torch_run(module, tokens)
-        module.blocks[layer].attn.head_scale[head] = 1.0
+        with zero_head(module.blocks[layer], head):
+            expected, _ = torch_run(module, tokens)
         ours = compiled(forward)(params, tokens, ablate_head(layer, head, **SHAPE))
         close(np.asarray(ours)[real], expected[real])
-    module.blocks[layer].mlp_scale = 0.0
-    expected, _ = torch_run(module, tokens)
-    module.blocks[layer].mlp_scale = 1.0
+    with zero_mlp(module.blocks[layer]):
+        expected, _ = torch_run(module, tokens)
     ours = compiled(forward)(params, tokens, ablate_mlp(layer, n_layers=MODEL.n_layers))
     close(np.asarray(ours)[real], expected[real])
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvjax.converters.torch_decoder import TorchDecoder
+from kvjax.converters.torch_decoder import TorchBlock, TorchDecoder
+from torch.utils.hooks import RemovableHandle
 
 from kvjax.config.run import ModelConfig
 
@@ -168,14 +169,29 @@ def ablations(module: TorchDecoder, batch: torch.Tensor) -> dict[tuple[int, ...]
     """Returns (layer, head) or (layer,) -> logits [T, V] with that head or MLP zeroed."""
     result: dict[tuple[int, ...], torch.Tensor] = {}
     for layer, block in enumerate(module.blocks):
-        for head in range(len(block.attn.head_scale)):
-            block.attn.head_scale[head] = 0.0
-            result[layer, head] = module(batch)[0]
-            block.attn.head_scale[head] = 1.0
-        block.mlp_scale = 0.0
-        result[layer,] = module(batch)[0]
-        block.mlp_scale = 1.0
+        for head in range(block.attn.n_heads):
+            with zero_head(block, head):
+                result[layer, head] = module(batch)[0]
+        with zero_mlp(block):
+            result[layer,] = module(batch)[0]
     return result
+
+
+def zero_head(block: TorchBlock, head: int) -> RemovableHandle:
+    """Zeroes the part of a block's z that a head writes, until the handle is removed."""
+    width = block.attn.out_proj.in_features // block.attn.n_heads
+
+    def zeroed(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        z = args[0].clone()
+        z[..., head * width : (head + 1) * width] = 0.0
+        return (z,)
+
+    return block.attn.out_proj.register_forward_pre_hook(zeroed)
+
+
+def zero_mlp(block: TorchBlock) -> RemovableHandle:
+    """Zeroes the output of a block's MLP, until the handle is removed."""
+    return block.ff.register_forward_hook(lambda mlp, args, output: torch.zeros_like(output))
 
 
 def mean(values: list[Any]) -> float | None:
