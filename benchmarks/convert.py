@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import app, flags
-from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.converters.cached_loader import CachedLoader
 from kvjax.converters.convert import convert_checkpoint
+from kvjax.converters.parameter_store import load_tree, read_stored_run
 
 from benchmarks.longer_run import longer_run
 from benchmarks.reporting import machine, median_seconds, write_result
 from kvjax.artifacts.files import file_sha256
-from kvjax.artifacts.parameter_store import load_tree, read_stored_run
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.task.benchmark import Benchmark
 
@@ -48,15 +48,15 @@ def main(argv: list[str]) -> None:
         convert(tokens)  # compiles the certificate
         converting = median_seconds(lambda: convert(None), FLAGS.repeats)
         certifying = median_seconds(lambda: convert(tokens), FLAGS.repeats)
-        library = CheckpointLibrary(run, benchmark, certify_on=tokens)
+        loader = CachedLoader(run, benchmark, certify_on=tokens)
         for path in paths:
-            library.load(path, None)
-        library.save()
+            loader.load(path, None)
+        loader.save()
         folder = run.layout.converted
         parts = [path / "params" for path in folder.iterdir() if path.is_dir()]
         load_tree(parts[0])  # imports Orbax
         reading = median_seconds(lambda: [load_tree(path) for path in parts], FLAGS.repeats)
-        checked = median_seconds(lambda: read_stored_run(folder), FLAGS.repeats)
+        checked = median_seconds(lambda: list(read_stored_run(folder)), FLAGS.repeats)
         size = sum(path.stat().st_size for path in paths)
     result = {
         "what": "parameters of a run's checkpoints, seconds for all of them",

@@ -1,4 +1,4 @@
-"""One checkpoint file of a run, checked against the run and its benchmark, converted and certified."""
+"""Converts one checkpoint file of a run, checks it against the run and its benchmark, and certifies it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 from kvjax.converters.certificate import certify
 from kvjax.converters.parameter_names import modern_name
 from kvjax.converters.to_flax import to_flax
-from kvjax.converters.torch_checkpoint import TorchCheckpoint, read_checkpoint, section
+from kvjax.converters.torch_checkpoint import TorchCheckpoint, parse_checkpoint, section
 
+from kvjax.artifacts.files import HashedFile
 from kvjax.config.run import RunConfig
 from kvjax.errors import unusable
 from kvjax.model.checkpoint import Checkpoint
@@ -24,23 +25,26 @@ def convert_checkpoint(
     run: RunConfig,
     benchmark: Benchmark,
     *,
+    file: HashedFile | None = None,
     expected_step: int | None = None,
     certify_on: np.ndarray | None = None,
 ) -> Checkpoint:
-    """Returns a run's checkpoint file as Flax parameters.
+    """Converts a run's checkpoint file to Flax parameters.
 
     Args:
       path: the `.pt` file.
       run: the run's config.
-      benchmark: what it is to be measured on; a checkpoint of another vocabulary is refused, one trained on another
-        benchmark of the same vocabulary is noted.
-      expected_step: the step its name states.
-      certify_on: sample sequences [B, T] for the parity certificate; none is made where None.
+      benchmark: the benchmark to measure on. A checkpoint of another vocabulary is refused; one that was trained on
+        another benchmark of the same vocabulary gets a note.
+      file: its bytes, if they were read already.
+      expected_step: the step that the file's name states.
+      certify_on: sample sequences [B, T] for the parity certificate; None makes no certificate.
 
     Raises:
       InputError: the file is unusable, or not of this run, step or benchmark.
     """
-    checkpoint = read_checkpoint(path)
+    file = file or HashedFile.read(path, "a PyTorch checkpoint")
+    checkpoint = parse_checkpoint(file)
     if expected_step is not None and checkpoint.step != expected_step:
         raise unusable(path, f"the checkpoint of step {expected_step}", f"step {checkpoint.step}")
     notes = check_recorded_config(checkpoint, run, benchmark, path)
@@ -60,7 +64,7 @@ def convert_checkpoint(
         params=params,
         config=DecoderConfig.from_model_config(run.model, vocab_size, tied="unembedding" not in params),
         path=path,
-        sha256=checkpoint.sha256,
+        sha256=file.sha256,
         certificate=certificate,
         recorded_config=recorded["config"],
         recorded_metrics=recorded["metrics"],
@@ -71,7 +75,9 @@ def convert_checkpoint(
 def check_recorded_config(
     checkpoint: TorchCheckpoint, run: RunConfig, benchmark: Benchmark, path: Path
 ) -> tuple[str, ...]:
-    """Returns notes on what the trainer recorded inside a file; one without such records is judged by its tensors.
+    """Compares the config that the trainer recorded in a file with its run and benchmark; returns notes on them.
+
+    A file without such records is judged by its tensors alone.
 
     Raises:
       InputError: the file is of another model or vocabulary.
@@ -89,7 +95,7 @@ def check_recorded_config(
         raise unusable(
             path,
             f"a model of the benchmark's vocabulary ({_describe(benchmark.vocabulary)})",
-            f"one of another ({_describe(recorded)})",
+            f"one of {_describe(recorded)}",
         )
     pairs = trained_on.get("holdout_pairs")
     if isinstance(pairs, list) and set(map(str, pairs)) != benchmark.holdout_pairs:

@@ -1,4 +1,4 @@
-"""Whole runs: every checkpoint to Flax parameters in a store, and back to `.pt` files."""
+"""Converts whole runs: every checkpoint to Flax parameters in a store, and back to `.pt` files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Literal
 
 import jax
 import numpy as np
-from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.converters.cached_loader import CachedLoader
+from kvjax.converters.parameter_store import read_stored_run
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 
-from kvjax.artifacts.parameter_store import read_stored_run
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
 from kvjax.model.decoder import DecoderConfig
@@ -83,7 +82,7 @@ def convert_run(
     tokens = _certificate_tokens(run, benchmark, verify)
     checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
     # Verifying means looking again, so that nothing is taken from an earlier conversion.
-    library = CheckpointLibrary(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
+    library = CachedLoader(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
     for step in steps:
@@ -117,21 +116,24 @@ def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -
     Raises:
       InputError: there is no store, or a written file does not hold what was stored.
     """
-    manifest, trees = read_stored_run(run.layout.converted)
-    model, vocab_size = ModelConfig.model_validate(manifest.identity["model"]), manifest.identity["vocab_size"]
-    folder = run.layout.exported_torch
-    for stored, params in zip(manifest.checkpoints, trees, strict=True):
-        path = folder / stored.file
+    folder, steps = run.layout.exported_torch, []
+    for stored in read_stored_run(run.layout.converted):
+        path = folder / stored.path.name
         write_checkpoint(
-            path, step=stored.step, state=to_torch(params), config=manifest.recorded_config, metrics=stored.metrics
+            path,
+            step=stored.step,
+            state=to_torch(stored.params),
+            config=stored.recorded_config,
+            metrics=stored.recorded_metrics,
         )
         if verify != "none":
-            again = to_flax(read_checkpoint(path).state, model, vocab_size, where=path)
-            same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, again))
+            again = to_flax(read_checkpoint(path).state, stored.config, stored.config.vocab_size, where=path)
+            same = jax.tree.all(jax.tree.map(np.array_equal, stored.params, again))
             if not same:
-                raise unusable(path, "exactly the stored parameters", "others")
+                raise unusable(path, "exactly the stored parameters", "other values (is something else writing there?)")
+        steps.append(stored.step)
         advance(1)
-    return ConversionReport(folder, [stored.step for stored in manifest.checkpoints], None, 0, [])
+    return ConversionReport(folder, steps, None, 0, [])
 
 
 def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from kvjax.config.run import ModelConfig
+from kvjax.model.decoder import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Parameter:
     def per_layer(self) -> bool:
         return "{i}" in self.torch
 
-    def torch_shape(self, model: ModelConfig, vocab_size: int) -> tuple[int, ...]:
+    def torch_shape(self, model: ModelConfig | DecoderConfig, vocab_size: int) -> tuple[int, ...]:
         """Returns its PyTorch shape in a model of this size."""
         sizes = {"V": vocab_size, "P": model.max_seq_len, "D": model.d_model, "F": model.d_ff}
         return tuple(sizes[axis] for axis in self.axes)

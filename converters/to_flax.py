@@ -9,15 +9,17 @@ from kvjax.converters.parameter_names import LEGACY_MLP, TOKEN_EMBEDDING, UNEMBE
 
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
-from kvjax.model.decoder import Params
+from kvjax.model.decoder import DecoderConfig, Params
 
 
-def to_flax(state: Mapping[str, np.ndarray], model: ModelConfig, vocab_size: int, *, where: object) -> Params:
+def to_flax(
+    state: Mapping[str, np.ndarray], model: ModelConfig | DecoderConfig, vocab_size: int, *, where: object
+) -> Params:
     """Returns the Flax parameters of a PyTorch state; a tied unembedding is left out of them.
 
     Args:
       state: tensor name -> float32 array, current or legacy MLP names.
-      model: the run's recorded model section.
+      model: the model's sizes.
       vocab_size: number of tokens of the benchmark.
       where: the file, for messages.
 

@@ -1,9 +1,8 @@
-"""Reading and writing `.pt` checkpoints without ever executing what is in them."""
+"""Reads and writes `.pt` checkpoints, without ever executing their content."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import pickle
 import warnings
@@ -14,24 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvjax.artifacts.files import replace_file
+from kvjax.artifacts.files import HashedFile, replace_file
 from kvjax.errors import InputError, unusable
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchCheckpoint:
-    """A `.pt` file's content.
+    """The content of a `.pt` file.
 
     Attributes:
-      sha256: of the bytes that everything else was read from.
       step: the training step it was saved at.
       state: `model_state`, tensor name -> float32 array.
-      config: `train_spec`, `benchmark_metadata`, …, as the trainer recorded them; empty where it did not.
-      metrics: evaluation results stored with it, by split; often empty.
-      optimizer_state: as PyTorch's optimiser saved it; empty where it did not.
+      config: `train_spec`, `benchmark_metadata`, … as the trainer recorded them; empty if it recorded none.
+      metrics: the evaluation results stored with it, by split; often empty.
+      optimizer_state: the state that PyTorch's optimiser saved; empty if it saved none.
     """
 
-    sha256: str
     step: int
     state: Mapping[str, np.ndarray]
     config: Mapping[str, Any]
@@ -40,15 +37,21 @@ class TorchCheckpoint:
 
 
 def read_checkpoint(path: Path) -> TorchCheckpoint:
-    """Returns the content of a checkpoint file, half precision widened to float32.
+    """Reads a checkpoint file; half precision is widened to float32.
 
     Raises:
-      InputError: there is no such file, it is damaged, it would need arbitrary unpickling (nothing of it is
-        executed), or it is not a checkpoint.
+      InputError: there is no such file, or it cannot be used (see `parse_checkpoint`).
     """
-    # Read once: a trainer may write the file anew at any time, and the hash must be of what was loaded.
-    content = _read(path)
-    document = _load(path, content)
+    return parse_checkpoint(HashedFile.read(path, "a PyTorch checkpoint"))
+
+
+def parse_checkpoint(file: HashedFile) -> TorchCheckpoint:
+    """Parses the bytes of a checkpoint file; half precision is widened to float32.
+
+    Raises:
+      InputError: the file is damaged, is no checkpoint, or would need arbitrary unpickling. Nothing in it is executed.
+    """
+    path, document = file.path, _load(file)
     if not isinstance(document, dict) or not isinstance(document.get("model_state"), dict):
         found = sorted(map(str, document))[:6] if isinstance(document, dict) else type(document).__name__
         raise unusable(path, "a checkpoint with step and model_state", found)
@@ -56,7 +59,6 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise unusable(path, "a step that is a whole number", step)
     return TorchCheckpoint(
-        sha256=hashlib.sha256(content).hexdigest(),
         step=step,
         state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
         config=section(document, "config", path),
@@ -66,7 +68,7 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
 
 
 def section(document: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:
-    """Returns a part of a document that is a mapping, empty where absent; raises `InputError` for another kind."""
+    """Returns the mapping under a name of a document, empty if absent; raises `InputError` for any other value."""
     part = document.get(name)
     if part is None:
         return {}
@@ -98,27 +100,19 @@ def write_checkpoint(
         )
 
 
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise unusable(path, "a PyTorch checkpoint", "no such file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise unusable(path, "a PyTorch checkpoint that can be read", error) from None
-
-
-def _load(path: Path, content: bytes) -> Any:
+def _load(file: HashedFile) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said once, in the error
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # the error below says what is wrong with a file
+            return torch.load(io.BytesIO(file.content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # The first line says what the pickle asked for; the rest is advice to load it anyway.
+        # One line names the global that the pickle asked for; the rest is advice to load it anyway.
         detail = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
-        raise unusable(path, "a checkpoint of plain tensors that loads without executing anything", detail) from None
+        expected = "a checkpoint of plain tensors that loads without executing anything"
+        raise unusable(file.path, expected, detail) from None
     except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise unusable(path, "a whole PyTorch checkpoint", f"a damaged file ({reason})") from None
+        raise unusable(file.path, "a whole PyTorch checkpoint", f"a damaged file ({reason})") from None
 
 
 def _as_float32(path: Path, name: object, tensor: object) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.run_dir import find_run_dirs
-from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.converters.cached_loader import CachedLoader
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
 from kvjax.execution.inputs import OpenedInputs, PreparedRun, prepare_run
@@ -152,7 +152,7 @@ def intervene_in_runs(
 
 def checkpoint_source(work: PreparedRun) -> CheckpointSource:
     """Returns where a prepared run's checkpoints come from: its PyTorch files, through the parameter store."""
-    return CheckpointLibrary(work.run, work.benchmark, certify_on=work.certificate_tokens)
+    return CachedLoader(work.run, work.benchmark, certify_on=work.certificate_tokens)
 
 
 def _with_intervals(report: SweepReport) -> xr.Dataset:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.converters.cached_loader import CheckpointLibrary
+from kvjax.converters.cached_loader import CachedLoader
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
 from kvjax.execution.over_checkpoints import over_chunks
@@ -51,7 +51,7 @@ class OpenedRun:
 
     def __init__(self, run: RunDir, benchmark: Benchmark):
         self.run, self.benchmark = run, benchmark
-        self._library = CheckpointLibrary(run, benchmark, certify_on=None, keep="nothing")
+        self._loader = CachedLoader(run, benchmark, certify_on=None, keep="nothing")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class OpenedRun:
           InputError: there is none, or it cannot be used.
         """
         step, path = self.run.checkpoint_named(str(which))
-        return self._library.load(path, None if which == "best" else step)
+        return self._loader.load(path, None if which == "best" else step)
 
     def encode(self, streams: Sequence[Sequence[str]]) -> np.ndarray:
         """Returns streams of tokens such as `["<bos>", "W", "K01", "V083", …]` as ids [B, T], padded at their ends.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -122,3 +123,26 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise unusable(path, "a file that can be read", error) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class HashedFile:
+    """A file's bytes and their SHA-256.
+
+    The file is read once: a trainer may write it again at any time, and the hash must be that of the bytes in use.
+    """
+
+    path: Path
+    content: bytes = dataclasses.field(repr=False)
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path, kind: str) -> HashedFile:
+        """Reads a file; raises `InputError` if it cannot be read. `kind` names it in the message, as "a checkpoint"."""
+        if not path.is_file():
+            raise unusable(path, kind, "no such file")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise unusable(path, f"{kind} that can be read", error) from None
+        return cls(path, content, hashlib.sha256(content).hexdigest())

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+
 from kvjax.model.decoder import DecoderConfig, Params
 
 
@@ -60,6 +62,11 @@ class Checkpoint:
     recorded_config: Mapping[str, Any]
     recorded_metrics: Mapping[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the parameters."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
 
 class CheckpointSource(Protocol):

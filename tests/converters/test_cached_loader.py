@@ -1,4 +1,4 @@
-"""A run's checkpoints through the parameter store: converted once, and never another file's or damaged parameters."""
+"""A run's checkpoints through the parameter store: converted once, never taken from another file or a damaged store."""
 
 import json
 import re
@@ -13,16 +13,19 @@ import kvjax.converters.convert
 import numpy as np
 import pytest
 import torch
-from kvjax.converters.cached_loader import CheckpointLibrary
-from kvjax.converters.convert_run import convert_run
+from kvjax.converters import parameter_store
+from kvjax.converters.cached_loader import CachedLoader
+from kvjax.converters.convert_run import convert_run, export_run
+from kvjax.converters.parameter_store import read_stored_run
 
-from kvjax.artifacts import parameter_store
-from kvjax.artifacts.parameter_store import read_stored_run
+import kvjax
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from tests.helpers.building import write_small_benchmark
+
+TOKENS = np.array([[1, 8, 10, 14, 2]], np.int32)
 
 
 @pytest.fixture
@@ -31,18 +34,15 @@ def benchmark(small_benchmark):
 
 
 @pytest.fixture
-def library(small_run, benchmark):
+def loader(small_run, benchmark):
     """Opens the small run's checkpoints through the store, as a fresh process would."""
     run = RunDir.open(small_run)
-    return lambda **given: CheckpointLibrary(run, benchmark, **{"certify_on": TOKENS, **given})
+    return lambda **given: CachedLoader(run, benchmark, **{"certify_on": TOKENS, **given})
 
 
-TOKENS = np.array([[1, 8, 10, 14, 2]], np.int32)
-
-
-def load_all(library, small_run):
-    loaded = [library.load(path, step) for step, path in RunDir.open(small_run).checkpoints.items()]
-    library.save()
+def load_all(loader, small_run):
+    loaded = [loader.load(path, step) for step, path in RunDir.open(small_run).checkpoints.items()]
+    loader.save()
     return loaded
 
 
@@ -50,8 +50,12 @@ def same_params(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params, b.params))
 
 
-class Unread:
-    """Stands in for the converter, to see which files are converted."""
+def stored_steps(folder):
+    return [checkpoint.step for checkpoint in read_stored_run(folder)]
+
+
+class Conversions:
+    """Counts the files that are converted."""
 
     def __init__(self, monkeypatch):
         self.files, real = [], kvjax.converters.convert.convert_checkpoint
@@ -63,32 +67,57 @@ class Unread:
         monkeypatch.setattr(kvjax.converters.convert, "convert_checkpoint", counted)
 
 
-def test_what_is_stored_is_not_converted_again_and_new_checkpoints_are_added(library, small_run, monkeypatch):
-    converted = Unread(monkeypatch)
+def hold_at_most(monkeypatch, loader, small_run, checkpoints):
+    """Lets a loader hold so many checkpoints before it writes them."""
+    size = loader(keep="nothing").load(RunDir.open(small_run).checkpoints[100], 100).nbytes
+    monkeypatch.setattr(kvjax.converters.cached_loader, "_HELD_BYTES", checkpoints * size)
+
+
+def test_incremental_conversion(loader, small_run, monkeypatch):
+    """Stored checkpoints are not converted again, and new ones are added to the store."""
+    converted = Conversions(monkeypatch)
     last = small_run / "checkpoints" / "step_000300.pt"
     held_back = last.read_bytes()
     last.unlink()
-    first = load_all(library(), small_run)
+    first = load_all(loader(), small_run)
     last.write_bytes(held_back)
-    again = load_all(library(), small_run)
+    again = load_all(loader(), small_run)
     assert converted.files == ["step_000100.pt", "step_000200.pt", "step_000300.pt"]
     assert all(same_params(a, b) for a, b in zip(first, again, strict=False))
-    third = load_all(library(), small_run)
+    third = load_all(loader(), small_run)
     assert len(converted.files) == 3 and same_params(again[2], third[2])
     assert third[0].certificate == first[0].certificate and third[0].certificate is not None
 
 
-def test_a_changed_file_is_converted_again(library, small_run, monkeypatch):
-    load_all(library(), small_run)
-    converted = Unread(monkeypatch)
+def test_equal_fields_of_stored_and_converted_checkpoints(loader, small_run):
+    """Everything but the parameters' memory is the same whether a checkpoint is converted or read from the store."""
+    for converted, stored in zip(load_all(loader(), small_run), load_all(loader(), small_run), strict=True):
+        assert same_params(converted, stored)
+        for field in (
+            "step",
+            "config",
+            "path",
+            "sha256",
+            "certificate",
+            "recorded_config",
+            "recorded_metrics",
+            "notes",
+        ):
+            assert getattr(converted, field) == getattr(stored, field), field
+
+
+def test_changed_file(loader, small_run, monkeypatch):
+    """A file with other bytes than the stored one's is converted again, and replaces the older entry."""
+    load_all(loader(), small_run)
+    converted = Conversions(monkeypatch)
     path = small_run / "checkpoints" / "step_000200.pt"
     document = torch.load(path, weights_only=True)
     document["model_state"]["final_norm.bias"] += 1.0
     torch.save(document, path)
-    loaded = load_all(library(), small_run)
+    loaded = load_all(loader(), small_run)
     assert converted.files == ["step_000200.pt"]
-    stored, _ = read_stored_run(small_run / "analysis" / "converted")
-    assert [c.file for c in stored.checkpoints] == [path.name for path in RunDir.open(small_run).checkpoints.values()]
+    stored = read_stored_run(small_run / "analysis" / "converted")
+    assert [c.path.name for c in stored] == [path.name for path in RunDir.open(small_run).checkpoints.values()]
     assert np.array_equal(loaded[1].params["final_norm"]["bias"], document["model_state"]["final_norm.bias"].numpy())
 
 
@@ -101,19 +130,41 @@ def place_before_the_first(document):
     document["checkpoints"][0]["index"] = -1
 
 
+def place_after_the_last(document):
+    document["checkpoints"][0]["index"] = 3
+
+
 def empty_certificate(document):
     document["checkpoints"][0]["certificate"] = {}
 
 
+def other_certificate(document):
+    document["checkpoints"][0]["certificate"]["max_abs_difference"] = 0.0
+
+
+def other_step(document):
+    document["checkpoints"][0]["step"] += 1
+
+
 def other_hash(document):
-    document["parts"] = dict.fromkeys(document["parts"], "0" * 64)
+    for stored in document["checkpoints"]:
+        stored["digest"] = "0" * 64
 
 
-@pytest.mark.parametrize(
-    "damage", ["data", "no JSON", other_hash, swap_places, place_before_the_first, empty_certificate]
-)
-def test_a_damaged_store_is_rebuilt_never_trusted(library, small_run, monkeypatch, damage):
-    whole = load_all(library(), small_run)
+def other_config(document):
+    next(iter(document["recorded_configs"].values()))["train_spec"] = {}
+
+
+DAMAGED_ENTRIES = [
+    *(other_hash, swap_places, place_before_the_first, place_after_the_last),
+    *(empty_certificate, other_certificate, other_step, other_config),
+]
+
+
+@pytest.mark.parametrize("damage", ["data", "no JSON", *DAMAGED_ENTRIES])
+def test_damaged_store(loader, small_run, monkeypatch, damage):
+    """Damaged parameters and entries are never trusted: their checkpoints are converted again, and stored again."""
+    whole = load_all(loader(), small_run)
     folder = small_run / "analysis" / "converted"
     manifest = folder / "manifest.json"
     if damage == "data":
@@ -127,30 +178,36 @@ def test_a_damaged_store_is_rebuilt_never_trusted(library, small_run, monkeypatc
         damage(document)
         manifest.write_text(json.dumps(document))
     with pytest.raises(InputError, match="the parameters the manifest names" if damage == "data" else "manifest"):
-        read_stored_run(folder)
-    converted = Unread(monkeypatch)
-    again = load_all(library(), small_run)
-    assert len(converted.files) == 3 and all(same_params(a, b) for a, b in zip(whole, again, strict=True))
-    load_all(library(), small_run)
-    assert len(converted.files) == 3, "the rebuilt store holds everything again"
-    assert len(list(folder.iterdir())) == 2, "one manifest and one part are left"
+        list(read_stored_run(folder))
+    converted = Conversions(monkeypatch)
+    again = load_all(loader(), small_run)
+    damaged = {swap_places: 2, place_after_the_last: 1, other_certificate: 1, other_step: 1}.get(damage, 3)
+    assert len(converted.files) == damaged and all(same_params(a, b) for a, b in zip(whole, again, strict=True))
+    assert [c.step for c in again] == [100, 200, 300]
+    load_all(loader(), small_run)
+    assert len(converted.files) == damaged, "the rebuilt store holds everything again"
+    assert stored_steps(folder) == [100, 200, 300]
+    parts = {stored["part"] for stored in json.loads(manifest.read_text())["checkpoints"]}
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *parts}, "no part is left that nothing names"
 
 
-def test_a_file_written_anew_before_its_conversion_is_kept_leaves_nothing_wrong(library, small_run):
+def test_file_overwritten_before_its_conversion_is_stored(loader, small_run):
+    """A conversion is stored under the hash of the bytes that were converted."""
     path = small_run / "checkpoints" / "step_000100.pt"
     own, other = path.read_bytes(), (small_run / "checkpoints" / "step_000200.pt").read_bytes()
-    converting = library()
+    converting = loader()
     params = jax.tree.map(np.array, converting.load(path, 100).params)
     with path.open("r+b") as file:  # in place, as PyTorch saves
         file.write(other)
     converting.save()
     path.write_bytes(own)
-    found = library().load(path, 100)
+    found = loader().load(path, 100)
     assert jax.tree.all(jax.tree.map(np.array_equal, found.params, params))
 
 
-def test_two_processes_that_add_to_one_store_lose_nothing_of_each_other(library, small_run, monkeypatch):
-    first, second = library(), library()
+def test_two_processes_on_one_store(loader, small_run, monkeypatch):
+    """Processes that add to one store lose nothing of each other, and leave alone what another is writing."""
+    first, second = loader(), loader()
     paths = sorted((small_run / "checkpoints").glob("step_*.pt"))
     first.load(paths[0], None)
     second.load(paths[1], None)
@@ -159,73 +216,98 @@ def test_two_processes_that_add_to_one_store_lose_nothing_of_each_other(library,
     first.save()
     second.save()
     assert being_written.is_dir()
-    converted = Unread(monkeypatch)
+    converted = Conversions(monkeypatch)
     for path in paths[:2]:
-        library().load(path, None)
+        loader().load(path, None)
     assert converted.files == []
 
 
-def test_a_store_made_for_another_benchmark_or_without_certificates_is_not_used(
-    library, small_run, tmp_path, monkeypatch
-):
-    load_all(library(certify_on=None), small_run)
-    converted = Unread(monkeypatch)
-    certified = load_all(library(), small_run)
+def test_store_of_another_identity(loader, small_run, tmp_path, monkeypatch):
+    """Conversions for another benchmark, or without certificates, are not used."""
+    load_all(loader(certify_on=None), small_run)
+    converted = Conversions(monkeypatch)
+    certified = load_all(loader(), small_run)
     assert len(converted.files) == 3 and all(c.certificate is not None for c in certified)
     other = Benchmark.open(write_small_benchmark(tmp_path / "other", seed=4))
-    load_all(CheckpointLibrary(RunDir.open(small_run), other, certify_on=TOKENS), small_run)
+    load_all(CachedLoader(RunDir.open(small_run), other, certify_on=TOKENS), small_run)
     assert len(converted.files) == 6
 
 
-def test_verifying_converts_anew(library, small_run, benchmark, monkeypatch):
-    load_all(library(), small_run)
-    converted = Unread(monkeypatch)
+def test_verification_without_the_store(loader, small_run, benchmark, monkeypatch):
+    """Verifying a run converts every file, whatever is stored."""
+    load_all(loader(), small_run)
+    converted = Conversions(monkeypatch)
     convert_run(RunDir.open(small_run), benchmark, verify="sample", advance=lambda n: None)
     assert len(converted.files) == 3
 
 
+def test_configs_of_exported_files(loader, small_run, benchmark):
+    """Each exported file has the config that its own trainer recorded, also if they differ and were stored apart."""
+    paths = RunDir.open(small_run).checkpoints
+    for step, path in paths.items():
+        document = torch.load(path, weights_only=True)
+        document["config"]["train_spec"]["num_steps"] = 1000 + step
+        torch.save(document, path)
+        converting = loader()
+        converting.load(path, step)
+        converting.save()
+    folder = export_run(RunDir.open(small_run), verify="sample", advance=lambda n: None).folder
+    for step, path in paths.items():
+        exported = torch.load(folder / path.name, weights_only=True)
+        assert exported["config"]["train_spec"]["num_steps"] == 1000 + step
+
+
 @pytest.fixture
 def in_the_way(small_run):
-    """A file where the store would be."""
+    """A file at the store's path."""
     path = small_run / "analysis" / "converted"
     path.parent.mkdir()
     path.write_text("in the way")
     return path
 
 
-def test_a_store_that_cannot_be_written_fails_no_checkpoint_and_is_told_at_the_end(
-    library, small_run, in_the_way, monkeypatch
-):
-    monkeypatch.setattr(kvjax.converters.cached_loader, "_KEPT_AT_ONCE", 2)
-    converting = library()
+def test_sweep_beside_an_unwritable_store(loader, small_run, in_the_way, monkeypatch):
+    """A store that cannot be written fails no checkpoint; `save` raises, and writes once it can."""
+    hold_at_most(monkeypatch, loader, small_run, 2)
+    converting = loader()
     for step, path in RunDir.open(small_run).checkpoints.items():
         assert converting.load(path, step).step == step
     with pytest.raises(InputError, match=r"converted.*: expected a directory that can be written"):
         converting.save()
     in_the_way.unlink()
     converting.save()
-    stored, _ = read_stored_run(in_the_way)
-    assert [c.step for c in stored.checkpoints] == [100, 200], "what was held when writing failed first"
+    assert stored_steps(in_the_way) == [100, 200], "the conversions that were held when writing failed first"
 
 
-def test_converting_a_run_stops_where_the_store_cannot_be_written(small_run, benchmark, in_the_way, monkeypatch):
-    """Its conversions are what it is for: none is let go, and nothing more is converted."""
-    monkeypatch.setattr(kvjax.converters.cached_loader, "_KEPT_AT_ONCE", 2)
-    converted = Unread(monkeypatch)
+def test_conversion_of_a_run_beside_an_unwritable_store(loader, small_run, benchmark, in_the_way, monkeypatch):
+    """Converting a run stops at the first failed write: no more is converted, and nothing that was is lost."""
+    hold_at_most(monkeypatch, loader, small_run, 2)
+    converted = Conversions(monkeypatch)
     with pytest.raises(InputError, match=r"converted.*: expected a directory that can be written"):
         convert_run(RunDir.open(small_run), benchmark, verify="none", advance=lambda n: None)
     assert converted.files == ["step_000100.pt", "step_000200.pt"]
     in_the_way.unlink()
     convert_run(RunDir.open(small_run), benchmark, verify="none", advance=lambda n: None)
-    assert [c.step for c in read_stored_run(in_the_way)[0].checkpoints] == [100, 200, 300]
+    assert stored_steps(in_the_way) == [100, 200, 300]
 
 
-def test_a_manifest_that_cannot_be_written_leaves_no_part_behind(library, small_run, monkeypatch):
+def test_parts_of_bounded_size(loader, small_run, monkeypatch):
+    """Conversions are written as soon as they fill a part, counted in bytes."""
+    hold_at_most(monkeypatch, loader, small_run, 2)
+    converting = loader()
+    for step, path in RunDir.open(small_run).checkpoints.items():
+        converting.load(path, step)
+    assert stored_steps(small_run / "analysis" / "converted") == [100, 200]
+    assert [checkpoint.step for checkpoint in converting._held] == [300]
+
+
+def test_manifest_that_cannot_be_written(loader, small_run, monkeypatch):
+    """A part whose manifest cannot be written is removed again."""
     paths = RunDir.open(small_run).checkpoints
-    first = library()
+    first = loader()
     first.load(paths[100], 100)
     first.save()
-    second = library()
+    second = loader()
     second.load(paths[200], 200)
 
     def full(path, document):
@@ -235,30 +317,31 @@ def test_a_manifest_that_cannot_be_written_leaves_no_part_behind(library, small_
     with pytest.raises(InputError, match=r"converted: expected a folder that can be written; found .*No space left"):
         second.save()
     folder = small_run / "analysis" / "converted"
-    assert [c.step for c in read_stored_run(folder)[0].checkpoints] == [100]
+    assert stored_steps(folder) == [100]
     assert len(list(folder.iterdir())) == 2
 
 
-def test_no_more_parts_are_held_than_fit(library, small_run, monkeypatch):
-    adding = library()
+def test_parts_held_in_memory(loader, small_run, monkeypatch):
+    """Parts are read when they are needed, once as long as they are held, and no more than two are held."""
+    adding = loader()
     for step, path in RunDir.open(small_run).checkpoints.items():
         adding.load(path, step)
         adding.save()
-    assert adding._store._parts == {}, "what was written is on the disk"
     read, real = [], parameter_store.load_tree
     monkeypatch.setattr(parameter_store, "load_tree", lambda path: read.append(path) or real(path))
-    for room, times in ((1 << 20, 1), (1, 2)):
-        monkeypatch.setattr(parameter_store, "_BYTES_AT_HAND", room)
-        read.clear()
-        reading = library()
-        for _ in range(2):
-            for step, path in RunDir.open(small_run).checkpoints.items():
-                assert reading.load(path, step).step == step
-        assert len(read) == 3 * times
+    reading = loader()
+    paths = RunDir.open(small_run).checkpoints
+    for step in (100, 200, 100, 200):
+        assert reading.load(paths[step], step).step == step
+    assert len(read) == 2
+    reading.load(paths[300], 300)
+    reading.load(paths[100], 100)
+    assert len(read) == 4, "the third part took the place of the first"
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_stored(library, small_run, small_benchmark, monkeypatch, capsys):
-    load_all(library(), small_run)
+def test_full_disk(loader, small_run, small_benchmark, monkeypatch, capsys):
+    """A full disk gives one line, and leaves the stored checkpoints as they were."""
+    load_all(loader(), small_run)
     folder = small_run / "analysis" / "converted"
     before = sorted(path.name for path in folder.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=500_000))
@@ -267,38 +350,82 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_stored(library, small_run, 
     printed = capsys.readouterr().err
     assert re.fullmatch(f"kvjax convert: {folder}: expected a disk with 1 MB free; found 0 MB\n", printed)
     assert sorted(path.name for path in folder.iterdir()) == before
-    assert [c.step for c in read_stored_run(folder)[0].checkpoints] == [100, 200, 300]
+    assert stored_steps(folder) == [100, 200, 300]
 
 
-def test_a_write_that_ends_half_way_is_refused_and_leaves_what_was_stored(tmp_path):
-    """A limit on the size of files stands for quotas and for disks that fill up while they are written to."""
+def test_write_that_ends_half_way(loader, small_run, small_benchmark):
+    """A write that fails half way raises, and leaves the stored checkpoints as they were.
+
+    A limit on the size of files stands for quotas, and for disks that fill up while they are written to.
+    """
     code = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from kvjax.artifacts.parameter_store import NewCheckpoint, ParameterStore
-from kvjax.commands.main import main
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.converters.cached_loader import CachedLoader
 from kvjax.errors import InputError
-def add(step, size):
-    noise = np.random.default_rng(step).normal(size=size).astype(np.float32)
-    new = NewCheckpoint(step, f"step_{step}.pt", str(step), None, {}, [], {"kernel": noise})
-    ParameterStore(Path(sys.argv[1]), {}).add([new], {})
-add(1, 1000)
+from kvjax.task.benchmark import Benchmark
+run, benchmark = RunDir.open(Path(sys.argv[1])), Benchmark.open(Path(sys.argv[2]))
+def add(step):
+    loader = CachedLoader(run, benchmark, certify_on=None)
+    loader.load(run.checkpoints[step], step)
+    loader.save()
+add(100)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    add(2, 100_000)
+    add(200)
 except InputError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{tmp_path}: expected a folder that can be written; found ")
-    manifest, (params,) = read_stored_run(tmp_path)
-    assert [c.step for c in manifest.checkpoints] == [1] and params["kernel"].shape == (1000,)
-    assert len(list(tmp_path.iterdir())) == 2, "nothing half written is left"
+    command = [sys.executable, "-c", code, str(small_run), str(small_benchmark)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    folder = small_run / "analysis" / "converted"
+    assert done.stdout.startswith(f"{folder}: expected a folder that can be written; found ")
+    assert stored_steps(folder) == [100]
+    assert len(list(folder.iterdir())) == 2, "nothing half written is left"
 
 
-def test_looking_without_keeping_holds_and_writes_nothing(library, small_run, monkeypatch):
-    monkeypatch.setattr(kvjax.converters.cached_loader, "_KEPT_AT_ONCE", 2)
-    load_all(library(keep="nothing"), small_run)
+def test_loading_without_keeping(loader, small_run, monkeypatch):
+    """A loader that keeps nothing holds and writes nothing."""
+    monkeypatch.setattr(kvjax.converters.cached_loader, "_HELD_BYTES", 1)
+    load_all(loader(keep="nothing"), small_run)
     assert not (small_run / "analysis").exists()
+
+
+class OpenedFiles:
+    """Counts how often each `.pt` file is opened."""
+
+    hook_of_process = None
+
+    def __init__(self):
+        self.times = {}
+        if OpenedFiles.hook_of_process is None:  # an audit hook stays as long as the process
+            sys.addaudithook(lambda event, args: event == "open" and OpenedFiles.counter(args[0]))
+            OpenedFiles.hook_of_process = True
+        OpenedFiles.counter = self._count
+
+    def _count(self, path):
+        if str(path).endswith(".pt"):
+            name = str(path).rpartition("/")[2]
+            self.times[name] = self.times.get(name, 0) + 1
+
+    counter = staticmethod(lambda path: None)
+
+    def taken(self):
+        times, self.times = self.times, {}
+        return times
+
+
+def test_reads_of_checkpoint_files(small_run, small_benchmark):
+    """A sweep reads each `.pt` file once, whether it converts and measures it or only finds that nothing changed."""
+    settings = {"benchmark_dir": small_benchmark, "ablations": ("zero",), "probe": "none"}
+    opened = OpenedFiles()
+    once = {f"step_{step:06d}.pt": 1 for step in (100, 200, 300)}
+    kvjax.sweep(small_run, **settings)
+    assert opened.taken() == once, "cold"
+    kvjax.sweep(small_run, **settings)
+    assert opened.taken() == once, "current"
+    kvjax.sweep(small_run, **settings, overwrite=True)
+    assert opened.taken() == once, "measured again, from the store"
