@@ -1,4 +1,4 @@
-"""Sweeps a measure of one's own over every checkpoint: how much each head attends to the value a read asks for.
+"""Sweeps a custom measure over every checkpoint: how much each head attends to the value a read asks for.
 
 python docs/own_measure.py runs/seed_7 data/benchmark
 """
@@ -12,7 +12,7 @@ from kvjax.model.transforms import plain_forward
 
 
 def attention_to_the_value(params, config, records):
-    """Returns each head's mean attention from a read to the position of its value: [layers, heads]."""
+    """Averages each head's attention from a read to the position of its value: [layers, heads]."""
     _, trace = plain_forward(config)(params, records.tokens, capture=("pattern",))
     sequences = jnp.arange(len(records.tokens))[:, None]  # one axis for sequences, one for their reads
     at_reads = trace["pattern"][:, sequences, :, records.prediction_positions, records.support_positions]

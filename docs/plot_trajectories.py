@@ -15,7 +15,7 @@ PANELS = {
 }
 
 source, target = sys.argv[1:]
-# Group `intervals` holds estimate, low and high; the root group every mean, `events` what both are made from.
+# Group `intervals` holds estimate, low and high. The root group holds every mean, `events` the values behind both.
 data = xr.open_dataset(source, group="intervals")
 figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3), layout="constrained")
 for axis, (title, (name, where)) in zip(axes, PANELS.items(), strict=True):
