@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import torch
 
 from kvjax.artifacts.files import write_json
-from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.devices import available_cores
+from kvjax.artifacts.provenance import software_versions
+from kvjax.devices import available_cores, device_description
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,7 +23,7 @@ from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import Decoder, DecoderConfig
-from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import encode_records
@@ -79,7 +79,7 @@ def _measure(benchmark: Benchmark, records: dict[str, list], axis: str, value: i
     chosen = [record for split in SPLITS for record in records[split][: sequences // len(SPLITS)]]
     encoded = encode_records(chosen, benchmark.vocabulary, SPLITS, max_seq_len=config.max_seq_len)
     settings = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=str(checkpoints))
-    program = ProbeProgram(config, benchmark.vocabulary, encoded, len(SPLITS), settings)
+    program = CompiledSweep(config, benchmark.vocabulary, encoded, len(SPLITS), settings)
     params = Decoder(config).init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
     stacked = [jax.tree.map(np.asarray, params)] * checkpoints
     program.measure(stacked)

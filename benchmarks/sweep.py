@@ -36,7 +36,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.config.run import ModelConfig
 from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import Decoder, DecoderConfig, Params, stack_params
-from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         ablations=("zero",), probe="none", event_drift=False, checkpoint_batch=FLAGS.checkpoint_batch
     )
     program, seconds, compiling, measured = _time_sweep(config, vocabulary, encoded, num_splits, settings, params)
-    plain = PlainAblations(config, program.buckets, vocabulary.value_ids, program.program)
+    plain = PlainAblations(config, program.buckets, vocabulary.value_ids, program.spec)
     stacked = stack_params([params] * program.chunk)
     jax.block_until_ready(plain.measure(stacked))
     plain_seconds = median_seconds(lambda: plain.measure(stacked), FLAGS.torch_repeats) / program.chunk
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
         "tokens": int(encoded.lengths.sum()),
         "weights": weights,
         "checkpoints_per_call": program.chunk,
-        "devices": program.devices,
+        "devices": program.spec.placement.devices,
         "kvjax_seconds_per_checkpoint": seconds,
         "kvjax_compile_seconds": compiling,
         "kvjax_clean_pass_seconds": clean_seconds,
@@ -155,9 +155,9 @@ def _time_sweep(
     settings: SweepSettings,
     params: Params,
     fit: EncodedRecords | None = None,
-) -> tuple[ProbeProgram, float, float, dict[str, np.ndarray]]:
+) -> tuple[CompiledSweep, float, float, dict[str, np.ndarray]]:
     """Times the program: the program, seconds per checkpoint, seconds of compiling, and the measured sums."""
-    program = ProbeProgram(config, vocabulary, encoded, num_splits, settings, fit=fit)
+    program = CompiledSweep(config, vocabulary, encoded, num_splits, settings, fit=fit)
     chunk = [params] * program.chunk
     start = time.perf_counter()
     measured = program.measure(chunk)[0]

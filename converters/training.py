@@ -19,10 +19,11 @@ from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 
 from kvjax.artifacts.files import read_json, replace_directory, replace_file, write_json, write_json_lines
 from kvjax.artifacts.layout import RunLayout
-from kvjax.artifacts.provenance import device_description, software_versions
+from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.files import read_config
 from kvjax.config.train import CheckpointingConfig, TrainConfig
+from kvjax.devices import device_description
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
 from kvjax.task.benchmark import Benchmark

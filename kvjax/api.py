@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from kvjax.intervene.analysis import InterventionReport, InterventionSettings
-    from kvjax.sweeps.tables import SweepReport
+    from kvjax.sweeps.results import SweepReport
 
 
 def sweep(

@@ -1,13 +1,147 @@
-"""How JAX runs here: the persistent compilation cache, and CPU cores as devices."""
+"""The devices that JAX has, how work is placed on them, and the compilation cache.
+
+No other module asks JAX for its devices. JAX is imported when it is first needed, since commands read this module.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh, NamedSharding
+
+# How several of a kind are run on one device: one after another in a loop, or side by side.
+Lift = Literal["map", "vmap"]
+
+DEVICE_AXIS = "device"  # the one axis of every mesh
 
 CACHE_VARIABLE = "KVJAX_CACHE_DIR"
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"  # XLA's own way to say how many devices a CPU is
+
+
+# Where Linux says how much memory a container may have: control groups, of version 2 and 1.
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_DEFAULT_ACCELERATOR_BYTES = 8e9  # if the device does not say how much it has
+_ACCELERATOR_SHARE = 0.7
+_MACHINE_SHARE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which devices share the leading axis of arrays (checkpoints, seeds), and how each runs its part.
+
+    Attributes:
+      devices: how many devices, the first ones of this process.
+      lift: how a device runs its part.
+    """
+
+    devices: int = 1
+    lift: Lift = "map"
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices along `DEVICE_AXIS`."""
+        import jax
+        import numpy as np
+
+        return jax.sharding.Mesh(np.array(jax.local_devices()[: self.devices]), (DEVICE_AXIS,))
+
+    @property
+    def split(self) -> NamedSharding:
+        """Where arrays lie whose leading axis the devices share, in equal parts."""
+        import jax
+
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(DEVICE_AXIS))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """Where arrays lie that every device has all of."""
+        import jax
+
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    def on_each_device(self, function: Callable[..., Any], split: Sequence[bool]) -> Callable[..., Any]:
+        """Turns a function of one device's part into a function of arrays that all devices share.
+
+        Args:
+          function: of parts, to arrays that are parts of the results.
+          split: for each argument, whether the devices share its leading axis; each has all of the others.
+        """
+        import jax
+
+        if self.devices == 1:
+            return function
+        shared, everything = jax.sharding.PartitionSpec(DEVICE_AXIS), jax.sharding.PartitionSpec()
+        specs = tuple(shared if of_argument else everything for of_argument in split)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=shared, check_vma=False)
+
+    def parts(self, x: jax.Array) -> list[jax.Array]:
+        """Returns each device's part of an array that they share, in order, without moving any."""
+        return [shard.data for shard in sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)]
+
+    def joined(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Returns equal parts, moved to the devices in order, as one array that they share."""
+        import jax
+
+        devices = self.mesh.devices.tolist()
+        moved = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+        shape = (sum(map(len, moved)), *moved[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self.split, moved)
+
+
+ONE_DEVICE = Placement()
+
+
+def backend() -> str:
+    """Returns what JAX computes on: `cpu`, `gpu` or `tpu`."""
+    import jax
+
+    return jax.default_backend()
+
+
+def device_count() -> int:
+    """Returns the number of devices of this process."""
+    import jax
+
+    return jax.local_device_count()
+
+
+def device_description() -> dict[str, Any]:
+    """Returns the backend that JAX computes on, the devices' kind, and how many there are."""
+    import jax
+
+    devices = jax.devices()
+    return {"backend": jax.default_backend(), "kind": devices[0].device_kind, "count": len(devices)}
+
+
+def fillable_memory_gb() -> float:
+    """Returns the memory that a computation may fill: of each accelerator, or of the machine on a CPU.
+
+    That is most of what JAX may allocate on an accelerator. On a CPU it is half of the machine's memory or of what its
+    container may have, since the process itself and compiling take about 2 GB beside it.
+    """
+    import jax
+
+    if backend() == "cpu":
+        return machine_memory_bytes() * _MACHINE_SHARE / 1e9
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (limit * _ACCELERATOR_SHARE if limit else _DEFAULT_ACCELERATOR_BYTES) / 1e9
+
+
+def machine_memory_bytes() -> int:
+    """Returns the machine's memory, or what its container may have of it."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is `max`
+            total = min(total, int(limit.read_text()))
+    return total
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.cached_loader import CachedLoader
-from kvjax.devices import start_jax
+from kvjax.devices import Placement, device_count, start_jax
 from kvjax.errors import unusable
 from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.model.checkpoint import Checkpoint
@@ -124,7 +124,7 @@ class OpenedRun:
         import xarray as xr  # whoever only loads checkpoints need not wait for it
 
         wanted = self.run.select_steps(steps)
-        devices = min(jax.local_device_count(), len(wanted))
+        devices = min(device_count(), len(wanted))
         measured = np.concatenate(list(self._measured(function, shared, wanted, devices, tuple(dims))))
         dims = tuple(dims) or tuple(f"axis_{axis}" for axis in range(measured.ndim - 1))
         name = getattr(function, "__name__", None)
@@ -149,7 +149,7 @@ class OpenedRun:
                 def one(params: Params, *shared: Any) -> jax.Array:
                     return function(params, config, *shared)
 
-                compiled[tied] = jax.jit(over_checkpoints(one, lift="map", devices=devices))
+                compiled[tied] = jax.jit(over_checkpoints(one, Placement(devices)))
                 _check_measure(compiled[tied].trace(stacked, *shared).out_info, dims)
             return compiled[tied](stacked, *shared)
 

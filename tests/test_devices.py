@@ -5,9 +5,12 @@ import stat
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from kvjax.devices import CACHE_VARIABLE, available_cores
+from kvjax import devices
+from kvjax.devices import CACHE_VARIABLE, Placement, available_cores, fillable_memory_gb, machine_memory_bytes
 
 _COMPILE = (
     "import jax; from kvjax.devices import use_compilation_cache; folder = use_compilation_cache();"
@@ -98,3 +101,39 @@ def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch)
 def test_all_cores_are_used_where_the_system_knows_no_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == os.cpu_count()
+
+
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    """What a control group allows counts if it is less than the machine has; a sweep may fill half of it."""
+    limit, none = tmp_path / "memory.max", tmp_path / "other"
+    none.write_text("max\n")
+    monkeypatch.setattr(devices, "_CONTAINER_LIMITS", (tmp_path / "absent", none))
+    assert machine_memory_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 1e9
+    limit.write_text("4000000000\n")
+    monkeypatch.setattr(devices, "_CONTAINER_LIMITS", (limit, none))
+    assert machine_memory_bytes() == 4_000_000_000
+    assert fillable_memory_gb() == 2.0
+
+
+@pytest.mark.parametrize("split", [(True, False), (True, True)])
+def test_placement_of_shared_arrays(split):
+    """A function of each device's part gives what it gives of everything on one device."""
+
+    def scaled(part, other):
+        return part * other.sum() if other.ndim == 1 else part + other
+
+    part = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+    other = part + 1 if split[1] else np.arange(3.0, dtype=np.float32)
+    alone, shared = (jax.jit(Placement(n).on_each_device(scaled, split))(part, other) for n in (1, 2))
+    np.testing.assert_array_equal(shared, alone)
+
+
+def test_parts_of_shared_arrays():
+    """Parts come in the devices' order, and joined again they are the array."""
+    placement, x = Placement(2), np.arange(6.0, dtype=np.float32).reshape(6, 1)
+    shared = jax.device_put(x, placement.split)
+    first, second = placement.parts(shared)
+    np.testing.assert_array_equal(first, x[:3])
+    joined = placement.joined([second, first])
+    np.testing.assert_array_equal(joined, np.concatenate([x[3:], x[:3]]))
+    assert joined.sharding == placement.split

@@ -77,6 +77,23 @@ def test_no_module_reaches_into_anothers_underscore_names(path):
     assert not [name for name in ours if any(p.startswith("_") and not p.endswith("__") for p in name.split("."))]
 
 
+ASKS_JAX_FOR_DEVICES = {
+    *("devices", "local_devices", "device_count", "local_device_count", "default_backend"),
+    *("process_index", "process_count"),
+}
+
+
+@pytest.mark.parametrize("path", [*modules("kvjax"), *modules("converters")], ids=lambda path: path.stem)
+def test_devices_in_one_module(path):
+    """Only kvjax/devices.py asks JAX for its devices and backend."""
+    asked = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jax"
+    }
+    assert bool(asked & ASKS_JAX_FOR_DEVICES) == (module_name(path) == "kvjax.devices")
+
+
 def test_flax_is_used_in_the_decoder_alone():
     users = [path.name for path in modules("kvjax") if any(n.split(".")[0] == "flax" for n in imports(path))]
     assert users == ["decoder.py"]

@@ -13,7 +13,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Interventions, ablate_head, ablate_mlp
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import over_checkpoints, over_interventions, plain_forward
-from kvjax.sweeps.measure_checkpoint import Program
+from kvjax.sweeps.measure_checkpoint import SweepSpec
 from kvjax.task.encoding import Bucket, EncodedRecords
 
 
@@ -24,10 +24,10 @@ class PlainAblations:
       config: the checkpoints' shape.
       buckets: the sweep's microbatches.
       value_ids: token ids of the values.
-      program: the sweep's own, whose devices and lifts are taken.
+      spec: the sweep's own, whose devices and lifts are taken.
     """
 
-    def __init__(self, config: DecoderConfig, buckets: Sequence[Bucket], value_ids: jax.Array, program: Program):
+    def __init__(self, config: DecoderConfig, buckets: Sequence[Bucket], value_ids: jax.Array, spec: SweepSpec):
         apply, layers, heads = plain_forward(config), config.n_layers, config.n_heads
 
         def answers(params: Params, batch: EncodedRecords, edits: Interventions) -> tuple[jax.Array, jax.Array]:
@@ -44,13 +44,13 @@ class PlainAblations:
                 def mlp(layer: jax.Array):
                     return answers(params, batch, ablate_mlp(layer, n_layers=layers))
 
-                lifted = functools.partial(over_interventions, lift=program.interventions)
+                lifted = functools.partial(over_interventions, lift=spec.interventions)
                 ablated = lifted(head)(jnp.arange(layers * heads)), lifted(mlp)(jnp.arange(layers))
                 return answers(params, batch, CLEAN), *ablated
 
             return [jax.lax.map(one_batch, batches) for batches in all_batches]
 
-        self._run = jax.jit(over_checkpoints(one_checkpoint, lift=program.checkpoints, devices=program.devices))
+        self._run = jax.jit(over_checkpoints(one_checkpoint, spec.placement))
         self._batches = tuple(bucket.batches for bucket in buckets)
 
     def measure(self, stacked_params: Params):

@@ -1,10 +1,9 @@
-"""What produced a result: versions, device, precision."""
+"""Says which software produced a result."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
 
 _PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "scipy", "torch")
 
@@ -18,11 +17,3 @@ def software_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "unknown"
     return versions
-
-
-def device_description() -> dict[str, Any]:
-    """Returns the backend JAX computes on, the device's kind, and how many there are."""
-    import jax  # here, so that reading provenance does not need a backend
-
-    devices = jax.devices()
-    return {"backend": jax.default_backend(), "kind": devices[0].device_kind, "count": len(devices)}

@@ -16,7 +16,7 @@ from kvjax.commands import common
 from kvjax.report.text import print_sweep_report
 
 if TYPE_CHECKING:
-    from kvjax.sweeps.tables import SweepReport
+    from kvjax.sweeps.results import SweepReport
 
 FLAGS = flags.FlagValues()
 common.define_run_flags(FLAGS)

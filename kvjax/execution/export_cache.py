@@ -19,7 +19,7 @@ import numpy as np
 import kvjax
 from kvjax.artifacts.files import file_sha256, replace_file
 from kvjax.artifacts.provenance import software_versions
-from kvjax.devices import lowered_folder
+from kvjax.devices import device_description, lowered_folder
 from kvjax.errors import InputError
 
 _DIGEST_BYTES = 32  # SHA-256
@@ -76,11 +76,10 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
 
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:
     """Returns a digest of everything that decides what a program is lowered to."""
-    device = jax.devices()[0]
     parts = (
         _CODE,
         software_versions(),
-        (device.platform, device.device_kind, jax.device_count()),
+        device_description(),
         sorted((name, str(value)) for name, value in jax.config.values.items()),
         (function.__module__, function.__qualname__, static, tree),
         [(np.shape(leaf), leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves],

@@ -1,14 +1,15 @@
-"""The fit set's pass over a checkpoint: component means, and the normal equations of the trained probes."""
+"""Runs a checkpoint on the fit set: component means for mean ablation, and the fit of the linear probes."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.execution.states_at_reads import flatten_reads, states_at_reads
 from kvjax.measure.probes import NO_LABEL, RidgeProbes, RidgeSystem, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.restart import run_clean
-from kvjax.model.sites import STAGE_SITES, Trace, residual_stages, take_positions
+from kvjax.model.sites import STAGE_SITES, Trace
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.vocabulary import PAD_ID
 
@@ -18,13 +19,12 @@ PROBE_TARGETS = ("query_key", "value", "stale_value")
 def component_means(
     params: Params, config: DecoderConfig, batches: EncodedRecords, *, features: bool
 ) -> tuple[Trace, jax.Array | None]:
-    """Returns mean component outputs over the fit set's non-pad positions, and the features that probes are fitted on.
+    """Averages component outputs over the fit set's non-pad positions, and forms what probes are fitted on.
 
     Args:
-      params: one checkpoint.
-      config: its shape.
+      params, config: one checkpoint.
       batches: the fit set's microbatches.
-      features: whether probes are to be fitted.
+      features: whether to form the features.
 
     Returns:
       `head_z` [L, 1, 1, H, E] and `mlp_out` [L, 1, 1, D]; and states at p_e and s_e, [2 S, reads, D], or None.
@@ -35,7 +35,7 @@ def component_means(
         _, clean = run_clean(params, config, batch.tokens, sites)
         real = (batch.tokens != PAD_ID) * batch.weights[:, None]
         sums = {name: _sum_tokens(clean.trace[name], real) for name in ("head_z", "mlp_out")}
-        return sums, jnp.sum(real), probe_features(clean.trace, batch) if features else None
+        return sums, jnp.sum(real), states_at_reads(clean.trace, batch) if features else None
 
     sums, counts, states = jax.lax.map(one_batch, batches)
     total = jnp.sum(counts)
@@ -48,24 +48,8 @@ def _sum_tokens(x_LxBxTxN: jax.Array, counted_BxT: jax.Array) -> jax.Array:
     return jnp.sum(x_LxBxTxN * counted_BxT.reshape(1, *counted_BxT.shape, *extra), axis=(1, 2))
 
 
-def probe_features(trace: Trace, batch: EncodedRecords) -> jax.Array:
-    """Returns every stage's states at p_e and at s_e of each read: [2 S, B, Q, D], all stages at p_e first."""
-    stages_SxBxTxD = residual_stages(trace)
-
-    def at(positions_BxQ: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x: take_positions(x, positions_BxQ, 1))(stages_SxBxTxD)
-
-    return jnp.concatenate([at(batch.prediction_positions), at(batch.support_positions)])
-
-
-def flatten_reads(states_MxGxBxQxD: jax.Array) -> jax.Array:
-    """Returns the features of all microbatches' reads in one row: [G, M B Q, D]."""
-    by_group = jnp.moveaxis(states_MxGxBxQxD, 1, 0)
-    return by_group.reshape(by_group.shape[0], -1, by_group.shape[-1])
-
-
 def probe_labels(batches: EncodedRecords, *, key_ids: jax.Array, value_ids: jax.Array) -> dict[str, jax.Array]:
-    """Returns the class of every read for each of `PROBE_TARGETS`, `NO_LABEL` for none: [M B Q] each."""
+    """Returns each read's class for every one of `PROBE_TARGETS`, `NO_LABEL` if it has none: [M B Q] each."""
     counted = batches.is_read & (batches.weights > 0)[..., None]
     tokens = {
         "query_key": (batches.keys, key_ids),
@@ -88,13 +72,16 @@ def fit_all_probes(
     key_ids: jax.Array,
     value_ids: jax.Array,
 ) -> tuple[RidgeSystem, dict[str, RidgeProbes]]:
-    """Returns the fitted probes of every target on all G kinds of features.
+    """Fits ridge probes of every target at every stage and position.
 
     Args:
       features_GxNxD: from `component_means`.
       batches: the fit set's microbatches.
       permutations_PxN: orders of the rows that labels are taken in; the first is the identity, the others make nulls.
-      key_ids, value_ids: the classes.
+      key_ids, value_ids: token ids of the classes.
+
+    Returns:
+      The normal equations, and the fitted probes by target.
     """
     labels = probe_labels(batches, key_ids=key_ids, value_ids=value_ids)
     system = ridge_system(features_GxNxD, (labels["query_key"] != NO_LABEL).astype(jnp.float32))

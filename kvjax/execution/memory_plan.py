@@ -1,24 +1,14 @@
-"""How much is computed at once: sequences per microbatch, checkpoints per call."""
+"""Plans how much is computed at once: sequences per microbatch, checkpoints per call."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from pathlib import Path
 
-import jax
-
+from kvjax.devices import Lift, Placement
 from kvjax.errors import bad_argument
 from kvjax.model.decoder import DecoderConfig
-from kvjax.model.transforms import Lift
 
 CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/performance.md
-DEFAULT_ACCELERATOR_GB = 8.0  # where the device does not say how much it has
-MEMORY_SHARE = 0.7
-MACHINE_SHARE = 0.5
-# Where Linux says how much memory a container may have: control groups, of version 2 and 1.
-_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # A few checkpoints of whole probe sets fill an accelerator. More at once would compute more copies of the last one
 # where a run's number of checkpoints is not a multiple.
 MOST_PER_ACCELERATOR = 16
@@ -31,16 +21,15 @@ class ChunkPlan:
 
     Attributes:
       checkpoints: checkpoints per call; each call is padded to this many, so that one program serves all.
-      devices: how many devices share them.
+      placement: which devices share them, and how each runs its part.
       tokens_per_batch: about how many tokens a microbatch holds.
-      interventions, over_checkpoints: how each is lifted.
+      interventions: how the interventions on one checkpoint are run.
     """
 
     checkpoints: int
-    devices: int
+    placement: Placement
     tokens_per_batch: int
     interventions: Lift
-    over_checkpoints: Lift
 
 
 def plan_chunks(
@@ -50,15 +39,15 @@ def plan_chunks(
     backend: str,
     num_devices: int,
     num_tokens: int,
-    memory_gb: float | None,
+    memory_gb: float,
     side_by_side: int = 0,
     keeps_runs: bool = False,
 ) -> ChunkPlan:
-    """Returns how to cut a sweep.
+    """Plans how to cut a sweep.
 
     On a CPU every core is a device that runs one checkpoint after another in cache-sized microbatches, as many cores as
-    memory allows. On an accelerator, whole probe sets of several checkpoints run side by side, as memory allows; where
-    it does not hold one checkpoint, microbatches are cut.
+    memory allows. On an accelerator, whole probe sets of several checkpoints run side by side, as memory allows. If one
+    checkpoint does not fit, microbatches are cut.
 
     Args:
       requested: `auto` or a number of checkpoints.
@@ -66,7 +55,7 @@ def plan_chunks(
       backend: `cpu`, `gpu` or `tpu`.
       num_devices: devices there are.
       num_tokens: padded tokens of the probe set.
-      memory_gb: memory of each accelerator to use, or of the machine on a CPU; None for most of what it has.
+      memory_gb: memory of each accelerator to fill, or of the machine on a CPU.
       side_by_side: how many intervened runs of a checkpoint there are at once.
       keeps_runs: whether the clean runs of all records are kept at once, for resampling.
 
@@ -81,40 +70,22 @@ def plan_chunks(
         return checkpoint_bytes(config, kept_tokens=kept, tokens_per_batch=tokens_per_batch, side_by_side=at_once)
 
     if backend == "cpu":
-        budget = (memory_gb or _machine_memory_gb()) * 1e9
+        budget = memory_gb * 1e9
         fitting = max(1, min(int(budget / needed(CPU_TOKENS_PER_BATCH, 1)), num_devices))
         chunk = fitting if requested == "auto" else _shareable(int(requested), num_devices)
-        return ChunkPlan(chunk, min(chunk, num_devices), CPU_TOKENS_PER_BATCH, "map", "map")
-    budget = (memory_gb or _device_memory_gb()) * 1e9
+        return ChunkPlan(chunk, Placement(min(chunk, num_devices), "map"), CPU_TOKENS_PER_BATCH, "map")
+    budget = memory_gb * 1e9
     tokens = num_tokens
     while needed(tokens, side_by_side) > budget and tokens > _FEWEST_TOKENS_PER_BATCH:
         tokens = -(-tokens // 2)
     fitting = num_devices * max(1, min(int(budget / needed(tokens, side_by_side)), MOST_PER_ACCELERATOR))
     chunk = fitting if requested == "auto" else _shareable(int(requested), num_devices)
-    return ChunkPlan(chunk, min(chunk, num_devices), tokens, "vmap", "vmap")
+    return ChunkPlan(chunk, Placement(min(chunk, num_devices), "vmap"), tokens, "vmap")
 
 
 def _shareable(chunk: int, num_devices: int) -> int:
     """Returns the next number of checkpoints that devices share equally; fewer than devices are left as they are."""
     return chunk if chunk < num_devices else -(-chunk // num_devices) * num_devices
-
-
-def _device_memory_gb() -> float:
-    """Returns the accelerator memory that a sweep may fill: most of what JAX may allocate."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit * MEMORY_SHARE / 1e9 if limit else DEFAULT_ACCELERATOR_GB
-
-
-def _machine_memory_gb() -> float:
-    """Returns the memory that a sweep on a CPU may fill: half of the machine's, or of what its container may have.
-
-    The process itself and compiling take about 2 GB beside it.
-    """
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in _CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is `max`
-            total = min(total, int(limit.read_text()))
-    return total * MACHINE_SHARE / 1e9
 
 
 def checkpoint_bytes(config: DecoderConfig, *, kept_tokens: int, tokens_per_batch: int, side_by_side: int) -> float:

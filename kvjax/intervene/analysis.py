@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.artifacts.files import file_sha256, write_json, write_json_lines
 from kvjax.artifacts.layout import arrays_beside
-from kvjax.artifacts.provenance import device_description, software_versions
+from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
+from kvjax.devices import backend, device_count, device_description
 from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import PreparedRun
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
@@ -285,7 +284,7 @@ def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, set
     )
     longest = run.config.model.max_seq_len
     clean, clean_rows = encode_clean_streams(pairs, vocabulary, max_seq_len=longest)
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = backend() == "cpu"
     return Study(
         config=config,
         vocabulary=vocabulary,
@@ -298,7 +297,7 @@ def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, set
         fit=work.fit,
         records=work.encoded,
         components=_named_components(run, settings),
-        devices=jax.local_device_count(),
+        devices=device_count(),
         tokens_per_batch=CPU_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,
         record_tokens_per_batch=RECORD_TOKENS_PER_BATCH if on_cpu else work.encoded.tokens.size,
     )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import xarray as xr
 
+from kvjax.devices import Placement
 from kvjax.execution.unbucket import unbucket
 from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, Outcome, Study, number, numbers
 from kvjax.intervene.necessity import (
@@ -259,4 +260,4 @@ def neuron_sums(config, horizon, value_ids, devices, stacked, batches):
         measure = functools.partial(neuron_effects, params, config, horizon=horizon, value_ids=np.array(value_ids))
         return jax.lax.map(measure, batches)
 
-    return over_checkpoints(one_checkpoint, lift="map", devices=devices)(stacked, batches)
+    return over_checkpoints(one_checkpoint, Placement(devices))(stacked, batches)

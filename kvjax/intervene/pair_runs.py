@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.devices import Placement
 from kvjax.measure.behaviour import answer_correct
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Interventions
@@ -225,4 +226,4 @@ def _over_pairs(measure, window, devices, stacked, batches, extra, shared):
     def one_checkpoint(tree: Any, batches: EncodedPairs, extra: Any, shared: Any) -> dict[str, jax.Array]:
         return jax.lax.map(lambda part: measure(tree, part[0], part[1], window, *shared), (batches, extra))
 
-    return over_checkpoints(one_checkpoint, lift="map", devices=devices)(stacked, batches, extra, shared)
+    return over_checkpoints(one_checkpoint, Placement(devices))(stacked, batches, extra, shared)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.execution.fit_set import probe_labels
+from kvjax.execution.states_at_reads import form_states
 from kvjax.intervene.pair_runs import NOISING, Effects, effects_under, run_pairs, with_runs
 from kvjax.intervene.patching import over_places, place_mask, stage_index, stage_places
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
@@ -20,7 +21,6 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import SITES
-from kvjax.sweeps.state_similarity import read_states
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs
 
@@ -47,7 +47,7 @@ def probe_directions(
       For the 2 S stages and positions, p_e first: `mean` [2 S, D]; `probe` [2 S, values, D], the weights of the value
       probe on raw states; `class_means` [2 S, values, D], centred.
     """
-    states_GxNxD = read_states(config, params, (fit,))
+    states_GxNxD = form_states(config, params, (fit,))
     labels = probe_labels(fit, key_ids=key_ids, value_ids=value_ids)
     counts = (labels["query_key"] != NO_LABEL).astype(jnp.float32)
     system = ridge_system(states_GxNxD, counts)

@@ -19,7 +19,6 @@ from kvjax.config.run import ModelConfig
 from kvjax.model.interventions import CLEAN, Interventions, Tap
 from kvjax.model.products import token_product
 from kvjax.model.sites import Trace, take_positions
-from kvjax.task.vocabulary import PAD_ID
 
 Params = dict[str, Any]
 
@@ -35,6 +34,7 @@ class DecoderConfig:
     Attributes:
       tied: the unembedding is the token embedding, and the parameters hold no other.
       precision: of every matrix product, `highest` or `default` (with which JAX may use TF32 on a GPU).
+      pad_id: the token that no query attends to.
     """
 
     vocab_size: int
@@ -45,6 +45,7 @@ class DecoderConfig:
     max_seq_len: int
     tied: bool = True
     precision: str = "highest"
+    pad_id: int = 0
 
     @classmethod
     def from_model_config(cls, model: ModelConfig, vocab_size: int, **static: Any) -> DecoderConfig:
@@ -75,34 +76,34 @@ class Prefix:
     values: jax.Array
 
 
-def attention_mask(tokens_BxT: jax.Array, positions_BxP: jax.Array | None = None) -> jax.Array:
+def attention_mask(is_token_BxT: jax.Array, positions_BxP: jax.Array | None = None) -> jax.Array:
     """Masks the keys a query may attend to, bool [B, 1, P, T]: not later than itself, and not padding.
 
     Args:
-      tokens_BxT: token ids.
+      is_token_BxT: bool, False for padding.
       positions_BxP: the queried positions; all T if None.
     """
-    length = tokens_BxT.shape[1]
+    length = is_token_BxT.shape[1]
     queries = jnp.arange(length)[None] if positions_BxP is None else positions_BxP
     causal = queries[:, :, None] >= jnp.arange(length)[None, None]
-    return (causal & (tokens_BxT != PAD_ID)[:, None, :])[:, None]
+    return (causal & is_token_BxT[:, None, :])[:, None]
 
 
-def window_mask(tokens_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.Array) -> jax.Array:
+def window_mask(is_token_BxT: jax.Array, window_BxW: jax.Array, queries_BxP: jax.Array) -> jax.Array:
     """Masks the keys a query may attend to if only a window is computed, bool [B, 1, P, T + W].
 
     Args:
-      tokens_BxT: token ids.
+      is_token_BxT: bool, False for padding.
       window_BxW: the positions computed, ascending; those before the first are attended to through a `Prefix`.
       queries_BxP: the queried positions.
     """
-    length = tokens_BxT.shape[1]
-    in_prefix = (jnp.arange(length)[None] < window_BxW[:, :1]) & (tokens_BxT != PAD_ID)
+    length = is_token_BxT.shape[1]
+    in_prefix = (jnp.arange(length)[None] < window_BxW[:, :1]) & is_token_BxT
     before = jnp.broadcast_to(in_prefix[:, None], (*queries_BxP.shape, length))
     within = queries_BxP[:, :, None] >= window_BxW[:, None, :]
     # A window that would reach beyond the end repeats the last position, which must be attended to once.
     once = window_BxW == window_BxW[:, :1] + jnp.arange(window_BxW.shape[1])[None]
-    within &= (once & (jnp.take_along_axis(tokens_BxT, window_BxW, axis=1) != PAD_ID))[:, None]
+    within &= (once & jnp.take_along_axis(is_token_BxT, window_BxW, axis=1))[:, None]
     return jnp.concatenate([before, within], axis=-1)[:, None]
 
 
@@ -326,7 +327,7 @@ class Decoder(nn.Module):
           capture: names of the sites to return, after any edit of them.
         """
         tap = Tap(edits, capture=capture)
-        mask = attention_mask(tokens_BxT)
+        mask = attention_mask(tokens_BxT != self.config.pad_id)
         resid_BxTxD = tap("embedding", self.embed(tokens_BxT))
 
         def layer_body(block: Block, resid_BxTxD: jax.Array, layer: jax.Array) -> tuple[jax.Array, Trace]:

@@ -74,11 +74,6 @@ class CleanRun:
     def _cut(self, x: jax.Array, axis: int) -> jax.Array:
         return jax.lax.slice_in_dim(x, 0, min(self.tokens.shape[1], x.shape[axis]), axis=axis)
 
-    def take(self, rows: jax.Array) -> CleanRun:
-        """Returns the sequences `rows`, which may repeat."""
-        trace = {name: jnp.take(x, rows, axis=int(SITES[name].per_layer)) for name, x in self.trace.items()}
-        return CleanRun(self.tokens[rows], trace)
-
 
 def run_clean(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, capture: tuple[str, ...]
@@ -119,7 +114,7 @@ def restart(
         raise InputError("restart: expected an edit; found none (the clean run has the logits)")
     if window_BxW is not None and "pattern" in edits:
         raise InputError("restart: expected edits of other sites inside a window; found one of pattern")
-    span = _Span(clean.tokens, positions_BxQ, window_BxW)
+    span = _Span(clean.tokens != config.pad_id, positions_BxQ, window_BxW)
     site, model, variables = earliest_site(edits), Decoder(config), {"params": params}
     # The last layer is a program of its own, at the positions read alone, because no other output of it is used.
     in_last = isinstance(layer, int) and layer == config.n_layers - 1
@@ -168,7 +163,7 @@ def restart_from_head(
     Returns:
       Logits [B, Q, V].
     """
-    span = _Span(clean.tokens, positions_BxQ, None)
+    span = _Span(clean.tokens != config.pad_id, positions_BxQ, None)
     in_last = isinstance(layer, int) and layer == config.n_layers - 1
 
     def kept(x_BxTxN: jax.Array) -> jax.Array:
@@ -188,7 +183,7 @@ def restart_from_head(
 class _Span:
     """Which positions a restarted run computes: all or a window, and those read."""
 
-    tokens_BxT: jax.Array
+    is_token_BxT: jax.Array
     positions_BxQ: jax.Array
     window_BxW: jax.Array | None
 
@@ -205,8 +200,8 @@ class _Span:
 
     def mask(self, *, reads_only: bool) -> jax.Array:
         if self.window_BxW is None:
-            return attention_mask(self.tokens_BxT, self.positions_BxQ if reads_only else None)
-        return window_mask(self.tokens_BxT, self.window_BxW, self.positions_BxQ if reads_only else self.window_BxW)
+            return attention_mask(self.is_token_BxT, self.positions_BxQ if reads_only else None)
+        return window_mask(self.is_token_BxT, self.window_BxW, self.positions_BxQ if reads_only else self.window_BxW)
 
     def prefix(self, clean: CleanRun, layer: jax.Array | int) -> Prefix | None:
         if self.window_BxW is None:

@@ -1,4 +1,4 @@
-"""Transforms that compose: capture, intervene, and the lifts over interventions and checkpoints.
+"""Composes forward passes: capture, intervene, and the lifts over interventions and checkpoints.
 
 An analysis is written for one checkpoint and one intervention, as a plain function, and lifted.
 """
@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
+from kvjax.devices import ONE_DEVICE, Lift, Placement
 from kvjax.errors import InputError
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Interventions, check_interventions, compose
 from kvjax.model.sites import SITES, Trace
-
-Lift = Literal["map", "vmap"]
-
-CHECKPOINT_AXIS = "checkpoint"
 
 
 class Apply(Protocol):
@@ -82,32 +77,22 @@ def over_interventions(function: Callable[[Any], Any], *, lift: Lift) -> Callabl
     return functools.partial(jax.lax.map, function) if lift == "map" else jax.vmap(function)
 
 
-def over_checkpoints(function: Callable[..., Any], *, lift: Lift, devices: int = 1) -> Callable[..., Any]:
+def over_checkpoints(function: Callable[..., Any], placement: Placement = ONE_DEVICE) -> Callable[..., Any]:
     """Lifts `function(params, *shared)` to parameters stacked on a leading checkpoint axis.
 
     Args:
       function: of one checkpoint.
-      lift: `map` runs the checkpoints of a device one after another, `vmap` side by side.
-      devices: how many devices share the checkpoint axis, which must be a multiple of it; each has all of `shared`.
+      placement: which devices share the checkpoints, as many each; every device has all of `shared`.
     """
 
     def lifted(stacked_params: Params, *shared: Any) -> Any:
         def one(params: Params) -> Any:
             return function(params, *shared)
 
-        return jax.lax.map(one, stacked_params) if lift == "map" else jax.vmap(one)(stacked_params)
+        return over_interventions(one, lift=placement.lift)(stacked_params)
 
-    if devices == 1:
-        return lifted
+    def on_devices(stacked_params: Params, *shared: Any) -> Any:
+        split = (True, *(False for _ in shared))
+        return placement.on_each_device(lifted, split)(stacked_params, *shared)
 
-    def sharded(stacked_params: Params, *shared: Any) -> Any:
-        specs = (PartitionSpec(CHECKPOINT_AXIS), *(PartitionSpec() for _ in shared))
-        mesh, out = checkpoint_mesh(devices), PartitionSpec(CHECKPOINT_AXIS)
-        return jax.shard_map(lifted, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(stacked_params, *shared)
-
-    return sharded
-
-
-def checkpoint_mesh(devices: int) -> Mesh:
-    """Makes the mesh whose one axis shares checkpoints among the first `devices` devices."""
-    return Mesh(np.array(jax.local_devices()[:devices]), (CHECKPOINT_AXIS,))
+    return on_devices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.execution.fit_set import probe_features
+from kvjax.execution.states_at_reads import states_at_reads
 from kvjax.measure import attribution, behaviour, heads, mlps, residual
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
@@ -36,7 +36,7 @@ def measure_clean(
       `mlp/write_norm`, `mlp/write_norm_support` [B, L], `attribution/…` [B], [B, L] or [B, L, H] (logits). Summed over
       the batch, by split: `state/prediction`, `state/support` [splits, S, D].
       The clean run, with what restarts need.
-      States [2 S, B, Q, D], see `probe_features`.
+      States [2 S, B, Q, D], see `states_at_reads`.
     """
     logits, clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
     trace, positions = clean.trace, batch.prediction_positions
@@ -47,7 +47,7 @@ def measure_clean(
         attention["current_value_attention"], attention["key"], attention["value"]
     )
     loss, role_correct = behaviour.next_token_sums(logits, batch.tokens, batch.token_roles)
-    states = probe_features(trace, batch)
+    states = states_at_reads(trace, batch)
     sums: Sums = {
         "read/correct": behaviour.answer_correct(logits_BxQxV, batch.answers),
         "read/margin": behaviour.answer_margin(logits_BxQxV, batch.answers, value_ids),

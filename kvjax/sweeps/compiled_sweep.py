@@ -1,49 +1,53 @@
-"""A probe set on the devices, with the compiled program that measures checkpoints on it."""
+"""Compiles a sweep: a probe set on the devices, with the program that measures checkpoints on it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
+from kvjax.devices import backend, device_count, fillable_memory_gb
 from kvjax.execution.export_cache import kept_lowered
 from kvjax.execution.memory_plan import plan_chunks
+from kvjax.execution.over_checkpoints import over_chunks
+from kvjax.execution.states_at_reads import ReadStates
 from kvjax.execution.unbucket import unbucket
 from kvjax.model.decoder import DecoderConfig, Params, stack_params
-from kvjax.model.transforms import checkpoint_mesh
 from kvjax.sweeps.ablations import restarts_at_once
-from kvjax.sweeps.measure_checkpoint import Program, SweepData, measure_checkpoints
+from kvjax.sweeps.clean import Sums
+from kvjax.sweeps.measure_checkpoint import SweepData, SweepSpec, measure_checkpoints
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.donors import donors_by_bucket, draw_donors
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length
 from kvjax.task.vocabulary import Vocabulary
+
+CheckpointArrays = dict[str, np.ndarray]
 
 NULL_PERMUTATIONS = 20
 NULL_SEED = 0
 DONOR_SEED = 0
 
 
-class ProbeProgram:
+class CompiledSweep:
     """A probe set on the devices, with the compiled program that measures checkpoints of one shape on it.
 
     Args:
       config: the checkpoints' shape.
-      vocabulary: of the benchmark.
+      vocabulary: the benchmark's.
       encoded: the probe records.
-      num_splits: splits they are in.
-      settings: what is measured, and how.
+      num_splits: number of splits they are in.
+      settings: what to measure, and how.
       fit: the fit set's records, which mean ablation and probes need.
       max_buckets: how many lengths records are padded to.
 
     Attributes:
-      program: the static settings that the program is compiled for.
+      spec: the static settings that the program is compiled for.
       data: the records, on the devices.
       buckets: how they are cut into microbatches.
-      chunk, devices: checkpoints per call, and how many devices share them.
+      chunk: checkpoints per call.
     """
 
     def __init__(
@@ -62,14 +66,14 @@ class ProbeProgram:
         plan = plan_chunks(
             settings.checkpoint_batch,
             config,
-            backend=jax.default_backend(),
-            num_devices=jax.local_device_count(),
+            backend=backend(),
+            num_devices=device_count(),
             num_tokens=max(encoded.tokens.size, fit.tokens.size if needs_fit and fit else 0),
-            memory_gb=settings.memory_gb,
+            memory_gb=settings.memory_gb or fillable_memory_gb(),
             side_by_side=restarts_at_once(config, settings.ablations, draws=settings.resample_draws),
             keeps_runs="resample" in settings.ablations,
         )
-        self.chunk, self.devices = plan.checkpoints, plan.devices
+        self.chunk = plan.checkpoints
         self._shape = encoded.is_read.shape
         self.buckets = bucket_by_length(encoded, tokens_per_batch=plan.tokens_per_batch, max_buckets=max_buckets)
         donors: tuple[np.ndarray, ...] = ()
@@ -86,7 +90,7 @@ class ProbeProgram:
             fit=fit_bucket and fit_bucket.batches,
             permutations=read_permutations(fit_bucket, count=NULL_PERMUTATIONS, seed=NULL_SEED) if probes else None,
         )
-        self.program = Program(
+        self.spec = SweepSpec(
             config=dataclasses.replace(config, precision=settings.precision),
             value_ids=tuple(vocabulary.value_ids.tolist()),
             key_ids=tuple(vocabulary.key_ids.tolist()),
@@ -96,48 +100,40 @@ class ProbeProgram:
             probes=probes,
             states=settings.event_drift,
             interventions=plan.interventions,
-            checkpoints=plan.over_checkpoints,
-            devices=plan.devices,
+            placement=plan.placement,
         )
-        self.data = jax.device_put(data, NamedSharding(checkpoint_mesh(plan.devices), PartitionSpec()))
+        self.data = jax.device_put(data, plan.placement.whole)
         self._measure: dict[bool, Callable[..., Any]] = {}  # by whether unembeddings are tied
 
-    def start(self, params: Sequence[Params]) -> PendingMeasurement:
-        """Starts measuring up to `chunk` checkpoints, without waiting for the devices."""
-        # A last, shorter chunk is filled up: another number of checkpoints would be another program to compile.
-        filled = [*params, *[params[-1]] * (self.chunk - len(params))]
-        stacked = stack_params(filled)
+    def dispatch(self, params: Sequence[Params]) -> tuple[tuple[list[Sums], Sums], ReadStates | None]:
+        """Starts the devices on exactly `chunk` checkpoints, without waiting for them.
+
+        Returns:
+          What `collect` takes, and the states at the reads if they are wanted, [C, …] each.
+        """
+        stacked = stack_params(params)
         tied = "unembedding" not in stacked
-        program = dataclasses.replace(self.program, config=dataclasses.replace(self.program.config, tied=tied))
         if tied not in self._measure:
-            self._measure[tied] = kept_lowered(measure_checkpoints, program, stacked, self.data)
-        *outputs, states = self._measure[tied](stacked, self.data)
-        return PendingMeasurement(outputs, states, len(params), tuple(self.buckets), self._shape)
+            spec = dataclasses.replace(self.spec, config=dataclasses.replace(self.spec.config, tied=tied))
+            self._measure[tied] = kept_lowered(measure_checkpoints, spec, stacked, self.data)
+        by_bucket, whole, states = self._measure[tied](stacked, self.data)
+        return (by_bucket, whole), states and ReadStates(*states)
 
-    def measure(self, params: Sequence[Params]) -> list[dict[str, np.ndarray]]:
-        """Returns the measured arrays of up to `chunk` checkpoints, one mapping each."""
-        return self.start(params).collect()
+    def collect(self, outputs: tuple[list[CheckpointArrays], CheckpointArrays]) -> list[CheckpointArrays]:
+        """Returns the measured arrays of each checkpoint from the devices' outputs, in the records' order."""
+        by_bucket, whole = outputs
+        num_records, num_reads = self._shape
+        arrays = unbucket(by_bucket, self.buckets, num_records, num_reads=num_reads) | whole
+        return [{name: array[c] for name, array in arrays.items()} for c in range(len(arrays["read/correct"]))]
 
-
-@dataclasses.dataclass(frozen=True)
-class PendingMeasurement:
-    """Checkpoints that the devices are measuring; their states stay on the devices."""
-
-    outputs: Any
-    states: jax.Array | None
-    num_checkpoints: int
-    buckets: tuple[Bucket, ...]
-    shape: tuple[int, int]
-
-    def collect(self) -> list[dict[str, np.ndarray]]:
-        """Returns the measured arrays, one mapping per checkpoint, once they are there."""
-        by_bucket, whole = jax.device_get(self.outputs)
-        arrays = unbucket(by_bucket, self.buckets, self.shape[0], num_reads=self.shape[1]) | whole
-        return [{name: array[c] for name, array in arrays.items()} for c in range(self.num_checkpoints)]
+    def measure(self, params: Iterable[Params]) -> list[CheckpointArrays]:
+        """Returns the measured arrays of checkpoints, one mapping each."""
+        chunks = over_chunks(lambda chunk: self.dispatch(chunk)[0], params, size=self.chunk)
+        return [arrays for chunk in chunks for arrays in self.collect(chunk.outputs)]
 
 
 def read_permutations(fit: Bucket, *, count: int, seed: int) -> np.ndarray:
-    """Returns orders of the fit reads' rows, int32 [1 + count, rows]: the identity, then seeded permutations.
+    """Draws orders of the fit reads' rows, int32 [1 + count, rows]: the identity, then seeded permutations.
 
     Only rows that are reads change places, and their order before is that of the records, so that the permutations do
     not depend on how the records are batched.

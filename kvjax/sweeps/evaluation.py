@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.probe_index import ProbeIndex
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -90,12 +90,12 @@ class SplitEvaluator:
         )
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  an evaluator lives as long as a command
-    def _prepared(self, split: str, max_records: int | None) -> tuple[ProbeProgram, ProbeIndex]:
+    def _prepared(self, split: str, max_records: int | None) -> tuple[CompiledSweep, ProbeIndex]:
         records = self._benchmark.read_split(split)[:max_records]
         vocabulary = self._benchmark.vocabulary
         encoded = encode_records(records, vocabulary, [split], max_seq_len=self._config.max_seq_len)
         # One length for all: splits of one shape then share a program, and compiling outweighs some padding.
-        program = ProbeProgram(
+        program = CompiledSweep(
             self._config,
             vocabulary,
             encoded,

@@ -1,12 +1,12 @@
-"""Multinomial logistic probes at named checkpoints, beside the ridge probes that every checkpoint has.
+"""Fits multinomial logistic probes at named checkpoints, beside the ridge probes that every checkpoint has.
 
-They are fitted by iteration, so cost tens of times what ridge does; a pass of its own fits and scores them where asked.
+They are fitted by iteration and so cost tens of times what ridge does: a pass of its own, only if asked for.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,54 +15,57 @@ import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.execution.fit_set import PROBE_TARGETS, probe_labels
+from kvjax.execution.states_at_reads import form_states
 from kvjax.measure.probes import NO_LABEL, fit_logistic, label_wins, probe_scores, ridge_system, standardise
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.sweeps.compiled_sweep import ProbeProgram
-from kvjax.sweeps.state_similarity import read_states
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.task.encoding import EncodedRecords
 
 
 def measure_logistic(
-    results: Mapping[str, CheckpointResult],
-    named: Callable[[str], bool],
+    tabled: Sequence[tuple[str, CheckpointResult]],
+    asked: Collection[str],
+    *,
     files: Mapping[str, tuple[int | None, Path]],
-    program: ProbeProgram,
+    sweep: CompiledSweep,
     store: ResultStore,
     source: CheckpointSource,
-) -> dict[str, Mapping[str, np.ndarray]]:
-    """Returns the logistic probes' right answers of checkpoints that are named, or were measured before.
+    anew: bool = False,
+) -> list[Mapping[str, np.ndarray] | None]:
+    """Fits and scores logistic probes at the checkpoints asked for.
 
     Args:
-      results: result name -> measurement.
-      named: whether a result's checkpoint is to be measured.
+      tabled: name and result of the run's checkpoints.
+      asked: names of the checkpoints to measure, unless they were measured before.
       files: result name -> (step or None, checkpoint file).
-      program: the probe set, with its fit set.
-      store: where what was found before is kept.
+      sweep: the probe set, with its fit set.
+      store: where results are kept.
       source: where parameters come from.
+      anew: whether to measure those asked for even if they were measured before.
 
     Returns:
-      Result name -> `logistic/<target>` [splits, 2 S], right answers by split, stages at p_e first.
+      For each checkpoint, `logistic/<target>` [splits, 2 S], right answers by split, stages at p_e first; None if it
+      was never measured.
     """
-    measured = {}
-    for name, result in results.items():
+    measured: list[Mapping[str, np.ndarray] | None] = []
+    for name, result in tabled:
         key = result.info["sha256"]
-        stored = store.find(f"logistic_{name}", key)
-        if stored is None and named(name):
+        stored = None if anew and name in asked else store.find(f"logistic_{name}", key)
+        if stored is None and name in asked:
             step, path = files[name]
             right = logistic_answers(
-                program.program.config,
-                program.program.key_ids,
-                program.program.value_ids,
-                program.program.num_splits,
+                sweep.spec.config,
+                sweep.spec.key_ids,
+                sweep.spec.value_ids,
+                sweep.spec.num_splits,
                 source.load(path, step).params,
-                jax.device_get(program.data.fit),
-                tuple(bucket.batches for bucket in program.buckets),
+                jax.device_get(sweep.data.fit),
+                tuple(bucket.batches for bucket in sweep.buckets),
             )
             arrays = {f"logistic/{target}": np.asarray(x) for target, x in right.items()}
             stored = store.save(f"logistic_{name}", key, result.step, arrays, {})
-        if stored is not None:
-            measured[name] = stored.arrays
+        measured.append(stored and stored.arrays)
     return measured
 
 
@@ -76,7 +79,7 @@ def logistic_answers(
     fit: EncodedRecords,
     buckets: tuple[EncodedRecords, ...],
 ) -> dict[str, jax.Array]:
-    """Returns the right answers of one checkpoint's logistic probes: target -> [splits, 2 S]."""
+    """Fits one checkpoint's logistic probes and counts their right answers: target -> [splits, 2 S]."""
     keys, values = np.array(key_ids), np.array(value_ids)
     fit_labels = probe_labels(fit, key_ids=keys, value_ids=values)
     by_bucket = [probe_labels(batches, key_ids=keys, value_ids=values) for batches in buckets]
@@ -85,8 +88,8 @@ def logistic_answers(
     in_split_NxZ = (splits[:, None] == jnp.arange(num_splits)[None]).astype(jnp.float32)
     # The same features, standardised in the same way, as the ridge probes have.
     counted = (fit_labels["query_key"] != NO_LABEL).astype(jnp.float32)
-    system = ridge_system(read_states(config, params, (fit,)), counted)
-    rows = standardise(system, read_states(config, params, buckets))
+    system = ridge_system(form_states(config, params, (fit,)), counted)
+    rows = standardise(system, form_states(config, params, buckets))
 
     def right(target: str, group: tuple[jax.Array, jax.Array]) -> jax.Array:
         features_NxD, rows_NxD = group

@@ -1,4 +1,4 @@
-"""The sweep's program: everything measured on one checkpoint, reduced on the device, lifted over checkpoints.
+"""Measures one checkpoint on the device: everything a sweep keeps of it, as sums; lifted over checkpoints.
 
 For one checkpoint: the fit set's pass (component means, probes), the clean pass over the probe set, which keeps what
 restarts need, and every ablation restarted from it.
@@ -13,21 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.execution.fit_set import PROBE_TARGETS, component_means, fit_all_probes, flatten_reads, probe_labels
+from kvjax.devices import ONE_DEVICE, Lift, Placement
+from kvjax.execution.fit_set import PROBE_TARGETS, component_means, fit_all_probes, probe_labels
+from kvjax.execution.states_at_reads import flatten_reads, spread_of_states
 from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import Trace
-from kvjax.model.transforms import Lift, over_checkpoints
+from kvjax.model.transforms import over_checkpoints
 from kvjax.sweeps.ablations import measure_ablations
 from kvjax.sweeps.clean import Sums, measure_clean
 from kvjax.task.encoding import EncodedRecords
 
+# Sums by bucket, sums over the whole probe set, and the fields of `ReadStates` (exported programs return tuples alone).
+Measured = tuple[list[Sums], Sums, tuple[jax.Array, jax.Array] | None]
+
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What the compiled sweep is made for; hashable.
+class SweepSpec:
+    """The static settings that a sweep is compiled for; hashable.
 
     Attributes:
       config: the model's shape.
@@ -38,8 +43,7 @@ class Program:
       probes: whether trained linear probes are fitted and scored.
       states: whether the states at the reads are returned.
       interventions: how the heads of one layer are run, `map` (one by one) or `vmap`.
-      checkpoints: how the checkpoints on one device are run.
-      devices: how many devices share the checkpoints.
+      placement: which devices share the checkpoints, and how each runs its part.
     """
 
     config: DecoderConfig
@@ -51,8 +55,7 @@ class Program:
     probes: bool = False
     states: bool = False
     interventions: Lift = "map"
-    checkpoints: Lift = "map"
-    devices: int = 1
+    placement: Placement = ONE_DEVICE
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +65,9 @@ class SweepData:
 
     Attributes:
       buckets: microbatches [microbatch, B, …] of the probe set, one entry per length bucket.
-      donors: for each bucket, the tokens that each is resampled from, [microbatch, draws, B, T]; none where resampling
-        is not measured. See `donors_by_bucket`.
-      fit: microbatches of the fit set; None where neither means nor probes are needed.
+      donors: for each bucket, the tokens that each is resampled from, [microbatch, draws, B, T]; empty without
+        resample ablation. See `donors_by_bucket`.
+      fit: microbatches of the fit set; None if neither means nor probes are needed.
       permutations: [P, fit rows] orders of the fit reads that probe labels are taken in, the identity first; None
         without probes.
     """
@@ -76,42 +79,39 @@ class SweepData:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def measure_checkpoints(
-    program: Program, stacked_params: Params, data: SweepData
-) -> tuple[list[Sums], Sums, jax.Array | None]:
-    """Returns everything measured on stacked checkpoints.
+def measure_checkpoints(spec: SweepSpec, stacked_params: Params, data: SweepData) -> Measured:
+    """Measures stacked checkpoints.
 
     Args:
-      program: the static settings.
-      stacked_params: parameters with a leading checkpoint axis C, a multiple of `program.devices`.
+      spec: the static settings.
+      stacked_params: parameters with a leading checkpoint axis C, a multiple of the devices that share it.
       data: the records.
 
     Returns:
       See `measure_checkpoint`, with a leading axis C on every array.
     """
-    measure = functools.partial(measure_checkpoint, program)
-    return over_checkpoints(measure, lift=program.checkpoints, devices=program.devices)(stacked_params, data)
+    return over_checkpoints(functools.partial(measure_checkpoint, spec), spec.placement)(stacked_params, data)
 
 
-def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tuple[list[Sums], Sums, jax.Array | None]:
-    """Returns everything measured on one checkpoint.
+def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Measured:
+    """Measures one checkpoint.
 
     Returns:
       For each bucket, the sums of `measure_clean` and `measure_ablations`, [microbatch, …] each; with probes, also the
       right answers per sequence `probe/<target>` [microbatch, B, 2 S] and `probe/current_vs_stale` [microbatch, B, S].
-      And, with probes, what the whole probe set gives: `null/<target>` [P - 1, splits, 2 S] and
-      `null/current_vs_stale` [P - 1, splits, S], right answers of probes fitted on permuted labels.
-      And, where asked for, the states at p_e and s_e of all reads, bucket after bucket, [2 S, reads, D].
+      With probes, sums over the whole probe set: `null/<target>` [P - 1, splits, 2 S] and `null/current_vs_stale`
+      [P - 1, splits, S], right answers of probes fitted on permuted labels.
+      If asked for, the states at all reads [2 S, reads, D] and their spread [2 S], as of `ReadStates`.
     """
-    config = program.config
-    key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
+    config = spec.config
+    key_ids, value_ids = np.array(spec.key_ids), np.array(spec.value_ids)
     means: Trace = {}
     features = None
     if data.fit is not None:
-        means, features = component_means(params, config, data.fit, features=program.probes)
+        means, features = component_means(params, config, data.fit, features=spec.probes)
 
     clean_pass = functools.partial(
-        measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=program.num_splits
+        measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=spec.num_splits
     )
 
     writes = HeadWrites.of(params, config)  # once, not per microbatch
@@ -123,8 +123,8 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
             writes,
             run.cut(horizon),
             batch,
-            kinds=program.ablations,
-            lift=program.interventions,
+            kinds=spec.ablations,
+            lift=spec.interventions,
             value_ids=value_ids,
             means=means,
             store=store,
@@ -132,7 +132,7 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
         )
 
     results, states = [], []
-    if "resample" in program.ablations:
+    if "resample" in spec.ablations:
         # Resampling draws from every record of a split, so that all clean runs come before the first ablation.
         runs = []
         for batches in data.buckets:
@@ -141,31 +141,31 @@ def measure_checkpoint(program: Program, params: Params, data: SweepData) -> tup
             runs.append(run)
             states.append(at_reads)
         store = _token_store(runs)
-        for sums, *parts, horizon in zip(results, data.buckets, runs, data.donors, program.horizons, strict=True):
+        for sums, *parts, horizon in zip(results, data.buckets, runs, data.donors, spec.horizons, strict=True):
             sums |= jax.lax.map(lambda part, h=horizon: ablate(part[0], part[1], h, store, part[2]), tuple(parts))
     else:
 
         def clean_and_ablations(batch: EncodedRecords, horizon: int) -> tuple[Sums, jax.Array]:
             # One microbatch after another, so that its clean run is still in cache when it is restarted from.
             sums, run, at_reads = clean_pass(batch)
-            return sums | (ablate(batch, run, horizon, {}, None) if program.ablations else {}), at_reads
+            return sums | (ablate(batch, run, horizon, {}, None) if spec.ablations else {}), at_reads
 
-        for batches, horizon in zip(data.buckets, program.horizons, strict=True):
+        for batches, horizon in zip(data.buckets, spec.horizons, strict=True):
             sums, at_reads = jax.lax.map(functools.partial(clean_and_ablations, horizon=horizon), batches)
             results.append(sums)
             states.append(at_reads)
-    if not (program.probes or program.states):
+    if not (spec.probes or spec.states):
         return results, {}, None
     at_reads = jnp.concatenate([flatten_reads(x) for x in states], axis=1)  # [2 S, reads, D]
-    kept = at_reads if program.states else None
-    if not program.probes:
+    kept = (at_reads, spread_of_states(at_reads, data.buckets)) if spec.states else None
+    if not spec.probes:
         return results, {}, kept
     system, probes = fit_all_probes(features, data.fit, data.permutations, key_ids=key_ids, value_ids=value_ids)
-    return *_score_probes(program, system, probes, data.buckets, at_reads, results), kept
+    return *_score_probes(spec, system, probes, data.buckets, at_reads, results), kept
 
 
 def _token_store(runs: list[CleanRun]) -> Trace:
-    """Returns what components put out at every token of the probe set: [L, tokens, …]."""
+    """Collects every component's output at every token of the probe set: [L, tokens, …]."""
     store = {}
     for name in ("head_z", "mlp_out"):
         by_token = [jnp.moveaxis(run.trace[name], 1, 0) for run in runs]  # [L, M, B, T, …]
@@ -174,20 +174,20 @@ def _token_store(runs: list[CleanRun]) -> Trace:
 
 
 def _score_probes(
-    program: Program,
+    spec: SweepSpec,
     system: RidgeSystem,
     probes: dict[str, RidgeProbes],
     buckets: tuple[EncodedRecords, ...],
     states_GxNxD: jax.Array,
     results: list[Sums],
 ) -> tuple[list[Sums], Sums]:
-    """Returns the results with every read's probe answers, and the right answers of the permuted probes by split."""
-    key_ids, value_ids = np.array(program.key_ids), np.array(program.value_ids)
+    """Adds every sequence's right probe answers to the results; returns them and the permuted probes' by split."""
+    key_ids, value_ids = np.array(spec.key_ids), np.array(spec.value_ids)
     rows = standardise(system, states_GxNxD)
     by_bucket = [probe_labels(batches, key_ids=key_ids, value_ids=value_ids) for batches in buckets]
     labels = {target: jnp.concatenate([x[target] for x in by_bucket]) for target in PROBE_TARGETS}
     splits = jnp.concatenate([jnp.repeat(x.splits.reshape(-1), x.is_read.shape[-1]) for x in buckets])
-    in_split = (splits[:, None] == jnp.arange(program.num_splits)[None]).astype(jnp.float32)
+    in_split = (splits[:, None] == jnp.arange(spec.num_splits)[None]).astype(jnp.float32)
 
     def right_answers(target: str, weights_KxD: jax.Array, intercepts_K: jax.Array, rows_NxD: jax.Array) -> jax.Array:
         """Returns whether each read's label wins and, for values, whether it beats the stale one: [1 or 2, reads]."""

@@ -1,30 +1,33 @@
-"""The sweep of one or several runs, from prepared runs to the tables beside them."""
+"""Sweeps runs: loads each checkpoint, measures it, stores its sums, compares it with others, and tabulates the run."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kvjax.artifacts.checkpoint_sums import ResultStore
+from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.files import read_json
+from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.devices import device_description
 from kvjax.errors import InputError, unusable
-from kvjax.execution.inputs import PreparedRun
-from kvjax.model.checkpoint import CheckpointSource
+from kvjax.execution.inputs import BEST, PreparedRun, step_files
+from kvjax.execution.load_ahead import load_ahead
+from kvjax.execution.over_checkpoints import Chunk, over_chunks
+from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import chosen_ablations
-from kvjax.sweeps.compiled_sweep import ProbeProgram
-from kvjax.sweeps.measured import MeasuredRun, gather_measured
-from kvjax.sweeps.movement_watch import MovementWatch
+from kvjax.sweeps.compiled_sweep import CompiledSweep
+from kvjax.sweeps.logistic_probes import measure_logistic
+from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.stream import SweepLog, sweep_run
+from kvjax.sweeps.state_similarity import ArrivingStates, Similarities, compare_consecutive
 from kvjax.task.probe_set import check_installable
 
-if TYPE_CHECKING:
-    from kvjax.sweeps.tables import SweepReport
-
+NamedCheckpoint = tuple[str, Checkpoint]
 
 # Raised whenever a measure changes, so that results of the older one are measured anew.
 RESULT_VERSION = 3
@@ -50,62 +53,182 @@ def sweep_runs(
         cannot be used. Tables of runs measured before it are written.
     """
     chosen_ablations(settings.ablations)
-    programs: dict[Any, ProbeProgram] = {}
+    compiled: dict[Any, CompiledSweep] = {}
     reports: list[concurrent.futures.Future[SweepReport]] = []
     # One thread beside the devices: it turns a run's arrays into tables while the next run is measured.
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
 
-        def import_publishing() -> None:
+        def tabulate(*measured: Any) -> SweepReport:
             # xarray and pandas take a third of a second to import: not before the devices are at work.
-            beside.submit(importlib.import_module, "kvjax.sweeps.tables")
+            return importlib.import_module("kvjax.sweeps.tables").publish(*measured)
 
         try:
-            for work in prepared:
-                identity, log = _identity(work, settings), SweepLog()
-                store = _open_store(work.run, identity, settings)
+            for inputs in prepared:
+                identity = _identity(inputs, settings)
+                store = _open_store(inputs.run, identity, settings)
                 if not settings.overwrite:
-                    check_installable(work.probe, work.run.layout.probe_set)
-                program = _program(work, settings, programs)
-                checkpoints = source(work)
-                results = sweep_run(
-                    work.run,
-                    work.reference_first(),
-                    program,
-                    store,
-                    checkpoints,
-                    settings=settings,
-                    log=log,
-                    advance=advance,
-                    watch=MovementWatch(work.in_step_order(), work.reference, program, store),
-                    meanwhile=import_publishing,
+                    check_installable(inputs.probe, inputs.run.layout.probe_set)
+                sweep = RunSweep(inputs, _compiled_sweep(inputs, settings, compiled), store, source(inputs), settings)
+                measured = sweep.measure(
+                    advance, meanwhile=lambda: beside.submit(importlib.import_module, "kvjax.sweeps.tables")
                 )
-                measured = gather_measured(work, results, program, store, checkpoints, settings)
                 _check_last(reports)
-                reports.append(beside.submit(_publish, work, identity, measured, settings, log))
+                reports.append(beside.submit(tabulate, inputs, identity, measured, settings, sweep.log))
         except InputError:
             _check_last(reports)  # what stopped an earlier run is told first
             raise
     return [report.result() for report in reports]
 
 
-def _program(work: PreparedRun, settings: SweepSettings, programs: dict[Any, ProbeProgram]) -> ProbeProgram:
-    """Returns the program that measures a run: the one there is for its shape and probe set, or a new one."""
-    config = DecoderConfig.from_model_config(work.run.config.model, len(work.benchmark.vocabulary.tokens))
-    key = (config, work.probe.manifest.content_sha256)
-    if key not in programs:
-        num_splits = len(work.probe.manifest.splits)
-        programs[key] = ProbeProgram(
-            config, work.benchmark.vocabulary, work.encoded, num_splits, settings, fit=work.fit
+class RunSweep:
+    """The sweep of one run: loads its checkpoints, measures them, stores their sums and compares them.
+
+    Args:
+      inputs: the run, and what it is measured on.
+      sweep: the compiled program for its shape and probe set.
+      store: where results are kept.
+      source: where checkpoints come from.
+      settings: the sweep's settings.
+
+    Attributes:
+      log: what happened.
+    """
+
+    def __init__(
+        self,
+        inputs: PreparedRun,
+        sweep: CompiledSweep,
+        store: ResultStore,
+        source: CheckpointSource,
+        settings: SweepSettings,
+    ):
+        self._inputs, self._sweep, self._store, self._source, self._settings = inputs, sweep, store, source, settings
+        self.log = SweepLog()
+        # Steps measured earlier stay in the tables whatever steps this sweep was given.
+        self._files = step_files(inputs.run) | dict(inputs.wanted)
+        self._anew = frozenset(inputs.wanted) if settings.overwrite else frozenset()
+        self._similarities = Similarities(store, anew=self._anew)
+        self._results: dict[str, CheckpointResult] = {}
+        self._provenance = {
+            "device": device_description(),
+            "precision": settings.precision,
+            "versions": software_versions(),
+        }
+
+    def measure(self, advance: Callable[[int], None], *, meanwhile: Callable[[], Any] = lambda: None) -> MeasuredRun:
+        """Measures the checkpoints that are not measured yet, and returns everything measured on the run so far.
+
+        Args:
+          advance: called with the number of checkpoints done, for a progress bar.
+          meanwhile: called whenever the devices have been given work.
+
+        Raises:
+          InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
+        """
+        self._results = self._stored_results()
+        try:
+            self._measure_pending(advance, meanwhile)
+        finally:
+            try:
+                self._source.save()
+            except InputError as error:  # results are stored, and conversions are made again another time
+                self.log.not_kept = str(error)
+        tabled, reference = self._tabled(), self._reference()
+        shared = {"files": self._files, "sweep": self._sweep, "source": self._source}
+        moved, logistic = None, []
+        if self._settings.event_drift and tabled:
+            moved = compare_consecutive(tabled, reference, self._similarities, **shared)
+        if self._settings.probe != "none" and tabled:
+            asked = self._inputs.named if self._settings.probe == "logistic" else frozenset()
+            logistic = measure_logistic(tabled, asked, store=self._store, anew=self._settings.overwrite, **shared)
+        return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic)
+
+    def _stored_results(self) -> dict[str, CheckpointResult]:
+        """Returns the stored results of checkpoint files that have not changed since, by name."""
+        names = [name for name in self._files if name not in self._anew]
+        with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
+            stored = readers.map(lambda name: self._store.load(name, self._files[name][1]), names)
+            return {name: result for name, result in zip(names, stored, strict=True) if result is not None}
+
+    def _measure_pending(self, advance: Callable[[int], None], meanwhile: Callable[[], Any]) -> None:
+        """Measures the checkpoints without a result, the reference first: later ones are compared with it as they come.
+
+        Files are read ahead while the devices compute, and each result is stored as soon as it is there.
+        """
+        wanted, arriving = list(self._inputs.reference_first()), ArrivingStates(self._sweep, self._inputs.reference)
+        for name in wanted:
+            if name in self._results:
+                self.log.reused.append(self._results[name].step)
+                advance(1)
+
+        def refuse(name: str, error: InputError) -> None:
+            self.log.refused[self._files[name][1].name] = str(error)
+            advance(1)
+
+        def dispatch(chunk: list[NamedCheckpoint]) -> tuple[Any, Any]:
+            sums, states = self._sweep.dispatch([checkpoint.params for _, checkpoint in chunk])
+            compared = states and arriving.dispatch(chunk[0][0], states)
+            meanwhile()
+            return sums, compared
+
+        checkpoints = load_ahead(
+            [name for name in wanted if name not in self._results],
+            self._files,
+            self._source.load,
+            ahead=self._sweep.chunk + 1,
+            on_refused=refuse if self._settings.skip_bad else None,
         )
-    return programs[key]
+        chunks = over_chunks(dispatch, checkpoints, size=self._sweep.chunk)
+        try:
+            for chunk in chunks:
+                self._keep(chunk, arriving, advance)
+        finally:
+            # If a result cannot be stored, nothing more is read, but what the devices have begun is kept.
+            checkpoints.close()
+            for chunk in chunks:
+                self._keep(chunk, arriving, advance)
+
+    def _keep(self, chunk: Chunk[NamedCheckpoint], arriving: ArrivingStates, advance: Callable[[int], None]) -> None:
+        """Stores the sums of a chunk's checkpoints, and how they differ from the checkpoints before."""
+        sums, compared = chunk.outputs
+        self.log.add_call(chunk.seconds)
+        for (name, checkpoint), arrays in zip(chunk.items, self._sweep.collect(sums), strict=True):
+            info = {
+                "file": self._files[name][1].name,
+                "sha256": checkpoint.sha256,
+                "certificate": dataclasses.asdict(checkpoint.certificate),
+                "notes": list(checkpoint.notes),
+                "seconds": chunk.seconds / len(chunk.items),
+                **self._provenance,
+            }
+            self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)
+            self.log.measured.append(checkpoint.step)
+            advance(1)
+        if compared is not None:
+            self._similarities.add(arriving.pairs(chunk.items, compared))
+            # Stored now, so that a sweep that is stopped need not compare again.
+            self._similarities.store_found(dict(chunk.items), self._tabled(), self._reference())
+
+    def _tabled(self) -> list[tuple[str, CheckpointResult]]:
+        """Returns name and result of the checkpoints that rows are made of, those of steps, in step order."""
+        of_steps = [(name, result) for name, result in self._results.items() if name != BEST]
+        return sorted(of_steps, key=lambda named: named[1].step)
+
+    def _reference(self) -> tuple[str, CheckpointResult] | None:
+        name = self._inputs.reference
+        return (name, self._results[name]) if name in self._results else None
 
 
-def _publish(
-    work: PreparedRun, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
-) -> SweepReport:
-    from kvjax.sweeps.tables import publish
-
-    return publish(work, identity, measured, settings, log)
+def _compiled_sweep(inputs: PreparedRun, settings: SweepSettings, compiled: dict[Any, CompiledSweep]) -> CompiledSweep:
+    """Returns the program that measures a run: the one there is for its shape and probe set, or a new one."""
+    config = DecoderConfig.from_model_config(inputs.run.config.model, len(inputs.benchmark.vocabulary.tokens))
+    key = (config, inputs.probe.manifest.content_sha256)
+    if key not in compiled:
+        num_splits = len(inputs.probe.manifest.splits)
+        compiled[key] = CompiledSweep(
+            config, inputs.benchmark.vocabulary, inputs.encoded, num_splits, settings, fit=inputs.fit
+        )
+    return compiled[key]
 
 
 def _check_last(reports: Sequence[concurrent.futures.Future[SweepReport]]) -> None:
@@ -114,17 +237,17 @@ def _check_last(reports: Sequence[concurrent.futures.Future[SweepReport]]) -> No
         reports[-1].result()
 
 
-def _identity(work: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
+def _identity(inputs: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
     return {
         "result_version": RESULT_VERSION,
-        "probe_set_sha256": work.probe.manifest.content_sha256,
-        "fit_sha256": work.probe.manifest.fit_sha256,
+        "probe_set_sha256": inputs.probe.manifest.content_sha256,
+        "fit_sha256": inputs.probe.manifest.fit_sha256,
         "precision": settings.precision,
         "ablations": list(settings.ablations),
         "resample_draws": settings.resample_draws,
         # Logistic probes come on top of ridge and are kept apart.
         "probe": "none" if settings.probe == "none" else "ridge",
-        "model": work.run.config.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"}),
+        "model": inputs.run.config.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"}),
     }
 
 

@@ -1,17 +1,16 @@
-"""How every read's residual states move between checkpoints, over pairs of them.
+"""Compares checkpoints by their states at the reads: drift of single events, and linear CKA.
 
-The sweep keeps sums of states, enough for the drift of their mean. How single events move, and whether the geometry of
-all of them stays, needs the states of two checkpoints at once. While a sweep measures both, their states are on the
-devices anyway (`kvjax.sweeps.movement_watch`); those of checkpoints measured before are formed again, one forward pass
-each. What was found of a pair is kept like any other measurement.
+The sums that a sweep keeps suffice for the drift of the mean state. How single events move, and whether the geometry of
+all of them stays, needs the states of two checkpoints at once. Each checkpoint is compared with the previous one of the
+run's tables and with the reference. Checkpoints are compared as their states arrive, chunk by chunk, whether the states
+come from measuring them or are formed again. What is found of a pair is stored like any other measurement.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,157 +18,127 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
-from kvjax.execution.fit_set import flatten_reads, probe_features
-from kvjax.measure.residual import event_drift, linear_cka, spread
-from kvjax.model.checkpoint import CheckpointSource
-from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.restart import run_clean
-from kvjax.model.sites import STAGE_SITES
-from kvjax.model.transforms import Lift, over_interventions
-from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.errors import unusable
+from kvjax.execution.load_ahead import load_ahead
+from kvjax.execution.over_checkpoints import over_chunks
+from kvjax.execution.states_at_reads import ReadStates, counted_reads, form_states, of_reads
+from kvjax.measure.residual import event_drift, linear_cka
+from kvjax.model.checkpoint import Checkpoint, CheckpointSource
+from kvjax.model.decoder import Params, stack_params
+from kvjax.model.transforms import over_checkpoints, over_interventions
+from kvjax.sweeps.compiled_sweep import CompiledSweep
+from kvjax.sweeps.measure_checkpoint import SweepSpec
 from kvjax.task.encoding import EncodedRecords
 
 OTHERS = ("previous", "reference")
 
 Named = tuple[str, CheckpointResult]
+Arrays = Mapping[str, np.ndarray]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ReadStates:
-    """One checkpoint's states at the reads.
-
-    Attributes:
-      values: [G, N, D], G = 2 S: every stage at p_e, then at s_e.
-      spread: [G], see `kvjax.measure.residual.spread`.
-    """
-
-    values: jax.Array
-    spread: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Which checkpoint is compared with which: names, the first one's step, how the other relates, both files' hashes.
-
-    Nothing of their states, so that it may wait until the devices are done.
-    """
-
-    name: str
-    step: int
-    kind: str
-    other: str
-    hashes: tuple[str, str]
-
-
-def _pair_key(sha256: str, other_sha256: str) -> str:
-    return hashlib.sha256(f"{sha256} {other_sha256}".encode()).hexdigest()
-
-
-def keep_movement(store: ResultStore, of: Comparison, found: Mapping[str, jax.Array | np.ndarray]) -> CheckpointResult:
-    """Keeps what `movement` found of two checkpoints."""
-    arrays = {measure: np.asarray(x) for measure, x in found.items()}
-    return store.save(f"movement_{of.name}_{of.kind}", _pair_key(*of.hashes), of.step, arrays, {"other": of.other})
-
-
-def measure_movement(
-    results: Sequence[Named],
-    reference: Named | None,
-    files: Mapping[str, tuple[int | None, Path]],
-    program: ProbeProgram,
-    store: ResultStore,
-    source: CheckpointSource,
-) -> list[dict[str, np.ndarray]]:
-    """Returns, for each checkpoint, how its states differ from the previous one's and from the reference's.
+class ArrivingStates:
+    """Compares the states of checkpoints as they arrive in chunks, each with the one before it and with the reference.
 
     Args:
-      results: name and measurement of a run's checkpoints, in step order.
-      reference: those of the reference checkpoint; None where there is none.
-      files: result name -> (step or None, checkpoint file).
-      program: the probe set.
-      store: where what was found before is kept.
-      source: where parameters come from.
-
-    Returns:
-      For each checkpoint and each of `OTHERS`: `event_drift/<other>` [splits, 2 S], 1 - cosine summed over reads, and
-      `cka/<other>` [2 S]; NaN for the first checkpoint's previous, and where there is no reference.
+      sweep: the probe set, on the devices.
+      reference: name of the checkpoint that all are compared with if it arrives first; None for none.
     """
-    states: dict[str, ReadStates] = {}
-    # As they are on the host: on the devices the sweep's copy is spread for checkpoints side by side.
-    buckets = tuple(bucket.batches for bucket in program.buckets)
 
-    num_splits, lift = program.program.num_splits, program.program.interventions
+    def __init__(self, sweep: CompiledSweep, reference: str | None):
+        self._spec, self._buckets, self._reference = sweep.spec, sweep.data.buckets, reference
+        self._last: ReadStates | None = None  # of the chunk before, as the devices share it
+        self._reference_states: ReadStates | None = None
+        self._hashes: list[str] = []  # of all checkpoints that arrived
 
-    def states_of(name: str) -> ReadStates:
-        if name not in states:
-            step, path = files[name]
-            values = read_states(program.program.config, source.load(path, step).params, buckets)
-            states[name] = ReadStates(values, spread_of_states(values, buckets, lift=lift))
-        return states[name]
+    def dispatch(self, first: str, states: ReadStates) -> dict[str, dict[str, jax.Array]]:
+        """Starts comparing a chunk, behind the work that forms its states; returns what `compare` does.
 
-    groups = 2 * (2 * program.program.config.n_layers + 2)
+        Args:
+          first: name of the chunk's first checkpoint.
+          states: [C, …], as the devices share them.
+        """
+        placement, last = self._spec.placement, self._last
+        if last is None and first == self._reference:
+            of_first_device = jax.tree.map(lambda x: placement.parts(x)[0], states)
+            # A slice is a program of its own; the whole of a part is none.
+            of_reference = jax.tree.map(lambda x: x if len(x) == 1 else x[:1], of_first_device)
+            self._reference_states = jax.device_put(of_reference, placement.whole)
 
-    def between(name: str, result: CheckpointResult, kind: str, other: Named | None) -> Mapping[str, np.ndarray]:
-        if other is None:
-            return {"event_drift": np.full((num_splits, groups), np.nan), "cka": np.full(groups, np.nan)}
-        hashes = result.info["sha256"], other[1].info["sha256"]
-        stored = store.find(f"movement_{name}_{kind}", _pair_key(*hashes))
-        if stored is None:
-            found = movement(states_of(name), states_of(other[0]), buckets, num_splits=num_splits, lift=lift)
-            stored = keep_movement(store, Comparison(name, result.step, kind, other[0], hashes), found)
-        return stored.arrays
+        def one_device_on(own: jax.Array, before: jax.Array) -> jax.Array:
+            return placement.joined([placement.parts(before)[-1], *placement.parts(own)[:-1]])
 
-    moved = []
-    previous: Named | None = None
-    for name, result in results:
-        arrays = {}
-        for kind, other in zip(OTHERS, (previous, reference), strict=True):
-            arrays |= {f"{measure}/{kind}": x for measure, x in between(name, result, kind, other).items()}
-        moved.append(arrays)
-        previous = (name, result)
-        keep = {name, reference[0] if reference else name}
-        states = {kept: x for kept, x in states.items() if kept in keep}
-    return moved
+        left = jax.tree.map(one_device_on, states, states if last is None else last)
+        self._last = states
+        return compare(self._spec, states, left, self._reference_states, self._buckets)
+
+    def pairs(
+        self, chunk: Sequence[tuple[str, Checkpoint]], compared: Mapping[str, Arrays]
+    ) -> Iterator[tuple[frozenset[str], Arrays]]:
+        """Yields the hashes of two checkpoints' files and how their states differ, for each pair that a chunk compares.
+
+        Args:
+          chunk: names and checkpoints, in the order of the chunks dispatched.
+          compared: what `dispatch` started, as NumPy arrays.
+        """
+        for index, (_, checkpoint) in enumerate(chunk):
+            others = {"previous": self._hashes[-1:], "reference": self._hashes[:1] or [checkpoint.sha256]}
+            self._hashes.append(checkpoint.sha256)
+            for kind, arrays in compared.items():
+                for other in others[kind]:
+                    yield frozenset({checkpoint.sha256, other}), {name: x[index] for name, x in arrays.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read_states(config: DecoderConfig, params: Params, buckets: tuple[EncodedRecords, ...]) -> jax.Array:
-    """Returns every stage's states at p_e and s_e of all reads, bucket after bucket: [2 S, reads, D]."""
-
-    config = dataclasses.replace(config, tied="unembedding" not in params)  # as the checkpoint has it
-
-    def of_batch(batch: EncodedRecords) -> jax.Array:
-        _, clean = run_clean(params, config, batch.tokens, STAGE_SITES)
-        return probe_features(clean.trace, batch)
-
-    return jnp.concatenate([flatten_reads(jax.lax.map(of_batch, batches)) for batches in buckets], axis=1)
-
-
-@functools.partial(jax.jit, static_argnames="lift")
-def spread_of_states(values_GxNxD: jax.Array, buckets: tuple[EncodedRecords, ...], *, lift: Lift) -> jax.Array:
-    """Returns the spread of one checkpoint's states, [G], which all their comparisons need."""
-    counted = _counted(buckets)
-    return over_interventions(lambda x: spread(x[None], counted)[0], lift=lift)(values_GxNxD)
-
-
-@functools.partial(jax.jit, static_argnames=("num_splits", "lift"))
-def movement(
-    states: ReadStates, others: ReadStates, buckets: tuple[EncodedRecords, ...], *, num_splits: int, lift: Lift
-) -> dict[str, jax.Array]:
-    """Returns how two checkpoints' states of the same reads differ.
+def compare(
+    spec: SweepSpec,
+    states: ReadStates,
+    left: ReadStates,
+    reference: ReadStates | None,
+    buckets: tuple[EncodedRecords, ...],
+) -> dict[str, dict[str, jax.Array]]:
+    """Compares every checkpoint of a chunk with the one before it and with the reference.
 
     Args:
-      states, others: of the two.
+      spec: the sweep's settings.
+      states: the chunk's, [C, …], shared by the devices.
+      left: [C, …], for each device its left neighbour's states, of which the last checkpoint's are used: it comes
+        before the device's own first. The first device has those of the last device in the chunk before.
+      reference: [1, …], whole on each device; None for no reference.
       buckets: the reads.
-      num_splits: Z.
-      lift: how stages are run; on a CPU one after another, which stay in cache.
+
+    Returns:
+      For each of `OTHERS` that there is: `event_drift` [C, Z, G] and `cka` [C, G], see `similarity`.
+    """
+
+    def of_device(
+        states: ReadStates, left: ReadStates, reference: ReadStates | None, buckets: tuple[EncodedRecords, ...]
+    ) -> dict[str, dict[str, jax.Array]]:
+        previous = jax.tree.map(lambda own, left: jnp.concatenate([left[-1:], own[:-1]]), states, left)
+
+        def of_checkpoint(pair: tuple[ReadStates, ReadStates]) -> dict[str, dict[str, jax.Array]]:
+            own, before = pair
+            others = {"previous": before}
+            if reference is not None:
+                others["reference"] = jax.tree.map(lambda x: x[0], reference)
+            return {kind: similarity(spec, own, other, buckets) for kind, other in others.items()}
+
+        return jax.lax.map(of_checkpoint, (states, previous))
+
+    on_devices = spec.placement.on_each_device(of_device, split=(True, True, False, False))
+    return on_devices(states, left, reference, buckets)
+
+
+def similarity(
+    spec: SweepSpec, states: ReadStates, others: ReadStates, buckets: tuple[EncodedRecords, ...]
+) -> dict[str, jax.Array]:
+    """Measures how two checkpoints' states of the same reads differ, whichever of the two comes first.
 
     Returns:
       `event_drift` [Z, G]: 1 - cosine, summed over the reads of a split; `cka` [G]: linear CKA over all reads.
     """
-    counted = _counted(buckets)
-    splits = _of_reads(buckets, lambda batch: jnp.broadcast_to(batch.splits[..., None], batch.is_read.shape))
-    in_split_ZxN = (splits[None] == jnp.arange(num_splits)[:, None]) & counted[None]
+    counted = counted_reads(buckets)
+    splits = of_reads(buckets, lambda batch: jnp.broadcast_to(batch.splits[..., None], batch.is_read.shape))
+    in_split_ZxN = (splits[None] == jnp.arange(spec.num_splits)[:, None]) & counted[None]
 
     def of_group(pair: tuple[ReadStates, ReadStates]) -> tuple[jax.Array, jax.Array]:
         (a, b) = jax.tree.map(lambda x: x[None], pair)
@@ -177,14 +146,139 @@ def movement(
         by_split = jnp.sum(jnp.where(in_split_ZxN, drift_1xN, 0.0), axis=-1)
         return by_split, linear_cka(a.values, b.values, counted, (a.spread, b.spread))[0]
 
-    drift_GxZ, cka_G = over_interventions(of_group, lift=lift)((states, others))
+    # On a CPU one stage after another, which stay in cache.
+    drift_GxZ, cka_G = over_interventions(of_group, lift=spec.interventions)((states, others))
     return {"event_drift": drift_GxZ.T, "cka": cka_G}
 
 
-def _counted(buckets: tuple[EncodedRecords, ...]) -> jax.Array:
-    """Returns which rows are reads of a record, and no filling, bool [reads]."""
-    return _of_reads(buckets, lambda batch: batch.is_read & (batch.weights > 0)[..., None])
+@functools.partial(jax.jit, static_argnums=0)
+def states_of_checkpoints(spec: SweepSpec, stacked: Params, buckets: tuple[EncodedRecords, ...]) -> ReadStates:
+    """Forms the states of stacked checkpoints, [C, …], shared by the devices."""
+
+    def of_checkpoint(params: Params, buckets: tuple[EncodedRecords, ...]) -> ReadStates:
+        return ReadStates.of(form_states(spec.config, params, buckets), buckets)
+
+    return over_checkpoints(of_checkpoint, spec.placement)(stacked, buckets)
 
 
-def _of_reads(buckets: tuple[EncodedRecords, ...], of: Callable[[EncodedRecords], jax.Array]) -> jax.Array:
-    return jnp.concatenate([of(batch).reshape(-1) for batch in buckets])
+class Similarities:
+    """Holds how a run's checkpoints differ: found by this sweep, or stored by an earlier one.
+
+    Args:
+      store: the run's results.
+      anew: names of the checkpoints whose stored comparisons do not count.
+    """
+
+    def __init__(self, store: ResultStore, *, anew: Collection[str] = ()):
+        self._store, self._anew = store, anew
+        self._found: dict[frozenset[str], Arrays] = {}
+        self._stored: dict[str, str] = {}  # what this sweep stored: result name -> key
+
+    def add(self, pairs: Iterator[tuple[frozenset[str], Arrays]]) -> None:
+        """Adds pairs that were compared."""
+        self._found.update(pairs)
+
+    def of(self, named: Named, kind: str, other: Named) -> Arrays | None:
+        """Returns how a checkpoint differs from another, and stores it if it is new; None if it is not known.
+
+        Args:
+          named: name and result of the checkpoint.
+          kind: how the other relates to it, of `OTHERS`.
+          other: name and result of the other.
+        """
+        (name, result), (other_name, other_result) = named, other
+        hashes = result.info["sha256"], other_result.info["sha256"]
+        stored_as, key = f"movement_{name}_{kind}", hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+        found = self._found.get(frozenset(hashes))
+        if found is None:
+            stored = None if name in self._anew else self._store.find(stored_as, key)
+            return stored and stored.arrays
+        if self._stored.get(stored_as) != key:
+            self._store.save(stored_as, key, result.step, found, {"other": other_name})
+            self._stored[stored_as] = key
+        return found
+
+    def store_found(self, names: Collection[str], tabled: Sequence[Named], reference: Named | None) -> None:
+        """Stores those comparisons of the named checkpoints that were found by now (see `compare_consecutive`)."""
+        for named, kind, other in comparisons(tabled, reference):
+            # The reference is measured first: the checkpoint before it may still come.
+            if named[0] in names and other and not (named == reference and kind == "previous"):
+                self.of(named, kind, other)
+
+
+def comparisons(tabled: Sequence[Named], reference: Named | None) -> list[tuple[Named, str, Named | None]]:
+    """Lists which checkpoint is compared with which: itself, the kind of `OTHERS`, and the other if there is one."""
+    return [
+        (named, kind, other)
+        for named, before in zip(tabled, [None, *tabled[:-1]], strict=True)
+        for kind, other in zip(OTHERS, (before, reference), strict=True)
+    ]
+
+
+def compare_consecutive(
+    tabled: Sequence[Named],
+    reference: Named | None,
+    known: Similarities,
+    *,
+    files: Mapping[str, tuple[int | None, Path]],
+    sweep: CompiledSweep,
+    source: CheckpointSource,
+) -> list[dict[str, np.ndarray]]:
+    """Compares each checkpoint of a run with the previous one and with the reference.
+
+    States that are not at hand, of checkpoints that were measured earlier, are formed again.
+
+    Args:
+      tabled: name and result of the run's checkpoints, in step order.
+      reference: those of the reference; None for none.
+      known: the comparisons made so far; filled with the others.
+      files: result name -> (step or None, checkpoint file).
+      sweep: the probe set, on the devices.
+      source: where parameters come from.
+
+    Returns:
+      For each checkpoint and each of `OTHERS`: `event_drift/<other>` [splits, 2 S], 1 - cosine summed over reads, and
+      `cka/<other>` [2 S]; NaN for the first checkpoint's previous, and if there is no reference.
+
+    Raises:
+      InputError: a checkpoint whose states are formed again cannot be used.
+    """
+    wanted = comparisons(tabled, reference)
+    missing = [(named, kind, other) for named, kind, other in wanted if other and known.of(named, kind, other) is None]
+    if missing:
+        steps = {name: result.step for named, _, other in missing for name, result in (named, other)}
+        names = sorted(steps, key=steps.__getitem__)
+        if reference and any(kind == "reference" for _, kind, _ in missing):
+            names = list(dict.fromkeys([reference[0], *names]))
+        _form_and_compare(names, reference and reference[0], known, files=files, sweep=sweep, source=source)
+    groups = 2 * (2 * sweep.spec.config.n_layers + 2)
+    nothing = {"event_drift": np.full((sweep.spec.num_splits, groups), np.nan), "cka": np.full(groups, np.nan)}
+    differences: dict[str, dict[str, np.ndarray]] = {name: {} for name, _ in tabled}
+    for named, kind, other in wanted:
+        arrays = known.of(named, kind, other) if other else nothing
+        if arrays is None:
+            file, other_file = files[named[0]][1], files[other[0]][1]
+            raise unusable(file, "a file that stays as it is", f"that it or {other_file.name} changed during the sweep")
+        differences[named[0]] |= {f"{measure}/{kind}": x for measure, x in arrays.items()}
+    return list(differences.values())
+
+
+def _form_and_compare(
+    names: Sequence[str],
+    reference: str | None,
+    known: Similarities,
+    *,
+    files: Mapping[str, tuple[int | None, Path]],
+    sweep: CompiledSweep,
+    source: CheckpointSource,
+) -> None:
+    """Forms the states of checkpoints, in the given order, and adds what comparing them finds."""
+    arriving = ArrivingStates(sweep, reference)
+
+    def dispatch(chunk: list[tuple[str, Checkpoint]]) -> dict[str, dict[str, jax.Array]]:
+        stacked = stack_params([checkpoint.params for _, checkpoint in chunk])
+        return arriving.dispatch(chunk[0][0], states_of_checkpoints(sweep.spec, stacked, sweep.data.buckets))
+
+    checkpoints = load_ahead(names, files, source.load, ahead=sweep.chunk + 1)
+    for chunk in over_chunks(dispatch, checkpoints, size=sweep.chunk):
+        known.add(arriving.pairs(chunk.items, chunk.outputs))

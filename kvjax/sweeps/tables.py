@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.files import write_json
-from kvjax.artifacts.provenance import device_description, software_versions
-from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.tables import (
     SCHEMA_VERSION,
     CheckpointRow,
@@ -20,36 +18,15 @@ from kvjax.artifacts.tables import (
     write_datasets,
     write_rows,
 )
+from kvjax.devices import device_description
 from kvjax.execution.inputs import PreparedRun
 from kvjax.sweeps.dataset import build_dataset, build_events
 from kvjax.sweeps.intervals import build_intervals
-from kvjax.sweeps.measured import MeasuredRun
 from kvjax.sweeps.probe_index import ProbeIndex
+from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.stream import SweepLog
 from kvjax.task.probe_set import install_probe_set
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepReport:
-    """What a sweep of one run left behind.
-
-    Attributes:
-      run: the run.
-      rows: the rows of `checkpoint_metrics.jsonl`; none, and no tables, where no checkpoint could be used.
-      log: what was measured, reused and refused.
-      notes: sentences a reader should know, such as why a field is empty.
-      dataset: every mean, labelled; None where there are no rows.
-      intervals: of the means that have them, labelled likewise.
-    """
-
-    run: RunDir
-    rows: list[dict[str, Any]]
-    log: SweepLog
-    notes: list[str]
-    dataset: xr.Dataset | None = None
-    intervals: xr.Dataset | None = None
 
 
 def publish(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config.train import TrainConfig
+from kvjax.devices import backend, device_count
 from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.evaluation import SplitEvaluator
@@ -70,9 +71,9 @@ class Training:
             num_steps=config.num_steps,
             batch_size=config.batch_size,
             length=encoded.tokens.shape[1],
-            backend=jax.default_backend(),
+            backend=backend(),
             num_seeds=len(self.seeds),
-            num_devices=jax.local_device_count(),
+            num_devices=device_count(),
         )
         self._evaluator = SplitEvaluator(self.decoder, benchmark)
 

@@ -15,15 +15,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.config.train import InitializedModelConfig, OptimizationConfig
+from kvjax.devices import DEVICE_AXIS, Lift, Placement
 from kvjax.measure.behaviour import wins_among
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
-from kvjax.model.transforms import Lift
 from kvjax.task.vocabulary import PAD_ID
 from kvjax.train.schedule import learning_rate, make_optimizer
 
 CPU_TOKENS_PER_MICROBATCH = 900
-
-DEVICE_AXIS = "device"
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +80,7 @@ class TrainProgram:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(np.array(jax.local_devices()[: self.devices]), (DEVICE_AXIS,))
+        return Placement(self.devices, self.lift).mesh
 
     @property
     def specs(self) -> tuple[PartitionSpec, PartitionSpec]:

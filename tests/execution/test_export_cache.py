@@ -63,7 +63,7 @@ def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, 
         begin_anew()
         monkeypatch.setattr("kvjax.sweeps.compiled_sweep.measure_checkpoints", jax.jit(counted, static_argnums=0))
         program, params = probe_program(Benchmark.open(small_benchmark), 3)
-        assert program.program.devices == 2, "the program is shared among devices"
+        assert program.spec.placement.devices == 2, "the program is shared among devices"
         other = jax.tree.map(lambda x: x * 1.5, params)
         return [*program.measure([params, other]), *program.measure([other])]
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from kvjax.errors import InputError
-from kvjax.execution import memory_plan
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH, MOST_PER_ACCELERATOR, checkpoint_bytes, plan_chunks
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import restarts_at_once
@@ -26,7 +25,7 @@ def test_an_accelerator_holds_as_many_checkpoints_as_fit():
         assert (found.checkpoints, found.tokens_per_batch) == (fitting, TOKENS)
     assert plan(memory_gb=1000.0).checkpoints == MOST_PER_ACCELERATOR
     assert plan(memory_gb=one * 2.5, num_devices=4).checkpoints == 8
-    assert plan(memory_gb=one * 2.5).over_checkpoints == "vmap"
+    assert plan(memory_gb=one * 2.5).placement.lift == "vmap"
 
 
 def test_more_runs_at_once_need_more_memory():
@@ -59,28 +58,19 @@ def test_microbatches_are_cut_where_one_checkpoint_does_not_fit():
 )
 def test_devices_share_equally_and_none_is_idle(requested, backend, chunk, devices):
     found = plan(requested, backend=backend, num_devices=4)
-    assert (found.checkpoints, found.devices) == (chunk, devices)
+    assert (found.checkpoints, found.placement.devices) == (chunk, devices)
 
 
 def test_a_machine_runs_as_many_checkpoints_as_its_memory_holds():
     one = checkpoint_bytes(CONFIG, kept_tokens=TOKENS, tokens_per_batch=CPU_TOKENS_PER_BATCH, side_by_side=1) / 1e9
     for given, cores in ((0.5, 1), (3.5, 3), (1000, 16)):
         found = plan(backend="cpu", num_devices=16, memory_gb=one * given)
-        assert (found.checkpoints, found.devices) == (cores, cores)
-    assert plan(backend="cpu", num_devices=16, memory_gb=one, keeps_runs=False).devices > 10, "one microbatch each"
-    assert plan("16", backend="cpu", num_devices=16, memory_gb=one).devices == 16, "who names a number gets it"
-
-
-def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
-    whole = plan(backend="cpu", num_devices=10_000, memory_gb=None).devices
-    limit, none = tmp_path / "memory.max", tmp_path / "other"
-    none.write_text("max\n")
-    monkeypatch.setattr(memory_plan, "_CONTAINER_LIMITS", (tmp_path / "absent", none))
-    assert plan(backend="cpu", num_devices=10_000, memory_gb=None).devices == whole > 1
-    limit.write_text("4000000000\n")
-    monkeypatch.setattr(memory_plan, "_CONTAINER_LIMITS", (limit, none))
-    assert plan(backend="cpu", num_devices=10_000, memory_gb=None) == plan(
-        backend="cpu", num_devices=10_000, memory_gb=2.0
+        assert (found.checkpoints, found.placement.devices) == (cores, cores)
+    assert plan(backend="cpu", num_devices=16, memory_gb=one, keeps_runs=False).placement.devices > 10, (
+        "one microbatch each"
+    )
+    assert plan("16", backend="cpu", num_devices=16, memory_gb=one).placement.devices == 16, (
+        "who names a number gets it"
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from kvjax.api import checkpoint_source as source
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.execution.inputs import PreparedRun, prepare_run
+from kvjax.sweeps.results import SweepReport
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.tables import SweepReport
 
 __all__ = ["prepared_run", "source", "sweep"]
 

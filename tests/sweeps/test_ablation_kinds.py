@@ -8,7 +8,7 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.config.run import ModelConfig
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.ablations import RANDOM_DRAWS, RANDOM_SEED
-from kvjax.sweeps.compiled_sweep import DONOR_SEED, ProbeProgram
+from kvjax.sweeps.compiled_sweep import DONOR_SEED, CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.donors import draw_donors
@@ -33,7 +33,7 @@ def case(small_benchmark):
     settings = ModelConfig.model_validate(SMALL_MODEL)
     module = random_torch_model(SMALL_MODEL, len(vocabulary.tokens), 6, tied=True)
     params = to_flax(as_numpy(module), settings, len(vocabulary.tokens), where="test")
-    program = ProbeProgram(
+    program = CompiledSweep(
         DecoderConfig.from_model_config(settings, len(vocabulary.tokens)),
         vocabulary,
         encoded,

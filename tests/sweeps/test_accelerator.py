@@ -8,7 +8,7 @@ from kvjax.execution.memory_plan import checkpoint_bytes
 from kvjax.model.decoder import Decoder, DecoderConfig, stack_params
 from kvjax.sweeps import compiled_sweep
 from kvjax.sweeps.ablations import ABLATIONS, restarts_at_once
-from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.measure_checkpoint import measure_checkpoints
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -32,7 +32,7 @@ def sweep_of(small_benchmark):
     params = [Decoder(config).init(jax.random.key(seed), some_tokens)["params"] for seed in (0, 1)]
 
     def make(settings=SETTINGS):
-        return ProbeProgram(config, vocabulary, encoded, len(SPLITS), settings, fit=fitted, max_buckets=1)
+        return CompiledSweep(config, vocabulary, encoded, len(SPLITS), settings, fit=fitted, max_buckets=1)
 
     return make, jax.tree.map(np.asarray, params)
 
@@ -52,7 +52,7 @@ def test_side_by_side_measures_what_one_after_another_does(sweep_of, monkeypatch
     expected = make().measure(params)
     request.getfixturevalue("on_accelerator")
     program = make()
-    assert (program.program.checkpoints, program.program.interventions) == ("vmap", "vmap")
+    assert (program.spec.placement.lift, program.spec.interventions) == ("vmap", "vmap")
     assert all(len(bucket.batches.tokens) == 1 for bucket in program.buckets), "whole buckets at once"
     for ours, theirs in zip(program.measure(params), expected, strict=True):
         assert ours.keys() == theirs.keys()
@@ -68,7 +68,7 @@ def test_the_program_is_lowered_for_accelerators_and_kept(sweep_of, on_accelerat
     leaves, tree = jax.tree.flatten((stack_params(params), program.data))
 
     def of_leaves(*leaves):
-        return measure_checkpoints(program.program, *jax.tree.unflatten(tree, leaves))
+        return measure_checkpoints(program.spec, *jax.tree.unflatten(tree, leaves))
 
     exported = jax.export.export(jax.jit(of_leaves), platforms=[platform])(*leaves)
     assert jax.export.deserialize(exported.serialize()).platforms == (platform,)
@@ -80,10 +80,10 @@ def test_memory_is_estimated_from_above(sweep_of, on_accelerator, draws):
     make, params = sweep_of
     settings = SweepSettings(ablations=("zero", "resample"), resample_draws=draws, probe="none", checkpoint_batch="2")
     program = make(settings)
-    compiled = measure_checkpoints.lower(program.program, stack_params(params), program.data).compile()
+    compiled = measure_checkpoints.lower(program.spec, stack_params(params), program.data).compile()
     needed = compiled.memory_analysis().temp_size_in_bytes
     (bucket,) = program.buckets
-    tokens, config = bucket.batches.tokens.size, program.program.config
+    tokens, config = bucket.batches.tokens.size, program.spec.config
     at_once = restarts_at_once(config, settings.ablations, draws=draws)
     estimate = 2 * checkpoint_bytes(config, kept_tokens=tokens, tokens_per_batch=tokens, side_by_side=at_once)
     assert needed < estimate < 4 * needed

@@ -9,7 +9,7 @@ import pytest
 
 from kvjax.model.decoder import Decoder, DecoderConfig
 from kvjax.sweeps.ablations import ABLATIONS
-from kvjax.sweeps.compiled_sweep import ProbeProgram
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.measure_checkpoint import measure_checkpoint, measure_checkpoints
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -26,7 +26,7 @@ def probe_program(benchmark, n_layers, settings=SETTINGS, *, fit=False):
     config = DecoderConfig(vocab_size=len(vocabulary.tokens), **shape)
     params = Decoder(config).init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
     fitted = encoded if fit else None
-    program = ProbeProgram(config, vocabulary, encoded, 1, settings, fit=fitted, max_buckets=1)
+    program = CompiledSweep(config, vocabulary, encoded, 1, settings, fit=fitted, max_buckets=1)
     return program, jax.tree.map(np.asarray, params)
 
 
@@ -43,7 +43,7 @@ def operations(jaxpr):
 
 def traced(program, params):
     """Returns the operations of the program that measures one checkpoint."""
-    static, data = program.program, program.data
+    static, data = program.spec, program.data
     return list(operations(jax.make_jaxpr(lambda p, d: measure_checkpoint(static, p, d))(params, data).jaxpr))
 
 

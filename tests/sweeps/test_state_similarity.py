@@ -1,5 +1,6 @@
-"""Movement of single reads' states and CKA against PyTorch's states and the textbook formulas; logistic probes."""
+"""Drift of single reads' states and CKA against PyTorch's states and the textbook formulas; logistic probes."""
 
+import itertools
 import types
 
 import jax
@@ -8,17 +9,15 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
+from kvjax.execution.states_at_reads import ReadStates, counted_reads, spread_of_states
 from kvjax.measure.residual import linear_cka
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.sites import stage_names
-from kvjax.model.transforms import CHECKPOINT_AXIS, checkpoint_mesh
-from kvjax.sweeps import compiled_sweep, movement_watch, state_similarity
-from kvjax.sweeps.compiled_sweep import ProbeProgram
-from kvjax.sweeps.movement_watch import MovementWatch
+from kvjax.sweeps import compiled_sweep, state_similarity
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.state_similarity import read_states
+from kvjax.sweeps.state_similarity import ArrivingStates
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 from tests.helpers.building import SMALL_MODEL, STEPS
@@ -85,22 +84,66 @@ def test_movement_is_kept_and_made_again_when_a_neighbour_changes(small_run):
     )
 
 
-def test_states_are_formed_again_only_for_checkpoints_measured_before(small_run, monkeypatch):
-    formed = []
+@pytest.fixture
+def formed(monkeypatch):
+    """How many checkpoints' states are formed again, chunk by chunk, padding included."""
+    counts = []
+    form = state_similarity.states_of_checkpoints
 
-    def count(*args):
-        formed.append(args)
-        return read_states(*args)
+    def counted(spec, stacked, buckets):
+        counts.append(len(jax.tree.leaves(stacked)[0]))
+        return form(spec, stacked, buckets)
 
-    monkeypatch.setattr(state_similarity, "read_states", count)
+    monkeypatch.setattr(state_similarity, "states_of_checkpoints", counted)
+    return counts
+
+
+COMPARED = ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka", "residual_cka_to_reference")
+
+
+def test_states_of_checkpoints_measured_before(small_run, formed):
+    """States are formed again only for these, and only if a comparison is missing."""
     at_once = sweep(small_run).dataset
     assert formed == []
     for path in (small_run / "analysis" / "measured").glob("movement_*"):
         path.unlink()
     again = sweep(small_run).dataset
-    assert len(formed) == len(STEPS)
-    for name in ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka"):
+    assert sum(formed) == len(STEPS) + 1, "two calls for two checkpoints each, the second padded"
+    for name in COMPARED:
         np.testing.assert_allclose(again[name], at_once[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [("300", "100", "200"), ("100,300", "200"), ("200", "100,300")])
+def test_comparisons_of_steps_measured_in_any_order(small_run, means, order):
+    """A checkpoint is compared with the one before it in the tables, whichever sweep measured either."""
+    for steps in order:
+        found = sweep(small_run, steps=steps, ablations=("zero",), probe="none").dataset
+    assert found["step"].values.tolist() == list(STEPS)
+    for name in COMPARED:
+        np.testing.assert_allclose(found[name], means[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_reference_in_the_middle(small_run, means):
+    """Its comparison with its own previous checkpoint, and that of the next with it, are not lost."""
+    found = sweep(small_run, reference="200", ablations=("zero",), probe="none").dataset
+    for name in ("residual_event_drift", "residual_cka"):
+        np.testing.assert_allclose(found[name], means[name], rtol=1e-4, atol=1e-6)
+    before = found["residual_cka"].sel(step=200)
+    np.testing.assert_allclose(found["residual_cka_to_reference"].sel(step=100), before, rtol=1e-4)
+
+
+def test_overwriting_compares_again(small_run):
+    """`--overwrite` takes neither stored comparisons nor stored logistic probes."""
+    asked = {"steps": "200,300", "ablations": ("zero",), "probe": "logistic"}
+    sweep(small_run, **asked)
+    folder = small_run / "analysis" / "measured"
+    stored = [*folder.glob("movement_*"), *folder.glob("logistic_*")]
+    assert len(stored) == 5
+    written = {path: path.stat().st_mtime_ns for path in stored}
+    sweep(small_run, **asked)
+    assert written == {path: path.stat().st_mtime_ns for path in stored}
+    sweep(small_run, **asked, overwrite=True)
+    assert all(path.stat().st_mtime_ns > before for path, before in written.items())
 
 
 def test_without_event_drift_the_rest_is_the_same(small_run, swept):
@@ -120,14 +163,6 @@ def test_side_by_side_as_on_an_accelerator_moves_the_same(small_run, means, monk
         np.testing.assert_allclose(ours[name], means[name], rtol=1e-4, atol=1e-6)
 
 
-class Kept(dict):
-    """Stands in for the store: which checkpoints were compared, and what was found."""
-
-    def save(self, name, key, step, arrays, info):
-        assert name not in self
-        self[name] = arrays["cka"], step, info["other"]
-
-
 @pytest.fixture(scope="module", params=["1", "2", "6"], ids=["one device", "two devices", "three for each"])
 def reads(request, small_benchmark):
     """A probe set on the devices, for chunks of some number of checkpoints; and states of 7 checkpoints."""
@@ -137,7 +172,7 @@ def reads(request, small_benchmark):
         vocab_size=len(benchmark.vocabulary.tokens), d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=64
     )
     asked = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=request.param)
-    program = ProbeProgram(config, benchmark.vocabulary, encoded, 1, asked)
+    program = CompiledSweep(config, benchmark.vocabulary, encoded, 1, asked)
     num_reads = sum(bucket.batches.is_read.size for bucket in program.buckets)
     rng = np.random.default_rng(0)
     return program, {f"step_{i}": rng.normal(size=(8, num_reads, 8)).astype(np.float32) for i in range(7)}
@@ -145,50 +180,42 @@ def reads(request, small_benchmark):
 
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(7)), st.integers(1, 7), st.sampled_from([None, 0, 3, 6]), st.data())
-def test_whatever_arrives_when_each_is_compared_with_its_own_others(reads, order, number, reference, data):
-    """Checkpoints arrive in any order, some never, in chunks of any size."""
-    program, states = reads
-    names, reference = list(states), reference if reference is None else f"step_{reference}"
-    kept, waiting = Kept(), []
-    watch = MovementWatch(names, reference, program, kept)
-    on_devices = NamedSharding(checkpoint_mesh(program.devices), PartitionSpec(CHECKPOINT_AXIS))
-    arriving, expected, at_hand = [names[i] for i in order[:number]], {}, set()
-    others = {
-        name: {"reference": reference, "previous": before} for name, before in zip(names, [None, *names], strict=False)
-    }
-    while arriving:
-        size = data.draw(st.integers(1, min(program.chunk, len(arriving))))
-        chunk, arriving = arriving[:size], arriving[size:]
-        filled = [states[name] for name in [*chunk, *[chunk[-1]] * (program.chunk - size)]]
-        named = [(name, types.SimpleNamespace(sha256=name, step=names.index(name))) for name in chunk]
-        waiting.append(watch(named, jax.device_put(np.stack(filled), on_devices)))
-        at_hand |= set(chunk)
-        for name in at_hand:
-            for kind, other in others[name].items():
-                if other in at_hand:
-                    expected[f"movement_{name}_{kind}"] = name, other
-        at_hand &= {reference, chunk[-1]}
-    for keep in waiting:
-        keep()
-    assert kept.keys() == expected.keys()
-    batches = tuple(bucket.batches for bucket in program.buckets)
-    for key, (name, other) in expected.items():
-        found, step, of = kept[key]
-        assert (names[step], of) == (name, other)
-        theirs = linear_cka(states[name], states[other], state_similarity._counted(batches))
-        np.testing.assert_allclose(found, theirs, rtol=1e-4)
+def test_pairs_of_arriving_checkpoints(reads, order, number, reference, data):
+    """Each is compared with the one that arrived before it, and with the first if that is the reference.
+
+    Checkpoints arrive in any order, some never, in chunks of any size.
+    """
+    sweep, states = reads
+    names, batches = list(states), tuple(bucket.batches for bucket in sweep.buckets)
+    order = [names[i] for i in order[:number]]
+    arriving = ArrivingStates(sweep, reference if reference is None else names[reference])
+    waiting, rest = [], order
+    while rest:
+        size = data.draw(st.integers(1, min(sweep.chunk, len(rest))))
+        chunk, rest = rest[:size], rest[size:]
+        padded = np.stack([states[name] for name in [*chunk, *[chunk[-1]] * (sweep.chunk - size)]])
+        spreads = np.stack([spread_of_states(x, batches) for x in padded])
+        on_devices = jax.device_put(ReadStates(padded, spreads), sweep.spec.placement.split)
+        waiting.append((chunk, arriving.dispatch(chunk[0], on_devices)))
+    found = {}
+    for chunk, compared in waiting:
+        named = [(name, types.SimpleNamespace(sha256=name)) for name in chunk]
+        found.update(arriving.pairs(named, jax.device_get(compared)))
+    expected = {frozenset(pair) for pair in itertools.pairwise(order)}
+    if reference is not None and order[0] == names[reference]:
+        expected |= {frozenset({name, order[0]}) for name in order}
+    assert found.keys() == expected
+    for pair, arrays in found.items():
+        one, other = (states[name] for name in (*pair, *pair)[:2])
+        theirs = linear_cka(one, other, counted_reads(batches))
+        np.testing.assert_allclose(arrays["cka"], theirs, rtol=1e-4)
 
 
 def test_devices_share_one_program(small_run):
     """Compared where each checkpoint's states are, one after another, every device would compile its own."""
-    programs = (
-        movement_watch._spread_of_checkpoints,
-        movement_watch._movement_of_pairs,
-        state_similarity.spread_of_states,
-        state_similarity.movement,
-    )
+    programs = (state_similarity.compare, state_similarity.states_of_checkpoints)
     for program in programs:
         program.clear_cache()
     report = sweep(small_run)
     assert len(report.log.later_call_seconds) == 1, "two calls, the second filled up"
-    assert [program._cache_size() for program in programs] == [1, 1, 0, 0]
+    assert [program._cache_size() for program in programs] == [1, 0]

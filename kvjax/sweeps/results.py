@@ -1,0 +1,80 @@
+"""The records that the parts of a sweep hand on: what happened, what was measured, what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvjax.artifacts.checkpoint_sums import CheckpointResult
+from kvjax.artifacts.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclasses.dataclass
+class SweepLog:
+    """What happened while a run was swept.
+
+    Attributes:
+      measured, reused: steps of the checkpoints that this sweep measured, or found measured.
+      refused: file name -> why that checkpoint cannot be used.
+      not_kept: why converted parameters could not be stored; None if they were.
+      first_call_seconds: time of the first device call, which compiles; None if there was none.
+      later_call_seconds: time of each later one.
+    """
+
+    measured: list[int] = dataclasses.field(default_factory=list)
+    reused: list[int] = dataclasses.field(default_factory=list)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    not_kept: str | None = None
+    first_call_seconds: float | None = None
+    later_call_seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def add_call(self, seconds: float) -> None:
+        """Notes the time of a device call."""
+        if self.first_call_seconds is None:
+            self.first_call_seconds = seconds
+        else:
+            self.later_call_seconds.append(seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRun:
+    """Everything that a run's tables are made from.
+
+    Attributes:
+      checkpoints: the results that rows are made of, in step order.
+      reference: the checkpoint that drift is measured to; None if there is none, or it cannot be used.
+      moved: how each checkpoint's states differ from others', see `compare_consecutive`; None if not asked for.
+      logistic: each checkpoint's logistic probes, None for one without; empty if the sweep has no probes.
+    """
+
+    checkpoints: Sequence[CheckpointResult]
+    reference: CheckpointResult | None
+    moved: Sequence[Mapping[str, np.ndarray]] | None
+    logistic: Sequence[Mapping[str, np.ndarray] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepReport:
+    """What a sweep of one run left behind.
+
+    Attributes:
+      run: the run.
+      rows: the rows of `checkpoint_metrics.jsonl`; none, and no tables, if no checkpoint could be used.
+      log: which checkpoints were measured, reused and refused.
+      notes: sentences a reader should know, such as why a field is empty.
+      dataset: every mean, labelled; None without rows.
+      intervals: those of the means that have them, labelled likewise.
+    """
+
+    run: RunDir
+    rows: list[dict[str, Any]]
+    log: SweepLog
+    notes: list[str]
+    dataset: xr.Dataset | None = None
+    intervals: xr.Dataset | None = None
