@@ -30,17 +30,10 @@ COMMANDS = {
 }
 
 
-# JAX, Flax and xarray make a million lasting objects while they are imported. Looking for garbage among them every 700
-# objects, as Python does, and once more at the end, takes half a second. What commands throw away is freed by reference
-# counts; cycles, which alone need looking for, may wait.
-_OBJECTS_BETWEEN_COLLECTIONS = 50_000
-
-
 def run_process() -> None:
     """Runs the command of this process's arguments and ends the process with its status."""
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     status = main()
-    gc.freeze()  # nothing that is left needs to be looked through: the process ends
+    gc.freeze()  # else Python looks for garbage among a million objects before it ends, for 0.4 s
     sys.exit(status)
 
 
