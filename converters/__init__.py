@@ -1,1 +1,1 @@
-"""PyTorch checkpoints to Flax parameter trees and back. The only package that imports torch."""
+"""Converts PyTorch checkpoints to Flax parameters and back. No other package imports torch."""

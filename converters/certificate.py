@@ -1,4 +1,4 @@
-"""A certificate that a converted checkpoint computes what the PyTorch one computes."""
+"""Certifies that a converted checkpoint computes the same logits as the PyTorch model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def certify(
     *,
     where: object,
 ) -> Certificate:
-    """Returns the parity certificate of a conversion.
+    """Runs both models on sample sequences and compares their logits (docs/definitions.md, "Parity certificate").
 
     Args:
       state: the PyTorch tensors, with current names.
@@ -38,16 +38,17 @@ def certify(
       where: the file, for the message.
 
     Raises:
-      InputError: the two disagree by more than the tolerance.
+      InputError: a logit differs by more than `RELATIVE_TOLERANCE` of PyTorch's largest |logit|, or an argmax differs
+        at a position where PyTorch's two largest logits are no near-tie: further apart than twice the tolerance.
     """
     vocab_size = state["token_embedding.weight"].shape[0]
     config = DecoderConfig.from_model_config(model, vocab_size, tied="unembedding" not in params)
     ours = np.asarray(_logits(config)(params, tokens_BxT))
-    # Certificates are made beside the sweep, which has the cores: PyTorch's waiting threads would take them, and with
-    # several readers they were seen to stop everything.
+    # Certificates are made while a sweep uses the cores. PyTorch's threads wait by spinning, and in several readers
+    # they brought the process to a standstill.
     torch.set_num_threads(1)
     with torch.inference_mode():
-        # Built without storage, so that nothing is initialised only to be replaced.
+        # Without storage, so that no weights are initialised only to be replaced.
         with torch.device("meta"):
             module = TorchDecoder(model, vocab_size)
         module.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in state.items()}, assign=True)

@@ -33,7 +33,7 @@ _EVENTS_OF_TOLERANCE = 2
 
 @dataclasses.dataclass(frozen=True)
 class MetricCheck:
-    """An `answer_accuracy` that the run itself recorded, measured again on the converted checkpoint."""
+    """An `answer_accuracy` that the run recorded, and the same accuracy of the converted checkpoint."""
 
     step: int
     split: str
@@ -44,14 +44,13 @@ class MetricCheck:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What converting a run gave.
+    """The result of converting or exporting a run.
 
     Attributes:
-      folder: where the result lies.
+      folder: the folder that was written.
       steps: the converted steps.
-      largest_difference: the largest |logit difference| over the certificates, relative to each one's largest
-        |logit|; None where none was made.
-      near_ties: positions with another argmax, all of them near-ties.
+      largest_difference: the largest `Certificate.relative_difference`; None if no certificate was made.
+      near_ties: how many positions have another argmax; all of them are near-ties.
       metric_checks: the run's recorded accuracies, reproduced.
     """
 
@@ -69,24 +68,24 @@ def convert_run(
 
     Args:
       run: the run.
-      benchmark: what it was trained on.
-      verify: `sample` certifies each checkpoint on a few validation sequences, `all` on the whole split, `metrics` also
-        reproduces the accuracies the run recorded while it trained.
+      benchmark: the benchmark it was trained on.
+      verify: `sample` certifies each checkpoint on a few validation sequences, `all` on the whole split. `metrics`
+        also reproduces the accuracies that the run recorded while it trained. `none` certifies nothing.
       advance: called with the number of checkpoints done.
 
     Raises:
-      InputError: a checkpoint cannot be used, does not compute the same after conversion, or does not reproduce what
-        the run recorded.
+      InputError: a checkpoint cannot be used, computes other logits after conversion, or does not reproduce a
+        recorded accuracy; or the store cannot be written.
     """
     steps = run.select_steps("all")
     tokens = _certificate_tokens(run, benchmark, verify)
     checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
-    # Verifying means looking again, so that nothing is taken from an earlier conversion.
-    library = CachedLoader(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
+    # Verification converts every file again: stored conversions would verify themselves.
+    loader = CachedLoader(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
     for step in steps:
-        checkpoint = library.load(run.checkpoints[step], step)
+        checkpoint = loader.load(run.checkpoints[step], step)
         if checkpoint.certificate is not None:
             certificates.append(checkpoint.certificate)
         if checks is not None:
@@ -98,7 +97,7 @@ def convert_run(
             "an evaluation recorded at a saved checkpoint's step (`verify=metrics`)",
             "none",
         )
-    library.save()
+    loader.save()
     return ConversionReport(
         folder=run.layout.converted,
         steps=steps,
@@ -109,12 +108,12 @@ def convert_run(
 
 
 def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -> ConversionReport:
-    """Writes a run's stored Flax parameters as `.pt` files that the reference trainer's tools read.
+    """Writes a run's stored parameters as `.pt` files, for the reference trainer's tools.
 
-    Unless `verify` is `none`, every file is read back and must hold exactly the stored parameters.
+    Unless `verify` is `none`, reads every file back and compares it with the stored parameters, bit by bit.
 
     Raises:
-      InputError: there is no store, or a written file does not hold what was stored.
+      InputError: there is no store, it is damaged, or a written file holds other parameters.
     """
     folder, steps = run.layout.exported_torch, []
     for stored in read_stored_run(run.layout.converted):
@@ -146,7 +145,7 @@ def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np
 
 
 class _MetricVerifier:
-    """Compares checkpoints with the full-split accuracies the run recorded, an oracle from outside this project."""
+    """Compares checkpoints with the full-split accuracies that their run recorded: an oracle outside this project."""
 
     def __init__(self, run: RunDir, benchmark: Benchmark):
         self._run = run

@@ -1,4 +1,4 @@
-"""AdamW's state between optax and PyTorch: moments as trees here, as a numbered list of tensors there."""
+"""Converts AdamW's state between optax, where moments are trees, and PyTorch, where they are numbered tensors."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class AdamMoments:
 
 
 def to_torch_optimizer(moments: AdamMoments, optimization: OptimizationConfig, learning_rate: float) -> dict[str, Any]:
-    """Returns the state that `torch.optim.AdamW.load_state_dict` reads.
+    """Converts moments to the state that `torch.optim.AdamW.load_state_dict` reads.
 
-    PyTorch numbers parameters in `Module.parameters()` order, which lists a tied unembedding with the token embedding.
+    PyTorch numbers parameters in the order of `Module.parameters()`, where a tied unembedding has no number of its own.
     """
     first, second = to_torch(moments.mu), to_torch(moments.nu)
     names = _numbered_names(moments.mu)
@@ -65,10 +65,10 @@ def to_torch_optimizer(moments: AdamMoments, optimization: OptimizationConfig, l
 def from_torch_optimizer(
     state: Mapping[str, Any], params: Params, model: ModelConfig, vocab_size: int, *, where: object
 ) -> AdamMoments:
-    """Returns the moments in a PyTorch AdamW state for the given parameters.
+    """Converts a PyTorch AdamW state to the moments of the given parameters.
 
     Raises:
-      InputError: the state is not AdamW's for a model of this shape.
+      InputError: the state is no AdamW state of a model of this shape.
     """
     names = _numbered_names(params)
     try:

@@ -1,4 +1,4 @@
-"""The one table of parameter names, shapes and layouts, PyTorch on one side and Flax on the other."""
+"""Lists every parameter with its name, shape and layout in PyTorch and in Flax; both directions use this table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Parameter:
     """One parameter of the decoder.
 
     Attributes:
-      torch: its name in `model_state`; `{i}` stands for the layer.
-      flax: its path in the Flax tree; parameters of layers are stacked there on a leading axis.
+      torch: its name in `model_state`, with `{i}` for the layer.
+      flax: its path in the Flax tree, where the layers are stacked on a leading axis.
       axes: the letters of its PyTorch shape: V vocabulary, P positions, D model width, F MLP width.
-      transposed: PyTorch keeps linear weights as [out, in], Flax as [in, out].
+      transposed: whether Flax has the transpose: linear weights are [out, in] in PyTorch and [in, out] in Flax.
     """
 
     torch: str
@@ -30,7 +30,7 @@ class Parameter:
         return "{i}" in self.torch
 
     def torch_shape(self, model: ModelConfig | DecoderConfig, vocab_size: int) -> tuple[int, ...]:
-        """Returns its PyTorch shape in a model of this size."""
+        """Returns the PyTorch shape in a model of this size."""
         sizes = {"V": vocab_size, "P": model.max_seq_len, "D": model.d_model, "F": model.d_ff}
         return tuple(sizes[axis] for axis in self.axes)
 
@@ -65,12 +65,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     UNEMBEDDING,
 )
 
-# Older runs name the MLP's linears by their place in an nn.Sequential.
+# Older runs name the MLP's linears by their index in an nn.Sequential.
 LEGACY_MLP = {".ff.net.0.": ".ff.fc_in.", ".ff.net.2.": ".ff.fc_out."}
 
 
 def modern_name(name: str) -> str:
-    """Returns the name of a tensor as the table has it, given a current or legacy one."""
+    """Returns the table's name of a tensor, given its current or legacy name."""
     for legacy, modern in LEGACY_MLP.items():
         name = name.replace(legacy, modern)
     return name

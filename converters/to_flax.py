@@ -1,4 +1,4 @@
-"""From a PyTorch `model_state` to the layer-stacked Flax parameter tree; anything unexpected is named and refused."""
+"""Converts a PyTorch `model_state` to the layer-stacked Flax parameter tree; refuses unexpected tensors by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 def to_flax(
     state: Mapping[str, np.ndarray], model: ModelConfig | DecoderConfig, vocab_size: int, *, where: object
 ) -> Params:
-    """Returns the Flax parameters of a PyTorch state; a tied unembedding is left out of them.
+    """Converts a PyTorch state to Flax parameters; a tied unembedding is left out of them.
 
     Args:
       state: tensor name -> float32 array, current or legacy MLP names.
@@ -24,7 +24,7 @@ def to_flax(
       where: the file, for messages.
 
     Raises:
-      InputError: a tensor is unknown, missing, there twice, of another shape, or holds NaN or infinities.
+      InputError: a tensor is unknown, missing, present under two names, of another shape, or not finite.
     """
     state = _with_modern_names(state, where)
     expected = {name: (parameter, layer) for name, parameter, layer in torch_names(model.n_layers)}

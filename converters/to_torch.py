@@ -1,4 +1,4 @@
-"""From a layer-stacked Flax parameter tree to a PyTorch `model_state`."""
+"""Converts a layer-stacked Flax parameter tree to a PyTorch `model_state`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kvjax.model.decoder import Params
 
 
 def to_torch(params: Params) -> dict[str, torch.Tensor]:
-    """Returns the `model_state` of a parameter tree, in the reference trainer's names, shapes and order.
+    """Converts a parameter tree to a `model_state` with the reference trainer's names, shapes and order.
 
-    A tied unembedding is the token embedding's own tensor, as PyTorch saves it.
+    A tied unembedding shares the token embedding's tensor, as PyTorch saves it.
     """
     n_layers = len(params["blocks"]["ln_1"]["scale"])
     state: dict[str, torch.Tensor] = {}

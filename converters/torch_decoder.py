@@ -1,4 +1,4 @@
-"""The architecture of the checkpoints in PyTorch, written from docs/definitions.md, "Model".
+"""The architecture of the checkpoints in PyTorch, written from docs/definitions.md, "Stages and components".
 
 It shares no code with the Flax decoder, so that agreement of the two certifies a conversion.
 """

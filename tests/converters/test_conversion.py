@@ -1,4 +1,4 @@
-"""Conversion: exact both ways, certified, and every unusable file named and refused."""
+"""Conversion of checkpoints: exact in both directions, certified, and unusable files refused by name."""
 
 import io
 import json
@@ -38,14 +38,16 @@ def convert(state):
     return to_flax(state, MODEL, VOCAB, where="file.pt")
 
 
-def test_the_name_table_covers_the_whole_state_in_its_order(module):
+def test_names_and_shapes_of_the_parameter_table(module):
+    """The table lists every tensor of the state once, in PyTorch's order, with its shape."""
     assert [name for name, _, _ in torch_names(MODEL.n_layers)] == list(module.state_dict())
     for name, parameter, _ in torch_names(MODEL.n_layers):
         assert parameter.torch_shape(MODEL, VOCAB) == tuple(module.state_dict()[name].shape)
     assert len({parameter.flax for parameter in PARAMETERS}) == len(PARAMETERS)
 
 
-def test_torch_to_flax_to_torch_is_bit_identical(module):
+def test_round_trip(module):
+    """A state converted to Flax and back is bit-identical, and tied exactly if it was."""
     state = module.state_dict()
     again = to_torch(convert(as_numpy(module)))
     assert list(again) == list(state)
@@ -55,7 +57,8 @@ def test_torch_to_flax_to_torch_is_bit_identical(module):
     assert same_storage == torch.equal(state["lm_head.weight"], state["token_embedding.weight"])
 
 
-def test_linears_are_transposed_and_layers_stacked():
+def test_layout_of_flax_parameters():
+    """Linears are transposed, and layers stacked on a leading axis."""
     state = as_numpy(random_torch_model(SMALL_MODEL, VOCAB, 0, tied=False))
     params = convert(state)
     np.testing.assert_array_equal(params["blocks"]["mlp"]["fc_in"]["kernel"][2], state["blocks.2.ff.fc_in.weight"].T)
@@ -63,6 +66,7 @@ def test_linears_are_transposed_and_layers_stacked():
 
 
 def test_legacy_mlp_names(module):
+    """Names by nn.Sequential index convert to the same tree as current names."""
     state = as_numpy(module)
     legacy = {n.replace("ff.fc_in", "ff.net.0").replace("ff.fc_out", "ff.net.2"): a for n, a in state.items()}
     assert set(legacy) != set(state)
@@ -94,14 +98,16 @@ def altered(state, **changes):
         ),
     ],
 )
-def test_what_is_not_the_models_state_is_named_and_refused(change, complaint):
+def test_unexpected_tensors(change, complaint):
+    """A missing, unknown, misshapen, non-finite or doubly named tensor is refused by name."""
     state = as_numpy(random_torch_model(SMALL_MODEL, VOCAB, 0, tied=False))
     with pytest.raises(InputError, match=complaint):
         convert(change(state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened(tmp_path, module, dtype):
+def test_half_precision(tmp_path, module, dtype):
+    """Half-precision tensors are widened to float32 exactly."""
     half = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
     path = tmp_path / "half.pt"
     torch.save({"step": 3, "model_state": half}, path)
@@ -111,7 +117,8 @@ def test_half_precision_is_widened(tmp_path, module, dtype):
         assert torch.equal(torch.from_numpy(np.array(state[name])), tensor.float())
 
 
-def test_a_file_of_the_format_before_zip_loads(tmp_path, module):
+def test_file_of_the_format_before_zip(tmp_path, module):
+    """Files of PyTorch's older format load."""
     path = tmp_path / "old.pt"
     torch.save({"step": 3, "model_state": module.state_dict()}, path, _use_new_zipfile_serialization=False)
     assert read_checkpoint(path).step == 3
@@ -139,7 +146,8 @@ def write_malicious(path, target):
 
 
 @pytest.mark.parametrize("kind", ["zip", "plain pickle"])
-def test_a_malicious_file_is_refused_and_executes_nothing(tmp_path, kind):
+def test_malicious_file(tmp_path, kind):
+    """A file whose pickle would run code is refused in one line, and nothing is executed."""
     path, target = tmp_path / "evil.pt", tmp_path / "executed"
     if kind == "zip":
         write_malicious(path, target)
@@ -171,7 +179,8 @@ def test_a_malicious_file_is_refused_and_executes_nothing(tmp_path, kind):
         ),
     ],
 )
-def test_files_that_are_no_checkpoints_are_named(tmp_path, write, complaint):
+def test_files_that_are_no_checkpoints(tmp_path, write, complaint):
+    """Other content than a checkpoint's is refused with the file's name."""
     path = tmp_path / "file.pt"
     write(path)
     with pytest.raises(InputError, match=complaint) as caught:
@@ -179,7 +188,8 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, write, complaint):
     assert str(caught.value).startswith(str(path))
 
 
-def test_a_truncated_file_is_named(tmp_path, module):
+def test_truncated_file(tmp_path, module):
+    """A truncated file is refused with its name, wherever it was cut."""
     path = tmp_path / "step.pt"
     torch.save({"step": 3, "model_state": module.state_dict()}, path)
     whole = path.read_bytes()
@@ -192,13 +202,15 @@ def test_a_truncated_file_is_named(tmp_path, module):
 class TestCertificate:
     tokens = np.random.default_rng(0).integers(1, VOCAB, (4, 15)).astype(np.int32)
 
-    def test_a_faithful_conversion_is_certified(self, module):
+    def test_faithful_conversion(self, module):
+        """A faithful conversion gets a certificate with a difference within the tolerance."""
         state = as_numpy(module)
         certificate = certify(state, convert(state), MODEL, self.tokens, where="file.pt")
         assert 0 < certificate.max_abs_difference <= 2e-4 * certificate.max_abs_logit
         assert certificate.num_sequences == 4
 
-    def test_one_changed_weight_is_noticed(self, module):
+    def test_changed_weights(self, module):
+        """One changed row of a kernel is refused."""
         state = as_numpy(module)
         params = jax.tree.map(np.array, convert(state))
         params["blocks"]["attn"]["q_proj"]["kernel"][1, 0, :] += 1.0
@@ -206,8 +218,11 @@ class TestCertificate:
             certify(state, params, MODEL, self.tokens, where="file.pt")
 
     @pytest.mark.parametrize("apart", [1e-5, 0.2], ids=["nearly tied", "apart"])
-    def test_another_answer_counts_where_two_are_nearly_tied_and_refuses_elsewhere(self, apart):
-        """Two tokens' unembeddings, all but equal, change places: the answer is the other one wherever either wins."""
+    def test_differing_argmax(self, apart):
+        """A differing argmax counts as a near-tie if PyTorch's two largest logits nearly tie, and is refused otherwise.
+
+        Two tokens' unembeddings change places, so that the answer differs at every position where either wins.
+        """
         module = random_torch_model(SMALL_MODEL, VOCAB, 0, tied=False)
         state = as_numpy(module)
         tokens = torch.from_numpy(self.tokens).long()
@@ -234,7 +249,8 @@ def benchmark(small_benchmark):
     return Benchmark.open(small_benchmark)
 
 
-def test_a_checkpoint_of_another_vocabulary_is_refused(small_run, benchmark):
+def test_checkpoint_of_another_vocabulary(small_run, benchmark):
+    """A checkpoint that was trained on another vocabulary is refused."""
     run = RunDir.open(small_run)
     path = run.checkpoints[100]
     document = torch.load(path, weights_only=True)
@@ -245,7 +261,8 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(small_run, benchmark):
         convert_checkpoint(path, run.config, benchmark)
 
 
-def test_a_checkpoint_of_another_run_is_refused(small_run, benchmark):
+def test_checkpoint_of_another_run(small_run, benchmark):
+    """A checkpoint whose recorded sizes differ from the run's is refused, even if its tensors fit."""
     run = RunDir.open(small_run)
     path = run.checkpoints[100]
     document = torch.load(path, weights_only=True)
@@ -256,7 +273,8 @@ def test_a_checkpoint_of_another_run_is_refused(small_run, benchmark):
 
 
 @pytest.mark.parametrize("verify", ["sample", "all", "metrics", "none"])
-def test_a_run_goes_to_the_store_and_back_bit_by_bit(small_run, benchmark, verify):
+def test_round_trip_of_a_run(small_run, benchmark, verify):
+    """A run converted to the store and exported again has its own tensors, configs and steps."""
     run = RunDir.open(small_run)
     report = convert_run(run, benchmark, verify=verify, advance=lambda n: None)
     assert report.steps == list(STEPS) and (report.largest_difference is None) == (verify == "none")
@@ -270,7 +288,8 @@ def test_a_run_goes_to_the_store_and_back_bit_by_bit(small_run, benchmark, verif
         assert all(torch.equal(again["model_state"][n], t) for n, t in original["model_state"].items())
 
 
-def test_recorded_accuracies_that_do_not_hold_are_refused(small_run, benchmark):
+def test_recorded_accuracy_that_differs(small_run, benchmark):
+    """A recorded accuracy that the checkpoint does not reproduce stops the conversion; nothing is stored."""
     path = small_run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["answer_accuracy"] += 3 / rows[1]["num_examples"]
@@ -280,7 +299,8 @@ def test_recorded_accuracies_that_do_not_hold_are_refused(small_run, benchmark):
     assert not (small_run / "analysis" / "converted").exists()
 
 
-def test_a_run_that_recorded_nothing_cannot_be_verified_by_metrics(small_run, benchmark):
+def test_verification_by_metrics_without_a_record(small_run, benchmark):
+    """A run without recorded evaluations cannot be verified by them."""
     (small_run / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="an evaluation recorded"):
         convert_run(RunDir.open(small_run), benchmark, verify="metrics", advance=lambda n: None)
