@@ -67,7 +67,7 @@ def probe_labels(batches: EncodedRecords, *, key_ids: jax.Array, value_ids: jax.
 def fit_all_probes(
     features_GxNxD: jax.Array,
     batches: EncodedRecords,
-    permutations_PxN: jax.Array,
+    permutations_JxN: jax.Array,
     *,
     key_ids: jax.Array,
     value_ids: jax.Array,
@@ -77,7 +77,7 @@ def fit_all_probes(
     Args:
       features_GxNxD: from `component_means`.
       batches: the fit set's microbatches.
-      permutations_PxN: orders of the rows that labels are taken in; the first is the identity, the others make nulls.
+      permutations_JxN: orders of the rows that labels are taken in; the first is the identity, the others make nulls.
       key_ids, value_ids: token ids of the classes.
 
     Returns:
@@ -87,5 +87,5 @@ def fit_all_probes(
     system = ridge_system(features_GxNxD, (labels["query_key"] != NO_LABEL).astype(jnp.float32))
     classes = {"query_key": len(key_ids), "value": len(value_ids), "stale_value": len(value_ids)}
     return system, {
-        target: fit_probes(system, labels[target][permutations_PxN], classes[target]) for target in PROBE_TARGETS
+        target: fit_probes(system, labels[target][permutations_JxN], classes[target]) for target in PROBE_TARGETS
     }

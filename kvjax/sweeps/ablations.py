@@ -1,8 +1,10 @@
-"""Every head's and every MLP's ablation on one microbatch: zero, mean, resample, and the random control for scale."""
+"""Ablates every head and every MLP on one microbatch: zero, mean, resample, and the random control for scale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,76 @@ def restarts_at_once(config: DecoderConfig, kinds: Sequence[str], *, draws: int)
     return config.n_heads * len(ablation_slots(kinds, draws=draws))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Microbatch:
+    """One checkpoint's clean run on a microbatch, and what restarts from it need.
+
+    Attributes:
+      writes: what the checkpoint's heads write.
+      lift: how the interventions on one layer are run.
+      value_ids: token ids of values.
+    """
+
+    params: Params
+    config: DecoderConfig
+    writes: HeadWrites
+    clean: CleanRun
+    batch: EncodedRecords
+    lift: Lift
+    value_ids: jax.Array
+
+    def answers_under(self, edits: Interventions, layer: jax.Array | int) -> Sums:
+        """Restarts under edits in a layer and sums right answers and margins over each sequence's reads: [B] each."""
+        positions = self.batch.prediction_positions
+        logits = restart(self.params, self.config, self.clean, edits, layer=layer, positions_BxQ=positions)
+        return self.answers_in(logits)
+
+    def answers_in(self, logits_BxQxV: jax.Array) -> Sums:
+        """Sums right answers and margins over each sequence's reads: [B] each."""
+        per_read = {
+            "correct": behaviour.answer_correct(logits_BxQxV, self.batch.answers),
+            "margin": behaviour.answer_margin(logits_BxQxV, self.batch.answers, self.value_ids),
+        }
+        return {name: jnp.sum(jnp.where(self.batch.is_read, x, 0), axis=-1) for name, x in per_read.items()}
+
+
+class _Replacements:
+    """What components put out instead: of every kind and draw, as data, so that all are one compiled restart.
+
+    Args:
+      kinds: of `ABLATIONS`, without `random`.
+      means, store, donors_JxBxT: see `measure_ablations`.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], means: Trace, store: Trace, donors_JxBxT: jax.Array | None):
+        self._kinds, self._means, self._store, self._donors_JxBxT = kinds, means, store, donors_JxBxT
+        self._slots = ablation_slots(kinds, draws=0 if donors_JxBxT is None else len(donors_JxBxT))
+        self._kind_of_slot = jnp.array([kinds.index(kind) for kind, _ in self._slots])
+        self._draw_of_slot = jnp.array([draw for _, draw in self._slots])
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def value(self, clean: CleanRun, name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array) -> jax.Array:
+        """Returns what a slot puts in place of a component's output, [B, T, E or D]."""
+        batch_size, length = clean.tokens.shape
+        shape = (batch_size, length, clean.trace[name].shape[-1])
+        by_kind = {
+            "zero": lambda: jnp.zeros(shape),
+            "mean": lambda: jnp.broadcast_to(self._means[name][layer, 0, 0, *head][None, None], shape),
+            "resample": lambda: self._store[name][
+                layer, self._donors_JxBxT[self._draw_of_slot[slot], :, :length], *head
+            ],
+        }
+        return jax.lax.switch(self._kind_of_slot[slot], [by_kind[kind] for kind in self._kinds])
+
+    def by_kind(self, x_LxKx: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+        """Yields each kind with the mean over its draws, [L, …], from an array of all slots, [L, slots, …]."""
+        for kind in self._kinds:
+            own = x_LxKx[:, jnp.array([index for index, (k, _) in enumerate(self._slots) if k == kind])]
+            yield kind, own[:, 0] if own.shape[1] == 1 else jnp.mean(own.astype(jnp.float32), axis=1)
+
+
 def measure_ablations(
     params: Params,
     config: DecoderConfig,
@@ -63,126 +135,108 @@ def measure_ablations(
     value_ids: jax.Array,
     means: Trace,
     store: Trace,
-    donors_RxBxT: jax.Array | None,
+    donors_JxBxT: jax.Array | None,
 ) -> Sums:
-    """Returns right answers and margins under every ablation, summed over the reads of each sequence.
+    """Ablates every head and MLP, and sums right answers and margins over the reads of each sequence.
 
     Args:
-      params: one checkpoint.
-      config: its shape.
+      params, config: one checkpoint.
       writes: what its heads write.
       clean: its clean run on the microbatch.
       batch: the microbatch.
       kinds: of `ABLATIONS`.
       lift: how the heads of one layer are run.
       value_ids: token ids of values.
-      means: `head_z` [L, 1, 1, H, E] and `mlp_out` [L, 1, 1, D], what mean ablation puts in.
+      means: `head_z` [L, 1, 1, H, E] and `mlp_out` [L, 1, 1, D], which mean ablation puts in.
       store: `head_z` [L, tokens, H, E] and `mlp_out` [L, tokens, D] of the whole probe set, for resampling.
-      donors_RxBxT: rows of `store` that each position is resampled from, in R draws.
+      donors_JxBxT: rows of `store` that each position is resampled from, in J draws.
 
     Returns:
       `head/<kind>/correct`, `head/<kind>/margin` [B, L, H] and the same of `mlp/<kind>` [B, L]; means over draws.
     """
-    n_layers, n_heads = config.n_layers, config.n_heads
-    batch_size, length = clean.tokens.shape
-    # What replaces an output is data, so that all kinds and draws are one compiled restart.
-    replacing = tuple(kind for kind in kinds if kind != "random")
-    slots = ablation_slots(kinds, draws=0 if donors_RxBxT is None else len(donors_RxBxT))
-    kind_of_slot = jnp.array([replacing.index(kind) for kind, _ in slots])
-    draw_of_slot = jnp.array([draw for _, draw in slots])
-
-    def replacement(name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array) -> jax.Array:
-        """Returns what a component puts out instead, [B, T, E or D]."""
-        shape = (batch_size, length, clean.trace[name].shape[-1])
-        by_kind = {
-            "zero": lambda: jnp.zeros(shape),
-            "mean": lambda: jnp.broadcast_to(means[name][layer, 0, 0, *head][None, None], shape),
-            "resample": lambda: store[name][layer, donors_RxBxT[draw_of_slot[slot], :, :length], *head],
-        }
-        return jax.lax.switch(kind_of_slot[slot], [by_kind[kind] for kind in replacing])
-
-    def answers_under(edits: Interventions, layer: jax.Array | int) -> Sums:
-        return answers_in(restart(params, config, clean, edits, layer=layer, positions_BxQ=batch.prediction_positions))
-
-    def answers_in(logits: jax.Array) -> Sums:
-        per_read = {
-            "correct": behaviour.answer_correct(logits, batch.answers),
-            "margin": behaviour.answer_margin(logits, batch.answers, value_ids),
-        }
-        return {name: jnp.sum(jnp.where(batch.is_read, x, 0), axis=-1) for name, x in per_read.items()}
-
-    def heads_of(layer: jax.Array | int) -> Sums:
-        def one(head: jax.Array, slot: jax.Array) -> Sums:
-            value = replacement("head_z", layer, slot, head)
-            at = {"layer": layer, "head": head, "positions_BxQ": batch.prediction_positions}
-            return answers_in(restart_from_head(params, config, clean, writes, value, **at))
-
-        heads, of_slots = jnp.meshgrid(jnp.arange(n_heads), jnp.arange(len(slots)), indexing="ij")
-        flat = over_interventions(lambda pair: one(*pair), lift=lift)((heads.reshape(-1), of_slots.reshape(-1)))
-        return jax.tree.map(lambda x: x.reshape(n_heads, len(slots), *x.shape[1:]).swapaxes(0, 1), flat)
-
-    def mlp_of(layer: jax.Array | int) -> Sums:
-        def one(slot: jax.Array) -> Sums:
-            value = replacement("mlp_out", layer, slot)[None]
-            return answers_under(ablate_mlp(layer, n_layers=n_layers, value=value), layer)
-
-        return over_interventions(one, lift=lift)(jnp.arange(len(slots)))
-
-    def random_head(layer: jax.Array | int) -> Sums:
-        kernel_HxExD = params["blocks"]["attn"]["out_proj"]["kernel"][layer].reshape(n_heads, -1, config.d_model)
-
-        def one(head: jax.Array) -> Sums:
-            z_BxTxE = clean.at("head_z", layer)[:, :, head]
-            written = jnp.matmul(z_BxTxE, kernel_HxExD[head], precision=config.precision)
-            return random_steps("post_attn", written, layer)
-
-        return over_interventions(one, lift=lift)(jnp.arange(n_heads))
-
-    def random_mlp(layer: jax.Array | int) -> Sums:
-        return random_steps("post_mlp", clean.at("mlp_out", layer), layer)
-
-    def random_steps(site: str, written_BxTxD: jax.Array, layer: jax.Array | int) -> Sums:
-        edits_of = _random_steps(site, written_BxTxD, clean.at(site, layer), layer, n_layers)
-        drawn = jax.lax.map(lambda u: answers_under(edits_of(u), layer), _random_directions(config.d_model))
-        return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32), axis=0), drawn)
-
-    def every_layer(of_layer: Callable[[jax.Array | int], Sums]) -> Sums:
-        # The last layer is a program of its own, at the prediction positions alone. Layers are never run side by
-        # side: a batch of mixed restart layers would run from the lowest for all.
-        final = jax.tree.map(lambda x: x[None], of_layer(n_layers - 1))
-        if n_layers == 1:
-            return final
-        earlier = jax.lax.map(of_layer, jnp.arange(n_layers - 1))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, final)
-
+    microbatch = _Microbatch(params, config, writes, clean, batch, lift, value_ids)
+    replacements = _Replacements(tuple(kind for kind in kinds if kind != "random"), means, store, donors_JxBxT)
     sums: Sums = {}
-    for component, of_layer in (("head", heads_of), ("mlp", mlp_of)):
-        for name, x in every_layer(of_layer).items():  # [L, slots, …, B]
-            for kind in replacing:
-                own = x[:, jnp.array([index for index, (k, _) in enumerate(slots) if k == kind])]
-                mean = own[:, 0] if own.shape[1] == 1 else jnp.mean(own.astype(jnp.float32), axis=1)
+    for component, of_layer in (("head", _replace_heads), ("mlp", _replace_mlp)):
+        replaced = _every_layer(functools.partial(of_layer, microbatch, replacements), config.n_layers)
+        for name, x in replaced.items():  # [L, slots, …, B]
+            for kind, mean in replacements.by_kind(x):
                 sums[f"{component}/{kind}/{name}"] = jnp.moveaxis(mean, -1, 0)
     if "random" in kinds:
-        for component, of_layer in (("head", random_head), ("mlp", random_mlp)):
-            for name, x in every_layer(of_layer).items():
+        for component, of_layer in (("head", _step_beside_heads), ("mlp", _step_beside_mlp)):
+            for name, x in _every_layer(functools.partial(of_layer, microbatch), config.n_layers).items():
                 sums[f"{component}/random/{name}"] = jnp.moveaxis(x, -1, 0)
     return sums
 
 
-def _random_steps(
-    site: str, written_BxTxD: jax.Array, after_BxTxD: jax.Array, layer: jax.Array | int, n_layers: int
-) -> Callable[[jax.Array], Interventions]:
-    """Returns, for a unit direction, the step along it that is as long as a component's output at every position.
+def _every_layer(of_layer: Callable[[jax.Array | int], Sums], n_layers: int) -> Sums:
+    """Runs a function of a layer at every layer; its arrays get a leading axis L."""
+    # The last layer is a program of its own, at the prediction positions alone. Layers are never run side by
+    # side: a batch of mixed restart layers would run from the lowest for all.
+    final = jax.tree.map(lambda x: x[None], of_layer(n_layers - 1))
+    if n_layers == 1:
+        return final
+    earlier = jax.lax.map(of_layer, jnp.arange(n_layers - 1))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, final)
 
-    The step is taken from the residual stream after the component, so that what it wrote stays.
+
+def _replace_heads(run: _Microbatch, replacements: _Replacements, layer: jax.Array | int) -> Sums:
+    """Puts every replacement in place of each head of a layer: [slots, H, B]."""
+    n_heads = run.config.n_heads
+
+    def one(pair: tuple[jax.Array, jax.Array]) -> Sums:
+        head, slot = pair
+        value = replacements.value(run.clean, "head_z", layer, slot, head)
+        at = {"layer": layer, "head": head, "positions_BxQ": run.batch.prediction_positions}
+        return run.answers_in(restart_from_head(run.params, run.config, run.clean, run.writes, value, **at))
+
+    heads, slots = jnp.meshgrid(jnp.arange(n_heads), jnp.arange(len(replacements)), indexing="ij")
+    flat = over_interventions(one, lift=run.lift)((heads.reshape(-1), slots.reshape(-1)))
+    return jax.tree.map(lambda x: x.reshape(n_heads, len(replacements), *x.shape[1:]).swapaxes(0, 1), flat)
+
+
+def _replace_mlp(run: _Microbatch, replacements: _Replacements, layer: jax.Array | int) -> Sums:
+    """Puts every replacement in place of a layer's MLP: [slots, B]."""
+
+    def one(slot: jax.Array) -> Sums:
+        value = replacements.value(run.clean, "mlp_out", layer, slot)[None]
+        return run.answers_under(ablate_mlp(layer, n_layers=run.config.n_layers, value=value), layer)
+
+    return over_interventions(one, lift=run.lift)(jnp.arange(len(replacements)))
+
+
+def _step_beside_heads(run: _Microbatch, layer: jax.Array | int) -> Sums:
+    """Takes a random step as long as each head's output, with every head kept: [H, B], means over draws."""
+    config = run.config
+    kernel_HxExD = run.params["blocks"]["attn"]["out_proj"]["kernel"][layer].reshape(config.n_heads, -1, config.d_model)
+
+    def one(head: jax.Array) -> Sums:
+        z_BxTxE = run.clean.at("head_z", layer)[:, :, head]
+        written = jnp.matmul(z_BxTxE, kernel_HxExD[head], precision=config.precision)
+        return _random_steps(run, "post_attn", written, layer)
+
+    return over_interventions(one, lift=run.lift)(jnp.arange(config.n_heads))
+
+
+def _step_beside_mlp(run: _Microbatch, layer: jax.Array | int) -> Sums:
+    """Takes a random step as long as the MLP's output, with the MLP kept: [B], means over draws."""
+    return _random_steps(run, "post_mlp", run.clean.at("mlp_out", layer), layer)
+
+
+def _random_steps(run: _Microbatch, site: str, written_BxTxD: jax.Array, layer: jax.Array | int) -> Sums:
+    """Steps along random directions, at every position as far as a component's output is long: means over draws.
+
+    The step is taken from the residual stream after the component, so that the component's own output stays.
     """
+    after_BxTxD = run.clean.at(site, layer)
     sizes = jnp.linalg.norm(written_BxTxD, axis=-1, keepdims=True)
-    mask = (jnp.arange(n_layers) == layer)[:, None, None, None]
+    mask = (jnp.arange(run.config.n_layers) == layer)[:, None, None, None]
 
-    def edits(direction_D: jax.Array) -> Interventions:
-        return {site: Edit(mask, (after_BxTxD - sizes * direction_D[None, None])[None])}
+    def along(direction_D: jax.Array) -> Sums:
+        return run.answers_under({site: Edit(mask, (after_BxTxD - sizes * direction_D[None, None])[None])}, layer)
 
-    return edits
+    drawn = jax.lax.map(along, _random_directions(run.config.d_model))
+    return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32), axis=0), drawn)
 
 
 def _random_directions(width: int) -> jax.Array:

@@ -128,7 +128,7 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
             value_ids=value_ids,
             means=means,
             store=store,
-            donors_RxBxT=donors,
+            donors_JxBxT=donors,
         )
 
     results, states = [], []
