@@ -13,7 +13,7 @@ from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, both_directions, me
 from kvjax.intervene.patching import Place, component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, all_senders, path_effects
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.measure.between_checkpoints import rank_correlation_to_previous
+from kvjax.measure.statistics import spearman
 from kvjax.task.corruption import PAIR_ROLES
 
 TOP = 12  # effects a summary names
@@ -162,9 +162,7 @@ def attribution(study: Study) -> Outcome:
                             "method": method,
                             "pair_kind": kind,
                             "step": step,
-                            "rank_correlation": number(
-                                rank_correlation_to_previous(np.stack([screened[0, m, k, c], measured[0, k, c]]))[1]
-                            ),
+                            "rank_correlation": number(spearman(screened[0, m, k, c], measured[0, k, c])),
                         }
                     )
     return Outcome(dataset, {"baseline": {}, "effects": {"rank_correlation_with_exact": correlations}, "controls": {}})

@@ -1,4 +1,4 @@
-"""Changes, ranks and turnover, by hand."""
+"""Changes, rank correlations and turnover, by hand."""
 
 import numpy as np
 import scipy.stats
@@ -6,22 +6,18 @@ import scipy.stats
 from kvjax.measure.between_checkpoints import (
     change_from_previous,
     rank_correlation_to_previous,
-    ranking,
     turnover_from_previous,
 )
 
 
-def test_the_first_checkpoint_has_no_change():
+def test_change_of_the_first_checkpoint():
+    """The first checkpoint has no change; later ones subtract their predecessor."""
     changes = change_from_previous(np.array([1.0, 4.0, 2.0]))
     assert np.isnan(changes[0]) and changes[1:].tolist() == [3.0, -2.0]
 
 
-def test_largest_first_ties_by_index():
-    assert ranking(np.array([0.1, 0.5, 0.5, 0.2])).tolist() == [1, 2, 3, 0]
-
-
 def test_rank_correlation_by_hand():
-    # Average ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5.
+    """Average ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4 have covariance 4.5 and variances 4.5 and 5."""
     values = np.array([[0.0, 1.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
     correlation = rank_correlation_to_previous(values)
     assert np.isnan(correlation[0])
@@ -29,15 +25,17 @@ def test_rank_correlation_by_hand():
     assert np.isclose(correlation[1], scipy.stats.spearmanr(*values).statistic)
 
 
-def test_rank_correlation_of_a_constant_side_does_not_exist():
+def test_rank_correlation_of_a_constant_side():
+    """A checkpoint whose components are all equal has no order, so neither neighbour has a correlation."""
     values = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
     correlation = rank_correlation_to_previous(values)
     assert np.isnan(correlation[[0, 1, 3]]).all() and np.isclose(correlation[2], -1.0)
 
 
 def test_turnover_by_hand():
+    """{0, 1} to {0, 3} shares one of three, {0, 3} to {1, 2} none of four."""
     values = np.array([[3.0, 2.0, 1.0, 0.0], [3.0, 0.0, 1.0, 2.0], [0.0, 3.0, 2.0, 1.0]])
     turnover = turnover_from_previous(values, 2)
     assert np.isnan(turnover[0])
-    assert np.isclose(turnover[1], 1 - 1 / 3)  # {0, 1} to {0, 3}
-    assert np.isclose(turnover[2], 1.0)  # {0, 3} to {1, 2}
+    assert np.isclose(turnover[1], 1 - 1 / 3)
+    assert np.isclose(turnover[2], 1.0)
