@@ -7,6 +7,7 @@ from typing import Literal
 import pydantic
 
 from kvjax.config.base import Section
+from kvjax.measure.registry import triggers
 
 
 class TriggerConfig(Section):
@@ -30,20 +31,10 @@ class TriggerConfig(Section):
     )
 
 
-class TriggersConfig(Section):
-    """The triggers, by kind (docs/birth_windows.md)."""
-
-    answer_accuracy: TriggerConfig
-    heldout_answer_accuracy: TriggerConfig
-    q: TriggerConfig
-    r: TriggerConfig
-    w: TriggerConfig
-    key_selectivity: TriggerConfig
-    recency_selectivity: TriggerConfig
-    head_accuracy_drop: TriggerConfig
-    mlp_accuracy_drop: TriggerConfig
-    residual_drift: TriggerConfig
-    head_rank_correlation: TriggerConfig
+# One field for every kind of trigger that a measure declares (docs/birth_windows.md).
+TriggersConfig = pydantic.create_model(
+    "TriggersConfig", __base__=Section, **{field.trigger: (TriggerConfig, ...) for _, field in triggers()}
+)
 
 
 class WindowConfig(Section):

@@ -8,17 +8,6 @@ import jax.numpy as jnp
 from kvjax.measure.behaviour import relation_attention
 from kvjax.model.sites import take_positions
 
-# Per head and read: attention from p_e to k_e, to s_e, to the current value and its copies, to the stale value and its
-# copies; attention from s_e to the key token of the same write; entropy of the attention from p_e, in nats.
-ATTENTION_MEASURES = (
-    "query_attention",
-    "support_attention",
-    "current_value_attention",
-    "stale_attention",
-    "binding_attention",
-    "attention_entropy",
-)
-
 
 def attention_per_read(
     pattern_LxBxHxTxT: jax.Array,
@@ -26,7 +15,11 @@ def attention_per_read(
     support_positions_BxQ: jax.Array,
     relations_BxQxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Measures `ATTENTION_MEASURES` and the `key` and `value` groups of `relation_attention`, [L, B, H, Q] each.
+    """Measures where each head attends at each read, [L, B, H, Q] each.
+
+    From p_e: `query_attention` to k_e, `support_attention` to s_e, `current_value_attention` to the current value and
+    its copies, `stale_attention` to the stale value and its copies, `key` and `value` as in `relation_attention`, and
+    `attention_entropy` in nats. From s_e: `binding_attention` to the key token of the same write.
 
     Args:
       pattern_LxBxHxTxT: attention probabilities, queries on the second last axis.

@@ -34,41 +34,42 @@ def resample_counts(splits_N: np.ndarray, *, resamples: int = RESAMPLES, seed: i
     return counts
 
 
-def bootstrap_ratios(counts_KxN: np.ndarray, sums_NxX: np.ndarray, totals_NxX: np.ndarray) -> np.ndarray:
-    """Returns resampled ratios of sums, float32 [K, X]: of rates, means per read, or differences of either.
+def ratios(sums_CxNxX: np.ndarray, totals_CxNxX: np.ndarray) -> np.ndarray:
+    """Divides sums over sequences, [C, *X] in float64; NaN if nothing counts.
 
     Args:
-      counts_KxN: from `resample_counts`.
-      sums_NxX: per sequence, what the ratio sums, for each of X statistics.
-      totals_NxX: per sequence, what it is divided by (reads, or reads where the statistic exists); one column where
-        all statistics share it.
-
-    Returns:
-      sum(counts * sums) / sum(counts * totals); NaN where a resample holds no read that counts.
+      sums_CxNxX: per sequence, the numerators at each checkpoint.
+      totals_CxNxX: per sequence, the denominators; each axis but N of its length, or 1 if all share it.
     """
-    return _ratios(_resampled(counts_KxN, sums_NxX), _resampled(counts_KxN, totals_NxX))
+    totals = totals_CxNxX.sum(axis=1, dtype=np.float64)
+    sums = sums_CxNxX.sum(axis=1, dtype=np.float64)
+    return np.divide(sums, totals, out=np.full(sums.shape, np.nan), where=totals != 0)
 
 
 def resampled_ratios(
     counts_KxN: np.ndarray, sums_CxNxX: np.ndarray, totals_CxNxX: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ratios of sums over sequences, [C, *X], NaN where nothing counts, and those of resamples, [K, C, *X].
+    """Divides sums over sequences and sums over resampled sequences.
 
     Args:
-      counts_KxN: from `resample_counts`.
-      sums_CxNxX: per sequence, what the ratios sum, at each checkpoint.
-      totals_CxNxX: per sequence, what they are divided by; each axis but N of its length, or 1 where all share it.
+      counts_KxN: how often each resample draws each sequence, from `resample_counts`.
+      sums_CxNxX: per sequence, the numerators at each checkpoint.
+      totals_CxNxX: per sequence, the denominators; each axis but N of its length, or 1 if all share it.
+
+    Returns:
+      The ratios [C, *X] as `ratios` gives them; and under each resample, float32 [K, C, *X], NaN if none of its
+      sequences counts.
     """
-    totals = totals_CxNxX.sum(axis=1, dtype=np.float64)
-    sums = sums_CxNxX.sum(axis=1, dtype=np.float64)
-    values = np.divide(sums, totals, out=np.full(sums.shape, np.nan), where=totals != 0)
 
     def resampled(x_CxNxX: np.ndarray) -> np.ndarray:
         by_sequence = np.moveaxis(x_CxNxX, 1, 0)
-        flat = _resampled(counts_KxN, by_sequence.reshape(len(by_sequence), -1))
-        return flat.reshape(len(flat), *by_sequence.shape[1:])
+        flat = np.asarray(by_sequence.reshape(len(by_sequence), -1), np.float32)
+        sums = np.matmul(flat.T, counts_KxN.T).T
+        return sums.reshape(len(sums), *by_sequence.shape[1:])
 
-    return values, _ratios(resampled(sums_CxNxX), resampled(totals_CxNxX))
+    sums, totals = resampled(sums_CxNxX), resampled(totals_CxNxX)
+    samples = np.divide(sums, totals, out=np.full_like(sums, np.nan), where=totals > 0)
+    return ratios(sums_CxNxX, totals_CxNxX), samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +165,3 @@ def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.9
         centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
         half = z / (1 + z**2 / trials) * np.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
     return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
-
-
-def _resampled(counts_KxN: np.ndarray, x_NxX: np.ndarray) -> np.ndarray:
-    return np.matmul(np.asarray(x_NxX, np.float32).T, counts_KxN.T).T
-
-
-def _ratios(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    return np.divide(sums, totals, out=np.full_like(sums, np.nan), where=totals > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.files import replace_file
+from kvjax.measure import registry
+from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT
 from kvjax.model.components import all_heads
-from kvjax.sweeps.dataset import ALL_SPLITS
 
 matplotlib.use("Agg")  # figures are files; no display is needed
 from matplotlib import pyplot as plt
@@ -26,32 +28,31 @@ SPLIT_COLOURS = {
     "counterfactual": "#CC79A7",
 }
 _OTHER_COLOUR = "#555555"
+_LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _FORMATS = ("png", "svg")
 _MOST_STEP_LABELS = 8
 
 
 def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
-    """Returns accuracy per split, answer margin, and r with the selectivities over training, one row per run."""
+    """Draws accuracy and margin per split, and the measures of the attention panel, over training; one row per run."""
     figure, axes = plt.subplots(
         len(runs), 3, figsize=(13, 3.1 * len(runs)), squeeze=False, sharex=True, constrained_layout=True
     )
+    accuracy, margin = registry.declared("answer_accuracy"), registry.declared("answer_margin")
     for row, run in zip(axes, runs, strict=True):
         splits = [split for split in run["split"].values.tolist() if split != ALL_SPLITS]
         for split in splits:
             colour = SPLIT_COLOURS.get(split, _OTHER_COLOUR)
             here = run.sel(split=split)
-            _line(row[0], here["answer_accuracy"], split, colour)
-            _line(row[1], here["answer_margin"], split, colour)
-        shown = run.sel(split="validation_iid" if "validation_iid" in splits else ALL_SPLITS)
-        for name, label, colour in (
-            ("r", "r: attention to the support", "#0072B2"),
-            ("key_selectivity", "key selectivity", "#E69F00"),
-            ("recency_selectivity", "recency selectivity", "#009E73"),
-        ):
-            _line(row[2], shown[name], label, colour)
-        row[0].set_ylabel(f"{_title(run)}\nanswer accuracy")
+            _line(row[0], here[accuracy.name], split, colour)
+            _line(row[1], here[margin.name], split, colour)
+        shown = run.sel(split=BIRTH_SPLIT if BIRTH_SPLIT in splits else ALL_SPLITS)
+        attention = [measure for measure in registry.MEASURES if measure.panel == "attention" and measure.name in run]
+        for measure, colour in zip(attention, itertools.cycle(_LINE_COLOURS), strict=False):
+            _line(row[2], shown[measure.name], measure.axis_label(), colour)
+        row[0].set_ylabel(f"{_title(run)}\n{accuracy.axis_label()}")
         row[0].set_ylim(-0.03, 1.03)
-        row[1].set_ylabel("answer margin (logits)")
+        row[1].set_ylabel(margin.axis_label())
         row[1].axhline(0.0, color="black", linewidth=0.6)
         row[2].set_ylabel(f"attention ({shown['split'].values!s})")
         row[2].set_ylim(-0.03, 1.03)
@@ -65,7 +66,7 @@ def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
 
 
 def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
-    """Returns, for each run, a map of the accuracy every head's zero ablation costs at every checkpoint."""
+    """Draws, for each run, a map of the accuracy every head's zero ablation costs at every checkpoint."""
     figure, axes = plt.subplots(
         1, len(runs), figsize=(1.5 + 5.2 * len(runs), 4.2), squeeze=False, constrained_layout=True
     )

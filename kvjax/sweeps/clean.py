@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.execution.states_at_reads import states_at_reads
-from kvjax.measure import attribution, behaviour, heads, mlps, residual
+from kvjax.measure import attribution, behaviour, heads, mlps, registry, residual
+from kvjax.measure.reads import Reads
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
 from kvjax.model.sites import STAGE_SITES, Trace, take_positions
@@ -30,9 +31,8 @@ def measure_clean(
     """Returns the clean measures of one checkpoint on one microbatch, the run itself, and the states at its reads.
 
     Returns:
-      Sums. Per read, [B, Q]: `read/correct`, `read/margin` (logits), `read/entropy` (nats), `read/confidence`,
-      `read/q`, `read/r`, `read/key_selectivity`, `read/recency_selectivity`. Per sequence, over its reads or tokens:
-      `token/loss` [B] (nats), `token/role_correct` [B, roles], `lens/…` [B, S], `head/<attention measure>` [B, L, H],
+      Sums. Per read, [B, Q]: `read/…` of every measure that declares it. Per sequence, over its reads or tokens:
+      `token/loss` [B] (nats), `token/role_correct` [B, roles], `lens/…` [B, S], `head/…` [B, L, H],
       `mlp/write_norm`, `mlp/write_norm_support` [B, L], `attribution/…` [B], [B, L] or [B, L, H] (logits). Summed over
       the batch, by split: `state/prediction`, `state/support` [splits, S, D].
       The clean run, with what restarts need.
@@ -41,28 +41,17 @@ def measure_clean(
     logits, clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
     trace, positions = clean.trace, batch.prediction_positions
     logits_BxQxV = take_positions(logits, positions, 1)
-    entropy, confidence = behaviour.answer_distribution(logits_BxQxV, batch.answers)
     attention = heads.attention_per_read(trace["pattern"], positions, batch.support_positions, batch.relations)
-    key_selectivity, recency_selectivity = behaviour.selectivities(
-        attention["current_value_attention"], attention["key"], attention["value"]
-    )
+    reads = Reads(logits_BxQxV, batch.answers, value_ids, attention)
     loss, role_correct = behaviour.next_token_sums(logits, batch.tokens, batch.token_roles)
     states = states_at_reads(trace, batch)
-    sums: Sums = {
-        "read/correct": behaviour.answer_correct(logits_BxQxV, batch.answers),
-        "read/margin": behaviour.answer_margin(logits_BxQxV, batch.answers, value_ids),
-        "read/entropy": entropy,
-        "read/confidence": confidence,
-        "read/q": attention["query_attention"].max(axis=(0, 2)),
-        "read/r": attention["support_attention"].max(axis=(0, 2)),
-        "read/key_selectivity": key_selectivity,
-        "read/recency_selectivity": recency_selectivity,
-        "token/loss": loss,
-        "token/role_correct": role_correct,
-    }
-    for name in heads.ATTENTION_MEASURES:
-        per_sequence = jnp.sum(jnp.where(batch.is_read[None, :, None], attention[name], 0.0), axis=-1)  # [L, B, H]
-        sums[f"head/{name}"] = per_sequence.swapaxes(0, 1)
+    sums: Sums = {"token/loss": loss, "token/role_correct": role_correct}
+    for measure in registry.computed("read"):
+        sums[measure.sources[0]] = measure.compute(reads)
+    for measure in registry.computed("head"):
+        per_read = measure.compute(reads)  # [L, B, H, Q]
+        per_sequence = jnp.sum(jnp.where(batch.is_read[None, :, None], per_read, 0.0), axis=-1)
+        sums[measure.sources[0]] = per_sequence.swapaxes(0, 1)
     sums |= _stage_sums(params, config, states, batch, value_ids=value_ids, key_ids=key_ids, num_splits=num_splits)
     sums |= _component_sums(params, trace, batch, value_ids)
     return sums, CleanRun(clean.tokens, {name: trace[name] for name in KEPT}), states

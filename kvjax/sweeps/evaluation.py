@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from kvjax.measure.sequence_sums import all_sequence_sums
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.probe_index import ProbeIndex
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import TOKEN_ROLES, encode_records
+
+# What a recorded evaluation shows of the declared measures.
+_MEASURES = ("answer_margin", "loss", "token_accuracy", "token_role_accuracy", "slice_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +61,26 @@ class SplitEvaluator:
         self._benchmark = benchmark
 
     def evaluate(self, params: Params, split: str, *, max_records: int | None = None) -> SplitEvaluation:
-        """Returns one checkpoint's evaluation on a split, or on its first `max_records` records."""
+        """Evaluates one checkpoint on a split, or on its first `max_records` records."""
         program, index = self._prepared(split, max_records)
         (measured,) = program.measure([params])
-        encoded = index.encoded
-        reads, roles = encoded.is_read, encoded.token_roles[:, 1:]
-        correct = measured["read/correct"]
-        role_counts = np.array([(roles == role).sum() for role in range(len(TOKEN_ROLES))])
-        role_right = measured["token/role_correct"].sum(axis=0)
+        arrays = {name: values[None] for name, values in measured.items()}
+        counting, everyone = index.counting(arrays), index.members()[0]
+        sums = {one.measure.name: one for one in all_sequence_sums(arrays, counting)}
+        means = {name: sums[name].means(everyone)[0] for name in _MEASURES}
+        correct, total = (int(side.sum()) for side in sums["answer_accuracy"].of_sequences(everyone))
+        roles = sums["token_role_accuracy"].totals(everyone)[0].astype(int).tolist()
+        slices = sums["slice_accuracy"].totals(everyone)[0].astype(int).tolist()
         return SplitEvaluation(
-            correct=int(correct[reads].sum()),
-            total=int(reads.sum()),
-            answer_margin=float(measured["read/margin"][reads].mean(dtype=np.float64)),
-            loss=float(measured["token/loss"].sum(dtype=np.float64) / role_counts.sum()),
-            token_accuracy=float(role_right.sum() / role_counts.sum()),
-            token_role_accuracy={
-                role: float(right / count)
-                for role, right, count in zip(TOKEN_ROLES, role_right, role_counts, strict=True)
-            },
-            token_role_count={role: int(count) for role, count in zip(TOKEN_ROLES, role_counts, strict=True)},
-            slice_count={
-                axis: {str(value): int((values[reads] == value).sum()) for value in np.unique(values[reads])}
-                for axis, values in index.axis_values.items()
-            },
-            slice_accuracy={
-                axis: {
-                    str(value): float(correct[reads & (values == value)].mean()) for value in np.unique(values[reads])
-                }
-                for axis, values in index.axis_values.items()
-            },
+            correct=correct,
+            total=total,
+            answer_margin=float(means["answer_margin"]),
+            loss=float(means["loss"]),
+            token_accuracy=float(means["token_accuracy"]),
+            token_role_accuracy=dict(zip(TOKEN_ROLES, means["token_role_accuracy"].tolist(), strict=True)),
+            token_role_count=dict(zip(TOKEN_ROLES, roles, strict=True)),
+            slice_accuracy=_by_axis(counting.labels["axis_value"], means["slice_accuracy"].tolist()),
+            slice_count=_by_axis(counting.labels["axis_value"], slices),
         )
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  an evaluator lives as long as a command
@@ -105,3 +99,12 @@ class SplitEvaluator:
         )
         no_tags = dict.fromkeys((record["sample_id"] for record in records), "")
         return program, ProbeIndex.of(records, encoded, [split], no_tags)
+
+
+def _by_axis(labels: Sequence[str], values: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Groups values by axis and level; a label reads `axis=level`."""
+    grouped: dict[str, dict[str, Any]] = {}
+    for label, value in zip(labels, values, strict=True):
+        axis, _, level = label.partition("=")
+        grouped.setdefault(axis, {})[level] = value
+    return grouped

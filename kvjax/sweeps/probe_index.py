@@ -1,4 +1,4 @@
-"""What means of a sweep are formed over: the records' splits, and which sums each mean is made from."""
+"""The probe set as means see it: splits, groups of reads, counts, and the labels of every axis."""
 
 from __future__ import annotations
 
@@ -7,41 +7,24 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kvjax.measure.registry import ALL_SPLITS, PROBE_TARGETS
+from kvjax.measure.sequence_sums import Counting
+from kvjax.model.sites import stage_names
+from kvjax.sweeps.ablations import ABLATIONS
 from kvjax.task.encoding import TOKEN_ROLES, EncodedRecords
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
-
-ALL_SPLITS = "all"  # the whole probe set, beside its splits
-
-READ_MEANS = {
-    "answer_accuracy": ("read/correct", "share of reads whose argmax over the vocabulary is the answer", "1"),
-    "answer_margin": ("read/margin", "logit of the answer minus the largest of the other values", "logits"),
-    "answer_entropy": ("read/entropy", "entropy of the prediction over the vocabulary", "nats"),
-    "answer_confidence": ("read/confidence", "probability of the answer", "1"),
-    "q": ("read/q", "largest attention of any head from p_e to the read's key token", "1"),
-    "r": ("read/r", "largest attention of any head from p_e to the support value", "1"),
-    "key_selectivity": ("read/key_selectivity", "largest share of the read key in a head's attention to values", "1"),
-    "recency_selectivity": ("read/recency_selectivity", "share of the current value in that head's key part", "1"),
-}  # fmt: skip
-
-LENS_MEANS = {
-    "lens_answer_accuracy": ("lens/answer_correct", "logit lens: answer among values, at p_e", "1"),
-    "lens_query_key_accuracy": ("lens/query_key_correct", "logit lens: read key among keys, at k_e", "1"),
-    "lens_support_value_accuracy": (
-        "lens/support_value_correct",
-        "logit lens: value among values, at s_e",
-        "1",
-    ),
-    "lens_answer_margin": ("lens/answer_margin", "logit lens: answer margin, at p_e", "logits"),
-}
+from kvjax.task.vocabulary import PAD_ID
 
 POSITION_ROLES = ("prediction", "support")  # p_e and s_e
 
 DIFFICULTIES = ("easy", "hard")
 
+MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
+
 
 @dataclasses.dataclass(frozen=True)
 class ProbeIndex:
-    """What forming means needs to know of the probe set.
+    """A probe set's records, or a split's, in the order of the measured arrays.
 
     Attributes:
       sample_ids: of the N records, in order.
@@ -65,7 +48,7 @@ class ProbeIndex:
         splits: Sequence[str],
         difficulty: Mapping[str, str],
     ) -> ProbeIndex:
-        """Returns the index of a probe set's records."""
+        """Indexes records; `difficulty` tags each by sample id."""
         axis_values = {}
         for axis in (*SEQUENCE_AXES, *EVENT_AXES):
             values = np.zeros(encoded.is_read.shape, int)
@@ -83,40 +66,49 @@ class ProbeIndex:
             axis_values=axis_values,
         )
 
-    def slices(self) -> list[tuple[str, np.ndarray]]:
-        """Returns every value of every axis, as `axis=value`, with the reads that fall under it, bool [N, Q]."""
+    def slices(self) -> dict[str, np.ndarray]:
+        """Returns the reads that fall under every value of every axis, `axis=value` -> bool [N, Q]."""
         is_read = self.encoded.is_read
-        return [
-            (f"{axis}={value}", is_read & (values == value))
+        return {
+            f"{axis}={value}": is_read & (values == value)
             for axis, values in self.axis_values.items()
             for value in np.unique(values[is_read])
-        ]
+        }
 
-    def targets_by_role(self) -> np.ndarray:
-        """Returns the number of targets of each token role in each record, [N, roles]."""
+    def members(self) -> list[np.ndarray]:
+        """Returns the indices of the records of `all` and of each split."""
+        everyone = np.arange(len(self.encoded))
+        return [everyone, *(np.flatnonzero(self.encoded.splits == split) for split in range(len(self.splits)))]
+
+    def counting(self, arrays: Mapping[str, np.ndarray]) -> Counting:
+        """Returns what means of measured arrays are divided by, and the labels of their axes."""
+        is_read, slices = self.encoded.is_read, self.slices()
         roles = self.encoded.token_roles[:, 1:]
-        return np.stack([(roles == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
-
-    def split_weights(self) -> np.ndarray:
-        """Returns which records each of `all` and the splits holds, bool [1 + splits, N]."""
-        own = self.encoded.splits == np.arange(len(self.splits))[:, None]
-        return np.concatenate([np.ones((1, len(self.encoded)), bool), own])
-
-
-def mean_over_reads(
-    values_CxNxQ: np.ndarray, groups_ZxN: np.ndarray, is_read_NxQ: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean over the reads of each group of records, and their number, [C, Z] each.
-
-    Reads whose value is NaN are left out; the mean of none is NaN.
-    """
-    values = values_CxNxQ.astype(np.float64)
-    counted = is_read_NxQ & ~np.isnan(values)
-    totals = np.einsum("cn,zn->cz", np.where(counted, values, 0.0).sum(axis=-1), groups_ZxN)
-    counts = np.einsum("cn,zn->cz", counted.sum(axis=-1), groups_ZxN)
-    return ratio(totals, counts), counts
-
-
-def ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns totals over counts; NaN where nothing counts."""
-    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts != 0)
+        of_role = np.stack([(roles == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
+        n_layers = arrays["mlp/write_norm"].shape[-1]
+        return Counting(
+            is_read=is_read,
+            counts={
+                "reads": is_read.sum(axis=1),
+                "stale": (is_read & (self.encoded.stale_values != PAD_ID)).sum(axis=1),
+                "targets": of_role.sum(axis=1),
+                "role targets": of_role,
+            },
+            groups={
+                "difficulty": np.stack([(self.difficulty == tag)[:, None] & is_read for tag in DIFFICULTIES]),
+                "axis_value": np.stack(list(slices.values())),
+            },
+            labels={
+                "split": [ALL_SPLITS, *self.splits],
+                "stage": list(stage_names(n_layers)),
+                "layer": list(range(n_layers)),
+                "head": list(range(arrays["head/query_attention"].shape[-1])),
+                "ablation": [kind for kind in ABLATIONS if f"head/{kind}/correct" in arrays],
+                "position_role": list(POSITION_ROLES),
+                "target": list(PROBE_TARGETS),
+                "token_role": list(TOKEN_ROLES),
+                "difficulty": list(DIFFICULTIES),
+                "margin_statistic": list(MARGIN_STATISTICS),
+                "axis_value": list(slices),
+            },
+        )

@@ -1,52 +1,26 @@
-"""The rows people read, drawn from a sweep's labelled means: one per checkpoint, head and MLP."""
+"""Draws the rows people read from a sweep's labelled means: one per checkpoint, head and MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.tables import SCHEMA_VERSION
-from kvjax.config.benchmark import HELDOUT_SPLIT
 from kvjax.config.run import BirthThresholds, Stabilization
 from kvjax.measure.between_checkpoints import (
     change_from_previous,
-    places,
     rank_correlation_to_previous,
-    ranking,
     stays_stable,
     turnover_from_previous,
 )
-from kvjax.measure.heads import ATTENTION_MEASURES
-from kvjax.sweeps.probe_index import ALL_SPLITS
+from kvjax.measure.declaration import Measure, RowField, Table
+from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT, row_fields, triggers
+from kvjax.measure.statistics import places, ranking
 
 TOP_COMPONENTS = 8  # how many a row names; the component tables hold all
-BIRTH_SPLIT = "validation_iid"  # the split the thresholds were written for
-
-SPLIT_METRICS = ("answer_accuracy", "answer_margin", "q", "r", "key_selectivity", "recency_selectivity")
-DELTAS = (
-    "answer_accuracy",
-    "answer_margin",
-    "answer_entropy",
-    "answer_confidence",
-    "loss",
-    "q",
-    "r",
-    "key_selectivity",
-    "recency_selectivity",
-)
-
-# Field of the row -> the probe it shows: target, and position (p_e or s_e).
-_PROBE_CELLS = {
-    "probe_query_key": ("query_key", "prediction"),
-    "probe_query_key_at_support": ("query_key", "support"),
-    "probe_support_value": ("value", "support"),
-    "probe_answer_value": ("value", "prediction"),
-    "probe_stale_value": ("stale_value", "prediction"),
-    "probe_stale_value_at_support": ("stale_value", "support"),
-}
 
 _ABLATION_DROPS = ["head_accuracy_drop", "head_margin_drop", "mlp_accuracy_drop", "mlp_margin_drop"]
 _DROP_COLUMNS = ("accuracy_drop", "accuracy_drop_mean", "accuracy_drop_resample")
@@ -64,39 +38,27 @@ def checkpoint_rows(
     thresholds: BirthThresholds,
     stabilization: Stabilization | None,
 ) -> list[Row]:
-    """Returns one row per checkpoint, in step order, ready for `CheckpointRow`.
+    """Draws one row per checkpoint from the means, in step order.
 
     Args:
       dataset: the sweep's means.
       run_name, seed: of the run.
       thresholds: of births.
-      stabilization: limits of stability; None while the run is incomplete, when nothing can be said to last.
+      stabilization: limits of stability; None while the run is incomplete, for its end is not known to be stable.
     """
     whole = dataset.sel(split=ALL_SPLITS)
     steps = dataset["step"].values.tolist()
     splits = [split for split in dataset["split"].values.tolist() if split != ALL_SPLITS]
-    series = {name: whole[name].values for name in DELTAS}
-    series["w"] = series["answer_margin"]
-    series["heldout_answer_accuracy"] = (
-        dataset["answer_accuracy"].sel(split=HELDOUT_SPLIT).values
-        if HELDOUT_SPLIT in splits
-        else np.full(len(steps), np.nan)
-    )
-    deltas = {f"delta_{name}": change_from_previous(values) for name, values in series.items()}
     zero = whole[_ABLATION_DROPS].sel(ablation="zero")
     head_drops, mlp_drops = zero["head_accuracy_drop"].values, zero["mlp_accuracy_drop"].values  # [C, L, H], [C, L]
     flat_heads = head_drops.reshape(len(head_drops), -1)
     rank_correlations = rank_correlation_to_previous(flat_heads)
-    numbers = {
-        **series,
-        **deltas,
-        "token_accuracy": whole["token_accuracy"].values,
+    dynamics = {
         "head_rank_correlation_prev": rank_correlations,
         "mlp_rank_correlation_prev": rank_correlation_to_previous(mlp_drops),
         "head_turnover": turnover_from_previous(flat_heads, max(1, flat_heads.shape[1] // 4)),
         "mlp_turnover": turnover_from_previous(mlp_drops, 1),
     }
-    drifts = whole[["residual_drift", "residual_drift_to_reference"]].sel(position_role="prediction")
     split_metrics = _split_metrics(dataset, splits)
     # Every field as a list over checkpoints: labelled selection by checkpoint would take most of the time.
     columns = {
@@ -104,22 +66,13 @@ def checkpoint_rows(
         "run_name": [run_name] * len(steps),
         "seed": [seed] * len(steps),
         "step": steps,
-        **{name: [_number(value) for value in values] for name, values in numbers.items()},
+        **_declared_fields(dataset),
+        **{name: [_number(value) for value in values] for name, values in dynamics.items()},
         "split_accuracy": [{s: of[s]["answer_accuracy"] for s in splits} for of in split_metrics],
         "split_metrics": split_metrics,
         **_slices(dataset),
-        "difficulty_accuracy": _labelled(dataset["difficulty_accuracy"]),
-        "answer_margin_summary": _labelled(whole["answer_margin_summary"]),
-        "token_role_accuracy": _labelled(whole["token_role_accuracy"]),
         "birth_flags": _birth_flags(dataset, thresholds),
         "stabilized": _stabilized(whole, rank_correlations, stabilization),
-        "lens_answer_accuracy_by_layer": _labelled(whole["lens_answer_accuracy"]),
-        "lens_query_key_accuracy_by_layer": _labelled(whole["lens_query_key_accuracy"]),
-        "lens_support_value_accuracy_by_layer": _labelled(whole["lens_support_value_accuracy"]),
-        "answer_margin_by_layer": _labelled(whole["lens_answer_margin"]),
-        **_probes(whole),
-        "residual_drift_by_layer": _labelled(drifts["residual_drift"]),
-        "residual_drift_to_reference_by_layer": _labelled(drifts["residual_drift_to_reference"]),
         "top_heads_by_ablation": _top(
             ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
         ),
@@ -133,49 +86,53 @@ def checkpoint_rows(
 
 
 def head_rows(dataset: xr.Dataset) -> list[Row]:
-    """Returns one row per checkpoint and head, ready for `HeadRow`; ranks are by accuracy drop, from 1."""
-    whole = dataset.sel(split=ALL_SPLITS)
-    attention = {
-        name if name == "attention_entropy" else f"{name}_mean": whole[f"head_{name}"] for name in ATTENTION_MEASURES
-    }
-    return _component_rows(dataset["step"].values, ("layer", "head"), attention | _effects(whole, "head"))
+    """Draws one row per checkpoint and head from the means; ranks are by accuracy drop, from 1."""
+    return _component_rows(dataset, "heads", ("layer", "head"))
 
 
 def mlp_rows(dataset: xr.Dataset) -> list[Row]:
-    """Returns one row per checkpoint and MLP, ready for `MlpRow`; ranks are by accuracy drop, from 1."""
-    whole = dataset.sel(split=ALL_SPLITS)
-    columns = {
-        "write_norm_mean": whole["mlp_write_norm"].sel(position_role="prediction"),
-        "write_norm_support_mean": whole["mlp_write_norm"].sel(position_role="support"),
-        "answer_margin_delta_mean": whole["mlp_answer_margin_delta"],
-    }
-    return _component_rows(dataset["step"].values, ("layer",), _effects(whole, "mlp") | columns)
+    """Draws one row per checkpoint and MLP from the means; ranks are by accuracy drop, from 1."""
+    return _component_rows(dataset, "mlps", ("layer",))
 
 
-def _effects(whole: xr.Dataset, kind: str) -> dict[str, xr.DataArray | None]:
-    """Returns what ablating the heads or MLPs costs, by every kind of ablation, and what they write to the answer.
-
-    A kind that was not measured is None.
-    """
-    drops: dict[str, xr.DataArray | None] = {}
-    for ablation, suffix in (("zero", ""), ("mean", "_mean"), ("resample", "_resample")):
-        for measure in ("accuracy_drop", "margin_drop"):
-            found = ablation in whole["ablation"].values
-            drops[measure + suffix] = whole[f"{kind}_{measure}"].sel(ablation=ablation) if found else None
-    return {
-        **drops,
-        "direct_logit_attribution": whole[f"{kind}_direct_logit_attribution"],
-        "delta_accuracy_drop": whole[f"{kind}_accuracy_drop_change"].sel(ablation="zero"),
-    }
+def _selected(dataset: xr.Dataset, measure: Measure, field: RowField) -> xr.DataArray | None:
+    """Selects what a field of a row shows, with a dimension `step`; None if it was not measured."""
+    if measure.name not in dataset:
+        return None
+    values = dataset[measure.name]
+    where = ({"split": ALL_SPLITS} if measure.by_split else {}) | dict(field.where)
+    if any(label not in values[axis].values for axis, label in where.items()):
+        return None
+    return values.sel(where)
 
 
-def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[str, xr.DataArray | None]) -> list[Row]:
-    """Returns one row per step and component from columns with dimensions (step, *axes)."""
-    values = {
-        name: None if column is None else column.transpose("step", *axes).values for name, column in columns.items()
-    }
+def _declared_fields(dataset: xr.Dataset) -> dict[str, list[Any]]:
+    """Returns every field of a checkpoint's row that shows a measure, as a list over checkpoints."""
+    fields: dict[str, list[Any]] = {}
+    count = dataset.sizes["step"]
+    for measure, field in row_fields("checkpoint"):
+        values, axes = _selected(dataset, measure, field), measure.shape_in_row(field)
+        if axes:
+            labels = list(map(str, dataset[axes[0]].values))
+            fields[field.name] = [dict.fromkeys(labels) for _ in range(count)] if values is None else _labelled(values)
+            continue
+        series = np.full(count, np.nan) if values is None else values.values
+        fields[field.name] = [_number(value) for value in series]
+        if field.delta:
+            fields[f"delta_{field.name}"] = [_number(value) for value in change_from_previous(series)]
+    return fields
+
+
+def _component_rows(dataset: xr.Dataset, table: Table, axes: tuple[str, ...]) -> list[Row]:
+    """Returns one row per step and component of a table, which has the dimensions (step, *axes)."""
+    values: dict[str, np.ndarray | None] = {}
+    for measure, field in row_fields(table):
+        column = _selected(dataset, measure, field)
+        values[field.name] = None if column is None else column.transpose("step", *axes).values
+        if field.delta:
+            values[f"delta_{field.name}"] = None if column is None else change_from_previous(values[field.name])
     rows = []
-    for c, step in enumerate(steps.tolist()):
+    for c, step in enumerate(dataset["step"].values.tolist()):
         drops = {name: values[name][c] for name in _DROP_COLUMNS if values[name] is not None}
         ranks = {name: places(drop) for name, drop in drops.items()}
         for index in np.ndindex(*values["accuracy_drop"].shape[1:]):
@@ -194,36 +151,18 @@ def _component_rows(steps: np.ndarray, axes: tuple[str, ...], columns: Mapping[s
 
 
 def _disagree(drops: Sequence[float], ranks: Sequence[int]) -> bool:
-    """Returns whether the kinds of ablation tell different stories of a component.
+    """Tells whether the kinds of ablation disagree on a component.
 
-    They do where one kind says it helps and another that it hurts, each by at least `_SIGN_FLOOR`, or where its ranks
-    differ by `_RANK_GAP` or more while some drop is that large.
+    They do if one kind says it helps and another that it hurts, each by at least `_SIGN_FLOOR`. They also do if its
+    ranks differ by `_RANK_GAP` or more while some drop is that large.
     """
     signs = {np.sign(drop) for drop in drops if abs(drop) >= _SIGN_FLOOR}
     matters = max(abs(drop) for drop in drops) >= _SIGN_FLOOR
     return bool(len(signs) > 1 or (matters and max(ranks) - min(ranks) >= _RANK_GAP))
 
 
-def _probes(whole: xr.Dataset) -> dict[str, list[dict[str, float | None]]]:
-    """Returns the trained probes' cells that a row shows, each with its null."""
-    stages = list(map(str, whole["stage"].values))
-
-    def cells(variable: str, **where: str) -> list[dict[str, float | None]]:
-        if variable not in whole:
-            return [dict.fromkeys(stages) for _ in range(whole.sizes["step"])]
-        return _labelled(whole[variable].sel(where))
-
-    fields: dict[str, list[dict[str, float | None]]] = {}
-    for name, (target, position) in _PROBE_CELLS.items():
-        for variable, suffix in (("probe_accuracy", ""), ("probe_null", "_null")):
-            fields[f"{name}{suffix}_by_layer"] = cells(variable, target=target, position_role=position)
-    for variable in ("probe_current_vs_stale", "probe_current_vs_stale_null"):
-        fields[f"{variable}_by_layer"] = cells(variable)
-    return fields
-
-
 def _number(value: Any) -> float | None:
-    """Returns a Python number, or None where the value does not exist."""
+    """Makes a Python number, or None if the value does not exist."""
     value = float(value)
     return value if np.isfinite(value) else None
 
@@ -236,8 +175,12 @@ def _labelled(values: xr.DataArray) -> list[dict[str, float | None]]:
 
 
 def _split_metrics(dataset: xr.Dataset, splits: Sequence[str]) -> list[dict[str, dict[str, float | None]]]:
-    by_metric = {name: _labelled(dataset[name]) for name in SPLIT_METRICS}
-    by_metric["w"] = by_metric["answer_margin"]
+    """Returns, for each checkpoint and split, the measures that are declared to be shown for every split."""
+    by_metric = {
+        field.name: _labelled(dataset[measure.name])
+        for measure, field in row_fields("checkpoint")
+        if measure.split_metric and not field.where
+    }
     return [
         {split: {name: values[c][split] for name, values in by_metric.items()} for split in splits}
         for c in range(dataset.sizes["step"])
@@ -263,10 +206,10 @@ def _slices(dataset: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
 def _birth_flags(dataset: xr.Dataset, thresholds: BirthThresholds) -> list[dict[str, bool | None]]:
     if BIRTH_SPLIT not in dataset["split"].values:
         return [dict.fromkeys(BirthThresholds.model_fields) for _ in range(dataset.sizes["step"])]
-    sources = {"answer_accuracy": "answer_accuracy", "q": "q", "r": "r", "w": "answer_margin"}
+    measure_of = {field.trigger: measure.name for measure, field in triggers()}
     reached = {
-        name: dataset[source].sel(split=BIRTH_SPLIT).values >= getattr(thresholds, name)
-        for name, source in sources.items()
+        name: dataset[measure_of[name]].sel(split=BIRTH_SPLIT).values >= threshold
+        for name, threshold in thresholds.model_dump().items()
     }
     return [{name: bool(of[c]) for name, of in reached.items()} for c in range(dataset.sizes["step"])]
 

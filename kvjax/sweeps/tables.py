@@ -10,14 +10,7 @@ import xarray as xr
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import software_versions
-from kvjax.artifacts.tables import (
-    SCHEMA_VERSION,
-    CheckpointRow,
-    HeadRow,
-    MlpRow,
-    write_datasets,
-    write_rows,
-)
+from kvjax.artifacts.tables import SCHEMA_VERSION, row_schema, write_datasets, write_rows
 from kvjax.devices import device_description
 from kvjax.execution.inputs import PreparedRun
 from kvjax.sweeps.dataset import build_dataset, build_events
@@ -64,9 +57,9 @@ def publish(
         # What lasts until the run's end is known once every checkpoint up to it is in the table.
         stabilization=run.config.evaluation.stabilization if run.complete and steps == list(run.checkpoints) else None,
     )
-    write_rows(run.layout.rows, rows, CheckpointRow)
-    write_rows(run.layout.heads, head_rows(dataset), HeadRow)
-    write_rows(run.layout.mlps, mlp_rows(dataset), MlpRow)
+    write_rows(run.layout.rows, rows, row_schema("checkpoint"))
+    write_rows(run.layout.heads, head_rows(dataset), row_schema("heads"))
+    write_rows(run.layout.mlps, mlp_rows(dataset), row_schema("mlps"))
     groups: list[tuple[str | None, xr.Dataset]] = [
         (None, dataset),
         ("intervals", intervals),

@@ -16,7 +16,7 @@ from kvjax.config.windows import WindowConfig
 from kvjax.errors import unusable
 from kvjax.windows.score_runs import RunFinding, find_in_runs
 from kvjax.windows.summary import births, verdict_sentence, window_entries
-from kvjax.windows.trajectories import BEHAVIOUR, component_drops, run_trajectories
+from kvjax.windows.trajectories import component_drops, needed_events, run_trajectories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,7 @@ def _open(run: RunDir) -> _Swept:
     measured_on = sweep_identity(run)
     path = run.layout.arrays
     means, events = read_sweep_arrays(path)
-    needed = {"split", "is_read", "head_zero_correct", "mlp_zero_correct", *BEHAVIOUR.values()}
-    if missing := sorted(needed - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):
+    if missing := sorted(needed_events() - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):
         raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
     steps = means["step"].values.tolist()
     if steps != measured_on["steps"]:
@@ -97,7 +96,7 @@ def _open(run: RunDir) -> _Swept:
 
 
 def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[str, Any]:
-    components = component_drops(one.means, one.events, config)
+    components = component_drops(one.events, config)
     return {
         "schema_version": SCHEMA_VERSION,
         "run_name": one.run.config.run_name,

@@ -33,7 +33,6 @@ class RunFinding:
       trajectories: of the run.
       verdict: what it comes to.
       windows: in order; none unless the verdict is `windows`.
-      num_tests: number of (gap, metric) pairs scored.
       largest: the shift with the largest score among those that hold, strong enough or not; None if none holds.
       joining: shifts above the threshold of kinds that open no window.
     """
@@ -41,7 +40,6 @@ class RunFinding:
     trajectories: Trajectories
     verdict: Verdict
     windows: tuple[Window, ...]
-    num_tests: int
     largest: Shift | None
     joining: tuple[Shift, ...]
 
@@ -175,7 +173,7 @@ def _finding(
     opens = [getattr(config.triggers, metric.kind).opens_window for metric in run.metrics]
     num_tests = int(np.isfinite(score).sum())
     if len(run.steps) < config.min_checkpoints or not num_tests:
-        return RunFinding(run, "undecidable", (), num_tests, None, ())
+        return RunFinding(run, "undecidable", (), None, ())
     settings = detection_settings(config)
     spread = _range(run.values_CxM)
     every = find_shifts(size, score, holds, spread, threshold=0.0)
@@ -194,7 +192,7 @@ def _finding(
     )
     joining = tuple(shift for shift in shifts if not opens[shift.metric])
     verdict: Verdict = "windows" if windows else "no transition"
-    return RunFinding(run, verdict, tuple(windows), num_tests, largest, joining)
+    return RunFinding(run, verdict, tuple(windows), largest, joining)
 
 
 def _range(values_CxM: np.ndarray) -> np.ndarray:

@@ -9,20 +9,15 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from kvjax.config.benchmark import HELDOUT_SPLIT
 from kvjax.config.windows import WindowConfig
+from kvjax.measure import registry
+from kvjax.measure.registry import BIRTH_SPLIT
+from kvjax.measure.statistics import places
 from kvjax.measure.uncertainty import LEVEL
 from kvjax.windows.group_shifts import Shift, Window
 from kvjax.windows.onset import birth, birth_indices, half_rise_indices, probability_of_preceding
 from kvjax.windows.score_runs import RunFinding, course_steps
-from kvjax.windows.trajectories import Metric, Trajectories
-
-BIRTH_SPLIT = "validation_iid"  # the split the thresholds were written for, and the one an order prefers
-
-# (components (layer, head), drops [C, X], their bootstrap standard deviations [C, X])
-ComponentDrops = tuple[Sequence[tuple[int, int | None]], np.ndarray, np.ndarray]
-
-_BIRTH_METRICS = ("answer_accuracy", "heldout_answer_accuracy", "q", "r", "w", "key_selectivity", "recency_selectivity")
+from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
 
 def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: bool) -> str:
@@ -62,8 +57,10 @@ def births(
       complete: whether the run is finished. Half-rises need its plateau, and are None otherwise.
     """
     entries = {}
-    for name in _BIRTH_METRICS:
-        split = HELDOUT_SPLIT if name == "heldout_answer_accuracy" else BIRTH_SPLIT
+    for measure, field in registry.triggers():
+        if measure.level != "read":
+            continue
+        name, split = field.trigger, field.where.get("split", BIRTH_SPLIT)
         index = _index_of(run.metrics, name, split)
         if index is None:
             continue
@@ -219,20 +216,20 @@ def _components(
     "Before" averages the last checkpoints up to the window's first, "after" the first ones from its last on, "inside"
     those between.
     """
-    names, drops, deviations = components
+    drops = components.drops_CxX
     side = config.side_checkpoints
     before = drops[max(0, window.first - side + 1) : window.first + 1].mean(axis=0)
     inside = drops[window.first + 1 : window.last].mean(axis=0)
     after = drops[window.last : window.last + side].mean(axis=0)
-    ranks = [_ranks(values) for values in (before, inside, after)]
-    above = _first_above_null(drops, deviations)
+    ranks = [places(values) for values in (before, inside, after)]
+    above = _first_above_null(drops, components.deviations_CxX)
     entries = []
     for x in np.argsort(-inside, kind="stable").tolist():
-        layer, head = names[x]
+        component = components.components[x]
         entries.append(
             {
-                "layer": layer,
-                "head": head,
+                "layer": component.layer,
+                "head": component.head,
                 "importance_before": float(before[x]),
                 "importance_inside": float(inside[x]),
                 "importance_after": float(after[x]),
@@ -243,12 +240,6 @@ def _components(
             }
         )
     return entries
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    ranks = np.empty(len(values), int)
-    ranks[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
-    return ranks
 
 
 def _first_above_null(drops_CxX: np.ndarray, deviations_CxX: np.ndarray) -> np.ndarray:

@@ -1,27 +1,20 @@
-"""From a sweep's arrays to trajectories: one number per checkpoint, metric and bootstrap resample."""
+"""Trajectories from a sweep's arrays: one number per checkpoint, metric and bootstrap resample."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xarray as xr
 
-from kvjax.config.benchmark import HELDOUT_SPLIT
 from kvjax.config.windows import WindowConfig
-from kvjax.measure.uncertainty import bootstrap_ratios, resample_counts
+from kvjax.measure import registry
+from kvjax.measure.between_checkpoints import rank_correlation_to_previous
+from kvjax.measure.declaration import Measure, RowField
+from kvjax.measure.sequence_sums import Counting, SequenceSums, sequence_sums, source_names
+from kvjax.measure.uncertainty import resample_counts, resampled_ratios
 from kvjax.model.components import Component
-
-# Name of a behavioural metric -> the values of each read that it averages.
-BEHAVIOUR = {
-    "answer_accuracy": "read_correct",
-    "q": "read_q",
-    "r": "read_r",
-    "w": "read_margin",
-    "key_selectivity": "read_key_selectivity",
-    "recency_selectivity": "read_recency_selectivity",
-}
 
 # The rank order of fewer heads takes too few values to have a level.
 _FEWEST_RANKED_HEADS = 6
@@ -29,17 +22,21 @@ _FEWEST_RANKED_HEADS = 6
 # Cosine drift below this is rounding.
 _SMALLEST_DRIFT = 1e-6
 
+# Triggers watch zero ablation alone.
+_LABELS = {"ablation": ("zero",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What one trajectory is of.
+    """Names a trajectory.
 
     Attributes:
       kind: of trigger, as in the window config.
-      measure: what is measured: its trajectories on the splits share a wobble, and one order entry.
+      measure: metric name without the split. Trajectories of one measure pool their noise estimate across splits and
+        appear once in the order of a window.
       split: the split it is measured on.
-      layer: of a component or None.
-      head: of a head or None.
+      layer: of a component, else None.
+      head: of a head, else None.
     """
 
     kind: str
@@ -56,9 +53,9 @@ class Trajectories:
     Attributes:
       steps: [C] training steps.
       metrics: M of them.
-      values_CxM: NaN where a value does not exist.
-      samples_JxCxM: under resamples of sequences, the same for all checkpoints and metrics. Repeats the values where
-        the sweep stores no per-sequence values (residual drift): such a metric's noise is its wobble alone.
+      values_CxM: NaN if a value does not exist.
+      samples_JxCxM: under resamples of sequences, the same for all checkpoints and metrics. Residual drift has no
+        per-sequence values: its resamples repeat the values, and its noise is its wobble alone.
     """
 
     steps: np.ndarray
@@ -74,8 +71,23 @@ class _Series:
     samples_JxC: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class ComponentDrops:
+    """Accuracy that ablating each of X components costs over the whole probe set.
+
+    Attributes:
+      components: the heads, then the MLPs.
+      drops_CxX: at each checkpoint.
+      deviations_CxX: their bootstrap standard deviations.
+    """
+
+    components: tuple[Component, ...]
+    drops_CxX: np.ndarray
+    deviations_CxX: np.ndarray
+
+
 def run_trajectories(means: xr.Dataset, events: xr.Dataset, config: WindowConfig) -> Trajectories:
-    """Returns a run's trajectories from its sweep.
+    """Makes a run's trajectories from its sweep.
 
     Args:
       means: the sweep's labelled means.
@@ -83,12 +95,12 @@ def run_trajectories(means: xr.Dataset, events: xr.Dataset, config: WindowConfig
       config: number and seed of the resamples.
     """
     splits_N = events["split"].values
-    codes_N = np.unique(splits_N, return_inverse=True)[1]
-    counts_JxN = resample_counts(codes_N, resamples=config.resamples, seed=config.resample_seed)
+    counts_JxN = _resample_counts(events, config)
+    watched = list(_watched_sums(events))
     series: list[_Series] = []
     # In the order of the file, so that equal runs have equal metrics.
     for split in dict.fromkeys(splits_N.tolist()):
-        series.extend(_split_series(means, events, split, np.flatnonzero(splits_N == split), counts_JxN))
+        series.extend(_split_series(means, watched, split, np.flatnonzero(splits_N == split), counts_JxN))
     return Trajectories(
         steps=means["step"].values.astype(np.int64),
         metrics=tuple(one.metric for one in series),
@@ -98,99 +110,110 @@ def run_trajectories(means: xr.Dataset, events: xr.Dataset, config: WindowConfig
 
 
 def pooling_matrix(metrics: tuple[Metric, ...]) -> np.ndarray:
-    """Returns rows that average over the splits of one measure, [M, M]."""
+    """Makes rows that average over the splits of one measure, [M, M]."""
     measures = np.array([metric.measure for metric in metrics])
     same = (measures[:, None] == measures[None, :]).astype(np.float32)
     return same / same.sum(axis=1, keepdims=True)
 
 
-def component_drops(
-    means: xr.Dataset, events: xr.Dataset, config: WindowConfig
-) -> tuple[list[tuple[int, int | None]], np.ndarray, np.ndarray]:
-    """Returns the accuracy every head's and MLP's ablation costs over the whole probe set.
-
-    Returns:
-      The components (layer, head or None), their drops [C, X], and the drops' bootstrap standard deviations [C, X].
-    """
-    codes_N = np.unique(events["split"].values, return_inverse=True)[1]
-    counts_JxN = resample_counts(codes_N, resamples=config.resamples, seed=config.resample_seed)
-    everyone = np.arange(len(codes_N))
-    reads_N = events["is_read"].values.sum(axis=1).astype(float)
+def component_drops(events: xr.Dataset, config: WindowConfig) -> ComponentDrops:
+    """Measures the accuracy that every head's and MLP's ablation costs over the whole probe set."""
+    counts_JxN = _resample_counts(events, config)
+    everyone = np.arange(counts_JxN.shape[1])
     components, drops, deviations = [], [], []
-    for _, layer, head, lost_CxN in _ablations(events, everyone):
-        samples = _resampled(lost_CxN, np.broadcast_to(reads_N, lost_CxN.shape), counts_JxN)
-        components.append((layer, head))
-        drops.append(lost_CxN.sum(axis=1) / reads_N.sum())
-        deviations.append(samples.std(axis=0))
-    return components, np.stack(drops, axis=1), np.stack(deviations, axis=1)
+    for sums in _watched_sums(events):
+        if sums.measure.level in ("head", "mlp"):
+            for component, values_C, samples_JxC in _components(sums, everyone, counts_JxN):
+                components.append(component)
+                drops.append(values_C)
+                deviations.append(samples_JxC.std(axis=0))
+    return ComponentDrops(tuple(components), np.stack(drops, axis=1), np.stack(deviations, axis=1))
+
+
+def needed_events() -> set[str]:
+    """Names the variables of the events that trajectories are made from."""
+    return {"split", "is_read", *map(_variable, _watched_sources())}
+
+
+def _watched_sources() -> set[str]:
+    """Names the measured arrays of every ratio that a trigger watches, and of the clean values it is compared with."""
+    sources: set[str] = set()
+    for measure, _ in registry.triggers():
+        if measure.is_ratio:
+            sources.update(source_names(measure, _LABELS))
+            if measure.lost_from is not None:
+                sources.update(registry.declared(measure.lost_from).sources)
+    return sources
+
+
+def _variable(source: str) -> str:
+    return source.replace("/", "_")
+
+
+def _watched_sums(events: xr.Dataset) -> Iterator[SequenceSums]:
+    """Forms the sums of every ratio that a trigger watches, as the sweep formed them."""
+    is_read = events["is_read"].values.astype(bool)
+    counting = Counting(is_read, counts={"reads": is_read.sum(axis=1)}, groups={}, labels=_LABELS)
+    arrays = {source: events[_variable(source)].values for source in _watched_sources()}
+    for measure in dict.fromkeys(measure.name for measure, _ in registry.triggers() if measure.is_ratio):
+        sums = sequence_sums(registry.declared(measure), arrays, counting)
+        assert sums is not None  # every array it needs is among the sources above
+        yield sums
+
+
+def _resample_counts(events: xr.Dataset, config: WindowConfig) -> np.ndarray:
+    codes_N = np.unique(events["split"].values, return_inverse=True)[1]
+    return resample_counts(codes_N, resamples=config.resamples, seed=config.resample_seed)
 
 
 def _split_series(
-    means: xr.Dataset, events: xr.Dataset, split: str, members: np.ndarray, counts_JxN: np.ndarray
+    means: xr.Dataset, watched: Sequence[SequenceSums], split: str, members: np.ndarray, counts_JxN: np.ndarray
 ) -> Iterator[_Series]:
-    counts = counts_JxN[:, members]
-    is_read = events["is_read"].values[members]
-    reads_N = is_read.sum(axis=1).astype(float)
-
-    def ratio(metric: Metric, sums_CxN: np.ndarray, totals_CxN: np.ndarray) -> _Series:
-        totals = totals_CxN.sum(axis=1)
-        values = np.divide(sums_CxN.sum(axis=1), totals, out=np.full(len(totals), np.nan), where=totals > 0)
-        return _Series(metric, values, _resampled(sums_CxN, totals_CxN, counts))
-
-    for measure, source in BEHAVIOUR.items():
-        values = events[source].values[:, members].astype(float)
-        counted = is_read & ~np.isnan(values)
-        name = measure
-        if measure == "answer_accuracy" and split == HELDOUT_SPLIT:
-            name = "heldout_answer_accuracy"
-        sums = np.where(counted, values, 0.0).sum(axis=2)
-        yield ratio(Metric(name, name, split), sums, counted.sum(axis=2).astype(float))
-    head_samples, head_values = [], []
-    for kind, layer, head, lost_CxN in _ablations(events, members):
-        measure = f"{kind}.{Component(layer, head)}"
-        one = ratio(Metric(kind, measure, split, layer, head), lost_CxN, np.broadcast_to(reads_N, lost_CxN.shape))
-        yield one
-        if head is not None:
-            head_values.append(one.values_C)
-            head_samples.append(one.samples_JxC)
+    head_values, head_samples = [], []
+    for sums in watched:
+        field = _field_on(sums.measure, split)
+        if sums.measure.level not in ("head", "mlp"):
+            values, samples = resampled_ratios(counts_JxN[:, members], *sums.of_sequences(members))
+            yield _Series(Metric(field.trigger, field.trigger, split), values, samples)
+            continue
+        for component, values, samples in _components(sums, members, counts_JxN):
+            name = f"{field.trigger}.{component}"
+            yield _Series(Metric(field.trigger, name, split, component.layer, component.head), values, samples)
+            if not component.is_mlp:
+                head_values.append(values)
+                head_samples.append(samples)
     if len(head_values) >= _FEWEST_RANKED_HEADS:
         metric = Metric("head_rank_correlation", "head_rank_correlation", split)
-        values, samples = (_rank_correlation_to_previous(np.stack(x, axis=-1)) for x in (head_values, head_samples))
+        values, samples = (rank_correlation_to_previous(np.stack(x, axis=-1)) for x in (head_values, head_samples))
         yield _Series(metric, values, samples)
+    yield from _drift_series(means, split, resamples=len(counts_JxN))
+
+
+def _drift_series(means: xr.Dataset, split: str, *, resamples: int) -> Iterator[_Series]:
+    """Yields the log drift per step of every stage but the embedding, which repeats its values as resamples."""
     steps = means["step"].values.astype(float)
     drift = means["residual_drift"].sel(split=split, position_role="prediction")
     for stage in drift["stage"].values.tolist()[1:]:  # the embedding of p_e's own token says little
         per_step = np.full(len(steps), np.nan)
         per_step[1:] = np.log10(np.maximum(drift.sel(stage=stage).values[1:], _SMALLEST_DRIFT) / np.diff(steps))
         metric = Metric("residual_drift", f"residual_drift.{stage}", split)
-        yield _Series(metric, per_step, np.broadcast_to(per_step, (len(counts), len(steps))))
+        yield _Series(metric, per_step, np.broadcast_to(per_step, (resamples, len(steps))))
 
 
-def _ablations(events: xr.Dataset, members: np.ndarray) -> Iterator[tuple[str, int, int | None, np.ndarray]]:
-    """Yields kind, layer, head and the right answers that each zero ablation costs each sequence, [C, N]."""
-    is_read = events["is_read"].values[members]
-    clean_CxN = np.where(is_read, events["read_correct"].values[:, members], 0).sum(axis=2).astype(float)
-    heads = events["head_zero_correct"].values[:, members]
-    for layer, head in np.ndindex(*heads.shape[2:]):
-        yield "head_accuracy_drop", layer, head, clean_CxN - heads[:, :, layer, head]
-    mlps = events["mlp_zero_correct"].values[:, members]
-    for layer in range(mlps.shape[2]):
-        yield "mlp_accuracy_drop", layer, None, clean_CxN - mlps[:, :, layer]
+def _field_on(measure: Measure, split: str) -> RowField:
+    """Picks the watched field of a measure: the one for this split alone if there is one, else the one for all."""
+    watched = [field for field in measure.fields if field.trigger is not None]
+    return next((field for field in watched if field.where.get("split") == split), watched[0])
 
 
-def _resampled(sums_CxN: np.ndarray, totals_CxN: np.ndarray, counts_JxN: np.ndarray) -> np.ndarray:
-    return bootstrap_ratios(counts_JxN, sums_CxN.T, totals_CxN.T)
-
-
-def _rank_correlation_to_previous(drops_XxCxH: np.ndarray) -> np.ndarray:
-    """Returns Spearman's correlation of heads' drops with the previous checkpoint's, [..., C]; the first is NaN."""
-    from scipy import stats  # most of a second to import, and every command imports this module
-
-    ranks = stats.rankdata(drops_XxCxH, axis=-1)
-    centred = ranks - ranks.mean(axis=-1, keepdims=True)
-    norm = np.sqrt((centred**2).sum(axis=-1))
-    product = (centred[..., 1:, :] * centred[..., :-1, :]).sum(axis=-1)
-    scale = norm[..., 1:] * norm[..., :-1]
-    correlations = np.full(norm.shape, np.nan)
-    correlations[..., 1:] = np.divide(product, scale, out=np.full(scale.shape, np.nan), where=scale > 0)
-    return correlations
+def _components(
+    sums: SequenceSums, members: np.ndarray, counts_JxN: np.ndarray
+) -> Iterator[tuple[Component, np.ndarray, np.ndarray]]:
+    """Yields each component with the accuracy its zero ablation costs: values [C] and resamples [J, C]."""
+    whole, counts = sums.of_sequences(members)
+    costs = whole[:, :, _LABELS["ablation"].index("zero")]  # [C, N, L] or [C, N, L, H]
+    for index in np.ndindex(*costs.shape[2:]):
+        values, samples = resampled_ratios(
+            counts_JxN[:, members], costs[:, :, *index], counts.reshape(counts.shape[:2])
+        )
+        yield Component(*index), values, samples

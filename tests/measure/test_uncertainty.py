@@ -8,13 +8,19 @@ import scipy.stats
 from kvjax.measure.uncertainty import (
     DIFFERENCE_OF_RATES,
     RATE,
-    bootstrap_ratios,
     interval,
     percentile_interval,
     resample_counts,
+    resampled_ratios,
     wilson_interval,
 )
 from tests.helpers.scores import score_interval
+
+
+def resampled(counts, sums, totals):
+    """Returns the ratios of one checkpoint under every resample, [K, X]."""
+    _, samples = resampled_ratios(counts, sums[None], totals[None])
+    return samples[:, 0]
 
 
 def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():
@@ -29,7 +35,7 @@ def test_ratios_are_those_of_the_drawn_sequences():
     rng = np.random.default_rng(0)
     counts = resample_counts(np.zeros(6, int), resamples=20, seed=1)
     sums, totals = rng.random((6, 3)), rng.integers(0, 4, (6, 3)).astype(float)
-    ours = bootstrap_ratios(counts, sums, totals)
+    ours = resampled(counts, sums, totals)
     for k, drawn in enumerate(counts.astype(int)):
         rows = np.repeat(np.arange(6), drawn)
         for x in range(3):
@@ -43,7 +49,7 @@ def test_the_interval_of_a_mean_has_the_width_theory_gives():
     rng = np.random.default_rng(5)
     right = np.repeat(rng.random(400) < 0.3, 1)[:, None] * 7.0
     counts = resample_counts(np.zeros(400, int), resamples=4000, seed=2)
-    low, high = percentile_interval(bootstrap_ratios(counts, right, np.full((400, 1), 7.0)))
+    low, high = percentile_interval(resampled(counts, right, np.full((400, 1), 7.0)))
     rate = right.mean() / 7
     expected = 2 * 1.96 * np.sqrt(rate * (1 - rate) / 400)
     assert abs((high - low)[0] / expected - 1) < 0.08
@@ -76,7 +82,7 @@ def test_rates_on_which_all_resamples_agree_get_wilson_bounds():
 def test_the_interval_of_a_rare_rate_is_that_of_as_many_trials_as_sequences_that_agree():
     right = np.zeros((96, 1))
     right[0] = 7.0  # all of one sequence's reads, none of another's
-    samples = bootstrap_ratios(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
+    samples = resampled(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
     _, high = interval(right.mean(axis=0) / 7, samples, 96, bounds=RATE)
     theirs = scipy.stats.binomtest(1, 96).proportion_ci(method="wilson").high
     assert percentile_interval(samples)[1] < 0.8 * theirs
@@ -87,7 +93,7 @@ def test_a_read_here_and_there_counts_as_a_sequence():
     """Two sequences with one right read each do not show that reads of a sequence are independent."""
     right = np.zeros((96, 1))
     right[[3, 50]] = 1.0
-    samples = bootstrap_ratios(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
+    samples = resampled(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
     _, high = interval(right.mean(axis=0) / 7, samples, 96, bounds=RATE)
     np.testing.assert_allclose(high, score_interval(2 / 672, 96)[1], rtol=1e-5)
 

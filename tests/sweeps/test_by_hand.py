@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from kvjax.config.run import BirthThresholds, Stabilization
+from kvjax.measure import registry
 from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
-from kvjax.measure.heads import ATTENTION_MEASURES
 from kvjax.sweeps.dataset import build_dataset
 from kvjax.sweeps.intervals import build_intervals
-from kvjax.sweeps.probe_index import LENS_MEANS, ProbeIndex
+from kvjax.sweeps.probe_index import ProbeIndex
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
@@ -67,10 +67,11 @@ def arrays(probe):
         "state/prediction": np.array([[[[1, 0]] * 4, [[0, 1]] * 4], [[[0, 1]] * 4, [[0, 1]] * 4]], float),
         "state/support": np.array([[[[1, 0]] * 4, [[1, 0]] * 4]] * 2, float),
     }
-    for index, (source, _, _) in enumerate(LENS_MEANS.values()):
+    lens = [m.sources[0] for m in registry.MEASURES if m.name.startswith("lens_")]
+    for index, source in enumerate(lens):
         arrays[source] = np.stack([np.tile(stages, (2, 1)), np.tile(stages + index, (2, 1))]).astype(np.float32)
-    for name in ATTENTION_MEASURES:
-        arrays[f"head/{name}"] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
+    for measure in registry.computed("head"):
+        arrays[measure.sources[0]] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
     for term in WHOLE_TERMS:
         arrays[f"attribution/{term}"] = both([[3, 4], [6, 8]])
     for term in LAYER_TERMS:

@@ -6,9 +6,10 @@ import pytest
 from benchmarks.window_calibration import Noise, Truth, measure, simulate
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
+from kvjax.model.components import Component
 from kvjax.windows.score_runs import find_in_runs
 from kvjax.windows.summary import births, verdict_sentence, window_entries
-from kvjax.windows.trajectories import Metric, Trajectories
+from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
 NOISE = Noise(autocorrelation=0.5, wobble_share=0.6)
 
@@ -91,7 +92,7 @@ def formed(config):
     run = hand_made({"r": EARLY, "answer_accuracy": LATE, "q": NOTHING}, steps=STEPS)
     (found,) = find_in_runs([run], config)
     drops = np.stack([np.zeros(10), np.array(LATE) * 0.5, np.array(LATE[::-1]) * 0.4], axis=1)
-    parts = ([(0, 0), (0, 1), (0, None)], drops, np.full_like(drops, 0.01))
+    parts = ComponentDrops((Component(0, 0), Component(0, 1), Component(0)), drops, np.full_like(drops, 0.01))
     return found, window_entries(found, parts, config)
 
 
