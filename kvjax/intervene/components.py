@@ -26,7 +26,7 @@ from kvjax.intervene.necessity import (
 from kvjax.intervene.neurons import head_spectra, neuron_effects
 from kvjax.intervene.pair_runs import measuring
 from kvjax.intervene.recovery import means_per_read, recoveries
-from kvjax.measure.between_checkpoints import places
+from kvjax.measure.statistics import places
 from kvjax.model.components import all_components
 from kvjax.model.transforms import over_checkpoints
 from kvjax.task.encoding import bucket_by_length
