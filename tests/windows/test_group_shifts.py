@@ -23,25 +23,29 @@ def windows(shifts, *, opens=None, kinds=None, courses=None, steps=STEPS):
     return find_windows(shifts, courses, kinds, opens, steps=steps, num_tests=900, settings=SETTINGS)
 
 
-def test_one_metric_needs_more_than_several_together():
+def test_corroboration():
+    """Three metrics together, or one with a high score, make a window; two weak ones do not."""
     assert windows([shift(0, 5), shift(1, 5)]) == []
     assert [w.gap for w in windows([shift(0, 5), shift(1, 5), shift(2, 5)])] == [5]
     assert [w.gap for w in windows([shift(0, 5, score=7.5)])] == [5]
 
 
-def test_metrics_in_touching_gaps_corroborate_each_other_and_distant_ones_do_not():
+def test_corroboration_across_gaps():
+    """Metrics in touching gaps corroborate each other; distant ones do not."""
     assert [w.gap for w in windows([shift(0, 5), shift(1, 6), shift(2, 5)])] == [5]
     assert windows([shift(0, 5), shift(1, 8), shift(2, 11)]) == []
 
 
-def test_a_kind_counts_once_in_the_choice_of_the_centre():
+def test_centre_with_many_of_one_kind():
+    """A kind counts once in the choice of the centre, however many metrics of it move."""
     many_of_one = [shift(i, 6, relative=0.9) for i in range(3)]
     two_kinds = [shift(3, 5, relative=0.6), shift(4, 5, relative=0.6)]
     (window,) = windows([*many_of_one, *two_kinds], kinds=["a", "a", "a", "b", "c"])
     assert window.gap == 5 and len(window.shifts) == 5
 
 
-def test_what_cannot_open_a_window_joins_one_and_makes_none():
+def test_kinds_that_open_no_window():
+    """Metrics of such kinds join a window of others, but make none of their own."""
     closed = [False] * 3 + [True] * 17
     drifts = [shift(0, 5, score=30.0), shift(1, 5), shift(2, 5)]
     assert windows(drifts, opens=closed) == []
@@ -49,7 +53,8 @@ def test_what_cannot_open_a_window_joins_one_and_makes_none():
     assert window.shifts[0].metric == 0 and len(window.shifts) == 6
 
 
-def test_a_quiet_gap_keeps_windows_apart_and_a_busy_stretch_makes_them_one():
+def test_windows_with_a_quiet_gap_between():
+    """A quiet gap keeps two windows apart; movement at every gap between makes them one."""
     early, late = [shift(i, 5) for i in range(3)], [shift(i, 8) for i in range(3, 6)]
     assert [w.gap for w in windows([*early, *late])] == [5, 8]
     between = [shift(i, 8, first=6, last=8) for i in range(6, 9)]
@@ -57,7 +62,8 @@ def test_a_quiet_gap_keeps_windows_apart_and_a_busy_stretch_makes_them_one():
     assert (window.first, window.last) == (5, 10) and len(window.shifts) == 9
 
 
-def test_what_leads_up_to_a_much_larger_movement_is_a_window_of_its_own_cut_where_that_begins():
+def test_window_of_a_lead_up():
+    """A lead-up to a much larger movement is a window of its own, cut where the larger begins."""
     small = [shift(i, 5, first=4, last=6, relative=0.2) for i in range(3)]
     large = [shift(i, 8, first=7, last=9, relative=0.9) for i in range(3, 9)]
     courses = [[550, 900]] * 3 + [[790, 1100]] * 6
@@ -69,7 +75,8 @@ def test_what_leads_up_to_a_much_larger_movement_is_a_window_of_its_own_cut_wher
     assert (STEPS[late.first], STEPS[late.last]) == (700, 1100)
 
 
-def test_the_extent_is_the_fastest_metrics_course_and_one_checkpoint_to_each_side_of_the_centre():
+def test_extent_of_a_window():
+    """A window covers its fastest metric's course, and one checkpoint on each side of its centre."""
     group = [shift(0, 9, relative=0.9), shift(1, 9), shift(2, 9)]
     # Alone the gap 9: its checkpoints are 9 and 10, the centre is 10.
     (window,) = windows(group)
@@ -79,19 +86,22 @@ def test_the_extent_is_the_fastest_metrics_course_and_one_checkpoint_to_each_sid
     assert (STEPS[window.first], STEPS[window.last]) == (600, 1400)
 
 
-def test_the_extent_stays_inside_the_run():
+def test_extent_at_the_end_of_a_run():
+    """A window ends with the run's last checkpoint at the latest."""
     group = [shift(i, 18) for i in range(3)]
     (window,) = windows(group)
     assert window.last == 19
 
 
-def test_more_tests_raise_the_thresholds_fewer_do_not_lower_them():
+def test_thresholds_by_number_of_tests():
+    """More tests raise both thresholds by one factor; fewer do not lower them."""
     assert scaled_thresholds(100, SETTINGS) == (4.5, 7.0)
     together, alone = scaled_thresholds(500_000, SETTINGS)
     assert 4.5 < together < 6 and together / 4.5 == pytest.approx(alone / 7.0)
 
 
-def test_neighbouring_gaps_of_one_direction_are_one_shift():
+def test_shift_over_neighbouring_gaps():
+    """Neighbouring gaps of one direction are one shift; a change of sign or a pause ends it."""
     holds = np.array([[1, 1, 1, 0, 1, 1]], bool).T
     size = np.array([[1, 3, -2, 9, 1, 2.0]]).T
     score = np.full_like(size, 6.0)

@@ -21,18 +21,21 @@ def config():
 
 
 @pytest.mark.parametrize("kind", ["flat", "spike"])
-def test_runs_in_which_nothing_stays_changed_have_no_windows(config, kind):
+def test_flat_runs_and_spikes(config, kind):
+    """Runs in which no change lasts get almost no windows."""
     # Of a method that errs in 1 % of runs, 1 in 130 such samples of 40 would hold 3 or more.
     row = measure(16, NOISE, Truth(kind, 20.0), config, runs=40, seed=1)
     assert row["runs_with_windows"] <= 2
 
 
-def test_large_shifts_are_found_within_a_checkpoint(config):
+def test_large_shifts(config):
+    """Nearly all large shifts are found within a checkpoint, with few false windows."""
     row = measure(16, NOISE, Truth("shift", 9.0), config, runs=40, seed=2)
     assert row["found"] >= 38 and row["runs_with_false_windows"] <= 2
 
 
-def test_runs_together_are_runs_alone_whatever_their_lengths(config):
+def test_runs_of_different_lengths_together(config):
+    """Runs searched together give what each gives alone, whatever their lengths."""
     rng = np.random.default_rng(3)
     runs = [simulate(rng, length, NOISE, Truth("shift", 9.0), config)[0] for length in (9, 16, 12)]
     together = find_in_runs(runs, config)
@@ -43,7 +46,8 @@ def test_runs_together_are_runs_alone_whatever_their_lengths(config):
         ]
 
 
-def test_a_run_found_while_it_grows_is_the_run_found_at_once(config):
+def test_growing_run(config):
+    """A growing run is undecidable, then without transition, then has the window of the whole run."""
     run, (gap,) = simulate(np.random.default_rng(4), 16, NOISE, Truth("shift", 12.0), config)
 
     def until(n):
@@ -56,7 +60,8 @@ def test_a_run_found_while_it_grows_is_the_run_found_at_once(config):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_few_checkpoints_are_undecidable_and_say_why(config, length):
+def test_too_few_checkpoints(config, length):
+    """A run of 1 to 3 checkpoints is undecidable, and the reason says so."""
     run, _ = simulate(np.random.default_rng(5), 8, NOISE, Truth("flat"), config)
     short = Trajectories(run.steps[:length], run.metrics, run.values_CxM[:length], run.samples_JxCxM[:, :length])
     (found,) = find_in_runs([short], config)
@@ -64,7 +69,8 @@ def test_few_checkpoints_are_undecidable_and_say_why(config, length):
     assert found.verdict == "undecidable" and f"{length} measured checkpoint" in sentence and "4 in all" in sentence
 
 
-def test_a_flat_run_says_what_came_closest(config):
+def test_reason_of_a_flat_run(config):
+    """The reason for no transition says that no shift is strong enough so far."""
     run, _ = simulate(np.random.default_rng(6), 24, NOISE, Truth("flat"), config)
     (found,) = find_in_runs([run], config)
     assert found.verdict == "no transition"
@@ -73,7 +79,7 @@ def test_a_flat_run_says_what_came_closest(config):
 
 
 def hand_made(courses, *, steps, wobble=0.004, splits=("validation_iid", "heldout_pairs", "counterfactual")):
-    """Returns trajectories that follow given curves, with resamples that differ by a little."""
+    """Builds trajectories that follow given curves, with resamples that differ by a little."""
     rng = np.random.default_rng(7)
     metrics = [Metric(name, name, split) for name in courses for split in splits]
     values = np.stack([courses[metric.measure] for metric in metrics], axis=1).astype(float)
@@ -96,7 +102,8 @@ def formed(config):
     return found, window_entries(found, parts, config)
 
 
-def test_the_order_of_metrics_is_the_order_of_the_curves(formed):
+def test_order_of_metrics(formed):
+    """Metrics are ordered as their hand-made curves rise."""
     _, (window,) = formed
     order = {entry["metric"]: entry for entry in window["order"]}
     assert list(order) == ["r", "answer_accuracy"]
@@ -112,7 +119,8 @@ def test_the_order_of_metrics_is_the_order_of_the_curves(formed):
     assert pair == {"first": "r", "second": "answer_accuracy", "probability": 1.0}
 
 
-def test_the_window_holds_what_moved_and_its_centre_is_a_checkpoint_inside(formed):
+def test_window_entry(formed):
+    """A window lists its steps and triggers, and its centre lies inside it."""
     found, (window,) = formed
     assert window["steps"] == STEPS[found.windows[0].first : found.windows[0].last + 1].tolist()
     assert window["start_step"] < window["center_step"] < window["end_step"]
@@ -120,7 +128,8 @@ def test_the_window_holds_what_moved_and_its_centre_is_a_checkpoint_inside(forme
     assert all(trigger["step"] in STEPS for trigger in window["triggers"])
 
 
-def test_components_are_ranked_before_inside_and_after(formed):
+def test_ranks_of_components(formed):
+    """Components have a rank before, inside and after a window."""
     _, (window,) = formed
     parts = {(part["layer"], part["head"]): part for part in window["components"]}
     grows, shrinks, idle = parts[0, 1], parts[0, None], parts[0, 0]
@@ -133,7 +142,8 @@ def test_components_are_ranked_before_inside_and_after(formed):
     assert inside == sorted(inside, reverse=True)
 
 
-def test_births_with_thresholds_half_rises_and_censoring(config):
+def test_births_of_a_run(config):
+    """Births, half-rises and censoring follow from hand-made curves."""
     late = [0, 0, 0, 0, 0, 0, 0, 0, 0.95, 0.95]
     run = hand_made({"r": EARLY, "answer_accuracy": late, "q": NOTHING, "key_selectivity": LATE}, steps=STEPS)
     thresholds = {"r": 0.4, "answer_accuracy": 0.9, "q": 0.9}
@@ -150,14 +160,16 @@ def test_births_with_thresholds_half_rises_and_censoring(config):
     assert unfinished["r"]["step"] == 400
 
 
-def test_a_birth_that_some_resamples_miss_has_an_open_interval(config):
+def test_birth_missed_by_some_resamples(config):
+    """A birth that some resamples miss has an interval without an upper end."""
     run = hand_made({"r": [0] * 7 + [0.5, 0.5, 0.5]}, steps=STEPS)
     run.samples_JxCxM[:10, :, 0] = 0.0
     found = births(run, thresholds={"r": 0.4}, config=config, complete=True)
     assert found["r"]["step"] == 1200 and found["r"]["interval"] == (1200, None)
 
 
-def test_residual_drift_alone_makes_no_window(config):
+def test_residual_drift_alone(config):
+    """Shifts of residual drift alone make no window."""
     stages = [f"residual_drift.layer_{i}_post_mlp" for i in range(4)]
     metrics = tuple(
         [Metric("residual_drift", stage, "validation_iid") for stage in stages]

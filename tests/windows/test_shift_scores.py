@@ -42,30 +42,35 @@ def column(*values):
 
 
 def test_level_shift_by_hand():
+    """Sizes are averages after minus averages before, of fewer checkpoints at the edges."""
     shift, n_before, n_after = level_shifts(jnp.asarray(column(1, 2, 3, 10, 20, 60)), side=3)
     np.testing.assert_allclose(shift[:, 0], [5 - 1, 11 - 1.5, 30 - 2, 40 - 5, 60 - 11])
     assert n_before[:, 0].tolist() == [1, 2, 3, 3, 3] and n_after[:, 0].tolist() == [3, 3, 3, 2, 1]
 
 
-def test_level_shift_leaves_missing_values_out():
+def test_level_shift_with_missing_values():
+    """A missing value counts on neither side."""
     shift, n_before, _ = level_shifts(jnp.asarray(column(1, np.nan, 3, 10, 20, 60)), side=3)
     assert float(shift[2, 0]) == 30 - 2 and int(n_before[2, 0]) == 2
 
 
-def test_a_step_holds_at_its_own_gap_alone():
+def test_step():
+    """A step holds at its own gap alone."""
     found = scores(column(0, 0, 0, 0, 1, 1, 1, 1))
     assert np.flatnonzero(found.holds[:, 0]).tolist() == [3]
     assert found.size[3, 0] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("at", range(9))
-def test_a_spike_holds_nowhere_wherever_it_is(at):
+def test_spike(at):
+    """A spike holds at no gap, at whichever checkpoint it is."""
     values = np.zeros((9, 1))
     values[at] = 5.0
     assert not scores(values).holds.any()
 
 
 def test_directions_and_floor():
+    """A shift in the wrong direction or below the floor does not hold."""
     rise, fall = column(0, 0, 0, 1, 1, 1), column(1, 1, 1, 0, 0, 0)
     assert scores(rise, direction=1.0).holds.any() and not scores(fall, direction=1.0).holds.any()
     assert scores(fall, direction=-1.0).holds.any() and not scores(rise, direction=-1.0).holds.any()
@@ -73,19 +78,22 @@ def test_directions_and_floor():
     assert not scores(rise, floor=1.01).holds.any()
 
 
-def test_edges_without_enough_checkpoints_are_not_scored():
+def test_gaps_at_the_edges():
+    """Gaps without enough checkpoints on a side have no score."""
     found = scores(column(0, 1, 1, 1, 1, 2))
     assert np.isnan(found.score[[0, 4], 0]).all() and not found.holds[[0, 4]].any()
 
 
-def test_a_ramp_is_no_shift_however_steep_and_however_many_steps_are_missing():
+def test_ramp_with_missing_steps():
+    """A ramp is not a shift, however steep and however many of its steps are missing."""
     steps = np.array([0, 100, 200, 300, 2000, 2100, 2200, 2300, 2400])
     assert not scores(0.01 * steps[:, None], steps=steps).holds.any()
     # By index, not by step, the same values jump where checkpoints are missing.
     assert scores(0.01 * steps[:, None]).holds.any()
 
 
-def test_a_step_on_a_ramp_keeps_its_own_size():
+def test_step_on_a_ramp():
+    """A step on a ramp keeps its own size."""
     steps = np.arange(20) * 50.0
     values = 0.002 * steps + (steps >= 500)
     found = scores(values[:, None], steps=steps)
@@ -93,7 +101,8 @@ def test_a_step_on_a_ramp_keeps_its_own_size():
     assert found.size[9, 0] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_steady_drift_of_standing_still_twice_is_none():
+def test_steady_drift():
+    """A step between two flat stretches has no steady drift; a ramp has its slope."""
     steps = jnp.arange(10) * 10.0
     assert float(steady_drift(jnp.asarray(column(*[0] * 5, *[1] * 5)), steps)[0]) == 0.0
     assert float(steady_drift(3.0 * steps[:, None], steps)[0]) == pytest.approx(3.0)
@@ -108,7 +117,8 @@ def wobble(values, steps=None, settings=SETTINGS, shifted=None, of_metrics=None)
     return np.sqrt(np.asarray(compiled(values, steps, shifted, of_metrics, settings=settings)))
 
 
-def test_wobble_of_white_noise_is_its_deviation_also_at_uneven_steps():
+def test_wobble_of_white_noise():
+    """The wobble of white noise is its standard deviation, at even and uneven steps."""
     rng = np.random.default_rng(0)
     noise = 0.3 * rng.standard_normal((120, 100))
     settings = dataclasses.replace(SETTINGS, wobble_lags=(1,), wobble_radius=400, prior_weight=1e-6)
@@ -116,7 +126,8 @@ def test_wobble_of_white_noise_is_its_deviation_also_at_uneven_steps():
     assert found.mean() == pytest.approx(0.3, rel=0.05)
 
 
-def test_wobble_does_not_count_the_gaps_own_step_nor_a_known_one():
+def test_wobble_beside_steps():
+    """Wobble counts neither the gap's own step nor a known one."""
     # Values alternate by 0.1 around two levels: the deviation from the neighbours' line is 0.1 / sqrt(1.5).
     values = 0.05 * (-1.0) ** np.arange(24)[:, None]
     values[12:] += 1.0
@@ -128,21 +139,24 @@ def test_wobble_does_not_count_the_gaps_own_step_nor_a_known_one():
     assert wobble(values, settings=dataclasses.replace(settings, wobble_radius=3), shifted=shifted)[13, 0] > 2 * known
 
 
-def test_few_checkpoints_keep_the_expected_wobble_and_many_quiet_ones_lower_it():
+def test_expected_wobble():
+    """With few checkpoints the expected wobble stands; many quiet ones lower it."""
     assert wobble(np.zeros((4, 1)))[1, 0] == pytest.approx(0.02)
     many = wobble(np.zeros((40, 1)))[20, 0]
     # 4 expected observations of 0.02 beside 0.37 of each of the 24, 21 or 18 seen at a lag: the fewest decide.
     assert 0.02 * np.sqrt(4 / (4 + 0.37 * 24)) < many < 0.02 * np.sqrt(4 / (4 + 0.37 * 15))
 
 
-def test_wobble_is_pooled_over_the_splits_of_a_measure():
+def test_pooled_wobble():
+    """Wobble is pooled over the splits of a measure."""
     rng = np.random.default_rng(1)
     values = np.stack([np.zeros(40), 0.5 * rng.standard_normal(40)], axis=1)
     together = traits(2).replace(pooling=jnp.full((2, 2), 0.5))
     assert (wobble(values, of_metrics=together)[:, 0] > 5 * wobble(values)[:, 0]).all()
 
 
-def test_a_first_shift_does_not_hide_a_second():
+def test_two_shifts():
+    """A first shift does not count as the wobble of a second."""
     # Alone in its run, either step has the same score: neither is the other's wobble.
     both, second = (np.zeros((12, 1)), np.zeros((12, 1)))
     both[3:] += 1.0
@@ -153,7 +167,8 @@ def test_a_first_shift_does_not_hide_a_second():
     assert found.score[6, 0] == pytest.approx(scores(second).score[6, 0], rel=0.25)
 
 
-def test_paired_resamples_set_the_noise_where_they_are_the_larger():
+def test_noise_from_paired_resamples():
+    """Noise is the sampling deviation if that exceeds the wobble."""
     values = column(0, 0, 0, 1, 1, 1)
     after = (np.arange(6) >= 3)[:, None]
     # The shift itself differs between resamples: 0.5 or 1.5.
@@ -165,7 +180,8 @@ def test_paired_resamples_set_the_noise_where_they_are_the_larger():
     assert scores(values, samples=offsets).score[2, 0] == pytest.approx(scores(values).score[2, 0], rel=1e-4)
 
 
-def test_batched_runs_equal_single_ones_and_padding_changes_nothing():
+def test_batch_of_padded_runs():
+    """Runs scored as a padded batch have the scores they have alone."""
     rng = np.random.default_rng(2)
     values = rng.standard_normal((3, 12, 5)).astype(np.float32).cumsum(axis=1)
     samples = values[:, None] + 0.1 * rng.standard_normal((3, 6, 12, 5)).astype(np.float32)
