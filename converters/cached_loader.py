@@ -105,7 +105,7 @@ class CachedLoader:
 
 
 def store_identity(run: RunDir, benchmark: Benchmark) -> StoreIdentity:
-    """Returns everything that a conversion depends on beside the file: the run, its model section and the benchmark."""
+    """Collects what a conversion depends on beside the file: the run, its model section and the benchmark."""
     return StoreIdentity(
         run_name=run.config.run_name,
         model=run.config.model,

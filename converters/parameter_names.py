@@ -30,7 +30,7 @@ class Parameter:
         return "{i}" in self.torch
 
     def torch_shape(self, model: ModelConfig | DecoderConfig, vocab_size: int) -> tuple[int, ...]:
-        """Returns the PyTorch shape in a model of this size."""
+        """Computes the PyTorch shape in a model of this size."""
         sizes = {"V": vocab_size, "P": model.max_seq_len, "D": model.d_model, "F": model.d_ff}
         return tuple(sizes[axis] for axis in self.axes)
 
@@ -70,7 +70,7 @@ LEGACY_MLP = {".ff.net.0.": ".ff.fc_in.", ".ff.net.2.": ".ff.fc_out."}
 
 
 def modern_name(name: str) -> str:
-    """Returns the table's name of a tensor, given its current or legacy name."""
+    """Translates a tensor's current or legacy name into the table's."""
     for legacy, modern in LEGACY_MLP.items():
         name = name.replace(legacy, modern)
     return name

@@ -52,7 +52,7 @@ class StoreIdentity(_Schema):
     benchmark_sha256: str
 
     def config(self, params: Params) -> DecoderConfig:
-        """Returns the shape of a converted parameter tree."""
+        """Reads the shape of a converted parameter tree."""
         return DecoderConfig.from_model_config(self.model, self.vocab_size, tied="unembedding" not in params)
 
 
@@ -78,7 +78,7 @@ class StoredCheckpoint(_Schema):
     digest: str
 
     def computed_digest(self, params: Params) -> str:
-        """Returns the digest that an entry of these parameters has."""
+        """Computes the digest of an entry with these parameters."""
         fields = self.model_dump(mode="json", exclude={"part", "index", "digest"})
         return _digest([fields, tree_sha256(params)])
 
@@ -119,7 +119,7 @@ class ParameterStore:
         self._part = functools.lru_cache(maxsize=_PARTS_AT_HAND)(lambda name: _read_part(folder / name))
 
     def find(self, file: HashedFile) -> Checkpoint | None:
-        """Returns the stored conversion of a `.pt` file; None if there is none, or if it is damaged."""
+        """Finds the stored conversion of a `.pt` file; gives None if it is not cached or the cached copy is corrupt."""
         for stored in self._manifest.checkpoints if self._manifest else ():
             if stored.sha256 == file.sha256:
                 with self._lock:  # a part is read once, whoever asks first
@@ -251,7 +251,7 @@ def tree_sha256(params: Params) -> str:
 
 
 def _entry(checkpoint: Checkpoint, index: int) -> StoredCheckpoint:
-    """Returns the manifest entry of a checkpoint, without the name of its part."""
+    """Forms the manifest entry of a checkpoint, without the name of its part."""
     entry = StoredCheckpoint(
         step=checkpoint.step,
         file=checkpoint.path.name,
@@ -270,7 +270,7 @@ def _entry(checkpoint: Checkpoint, index: int) -> StoredCheckpoint:
 def _checkpoint(
     manifest: StoreManifest, stored: StoredCheckpoint, part: Params | None, path: Path
 ) -> Checkpoint | None:
-    """Returns the checkpoint of an entry, or None if the part does not hold the parameters that the entry names."""
+    """Takes an entry's checkpoint from a part; gives None if the part does not hold the parameters that it names."""
     if part is None or stored.recorded_config not in manifest.recorded_configs:
         return None
     if any(stored.index >= len(leaf) for leaf in jax.tree.leaves(part)):

@@ -68,7 +68,7 @@ def parse_checkpoint(file: HashedFile) -> TorchCheckpoint:
 
 
 def section(document: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:
-    """Returns the mapping under a name of a document, empty if absent; raises `InputError` for any other value."""
+    """Reads the mapping under a name of a document, empty if absent; raises `InputError` for any other value."""
     part = document.get(name)
     if part is None:
         return {}

@@ -72,7 +72,7 @@ class TorchDecoder(nn.Module):
         self.lm_head = nn.Linear(model.d_model, vocab_size, bias=False)
 
     def forward(self, tokens: torch.Tensor, trace: dict[str, list[torch.Tensor]] | None = None) -> torch.Tensor:
-        """Returns logits [B, T, V]; if `trace` is given, appends each layer's activations to it by name."""
+        """Computes logits [B, T, V]; if `trace` is given, appends each layer's activations to it by name."""
         key_is_token = tokens != self.pad_id
         x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         seen = trace if trace is not None else {}

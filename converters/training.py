@@ -44,7 +44,7 @@ class TrainedRun:
 def run_directories(
     config: TrainConfig, seeds: Sequence[int] | None, output_dir: str | None
 ) -> dict[Path, TrainConfig]:
-    """Returns run directory -> its config.
+    """Lists each run directory with its config.
 
     Without seeds, the config's own run in its output directory; with seeds, `seed_<n>` folders in it, one each.
     """
@@ -167,7 +167,7 @@ def _check_same_training(path: Path, config: TrainConfig) -> None:
 
 
 def _resumable(path: Path) -> dict[int, Path]:
-    """Returns step -> file of every checkpoint training can go on from.
+    """Lists every checkpoint that training can go on from, by step.
 
     Step checkpoints where the run keeps them, otherwise the last one, otherwise the best.
     """
@@ -220,7 +220,7 @@ def _drop_half_line(path: Path) -> None:
 
 
 def is_better(candidate: Row, best: Row | None, checkpointing: CheckpointingConfig) -> bool:
-    """Whether a later evaluation beats the best so far; ties go to the lower loss, then to the earlier step."""
+    """Checks whether a later evaluation beats the best so far; ties go to the lower loss, then to the earlier step."""
     if best is None:
         return True
     sign = 1.0 if checkpointing.best_checkpoint_maximize else -1.0

@@ -83,11 +83,11 @@ class Placement:
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=shared, check_vma=False)
 
     def parts(self, x: jax.Array) -> list[jax.Array]:
-        """Returns each device's part of an array that they share, in order, without moving any."""
+        """Lists each device's part of a shared array, in order, without moving any."""
         return [shard.data for shard in sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)]
 
     def joined(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """Returns equal parts, moved to the devices in order, as one array that they share."""
+        """Moves equal parts to the devices in order, and joins them into one shared array."""
         import jax
 
         devices = self.mesh.devices.tolist()
@@ -100,21 +100,21 @@ ONE_DEVICE = Placement()
 
 
 def backend() -> str:
-    """Returns what JAX computes on: `cpu`, `gpu` or `tpu`."""
+    """Names the backend that JAX computes on: `cpu`, `gpu` or `tpu`."""
     import jax
 
     return jax.default_backend()
 
 
 def device_count() -> int:
-    """Returns the number of devices of this process."""
+    """Counts the devices of this process."""
     import jax
 
     return jax.local_device_count()
 
 
 def device_description() -> dict[str, Any]:
-    """Returns the backend that JAX computes on, the devices' kind, and how many there are."""
+    """Describes the devices: backend, kind and count."""
     import jax
 
     devices = jax.devices()
@@ -122,10 +122,10 @@ def device_description() -> dict[str, Any]:
 
 
 def fillable_memory_gb() -> float:
-    """Returns the memory that a computation may fill: of each accelerator, or of the machine on a CPU.
+    """Measures the memory that a computation may fill: of each accelerator, or of the machine on a CPU.
 
-    That is most of what JAX may allocate on an accelerator. On a CPU it is half of the machine's memory or of what its
-    container may have, since the process itself and compiling take about 2 GB beside it.
+    On an accelerator that is most of the memory JAX may allocate. On a CPU it is half of the memory of the machine or
+    its container, because the process itself and compiling take about 2 GB.
     """
     import jax
 
@@ -136,29 +136,29 @@ def fillable_memory_gb() -> float:
 
 
 def machine_memory_bytes() -> int:
-    """Returns the machine's memory, or what its container may have of it."""
+    """Measures the memory of the machine, or the limit of its container."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in _CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is `max`
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
             total = min(total, int(limit.read_text()))
     return total
 
 
 def cache_folder() -> Path:
-    """Returns where compiled programs are kept: `KVJAX_CACHE_DIR`, or a folder of the user's cache directory."""
+    """Names the folder of compiled programs: `KVJAX_CACHE_DIR`, or a folder in the user's cache directory."""
     given = os.environ.get(CACHE_VARIABLE)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(given) if given else base / "kvjax" / "compiled"
 
 
 def use_compilation_cache() -> Path | None:
-    """Turns JAX's persistent compilation cache on, in a folder that nobody else can write to or read.
+    """Turns JAX's persistent compilation cache on, in a folder that no other user can read or write.
 
-    Compiled programs are code: a folder that others own or can write to is not used. One that they can only read is
-    closed to them.
+    Cached executables are code. The folder is ignored if another user owns it or can write to it. If others can only
+    read it, its mode is reset to 0700.
 
     Returns:
-      The folder; None where there is none to trust.
+      The folder; None if it is ignored or cannot be made.
     """
     import jax
 
@@ -173,20 +173,20 @@ def use_compilation_cache() -> Path | None:
     except OSError:
         return None
     _set_compilation_cache(str(folder))
-    # Comparing states takes 0.3 s to compile, in every process if it were not kept.
+    # The comparison of states takes 0.3 s to compile, which the default threshold of 1 s would not cache.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
 
 
 def leave_compilation_cache() -> None:
-    """Turns JAX's persistent compilation cache off, also where this process or its environment had turned it on.
+    """Turns JAX's persistent compilation cache off, even if this process or its environment turned it on.
 
-    It stays off, whatever `start_jax` would do, until `use_compilation_cache`.
+    It stays off until `use_compilation_cache`; `start_jax` does not turn it on again.
     """
     _set_compilation_cache(None)
 
 
-_left = False  # whether this process was told to keep no programs
+_left = False  # whether `leave_compilation_cache` turned the cache off
 
 
 def _set_compilation_cache(folder: str | None) -> None:
@@ -196,11 +196,11 @@ def _set_compilation_cache(folder: str | None) -> None:
     global _left
     _left = folder is None
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # JAX remembers from its first program whether there is one
+    compilation_cache.reset_cache()  # JAX looks for a cache only at its first program
 
 
 def lowered_folder() -> Path | None:
-    """Returns where lowered programs are kept, inside the folder that `use_compilation_cache` trusts; None without."""
+    """Names the folder of lowered programs, inside the one of `use_compilation_cache`; None without that cache."""
     import jax
 
     kept = jax.config.jax_compilation_cache_dir
@@ -209,7 +209,7 @@ def lowered_folder() -> Path | None:
 
 
 def available_cores() -> int:
-    """Returns how many CPU cores this process may use; all there are where the system has no such limit, as macOS."""
+    """Counts the CPU cores that this process may use; all cores if the system has no such limit, as on macOS."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

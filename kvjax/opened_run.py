@@ -64,7 +64,7 @@ class OpenedRun:
         return self.benchmark.vocabulary
 
     def checkpoint(self, which: int | str) -> Checkpoint:
-        """Returns the checkpoint of a step, `best` or `final`.
+        """Loads the checkpoint of a step, `best` or `final`.
 
         Raises:
           InputError: there is none, or it cannot be used.
@@ -73,7 +73,7 @@ class OpenedRun:
         return self._loader.load(path, None if which == "best" else step)
 
     def encode(self, streams: Sequence[Sequence[str]]) -> np.ndarray:
-        """Returns streams of tokens such as `["<bos>", "W", "K01", "V083", …]` as ids [B, T], padded at their ends.
+        """Encodes streams of tokens such as `["<bos>", "W", "K01", "V083", …]` as ids [B, T], padded at their ends.
 
         Raises:
           InputError: a token is not in the vocabulary, or a stream is longer than the model's positions.
@@ -90,7 +90,7 @@ class OpenedRun:
         return ids
 
     def probe_set(self, path: str | Path | None = None) -> EncodedRecords:
-        """Returns a probe set's records as arrays: the run's own, made where it has none, or the one in a file."""
+        """Opens a probe set as arrays: the one in a file, or the run's own, which is made if there is none."""
         probe = (
             open_probe_set(Path(path), self.benchmark)
             if path
@@ -106,7 +106,7 @@ class OpenedRun:
         dims: Sequence[str] = (),
         steps: str | int | Sequence[int] = "all",
     ) -> xr.DataArray:
-        """Returns a measure of one's own at every checkpoint: compiled once, and shared by the devices there are.
+        """Evaluates a custom measure at every checkpoint: compiled once, and shared by all devices.
 
         Args:
           function: from the parameters and config of one checkpoint and `shared` to an array; traced by JAX.

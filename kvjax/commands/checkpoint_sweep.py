@@ -90,7 +90,7 @@ _FOLLOW_SECONDS = 30
 
 
 def _refused_files(report: SweepReport) -> list[tuple]:
-    """Returns the checkpoints that could not be used, each as it was: one still being written is another later."""
+    """Lists the unusable checkpoints with size and time; one that is still being written changes these."""
     files = [report.run.layout.checkpoints / name for name in report.log.refused]
     return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 

@@ -35,7 +35,7 @@ def define_precision_flag(values: flags.FlagValues) -> None:
 
 
 def required(values: flags.FlagValues, name: str) -> Any:
-    """Returns the value of a flag that has no default; raises `InputError` where it was not given."""
+    """Reads a flag that has no default; raises `InputError` if it is missing."""
     value = values[name].value
     if value in (None, "", []):
         raise bad_argument(name, "a value", f"none ({values[name].help})")
@@ -43,7 +43,7 @@ def required(values: flags.FlagValues, name: str) -> Any:
 
 
 def integers(name: str, values: list[str] | None) -> list[int] | None:
-    """Returns a list flag's whole numbers, each once; None where it was not given; raises `InputError` for others."""
+    """Parses a list flag of whole numbers, each once; None without the flag; raises `InputError` for other text."""
     if values is None:
         return None
     bad = [value for value in values if not value.strip().isdecimal() or int(value) >= 2**32]

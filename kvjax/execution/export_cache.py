@@ -1,7 +1,7 @@
-"""Programs traced before: their lowered form is kept beside the cache of compiled ones.
+"""Caches lowered programs beside JAX's cache of compiled ones.
 
-JAX keeps what it compiled and finds it by the lowered program, which every process traces and lowers anew: 2 to 3 s for
-a sweep's. Here the lowered program is found by everything it is made from, and is not traced again.
+JAX's cache is keyed by the lowered program, which every process traces and lowers anew: 2 to 3 s for a sweep. Here the
+key is everything that the lowered program is made from, so that it is not traced again.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def _digest_of_code(package: Path) -> str:
     return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
-# Of the code that was imported: taken at once, since files may be edited while a long run goes on.
+# The digest of the imported code is taken at import, because files may be edited while a long run goes on.
 _CODE = _digest_of_code(Path(kvjax.__file__).parent)
 
 _calls: dict[str, Callable[..., Any]] = {}  # of this process: equal programs are compiled once
 
 
 def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Callable[..., Any]:
-    """Returns `function(static, ·)` as a function of `args`, not traced again where an earlier process did.
+    """Makes `function(static, ·)` a function of `args`, without tracing it again if an earlier process did.
 
     Args:
-      function: jitted, of a static argument and arrays; what it returns is made of lists, tuples, dicts and arrays.
+      function: jitted, of a static argument and arrays; it returns lists, tuples, dicts and arrays.
       static: its first argument; its `repr` says all of it.
       args: the arrays it will be called with, or others of the same trees, shapes, dtypes and shardings.
 
     Returns:
-      The function, compiled at its first call. Where compiled programs are not kept, or this one has operations that
-      JAX does not export, it is `function` itself.
+      The function, compiled at its first call. It is `function` itself if compiled programs are not cached, or if JAX
+      cannot export one of its operations.
     """
     folder = lowered_folder()
     direct = functools.partial(function, static)
@@ -66,7 +66,7 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
 
         try:
             exported = jax.export.export(jax.jit(of_leaves))(*leaves)
-        except (ValueError, TypeError, NotImplementedError):  # what JAX raises for what it does not export
+        except (ValueError, TypeError, NotImplementedError):  # JAX cannot export it
             return direct
         _save(path, exported)
     call = jax.jit(exported.call)
@@ -75,7 +75,7 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
 
 
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:
-    """Returns a digest of everything that decides what a program is lowered to."""
+    """Computes a digest of everything that a lowered program depends on."""
     parts = (
         _CODE,
         software_versions(),
@@ -88,7 +88,7 @@ def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tre
 
 
 def _load(path: Path) -> jax.export.Exported | None:
-    """Returns a kept program; None where there is none, or the file is not as it was written."""
+    """Loads a cached program; gives None if it is missing or corrupt."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -18,7 +18,7 @@ from kvjax.task.vocabulary import PAD_ID
 def component_means(
     params: Params, config: DecoderConfig, batches: EncodedRecords, *, features: bool
 ) -> tuple[Trace, jax.Array | None]:
-    """Averages component outputs over the fit set's non-pad positions, and forms what probes are fitted on.
+    """Averages component outputs over the fit set's non-pad positions, and forms the features of probes.
 
     Args:
       params, config: one checkpoint.
@@ -48,7 +48,7 @@ def _sum_tokens(x_LxBxTxN: jax.Array, counted_BxT: jax.Array) -> jax.Array:
 
 
 def probe_labels(batches: EncodedRecords, *, key_ids: jax.Array, value_ids: jax.Array) -> dict[str, jax.Array]:
-    """Returns each read's class for every one of `PROBE_TARGETS`, `NO_LABEL` if it has none: [M B Q] each."""
+    """Finds each read's class for every one of `PROBE_TARGETS`, `NO_LABEL` if it has none: [M B Q] each."""
     counted = batches.is_read & (batches.weights > 0)[..., None]
     tokens = {
         "query_key": (batches.keys, key_ids),

@@ -10,7 +10,7 @@ from kvjax.model.decoder import DecoderConfig
 
 CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/performance.md
 # A few checkpoints of whole probe sets fill an accelerator. More at once would compute more copies of the last one
-# where a run's number of checkpoints is not a multiple.
+# if a run's number of checkpoints is not a multiple.
 MOST_PER_ACCELERATOR = 16
 _FEWEST_TOKENS_PER_BATCH = 256
 
@@ -84,12 +84,12 @@ def plan_chunks(
 
 
 def _shareable(chunk: int, num_devices: int) -> int:
-    """Returns the next number of checkpoints that devices share equally; fewer than devices are left as they are."""
+    """Rounds up to a number of checkpoints that devices share equally; fewer than devices stay as they are."""
     return chunk if chunk < num_devices else -(-chunk // num_devices) * num_devices
 
 
 def checkpoint_bytes(config: DecoderConfig, *, kept_tokens: int, tokens_per_batch: int, side_by_side: int) -> float:
-    """Returns an upper estimate of the bytes that measuring one checkpoint takes beside its parameters.
+    """Estimates from above the bytes that measuring one checkpoint takes beside its parameters.
 
     Args:
       config: the model's shape.

@@ -95,5 +95,5 @@ def checkpoints_of(stacked: Any) -> Iterator[Any]:
 
 
 def stack_trees(trees: list[Any]) -> Any:
-    """Returns the trees of several checkpoints as one tree of arrays with a leading axis C."""
+    """Stacks the trees of several checkpoints into one tree of arrays with a leading axis C."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

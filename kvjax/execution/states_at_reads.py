@@ -65,16 +65,16 @@ def form_states(config: DecoderConfig, params: Params, buckets: tuple[EncodedRec
 
 
 def flatten_reads(states_MxGxBxQxD: jax.Array) -> jax.Array:
-    """Returns the states of all microbatches' reads on one axis: [G, M B Q, D]."""
+    """Puts the states of all microbatches' reads on one axis: [G, M B Q, D]."""
     by_group = jnp.moveaxis(states_MxGxBxQxD, 1, 0)
     return by_group.reshape(by_group.shape[0], -1, by_group.shape[-1])
 
 
 def counted_reads(buckets: tuple[EncodedRecords, ...]) -> jax.Array:
-    """Returns which rows are reads of a record rather than padding, bool [N]."""
+    """Marks the rows that are reads of a record rather than padding, bool [N]."""
     return of_reads(buckets, lambda batch: batch.is_read & (batch.weights > 0)[..., None])
 
 
 def of_reads(buckets: tuple[EncodedRecords, ...], of: Callable[[EncodedRecords], jax.Array]) -> jax.Array:
-    """Returns what `of` says of every read, bucket after bucket: [N]."""
+    """Collects the values of `of` for every read, bucket after bucket: [N]."""
     return jnp.concatenate([of(batch).reshape(-1) for batch in buckets])

@@ -52,7 +52,7 @@ def unbucket(
 
 
 def _in_order(of_buckets: Sequence[tuple[np.ndarray, np.ndarray]], num_records: int, num_reads: int) -> np.ndarray:
-    """Returns the rows of all buckets in the records' order, their third axis at least `num_reads` long."""
+    """Orders the rows of all buckets as the records, their third axis at least `num_reads` long."""
     longest = [max(sizes) for sizes in zip(*(rows.shape[2:] for _, rows in of_buckets), strict=True)]
     if longest:
         longest[0] = max(longest[0], num_reads)

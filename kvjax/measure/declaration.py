@@ -117,7 +117,7 @@ class Measure:
 
     @property
     def is_ratio(self) -> bool:
-        """Whether it is a ratio of sums over sequences."""
+        """Checks whether it is a ratio of sums over sequences."""
         return self.kind not in ("statistic", "count")
 
     @property

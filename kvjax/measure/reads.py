@@ -29,7 +29,7 @@ class Reads:
 
     @property
     def correct(self) -> jax.Array:
-        """Whether the argmax over the vocabulary is the answer, bool [B, Q]."""
+        """Checks whether the argmax over the vocabulary is the answer, bool [B, Q]."""
         return behaviour.answer_correct(self.logits_BxQxV, self.answers_BxQ)
 
     @property

@@ -56,7 +56,7 @@ def triggers() -> Iterator[tuple[Measure, RowField]]:
 
 
 def units_of_source(source: str) -> str:
-    """Returns the units of a measured array, "1" if no measure with units is formed from it."""
+    """Looks up the units of a measured array, "1" if no measure with units is formed from it."""
     kind, _, quantity = source.partition("/")
     pattern = f"{kind}/{{ablation}}/{quantity.rpartition('/')[2]}" if "/" in quantity else source
     units = {m.units for m in MEASURES if pattern in m.sources}
@@ -289,7 +289,7 @@ def _attention(name: str, field: str, *, units: str = "1", counted: Counted = "r
 
 
 def _drops(component: Literal["head", "mlp"]) -> Iterator[Measure]:
-    """What ablating a component costs; rows show zero ablation without a suffix, and not the random control."""
+    """Declares the cost of ablating components; rows show zero ablation without a suffix, and no random control."""
     for quantity, units, kind, source in (
         ("accuracy", "1", "difference of rates", "correct"),
         ("margin", "logits", "mean", "margin"),
@@ -443,7 +443,7 @@ _PROBES = (
 
 
 def _between(other: Literal["previous", "reference"]) -> Iterator[Measure]:
-    """How far the states of a checkpoint are from those of another."""
+    """Declares the distances between the states of a checkpoint and those of another."""
     suffix = "" if other == "previous" else "_to_reference"
     at = ("position_role", "stage")
     yield Measure(

@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 def resample_counts(splits_N: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Returns how often each sequence is drawn in each resample, float32 [K, N].
+    """Draws how often each sequence counts in each resample, float32 [K, N].
 
     Within every split as many sequences are drawn, with replacement, as it has. Drawn by NumPy, so that a seed means
     the same resamples on every device.
@@ -87,20 +87,23 @@ DIFFERENCE_OF_RATES = Bounds(-1.0, 1.0)
 def interval(
     values_X: np.ndarray, samples_KxX: np.ndarray, num_sequences: int, *, bounds: Bounds | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ends of the 95 % interval of X statistics, from their resamples.
+    """Forms the 95 % interval of X statistics from their resamples.
+
+    This is the percentile interval, with two corrections for rates (coverage in `benchmarks/README.md`):
+
+    - If all resamples agree, as for rates of 0 and 1, it is Wilson's for 0 of `num_sequences`.
+    - It is widened to a Wilson interval with the effective sample size n_eff = p(1 - p) / Var(resamples): the "modified
+      Wilson" interval for clustered data (cf. Korn & Graubard 1998). If any resample contains only one outcome, a few
+      sequences hold the rarer one and percentiles are too narrow: n_eff is then at most `num_sequences`.
 
     Args:
       values_X: the statistics.
       samples_KxX: under K resamples of sequences.
       num_sequences: how many sequences were resampled.
-      bounds: of a rate or a difference of rates. Where all resamples of one agree, as they do for rates of 0 and 1,
-        they say nothing of how rare the other outcome is: Wilson's bound does, for 0 of `num_sequences`. A rate's
-        interval is no narrower than Wilson's for as many independent trials as would vary as much as its resamples,
-        and no more than sequences where some resample lacks an outcome: where a few sequences hold all of the rarer
-        one, percentiles end too near it (`benchmarks/README.md`).
+      bounds: of a rate or a difference of rates; None for other statistics.
 
     Returns:
-      The ends, [X] each; NaN where no resample has a value.
+      The ends, [X] each; NaN if no resample has a value.
     """
     low, high = percentile_interval(samples_KxX)
     if bounds is None:
@@ -108,11 +111,14 @@ def interval(
     if bounds == RATE:
         with np.errstate(invalid="ignore", divide="ignore"):
             trials = values_X * (1 - values_X) / _variance(samples_KxX)
-        # Too few sequences hold the rarer outcome to show whether reads of one go together: suppose they do.
+        # Too few sequences hold the rarer outcome to show whether reads of one agree: suppose they do.
         few = (samples_KxX == bounds.low).any(axis=0) | (samples_KxX == bounds.high).any(axis=0)
         trials = np.where(few, np.minimum(trials, num_sequences), trials)
         rare_low, rare_high = wilson_interval(values_X * trials, trials)
-        low, high = np.fmin(low, rare_low), np.fmax(high, rare_high)  # which pass over NaN: no spread
+        low, high = (
+            np.fmin(low, rare_low),
+            np.fmax(high, rare_high),
+        )  # they ignore NaN: no spread
     margin = wilson_interval(np.zeros(1), np.array([num_sequences]))[1][0]
     agree = low == high
     low = np.where(agree, np.maximum(values_X - margin, bounds.low), low)
@@ -121,7 +127,7 @@ def interval(
 
 
 def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ends of the percentile interval over resamples, [X] each; NaN where no resample has a value.
+    """Forms the percentile interval over resamples, [X] each; NaN if no resample has a value.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
@@ -142,7 +148,7 @@ def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tup
 
 
 def _variance(samples_KxX: np.ndarray) -> np.ndarray:
-    """Returns the variance of the resamples that have a value, [X]; NaN where none has."""
+    """Computes the variance of the resamples that have a value, [X]; NaN if none has."""
     variances = np.var(samples_KxX, axis=0)
     missing = np.isnan(variances)
     if missing.any():  # few columns; np.nanvar would warn of empty ones, and warnings cannot be caught in threads
@@ -155,7 +161,7 @@ def _variance(samples_KxX: np.ndarray) -> np.ndarray:
 
 
 def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
-    """Returns Wilson's score interval of a rate, [X] each; NaN for no trial.
+    """Forms Wilson's score interval of a rate, [X] each; NaN for no trial.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """

@@ -127,7 +127,7 @@ def _center(document: dict[str, Any]) -> int:
 
 
 def _best_by_kind(document: dict[str, Any], effects: list[dict[str, Any]], name: Any) -> list[str]:
-    """Returns a line per kind of pair: the three largest recoveries at the center, denoising."""
+    """Formats a line per kind of pair: the three largest recoveries at the center, denoising."""
     lines = []
     for kind in document["pairs"]["counts"]:
         own = [e for e in effects if (e["pair_kind"], e["step"]) == (kind, _center(document))]

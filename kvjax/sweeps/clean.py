@@ -1,4 +1,4 @@
-"""The clean pass over one microbatch: every measure that needs no intervention, as sums per read and sequence."""
+"""Measures the clean pass over one microbatch: all measures without an intervention, as sums per read and sequence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def measure_clean(
     key_ids: jax.Array,
     num_splits: int,
 ) -> tuple[Sums, CleanRun, jax.Array]:
-    """Returns the clean measures of one checkpoint on one microbatch, the run itself, and the states at its reads.
+    """Measures one checkpoint on one microbatch without an intervention.
 
     Returns:
       Sums. Per read, [B, Q]: `read/…` of every measure that declares it. Per sequence, over its reads or tokens:
@@ -67,7 +67,7 @@ def _stage_sums(
     key_ids: jax.Array,
     num_splits: int,
 ) -> Sums:
-    """Returns the logit lens and the state sums."""
+    """Sums the logit lens and the states."""
 
     def lens_logits(states_SxBxQxD: jax.Array) -> jax.Array:
         # The last stage is the final LayerNorm's output already.
@@ -95,7 +95,7 @@ def _stage_sums(
 
 
 def _component_sums(params: Params, trace: Trace, batch: EncodedRecords, value_ids: jax.Array) -> Sums:
-    """Returns the MLPs' write norms and every component's direct logit attribution."""
+    """Sums the MLPs' write norms and every component's direct logit attribution."""
 
     def at(name: str, positions_BxQ: jax.Array) -> jax.Array:
         return jax.vmap(lambda x: take_positions(x, positions_BxQ, 1))(trace[name])

@@ -120,14 +120,14 @@ class CompiledSweep:
         return (by_bucket, whole), states and ReadStates(*states)
 
     def collect(self, outputs: tuple[list[CheckpointArrays], CheckpointArrays]) -> list[CheckpointArrays]:
-        """Returns the measured arrays of each checkpoint from the devices' outputs, in the records' order."""
+        """Collects the measured arrays of each checkpoint from the devices' outputs, in the records' order."""
         by_bucket, whole = outputs
         num_records, num_reads = self._shape
         arrays = unbucket(by_bucket, self.buckets, num_records, num_reads=num_reads) | whole
         return [{name: array[c] for name, array in arrays.items()} for c in range(len(arrays["read/correct"]))]
 
     def measure(self, params: Iterable[Params]) -> list[CheckpointArrays]:
-        """Returns the measured arrays of checkpoints, one mapping each."""
+        """Measures checkpoints, with one mapping of arrays each."""
         chunks = over_chunks(lambda chunk: self.dispatch(chunk)[0], params, size=self.chunk)
         return [arrays for chunk in chunks for arrays in self.collect(chunk.outputs)]
 

@@ -46,7 +46,7 @@ class SplitEvaluation:
         return self.correct / self.total
 
     def to_row(self) -> dict[str, Any]:
-        """Returns the fields an evaluation row of `metrics.jsonl` has."""
+        """Forms the fields of an evaluation row of `metrics.jsonl`."""
         fields = dataclasses.asdict(self)
         num_examples = fields.pop("total")
         del fields["correct"]

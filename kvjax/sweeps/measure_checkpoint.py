@@ -191,7 +191,7 @@ def _score_probes(
     in_split = (splits[:, None] == jnp.arange(spec.num_splits)[None]).astype(jnp.float32)
 
     def right_answers(target: str, weights_KxD: jax.Array, intercepts_K: jax.Array, rows_NxD: jax.Array) -> jax.Array:
-        """Returns whether each read's label wins and, for values, whether it beats the stale one: [1 or 2, reads]."""
+        """Checks whether each read's label wins and, for values, whether it beats the stale one: [1 or 2, reads]."""
         scores = probe_scores(weights_KxD, intercepts_K, rows_NxD)
         wins = label_wins(scores, labels[target])[None]
         if target != "value":

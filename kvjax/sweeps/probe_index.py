@@ -1,4 +1,4 @@
-"""The probe set as means see it: splits, groups of reads, counts, and the labels of every axis."""
+"""Indexes a probe set for means: splits, groups of reads, counts, and the labels of every axis."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ProbeIndex:
         )
 
     def slices(self) -> dict[str, np.ndarray]:
-        """Returns the reads that fall under every value of every axis, `axis=value` -> bool [N, Q]."""
+        """Groups the reads by every value of every axis, `axis=value` -> bool [N, Q]."""
         is_read = self.encoded.is_read
         return {
             f"{axis}={value}": is_read & (values == value)
@@ -76,12 +76,12 @@ class ProbeIndex:
         }
 
     def members(self) -> list[np.ndarray]:
-        """Returns the indices of the records of `all` and of each split."""
+        """Lists the indices of the records of `all` and of each split."""
         everyone = np.arange(len(self.encoded))
         return [everyone, *(np.flatnonzero(self.encoded.splits == split) for split in range(len(self.splits)))]
 
     def counting(self, arrays: Mapping[str, np.ndarray]) -> Counting:
-        """Returns what means of measured arrays are divided by, and the labels of their axes."""
+        """Counts the divisors of means of measured arrays, and labels their axes."""
         is_read, slices = self.encoded.is_read, self.slices()
         roles = self.encoded.token_roles[:, 1:]
         of_role = np.stack([(roles == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)

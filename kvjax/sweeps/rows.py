@@ -107,7 +107,7 @@ def _selected(dataset: xr.Dataset, measure: Measure, field: RowField) -> xr.Data
 
 
 def _declared_fields(dataset: xr.Dataset) -> dict[str, list[Any]]:
-    """Returns every field of a checkpoint's row that shows a measure, as a list over checkpoints."""
+    """Forms every field of a checkpoint's row that shows a measure, as a list over checkpoints."""
     fields: dict[str, list[Any]] = {}
     count = dataset.sizes["step"]
     for measure, field in row_fields("checkpoint"):
@@ -124,7 +124,7 @@ def _declared_fields(dataset: xr.Dataset) -> dict[str, list[Any]]:
 
 
 def _component_rows(dataset: xr.Dataset, table: Table, axes: tuple[str, ...]) -> list[Row]:
-    """Returns one row per step and component of a table, which has the dimensions (step, *axes)."""
+    """Forms one row per step and component of a table, which has the dimensions (step, *axes)."""
     values: dict[str, np.ndarray | None] = {}
     for measure, field in row_fields(table):
         column = _selected(dataset, measure, field)
@@ -168,14 +168,14 @@ def _number(value: Any) -> float | None:
 
 
 def _labelled(values: xr.DataArray) -> list[dict[str, float | None]]:
-    """Returns, for each checkpoint, the values along the one other dimension by its labels."""
+    """Maps, for each checkpoint, the labels of the one other dimension to the values."""
     (dim,) = (dim for dim in values.dims if dim != "step")
     labels = list(map(str, values[dim].values))
     return [dict(zip(labels, map(_number, at_step), strict=True)) for at_step in values.transpose("step", dim).values]
 
 
 def _split_metrics(dataset: xr.Dataset, splits: Sequence[str]) -> list[dict[str, dict[str, float | None]]]:
-    """Returns, for each checkpoint and split, the measures that are declared to be shown for every split."""
+    """Collects, for each checkpoint and split, the measures that are declared to be shown for every split."""
     by_metric = {
         field.name: _labelled(dataset[measure.name])
         for measure, field in row_fields("checkpoint")
@@ -188,7 +188,7 @@ def _split_metrics(dataset: xr.Dataset, splits: Sequence[str]) -> list[dict[str,
 
 
 def _slices(dataset: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
-    """Returns accuracies and counts by axis and level; a label reads `axis=level`."""
+    """Groups accuracies and counts by axis and level; a label reads `axis=level`."""
     counts: dict[str, dict[str, Any]] = {}
     for label, number in zip(dataset["axis_value"].values, dataset["slice_count"].values, strict=True):
         axis, _, level = str(label).partition("=")
@@ -215,7 +215,7 @@ def _birth_flags(dataset: xr.Dataset, thresholds: BirthThresholds) -> list[dict[
 
 
 def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]]:
-    """Returns, for each checkpoint, layer and position, the norm of what the MLP writes."""
+    """Collects, for each checkpoint, layer and position, the norm of the MLP's output."""
     by_layer = {str(layer): _labelled(norms.sel(layer=layer)) for layer in norms["layer"].values.tolist()}
     return [{layer: of[c] for layer, of in by_layer.items()} for c in range(norms.sizes["step"])]
 
@@ -223,7 +223,7 @@ def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]
 def _stabilized(
     whole: xr.Dataset, rank_correlations_C: np.ndarray, limits: Stabilization | None
 ) -> list[dict[str, bool | None]]:
-    """Returns, for each checkpoint, whether the run stays stable from it on, by family; None while it is incomplete."""
+    """Checks, for each checkpoint and family, whether the run stays stable from it on; None while it is incomplete."""
     if limits is None:
         return [{"residual": None, "heads": None} for _ in range(whole.sizes["step"])]
     drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]
@@ -236,7 +236,7 @@ def _stabilized(
 
 
 def _top(axes: tuple[str, ...], by: xr.DataArray, **beside: xr.DataArray) -> list[list[Row]]:
-    """Returns, for each checkpoint, the components with the largest values: {layer, head?, value, …}, ties by index."""
+    """Picks, for each checkpoint, the components with the largest values: {layer, head?, value, …}, ties by index."""
     shown = {"value": by.values} | {name: column.values for name, column in beside.items()}
 
     def at_step(c: int) -> list[Row]:

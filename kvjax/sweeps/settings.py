@@ -1,4 +1,4 @@
-"""What a sweep measures and how it is run, as whoever starts it chooses."""
+"""Defines the settings of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvjax.sweeps.ablations import chosen_ablations
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """What a sweep's numbers depend on, beside probe set and checkpoints, and how it is run.
+    """The settings of a sweep: what it measures, and how it runs.
 
     Attributes:
       precision: of matrix products, `highest` or `default`.
@@ -21,7 +21,7 @@ class SweepSettings:
       probe: trained probes: `ridge`, `logistic` (ridge, and multinomial logistic at the named steps) or `none`.
       event_drift: whether drift of single events and linear CKA are measured.
       checkpoint_batch: `auto`, or checkpoints per device call.
-      memory_gb: memory to use, of each accelerator or of the machine on a CPU; None for most of what there is.
+      memory_gb: memory to use, of each accelerator or of the machine on a CPU; None for most of it.
       skip_bad: list unusable checkpoints instead of stopping at the first.
       overwrite: measure again what was measured already.
     """

@@ -179,7 +179,7 @@ class Similarities:
         self._found.update(pairs)
 
     def of(self, named: Named, kind: str, other: Named) -> Arrays | None:
-        """Returns how a checkpoint differs from another, and stores it if it is new; None if it is not known.
+        """Looks up how a checkpoint differs from another, and stores it if it is new; gives None if it is not known.
 
         Args:
           named: name and result of the checkpoint.

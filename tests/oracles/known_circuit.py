@@ -82,7 +82,7 @@ PLANTED_EDGES = (
     *COPY_OUT,
 )
 
-# What a kind of pairs changes (docs/definitions.md, section 9) and what of the circuit that passes through.
+# What a kind of pairs changes (docs/definitions.md, "Pairs of streams") and what of the circuit that passes through.
 _BINDING_EDGES = ((EMBEDDING, _input("value", BINDER)), (BINDER, _input("key", RETRIEVER)), *COPY_OUT)
 SHOWN_EDGES = {
     "value": ((EMBEDDING, _input("value", RETRIEVER)), *COPY_OUT),
