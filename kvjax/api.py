@@ -11,7 +11,7 @@ from kvjax.artifacts.run_dir import find_run_dirs
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
-from kvjax.execution.inputs import OpenedInputs, PreparedRun, prepare_run
+from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
@@ -103,7 +103,7 @@ def sweep_reports(
         )
         for run in find_run_dirs(run_dirs)
     ]
-    total = sum(len(work.wanted) for work in prepared)
+    total = sum(len(inputs.wanted) for inputs in prepared)
     with progress(total) if progress else nullcontext(lambda done: None) as advance:
         return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
 
@@ -134,7 +134,7 @@ def intervene_in_runs(
     chosen = [(run, chosen_windows(run, settings)) for run in find_run_dirs(run_dirs)]
     plans, opened = [], OpenedInputs()
     for run, windows in chosen:
-        work = prepare_run(
+        inputs = prepare_run(
             run,
             benchmark_dir=benchmark_dir,
             probe_set=probe_set,
@@ -142,7 +142,7 @@ def intervene_in_runs(
             reference=str(max(run.checkpoints)),
             opened=opened,
         )
-        plans.append(plan_interventions(work, windows, settings))
+        plans.append(plan_interventions(inputs, windows, settings))
     total, reports = sum(len(plan.tasks) for plan in plans), []
     with progress(total) if progress else nullcontext(lambda done: None) as advance:
         for plan in plans:
@@ -150,9 +150,9 @@ def intervene_in_runs(
     return reports
 
 
-def checkpoint_source(work: PreparedRun) -> CheckpointSource:
+def checkpoint_source(inputs: RunInputs) -> CheckpointSource:
     """Returns where a prepared run's checkpoints come from: its PyTorch files, through the parameter store."""
-    return CachedLoader(work.run, work.benchmark, certify_on=work.certificate_tokens)
+    return CachedLoader(inputs.run, inputs.benchmark, certify_on=inputs.certificate_tokens)
 
 
 def _with_intervals(report: SweepReport) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""A run made ready to be swept: its benchmark, probe set and checkpoint files, found and checked."""
+"""Finds and checks what a run is measured on: its benchmark, probe set and checkpoint files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ _CERTIFICATE_SEQUENCES = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedRun:
+class RunInputs:
     """A run with its benchmark, probe set and the checkpoint files to measure.
 
     Attributes:
-      wanted: result name -> (step the file's name states or None, file) of what this sweep measures.
-      named: those of them that `steps` names; the reference is measured with them.
-      reference: result name of the checkpoint that drift is measured to; None where the run has none yet.
+      run: the directory.
+      benchmark: the benchmark it was trained on.
+      probe: the probe set.
+      encoded, fit: the probe set's records and its fit set's, as arrays.
+      wanted: result name -> (step that the file's name states or None, file) of the checkpoints to measure.
+      named: those of them that `steps` names; the reference is measured beside them.
+      reference: result name of the checkpoint that drift is measured to; None if the run has none yet.
     """
 
     run: RunDir
@@ -41,15 +45,9 @@ class PreparedRun:
     reference: str | None
 
     def reference_first(self) -> dict[str, tuple[int | None, Path]]:
-        """Returns the files in the order to measure: what comes after the reference is compared with it at once."""
+        """Returns the wanted files in the order to measure: those after the reference are compared with it at once."""
         first = {self.reference: self.wanted[self.reference]} if self.reference else {}
         return first | dict(self.wanted)
-
-    def in_step_order(self) -> list[str]:
-        """Returns the names of the checkpoints that rows are wanted of."""
-        return sorted(
-            (name for name, (step, _) in self.wanted.items() if step is not None), key=lambda n: self.wanted[n][0]
-        )
 
     @property
     def certificate_tokens(self) -> np.ndarray:
@@ -59,7 +57,7 @@ class PreparedRun:
 
 
 class OpenedInputs:
-    """What several runs are measured on: benchmarks and given probe sets opened once, equal records encoded once."""
+    """Shares inputs among runs: benchmarks and given probe sets are opened once, equal records are encoded once."""
 
     def __init__(self) -> None:
         self.benchmark = functools.cache(Benchmark.open)
@@ -67,14 +65,14 @@ class OpenedInputs:
         self._encoded: dict[tuple[str, str, int], tuple[EncodedRecords, EncodedRecords]] = {}
 
     def probe_set(self, path: Path, benchmark: Benchmark) -> ProbeSet:
-        """Returns the probe set at `path`, of `benchmark`."""
+        """Opens the probe set of a benchmark."""
         key = (path, benchmark.sha256)
         if key not in self._probe_sets:
             self._probe_sets[key] = open_probe_set(path, benchmark)
         return self._probe_sets[key]
 
     def encoded(self, probe: ProbeSet, benchmark: Benchmark, max_seq_len: int) -> tuple[EncodedRecords, EncodedRecords]:
-        """Returns a probe set's records and its fit set's as arrays."""
+        """Encodes a probe set's records and its fit set's as arrays."""
         key = (probe.manifest.content_sha256, benchmark.sha256, max_seq_len)
         if key not in self._encoded:
             encode = functools.partial(encode_records, vocabulary=benchmark.vocabulary, max_seq_len=max_seq_len)
@@ -93,11 +91,16 @@ def prepare_run(
     steps: str | int | Sequence[int],
     reference: str,
     opened: OpenedInputs | None = None,
-) -> PreparedRun:
-    """Returns a run with everything a sweep of it needs, checked; nothing is measured yet.
+) -> RunInputs:
+    """Finds and checks everything that a sweep of a run needs; nothing is measured yet.
 
-    Without `probe_set`, the one in the run's analysis folder is used, or made there. `opened` is what was opened for
-    other runs.
+    Args:
+      run: the directory.
+      benchmark_dir: its benchmark; the one that its config records, or that it was swept on, if None.
+      probe_set: file of the probe set; the one in the run's analysis folder if None, which is made if absent.
+      steps: the checkpoints to measure, as `select_steps` takes them.
+      reference: `final`, `best` or a step.
+      opened: the inputs opened for other runs.
 
     Raises:
       InputError: benchmark, probe set, steps or reference cannot be used.
@@ -112,7 +115,7 @@ def prepare_run(
     given = Path(probe_set) if probe_set else None
     probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.layout.probe_set, benchmark)
     encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
-    return PreparedRun(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
+    return RunInputs(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
 
 
 def step_files(run: RunDir) -> dict[str, tuple[int | None, Path]]:
@@ -121,10 +124,10 @@ def step_files(run: RunDir) -> dict[str, tuple[int | None, Path]]:
 
 
 def result_file(run: RunDir, name: str) -> tuple[int | None, Path]:
-    """Returns the step that the file's name states, None for the best, and the file of the checkpoint a result is of.
+    """Finds the checkpoint file that a result was measured on, and the step that its name states (None for the best).
 
     Raises:
-      InputError: the run has it no more.
+      InputError: the run no longer has it.
     """
     if name == BEST:
         return None, run.best_checkpoint()[1]

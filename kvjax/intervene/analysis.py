@@ -18,7 +18,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
 from kvjax.devices import backend, device_count, device_description
 from kvjax.errors import InputError, bad_argument, unusable
-from kvjax.execution.inputs import PreparedRun
+from kvjax.execution.inputs import RunInputs
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
 from kvjax.intervene import components, flow, states
 from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
@@ -117,15 +117,13 @@ class InterventionPlan:
       tasks: window by window.
     """
 
-    work: PreparedRun
+    work: RunInputs
     pair_set: PairSet
     hashes: Mapping[int, str]
     tasks: tuple[Task, ...]
 
 
-def plan_interventions(
-    work: PreparedRun, windows: Sequence[Window], settings: InterventionSettings
-) -> InterventionPlan:
+def plan_interventions(work: RunInputs, windows: Sequence[Window], settings: InterventionSettings) -> InterventionPlan:
     """Returns what is to be done in a run, so that what would be refused is before anything is measured.
 
     Raises:

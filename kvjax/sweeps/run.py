@@ -14,7 +14,7 @@ from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import device_description
 from kvjax.errors import InputError, unusable
-from kvjax.execution.inputs import BEST, PreparedRun, step_files
+from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
@@ -34,8 +34,8 @@ RESULT_VERSION = 3
 
 
 def sweep_runs(
-    prepared: Sequence[PreparedRun],
-    source: Callable[[PreparedRun], CheckpointSource],
+    prepared: Sequence[RunInputs],
+    source: Callable[[RunInputs], CheckpointSource],
     *,
     settings: SweepSettings,
     advance: Callable[[int], None],
@@ -96,7 +96,7 @@ class RunSweep:
 
     def __init__(
         self,
-        inputs: PreparedRun,
+        inputs: RunInputs,
         sweep: CompiledSweep,
         store: ResultStore,
         source: CheckpointSource,
@@ -219,7 +219,7 @@ class RunSweep:
         return (name, self._results[name]) if name in self._results else None
 
 
-def _compiled_sweep(inputs: PreparedRun, settings: SweepSettings, compiled: dict[Any, CompiledSweep]) -> CompiledSweep:
+def _compiled_sweep(inputs: RunInputs, settings: SweepSettings, compiled: dict[Any, CompiledSweep]) -> CompiledSweep:
     """Returns the program that measures a run: the one there is for its shape and probe set, or a new one."""
     config = DecoderConfig.from_model_config(inputs.run.config.model, len(inputs.benchmark.vocabulary.tokens))
     key = (config, inputs.probe.manifest.content_sha256)
@@ -237,7 +237,7 @@ def _check_last(reports: Sequence[concurrent.futures.Future[SweepReport]]) -> No
         reports[-1].result()
 
 
-def _identity(inputs: PreparedRun, settings: SweepSettings) -> dict[str, Any]:
+def _identity(inputs: RunInputs, settings: SweepSettings) -> dict[str, Any]:
     return {
         "result_version": RESULT_VERSION,
         "probe_set_sha256": inputs.probe.manifest.content_sha256,

@@ -12,7 +12,7 @@ from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.tables import SCHEMA_VERSION, row_schema, write_datasets, write_rows
 from kvjax.devices import device_description
-from kvjax.execution.inputs import PreparedRun
+from kvjax.execution.inputs import RunInputs
 from kvjax.sweeps.dataset import build_dataset, build_events
 from kvjax.sweeps.intervals import build_intervals
 from kvjax.sweeps.probe_index import ProbeIndex
@@ -23,12 +23,12 @@ from kvjax.task.probe_set import install_probe_set
 
 
 def publish(
-    work: PreparedRun, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
+    inputs: RunInputs, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
 ) -> SweepReport:
     """Writes the tables of everything measured on a run so far, each file replaced whole, and returns them.
 
     Args:
-      work: the run.
+      inputs: the run.
       identity: what its results depend on beside checkpoint files.
       measured: what the tables are made from.
       settings: the sweep's settings.
@@ -37,13 +37,15 @@ def publish(
     Raises:
       InputError: a table cannot be written.
     """
-    run, checkpoints, reference = work.run, measured.checkpoints, measured.reference
+    run, checkpoints, reference = inputs.run, measured.checkpoints, measured.reference
     if not checkpoints:
         return SweepReport(run, [], log, [])
-    install_probe_set(work.probe, run.layout.probe_set)
+    install_probe_set(inputs.probe, run.layout.probe_set)
     steps = [result.step for result in checkpoints]
     arrays = {name: np.stack([result.arrays[name] for result in checkpoints]) for name in checkpoints[0].arrays}
-    index = ProbeIndex.of(work.probe.records, work.encoded, work.probe.manifest.splits, work.probe.manifest.difficulty)
+    index = ProbeIndex.of(
+        inputs.probe.records, inputs.encoded, inputs.probe.manifest.splits, inputs.probe.manifest.difficulty
+    )
     dataset = build_dataset(
         arrays, steps, index, reference=reference and reference.arrays, moved=measured.moved, logistic=measured.logistic
     )
@@ -69,9 +71,9 @@ def publish(
     notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))
     if log.not_kept is not None:
         notes.append(f"converted parameters are not kept: {log.not_kept}")
-    if work.reference is not None and reference is None:
-        notes.append(f"drift to the reference is null: {work.reference} could not be used")
-    if work.reference is None:
+    if inputs.reference is not None and reference is None:
+        notes.append(f"drift to the reference is null: {inputs.reference} could not be used")
+    if inputs.reference is None:
         notes.append(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
             f"{run.config.num_steps} steps (name another with `reference`)"
@@ -83,19 +85,19 @@ def publish(
             "run_name": run.config.run_name,
             "identity": dict(identity),
             "benchmark": {
-                "name": work.benchmark.name,
-                "sha256": work.benchmark.sha256,
-                "path": str(work.benchmark.path.resolve()),
+                "name": inputs.benchmark.name,
+                "sha256": inputs.benchmark.sha256,
+                "path": str(inputs.benchmark.path.resolve()),
             },
             "probe_set": {
                 "file": run.layout.probe_set.name,
-                "given_as": str(work.probe.path),
-                "content_sha256": work.probe.manifest.content_sha256,
-                "fit_sha256": work.probe.manifest.fit_sha256,
-                "num_records": len(work.probe.records),
+                "given_as": str(inputs.probe.path),
+                "content_sha256": inputs.probe.manifest.content_sha256,
+                "fit_sha256": inputs.probe.manifest.fit_sha256,
+                "num_records": len(inputs.probe.records),
             },
             "precision": settings.precision,
-            "reference": work.reference,
+            "reference": inputs.reference,
             "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],
             "refused": log.refused,
             "notes": notes,

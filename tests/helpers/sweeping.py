@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvjax.api import checkpoint_source as source
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.execution.inputs import PreparedRun, prepare_run
+from kvjax.execution.inputs import RunInputs, prepare_run
 from kvjax.sweeps.results import SweepReport
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
@@ -12,7 +12,7 @@ from kvjax.sweeps.settings import SweepSettings
 __all__ = ["prepared_run", "source", "sweep"]
 
 
-def prepared_run(run, *, probe_set=None, steps="all", reference="final", opened=None) -> PreparedRun:
+def prepared_run(run, *, probe_set=None, steps="all", reference="final", opened=None) -> RunInputs:
     """Prepares a run directory, with its own benchmark."""
     return prepare_run(
         RunDir.open(run), benchmark_dir=None, probe_set=probe_set, steps=steps, reference=reference, opened=opened
