@@ -1,13 +1,12 @@
-"""Pairs of clean and corrupted streams: chosen from a probe set, frozen beside it, and opened again.
+"""Chooses pairs of clean and corrupted streams from a probe set, freezes them beside it, and opens them again.
 
   <stem>.pairs.jsonl          every pair, by kind
-  <stem>.pairs.metadata.json  the manifest: how they were chosen, counts, and the hash of it all
+  <stem>.pairs.metadata.json  the manifest: how they were chosen, counts, and hashes
 
 The choice depends on the probe set's content and the seed alone, so a copy of a probe set gets the same pairs.
 
-What is measured on a pair is measured on every read whose answer changes, not on the target read alone: a changed
-write changes all reads that return it, and later ones see the answers of earlier ones. The target is the read that
-the corruption was made for.
+A pair is measured on every read whose answer changes, not on the target read alone: a changed write changes all reads
+that return it, and later reads see the answers of earlier ones. The target is the read that the corruption is for.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import pydantic
 
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines, write_json, write_json_lines
 from kvjax.artifacts.layout import ProbeSetLayout
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError, one_line, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, corrupt, difference
 from kvjax.task.probe_set import ProbeSet, content_sha256
@@ -39,7 +38,7 @@ _FROZEN = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 class PairRead(pydantic.BaseModel):
-    """One read of a pair: where it predicts, and its answer in the clean and in the corrupted stream."""
+    """One read of a pair: its prediction position, and its answer in the clean and in the corrupted stream."""
 
     model_config = _FROZEN
 
@@ -56,10 +55,10 @@ class StreamPair(pydantic.BaseModel):
     Attributes:
       pair_id: its name, unique in the pair set.
       kind: one of `PAIR_KINDS`.
-      split: of the record it was made from.
+      split: of its clean record.
       clean_id: sample_id of the record whose stream is the clean one.
-      corrupted_id: sample_id of the record whose stream is the corrupted one; None where none has it.
-      target_read: query_index of the read the corruption was made for.
+      corrupted_id: sample_id of the record whose stream is the corrupted one; None if there is no such record.
+      target_read: query_index of the read that the corruption is for.
       reads: every read, in order.
       changed_inputs: positions of the tokens that were changed, up to the last affected prediction position.
       changed_answers: positions of answers up to there that changed with them.
@@ -85,7 +84,7 @@ class StreamPair(pydantic.BaseModel):
 
 
 class PairManifest(pydantic.BaseModel):
-    """What the metadata file of a pair set holds. `content_sha256` covers everything else and the pairs."""
+    """The metadata file of a pair set. `content_sha256` covers everything else and the pairs."""
 
     model_config = _FROZEN
 
@@ -115,21 +114,21 @@ class PairSet:
     pairs: tuple[StreamPair, ...]
 
     def of_kind(self, kind: str) -> tuple[StreamPair, ...]:
-        """Returns the pairs of one kind."""
+        """Lists the pairs of one kind."""
         return tuple(pair for pair in self.pairs if pair.kind == kind)
 
 
 def generate_pairs(
     probe: ProbeSet, benchmark: Benchmark, *, pairs_per_kind: int = DEFAULT_PAIRS_PER_KIND, seed: int = DEFAULT_SEED
 ) -> PairSet:
-    """Makes and writes the pairs of a probe set; what exists is never overwritten.
+    """Makes and writes the pairs of a probe set; existing files are never overwritten.
 
-    Splits take turns, so each gives its share; where one runs out the others fill in. Of a split, pairs whose corrupted
-    streams break the benchmark's rules least come first. A kind may end up with fewer pairs than asked for where
-    the probe set has no more; the manifest holds the counts.
+    Splits take turns, so each gives its share; if one runs out, the others fill in. In a split, pairs whose corrupted
+    streams break the fewest rules of the benchmark come first. A kind has fewer pairs than asked for if the probe set
+    allows no more; the manifest holds the counts.
 
     Raises:
-      InputError: the pairs exist, or the probe set allows none of some kind.
+      InputError: the pairs exist, or the probe set allows no pair of some kind.
     """
     if pairs_per_kind < 1:
         raise unusable("pairs_per_kind", "at least 1", pairs_per_kind)
@@ -165,7 +164,7 @@ def generate_pairs(
 
 
 def own_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
-    """Returns the pairs beside a probe set, made with the default settings if it has none yet.
+    """Opens the pairs beside a probe set, or makes them with the default settings.
 
     Pairs that an interrupted run left without their manifest are made anew.
     """
@@ -177,11 +176,11 @@ def own_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
 
 
 def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
-    """Returns the pairs beside a probe set.
+    """Opens the pairs beside a probe set.
 
     Raises:
-      InputError: a file is missing or was edited, the pairs were made from another probe set, or replaying a pair's
-        streams gives something else than it records.
+      InputError: a file is missing or was edited, the pairs belong to another probe set, or a pair does not record what
+        replaying its streams gives.
     """
     names = ProbeSetLayout(probe.path)
     path, manifest_path = names.pairs, names.pairs_manifest
@@ -210,14 +209,15 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
 
 def check_pair(pair: StreamPair, vocabulary: Vocabulary, where: object) -> None:
     """Raises `InputError` unless a pair records what replaying its two streams gives."""
-    told = pair.model_dump()
+    recorded = pair.model_dump()
     try:
         replayed = _described(pair.clean_tokens, pair.corrupted_tokens, vocabulary)
     except (InputError, KeyError) as error:
         raise unusable(where, f"{pair.pair_id} to be two streams of the task", error) from None
     for field, value in replayed.items():
-        if told[field] != value:
-            raise unusable(where, f"{field} of {pair.pair_id} as replaying its streams gives it", "another")
+        if recorded[field] != value:
+            expected = f"{field} of {pair.pair_id} as replaying its streams gives it, {one_line(value)}"
+            raise unusable(where, expected, recorded[field])
     if not (0 <= pair.target_read < len(pair.reads) and pair.reads[pair.target_read].answer_changes):
         raise unusable(where, f"a target read of {pair.pair_id} whose answer changes", pair.target_read)
 
@@ -228,10 +228,10 @@ def _take_turns(sources: Sequence[Sequence[StreamPair]]) -> Iterator[StreamPair]
 
 
 def _split_pairs(kind: str, split: str, probe: ProbeSet, benchmark: Benchmark, seed: int) -> list[StreamPair]:
-    """Returns every pair of a kind that a split gives, those to take first ahead.
+    """Lists every pair of a kind that a split allows, in the order to take them.
 
-    Pairs that break the rules least come first; among equals one of every record, then a second of every record, and
-    so on, records in random order.
+    Pairs that break the fewest rules come first. Among equals comes one pair of every record, then a second of every
+    record, and so on, with records in random order.
     """
     rng = random.Random(f"{seed}/pairs/{kind}/{split}")
     records = [record for record in probe.records if record["split"] == split]
@@ -253,13 +253,14 @@ def _record_pairs(
         return
     program = program_of(record)
     if _tokens(program, benchmark.vocabulary) != record["tokens"]:
-        raise unusable(f"{probe.path}: {record['sample_id']}", "the tokens of its writes and query_plan", "others")
+        where = f"{probe.path}: {record['sample_id']}"
+        raise unusable(where, "the tokens of its writes and query_plan", " ".join(record["tokens"]))
     order = list(range(len(program.reads)))
     rng.shuffle(order)
     heldout_pairs = frozenset(tuple(pair.split(":", 1)) for pair in benchmark.holdout_pairs)
     seen: set[int | Program] = set()
     for index in order:
-        # Reads of one write are all affected when it changes: a second one would repeat the pair.
+        # If a write changes, all its reads are affected: a second read of it would repeat the pair.
         site = index if kind == "query" else program.reads[index].support_write_index
         if site in seen:
             continue
@@ -273,7 +274,7 @@ def _record_pairs(
             lags=lags,
             rng=rng,
         )
-        # Two reads' supports may be exchanged with each other: the same pair twice.
+        # Exchanging the supports of two reads gives the same pair twice.
         if corruption is not None and corruption.program not in seen:
             seen |= {site, corruption.program}
             tokens = _tokens(corruption.program, benchmark.vocabulary)
@@ -282,14 +283,15 @@ def _record_pairs(
 
 
 def _counterfactual_pair(record: Record, source: Record, vocabulary: Vocabulary) -> StreamPair:
-    """Returns the pair that the benchmark made itself: the source is clean, the counterfactual corrupted."""
+    """Takes the benchmark's own pair: the source is clean, the counterfactual corrupted."""
     where = f"{record['sample_id']} and its source {source['sample_id']}"
     try:
         found = difference(source["tokens"], record["tokens"])
     except InputError as error:
         raise unusable(where, "streams with one supporting write's value changed", error) from None
     if len(found.input_positions) != 1:
-        raise unusable(where, "streams with one supporting write's value changed", "more changes")
+        changes = f"changes at positions {', '.join(map(str, found.input_positions))}"
+        raise unusable(where, "streams with one supporting write's value changed", changes)
     target = next(index for index, read in enumerate(found.reads) if read.is_affected)
     return _pair("value", record["split"], (source, record["tokens"]), record["sample_id"], target, vocabulary)
 
@@ -321,7 +323,7 @@ def _pair(
 
 
 def _described(clean: Sequence[str], corrupted: Sequence[str], vocabulary: Vocabulary) -> dict:
-    """Returns the fields of a pair that follow from its two streams."""
+    """Derives the fields of a pair that follow from its two streams."""
     found = difference(clean, corrupted)
     return {
         "clean_token_ids": [vocabulary.id_of[token] for token in clean],

@@ -1,14 +1,14 @@
-"""The probe set: a fixed, immutable selection of records that every checkpoint is measured on.
+"""Makes and opens probe sets: immutable selections of records that every checkpoint is measured on.
 
 A probe set is three record files and one manifest:
 
   <stem>.jsonl          the probe records, by split
   <stem>.fit.jsonl      the fit set: `train` records that ablation means and probes are fitted on
   <stem>.sources.jsonl  the source record of every counterfactual probe record, in their order
-  <stem>.metadata.json  the manifest: how they were chosen, coverage, difficulty, and the hash of it all
+  <stem>.metadata.json  the manifest: how they were chosen, coverage, difficulty, and hashes
 
-A probe set written by the reference tool has only the records and a metadata file of its own. It is used as it is;
-what it lacks goes into companion files beside it, with the manifest in `<stem>.companion.json`.
+A probe set written by the reference tool has only the records and a metadata file of its own. It is used
+as it is; companion files beside it hold the rest, with the manifest in `<stem>.companion.json`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SCHEMA_VERSION = 1
 
 
 class Manifest(pydantic.BaseModel):
-    """What a probe set's metadata file holds. `content_sha256` covers everything else and the three record files."""
+    """A probe set's metadata file. `content_sha256` covers everything else and the three record files."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -100,7 +100,7 @@ class ProbeSet:
 def generate_probe_set(
     benchmark: Benchmark, path: Path, *, examples_per_split: int, fit_examples: int, seed: int
 ) -> ProbeSet:
-    """Chooses and writes a probe set; what exists is never overwritten.
+    """Chooses and writes a probe set; existing files are never overwritten.
 
     Raises:
       InputError: the path is taken, or the benchmark lacks a split or has too few records in it.
@@ -128,9 +128,9 @@ def generate_probe_set(
 
 
 def own_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
-    """Opens a run's own probe set at `path`, made with the default settings if there is none yet.
+    """Opens a run's own probe set at `path`, or makes it with the default settings.
 
-    Files that an interrupted run left there without their manifest are no probe set, and are made anew.
+    Files that an interrupted run left without their manifest are not a probe set, and are made anew.
     """
     names = ProbeSetLayout(path)
     if not _is_complete(names):
@@ -148,7 +148,7 @@ def own_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
 
 
 def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
-    """Returns the probe set at `path`; one the reference tool wrote gets its companion files first.
+    """Opens the probe set at `path`; one of the reference tool gets its companion files first.
 
     Raises:
       InputError: a file is missing or was edited, or the set was built from another benchmark.
@@ -170,7 +170,7 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
 
 
 def frozen_manifest(path: Path) -> Manifest:
-    """Returns the manifest of a probe set, all of whose files are as they were when it was frozen.
+    """Reads the manifest of a probe set, after checking all its files against their hashes.
 
     Raises:
       InputError: a file is missing or was edited.
@@ -210,14 +210,14 @@ def check_installable(probe: ProbeSet, target: Path) -> None:
 
 
 def install_probe_set(probe: ProbeSet, target: Path) -> None:
-    """Copies a probe set to where a run keeps its own, so that later stages and other people find it there.
+    """Copies a probe set into a run, so that later stages and other people find it there.
 
-    Its manifest goes last: files without one are no probe set. Pairs of the one that was there go with it.
+    Its manifest is copied last: files without one are not a probe set. The pairs of a replaced probe set are deleted.
     """
     names = ProbeSetLayout(target)
     if _is_complete(names) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
-    # Pairs first: whatever an interruption leaves, they are of the probe set beside them, or are made again.
+    # Pairs first: after any interruption they belong to the probe set beside them, or are made again.
     for stale in (names.pairs_manifest, names.pairs, names.manifest, names.companion):
         stale.unlink(missing_ok=True)
     for file in probe.files:
@@ -239,7 +239,7 @@ def _installed_sha256(path: Path) -> str | None:
 
 
 def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
-    """Checks a probe set of the reference tool against the benchmark and writes what it lacks beside it."""
+    """Checks a probe set of the reference tool against the benchmark and writes its companion files."""
     try:
         seed = int(metadata["seed"])
         num_records = int(metadata["num_records"])
@@ -256,9 +256,9 @@ def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
         split = record["split"]
         if split not in by_split:
             by_split[split] = {known["sample_id"]: known for known in benchmark.read_split(split)}
-        # Taken out as it is found, so that a record that stands there twice is refused the second time.
+        # Popped, so that a repeated record is refused the second time.
         if by_split[split].pop(record["sample_id"], None) != record:
-            found = f"{record['sample_id']}, not in it as such, or a second time"
+            found = f"{record['sample_id']}, which differs from the benchmark's or stands there a second time"
             raise unusable(where, f"a record of the benchmark in {benchmark.path}", found)
         check_record(record, benchmark.vocabulary, where)
     companions = _choose_companions(benchmark, records, seed, DEFAULT_FIT_EXAMPLES)
@@ -268,7 +268,7 @@ def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
 def _choose_companions(
     benchmark: Benchmark, records: Sequence[Record], seed: int, fit_examples: int
 ) -> tuple[list[Record], list[Record]]:
-    """Returns the fit set and the counterfactuals' source records, checked like the probe records."""
+    """Chooses the fit set and finds the counterfactuals' source records, checked like the probe records."""
     pool = benchmark.read_split(FIT_SPLIT)
     picked = random.Random(f"{seed}/fit").sample(range(len(pool)), min(fit_examples, len(pool)))
     fit = [pool[index] for index in sorted(picked)]
