@@ -38,7 +38,7 @@ class CheckpointEvaluator:
     def evaluate(
         self, run: RunDir, benchmark: Benchmark, checkpoint: str, splits: Sequence[str]
     ) -> EvaluatedCheckpoint:
-        """Returns the evaluation of the checkpoint that `best`, `final` or a step names.
+        """Evaluates the checkpoint that `best`, `final` or a step names.
 
         Raises:
           InputError: there is no such checkpoint or split, or the file cannot be used.

@@ -34,15 +34,15 @@ def sweep(
 ) -> xr.Dataset:
     """Measures every checkpoint of runs and returns the means; the tables beside each run are written as well.
 
-    Checkpoints that were measured before are not measured again. Where JAX has not computed anything yet in this
-    process, every CPU core becomes a device, and compiled programs are kept, as by the command.
+    Checkpoints that were measured before are not measured again. If JAX has not computed anything yet in this process,
+    every CPU core becomes a device, and compiled programs are cached, as by the command.
 
     Args:
       run_dirs: run directories, or globs.
-      probe_set: what to measure on; each run's own where None.
-      benchmark_dir: the runs' benchmark; the one each run's config records, or that it was swept on, where None.
-      steps: what to measure: `all`, a step, several, or ranges such as `250,1000-4000`. What was measured earlier is
-        returned as well.
+      probe_set: the probe set to measure on; each run's own if None.
+      benchmark_dir: the runs' benchmark; the one each run's config records, or that it was swept on, if None.
+      steps: the checkpoints to measure: `all`, a step, several, or ranges such as `250,1000-4000`. Earlier measurements
+        are returned as well.
       reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
       **settings: fields of `SweepSettings`, such as `ablations=("zero",)` or `probe="none"`.
 
@@ -55,7 +55,7 @@ def sweep(
     Raises:
       InputError: a run, its benchmark or the probe set cannot be used.
     """
-    import xarray as xr  # commands that only measure need not wait for it
+    import xarray as xr  # imported here, because commands that only measure need not wait for it
 
     start_jax()
     given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
@@ -151,12 +151,12 @@ def intervene_in_runs(
 
 
 def checkpoint_source(inputs: RunInputs) -> CheckpointSource:
-    """Returns where a prepared run's checkpoints come from: its PyTorch files, through the parameter store."""
+    """Makes the source of a run's checkpoints: its PyTorch files, through the parameter store."""
     return CachedLoader(inputs.run, inputs.benchmark, certify_on=inputs.certificate_tokens)
 
 
 def _with_intervals(report: SweepReport) -> xr.Dataset:
-    """Returns the means with the ends of their intervals, and of those of changes, beside them."""
+    """Puts the ends of intervals, of means and of their changes, beside the means."""
     dataset = report.dataset
     for name, variable in report.intervals.data_vars.items():
         mean = str(name).removesuffix("_change")

@@ -31,7 +31,7 @@ class RunInputs:
       probe: the probe set.
       encoded, fit: the probe set's records and its fit set's, as arrays.
       wanted: result name -> (step that the file's name states or None, file) of the checkpoints to measure.
-      named: those of them that `steps` names; the reference is measured beside them.
+      named: the wanted checkpoints that `steps` names; the reference is measured as well.
       reference: result name of the checkpoint that drift is measured to; None if the run has none yet.
     """
 
@@ -45,7 +45,7 @@ class RunInputs:
     reference: str | None
 
     def reference_first(self) -> dict[str, tuple[int | None, Path]]:
-        """Returns the wanted files in the order to measure: those after the reference are compared with it at once."""
+        """Orders the wanted files for measuring: the reference first, so that later ones are compared at once."""
         first = {self.reference: self.wanted[self.reference]} if self.reference else {}
         return first | dict(self.wanted)
 
@@ -119,7 +119,7 @@ def prepare_run(
 
 
 def step_files(run: RunDir) -> dict[str, tuple[int | None, Path]]:
-    """Returns result name -> (step, file) of a run's step checkpoints."""
+    """Lists a run's step checkpoints: result name -> (step, file)."""
     return {step_name(step): (step, path) for step, path in run.checkpoints.items()}
 
 

@@ -27,10 +27,10 @@ RANDOM_SEED = 0
 
 
 def chosen_ablations(names: Sequence[str] | str) -> tuple[str, ...]:
-    """Returns the kinds of ablation that a list, or a text with commas, names, in the order of `ABLATIONS`.
+    """Parses kinds of ablation from a list, or a text with commas, in the order of `ABLATIONS`.
 
     Raises:
-      InputError: one is unknown, or zero ablation, which ranks and triggers are made from, is missing.
+      InputError: one is unknown, or zero ablation is missing, which ranks and triggers need.
     """
     names = names.split(",") if isinstance(names, str) else names
     unknown = [name for name in names if name not in ABLATIONS]
@@ -38,27 +38,27 @@ def chosen_ablations(names: Sequence[str] | str) -> tuple[str, ...]:
         raise bad_argument("ablations", f"kinds among {', '.join(ABLATIONS)}", unknown[0])
     if "zero" not in names:
         raise bad_argument(
-            "ablations", "zero among the kinds, for ranks are by zero ablation", ",".join(names) or "none"
+            "ablations", "zero among the kinds, because ranks are by zero ablation", ",".join(names) or "none"
         )
     return tuple(kind for kind in ABLATIONS if kind in names)
 
 
 def ablation_slots(kinds: Sequence[str], *, draws: int) -> list[tuple[str, int]]:
-    """Returns what each component is replaced by, in turn: (kind, draw); `random` steps are no replacement."""
+    """Lists each component's replacements: (kind, draw). `random` does not replace an output, so it has none."""
     return [(kind, draw) for kind in kinds if kind != "random" for draw in range(draws if kind == "resample" else 1)]
 
 
 def restarts_at_once(config: DecoderConfig, kinds: Sequence[str], *, draws: int) -> int:
-    """Returns how many intervened runs there are side by side where heads are lifted by `vmap`."""
+    """Counts the intervened runs side by side if heads are lifted by `vmap`."""
     return config.n_heads * len(ablation_slots(kinds, draws=draws))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Microbatch:
-    """One checkpoint's clean run on a microbatch, and what restarts from it need.
+    """One checkpoint's clean run on a microbatch, with everything that restarts from it need.
 
     Attributes:
-      writes: what the checkpoint's heads write.
+      writes: the maps of the checkpoint's heads.
       lift: how the interventions on one layer are run.
       value_ids: token ids of values.
     """
@@ -87,7 +87,7 @@ class _Microbatch:
 
 
 class _Replacements:
-    """What components put out instead: of every kind and draw, as data, so that all are one compiled restart.
+    """The replacements of components' outputs, of every kind and draw, as data: all are one compiled restart.
 
     Args:
       kinds: of `ABLATIONS`, without `random`.
@@ -104,7 +104,7 @@ class _Replacements:
         return len(self._slots)
 
     def value(self, clean: CleanRun, name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array) -> jax.Array:
-        """Returns what a slot puts in place of a component's output, [B, T, E or D]."""
+        """Forms a slot's replacement of a component's output, [B, T, E or D]."""
         batch_size, length = clean.tokens.shape
         shape = (batch_size, length, clean.trace[name].shape[-1])
         by_kind = {

@@ -144,7 +144,7 @@ class RunSweep:
         return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic)
 
     def _stored_results(self) -> dict[str, CheckpointResult]:
-        """Returns the stored results of checkpoint files that have not changed since, by name."""
+        """Loads the stored results of checkpoint files that have not changed since, by name."""
         names = [name for name in self._files if name not in self._anew]
         with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
             stored = readers.map(lambda name: self._store.load(name, self._files[name][1]), names)
@@ -210,7 +210,7 @@ class RunSweep:
             self._similarities.store_found(dict(chunk.items), self._tabled(), self._reference())
 
     def _tabled(self) -> list[tuple[str, CheckpointResult]]:
-        """Returns name and result of the checkpoints that rows are made of, those of steps, in step order."""
+        """Lists name and result of the step checkpoints, which rows are made of, in step order."""
         of_steps = [(name, result) for name, result in self._results.items() if name != BEST]
         return sorted(of_steps, key=lambda named: named[1].step)
 
@@ -220,7 +220,7 @@ class RunSweep:
 
 
 def _compiled_sweep(inputs: RunInputs, settings: SweepSettings, compiled: dict[Any, CompiledSweep]) -> CompiledSweep:
-    """Returns the program that measures a run: the one there is for its shape and probe set, or a new one."""
+    """Finds the program compiled for a run's shape and probe set, or compiles one."""
     config = DecoderConfig.from_model_config(inputs.run.config.model, len(inputs.benchmark.vocabulary.tokens))
     key = (config, inputs.probe.manifest.content_sha256)
     if key not in compiled:
@@ -268,7 +268,7 @@ def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSetting
 
 
 def _in_words(value: Any) -> str:
-    """Returns a recorded setting as its flag is written, in brackets; nothing of what no flag sets."""
+    """Formats a recorded setting as its flag is written, in brackets; nothing for a value that no flag sets."""
     if isinstance(value, list):
         value = ",".join(map(str, value))
     return f" ({value})" if isinstance(value, int | str) and len(str(value)) < 64 else ""
