@@ -1,4 +1,4 @@
-"""Name every file and folder of a run, a probe set and a benchmark, once (docs/formats.md says what each holds)."""
+"""Names every file and folder of a run, a probe set and a benchmark, once (docs/formats.md describes them)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunLayout:
 
     @property
     def config(self) -> Path:
-        """What the run was trained with."""
+        """The config that the run was trained with."""
         return self.path / "run_config.json"
 
     @property
@@ -53,7 +53,7 @@ class RunLayout:
         return self.checkpoints / "last.pt"
 
     def step_checkpoint(self, step: int) -> Path:
-        """Returns where this project's trainer writes the checkpoint of a step."""
+        """Names the file to which this project's trainer writes the checkpoint of a step."""
         return self.checkpoints / f"{step_name(step)}.pt"
 
     def step_checkpoints(self) -> list[tuple[int, Path]]:
@@ -117,7 +117,7 @@ class RunLayout:
         return self.analysis / "interventions"
 
     def intervention(self, kind: str, window: str) -> Path:
-        """Returns where the summary of one kind of intervention in one window lies; `arrays_beside` has the numbers."""
+        """Names the summary of one kind of intervention in one window; `arrays_beside` names its numbers."""
         return self.interventions / kind / f"{window}.json"
 
     @property
@@ -131,7 +131,7 @@ class RunLayout:
         return self.analysis / "exported_torch"
 
     def evaluation(self, checkpoint: str) -> Path:
-        """Returns where the full-split evaluation of a checkpoint (`best`, `final` or a step) lies."""
+        """Names the full-split evaluation of a checkpoint (`best`, `final` or a step)."""
         return self.analysis / "evaluation" / f"{checkpoint}.json"
 
 
@@ -192,21 +192,21 @@ class BenchmarkLayout:
         return self.path / "metadata.json"
 
     def split(self, name: str) -> Path:
-        """Returns where the records of a split lie."""
+        """Names the records of a split."""
         return self.path / f"{name}.jsonl"
 
 
 def arrays_beside(summary: Path) -> Path:
-    """Returns the netCDF file with every number of an intervention's summary."""
+    """Names the netCDF file with every number of an intervention's summary."""
     return summary.with_suffix(".nc")
 
 
 def step_name(step: int) -> str:
-    """Returns the name of a step's checkpoint, which its measured sums have too."""
+    """Names a step's checkpoint and its measured sums."""
     return f"step_{step:06d}"
 
 
 def step_of(file: Path) -> int | None:
-    """Returns the step that a checkpoint file's name states; None if it states none."""
+    """Parses the step from a checkpoint file's name; None if the name has no step."""
     match = re.fullmatch(r"step_(\d+)\.pt", file.name)
     return int(match[1]) if match else None

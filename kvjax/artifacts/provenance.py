@@ -1,4 +1,4 @@
-"""Says which software produced a result."""
+"""Records the software that produced a result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "scipy", "torch")
 
 
 def software_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages a result depends on."""
+    """Looks up the versions of Python and of the packages that a result depends on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
