@@ -191,6 +191,12 @@ class ParameterStore:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
+def stored_sha256s(folder: Path) -> frozenset[str]:
+    """Lists the hashes of the `.pt` files that a store holds the parameters of; none if there is no store."""
+    manifest = _read_manifest(folder)
+    return frozenset(stored.sha256 for stored in manifest.checkpoints) if manifest else frozenset()
+
+
 def read_stored_run(folder: Path) -> Iterator[Checkpoint]:
     """Yields every checkpoint of a store in the order of steps, of any identity. Paths are the `.pt` files' names.
 

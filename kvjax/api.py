@@ -1,25 +1,21 @@
-"""What commands do to whole runs, as functions: the sweep, with a dataset in hand at the end; interventions."""
+"""What the command line does to whole runs, as functions: the sweep, with a dataset in hand at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import numbers
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvjax.artifacts.run_dir import find_run_dirs
-from kvjax.converters.cached_loader import CachedLoader
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
-from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
-from kvjax.model.checkpoint import CheckpointSource
-from kvjax.sweeps.run import sweep_runs
+from kvjax.pipeline.settings import RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.sweep import sweep as sweep_stage
 from kvjax.sweeps.settings import SweepSettings
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from kvjax.intervene.analysis import InterventionReport, InterventionSettings
     from kvjax.sweeps.results import SweepReport
 
 
@@ -59,13 +55,10 @@ def sweep(
 
     start_jax()
     given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
-    reports = sweep_reports(
-        [str(path) for path in given],
-        probe_set=probe_set and str(probe_set),
-        benchmark_dir=benchmark_dir and str(benchmark_dir),
-        steps=steps,
-        reference=str(reference),
-        settings=SweepSettings(**settings),
+    reports = sweep_stage(
+        RunsOnBenchmark(run_dirs=tuple(map(str, given)), benchmark_dir=benchmark_dir and str(benchmark_dir)),
+        SweepInputs(probe_set=probe_set and str(probe_set), steps=_as_text(steps), reference=str(reference)),
+        SweepSettings(**settings),
     )
     datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
     if not datasets:
@@ -80,79 +73,11 @@ def sweep(
     return joined.assign_coords(seed=("run", [dataset.attrs["seed"] for dataset in datasets]))
 
 
-def sweep_reports(
-    run_dirs: Sequence[str],
-    *,
-    probe_set: str | None,
-    benchmark_dir: str | None,
-    steps: str | int | Sequence[int],
-    reference: str,
-    settings: SweepSettings,
-    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,
-) -> list[SweepReport]:
-    """Measures runs, writes their tables and returns what each has (see `sweep`).
-
-    Args:
-      progress: called with the number of checkpoints, for a progress bar: a context whose value is called with how
-        many more are done.
-    """
-    opened = OpenedInputs()
-    prepared = [
-        prepare_run(
-            run, benchmark_dir=benchmark_dir, probe_set=probe_set, steps=steps, reference=reference, opened=opened
-        )
-        for run in find_run_dirs(run_dirs)
-    ]
-    total = sum(len(inputs.wanted) for inputs in prepared)
-    with progress(total) if progress else nullcontext(lambda done: None) as advance:
-        return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
-
-
-def intervene_in_runs(
-    run_dirs: Sequence[str],
-    *,
-    probe_set: str | None,
-    benchmark_dir: str | None,
-    settings: InterventionSettings,
-    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,
-) -> list[InterventionReport]:
-    """Intervenes in the birth windows of runs, writes `analysis/interventions/` and returns what was found.
-
-    Args:
-      run_dirs: run directories, or globs.
-      probe_set, benchmark_dir: as for `sweep`.
-      settings: what to do.
-      progress: called with the number of (window, kind), for a progress bar, as for `sweep_reports`.
-
-    Raises:
-      InputError: a run is not ready for circuit work, something was measured before with other settings, or something
-        cannot be used.
-    """
-    # A sweep need not wait for its import.
-    from kvjax.intervene.analysis import chosen_windows, intervene_in_run, plan_interventions
-
-    chosen = [(run, chosen_windows(run, settings)) for run in find_run_dirs(run_dirs)]
-    plans, opened = [], OpenedInputs()
-    for run, windows in chosen:
-        inputs = prepare_run(
-            run,
-            benchmark_dir=benchmark_dir,
-            probe_set=probe_set,
-            steps="all",
-            reference=str(max(run.checkpoints)),
-            opened=opened,
-        )
-        plans.append(plan_interventions(inputs, windows, settings))
-    total, reports = sum(len(plan.tasks) for plan in plans), []
-    with progress(total) if progress else nullcontext(lambda done: None) as advance:
-        for plan in plans:
-            reports += intervene_in_run(plan, checkpoint_source(plan.work), settings, advance=advance)
-    return reports
-
-
-def checkpoint_source(inputs: RunInputs) -> CheckpointSource:
-    """Makes the source of a run's checkpoints: its PyTorch files, through the parameter store."""
-    return CachedLoader(inputs.run, inputs.benchmark, certify_on=inputs.certificate_tokens)
+def _as_text(steps: str | int | Sequence[int]) -> str:
+    """Writes steps as the setting of that name takes them."""
+    if isinstance(steps, str):
+        return steps
+    return ",".join(map(str, [steps] if isinstance(steps, numbers.Integral) else steps))
 
 
 def _with_intervals(report: SweepReport) -> xr.Dataset:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each folder uses only those before it.
 ORDER = (
     *("errors", "devices", "declarations", "config", "artifacts", "task", "model", "measure", "execution"),
-    *("sweeps", "windows", "intervene", "train", "compare", "report", "converters", "opened_run", "api", "commands"),
+    *("sweeps", "windows", "intervene", "train", "compare", "report", "converters"),
+    *("opened_run", "pipeline", "api", "commands"),
 )
 
 

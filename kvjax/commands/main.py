@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
+import types
 
 from absl import flags
 
-from kvjax.commands.flags import message_of
+from kvjax import __version__
+from kvjax.commands.flags import flags_of, help_of, message_of, read_settings
+from kvjax.config.settings import declared
 from kvjax.errors import InputError, one_line, visible
 
 # Command -> what it does, in the order a study runs them.
@@ -40,40 +44,63 @@ def run_process() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("--help", "-h", "help"):
-        print(_overview())
-        return 0 if argv else 2
-    name, rest = argv[0], argv[1:]
-    if name == "--version":
-        from kvjax import __version__
-
-        print(__version__)
-        return 0
-    if name not in COMMANDS:
-        return _fail("kvjax", f"expected a command among {', '.join(COMMANDS)}; found {name}")
-    module = importlib.import_module(f"kvjax.commands.{name.replace('-', '_')}")
-    if any(flag in ("--help", "-help", "-h", "--helpfull", "--helpshort") for flag in rest):
-        print(f"kvjax {name}: {module.__doc__}\nFlags:\n{_flag_help(module.FLAGS)}")
-        return 0
+    who, names = "kvjax", ()
     try:
-        module.FLAGS.unparse_flags()  # a command may run several times in one process
-        extra = module.FLAGS([name, *rest])[1:]
-        if extra:
-            raise flags.Error(f"expected flags only; found {extra[0]!r}")
-    except flags.Error as error:
-        return _fail(f"kvjax {name}", f"{one_line(error)} (see kvjax {name} --help)")
-    try:
-        module.run()
+        if not argv or argv[0] in ("--help", "-h", "help"):
+            print(_overview())
+            status = 0 if argv else 2
+        elif argv[0] == "--version":
+            print(__version__)
+            status = 0
+        elif argv[0] not in COMMANDS:
+            raise InputError(f"expected a command among {', '.join(COMMANDS)}; found {one_line(argv[0])}")
+        else:
+            who = f"kvjax {argv[0]}"
+            module = importlib.import_module(f"kvjax.commands.{argv[0].replace('-', '_')}")
+            names = {field.name for one in module.SETTINGS for field in declared(one)}
+            _run(argv[0], argv[1:], module)
+            status = 0
+        sys.stdout.flush()
+        return status
     except InputError as error:
-        return _fail(f"kvjax {name}", " ".join(visible(message_of(error, module.FLAGS)).split()))
+        return _fail(who, " ".join(visible(message_of(error, names)).split()))
     except BrokenPipeError:
+        _discard_output()
         return 0  # whoever read the output has read enough
     except (OSError, UnicodeError, RecursionError) as error:
         # What no reader or writer foresaw of a file or its content: still one line.
-        return _fail(f"kvjax {name}", one_line(error))
+        _discard_output()
+        return _fail(who, one_line(error))
     except KeyboardInterrupt:
-        return _fail(f"kvjax {name}", "interrupted; what was written is kept", status=130)
-    return 0
+        return _fail(who, "interrupted; what was written is kept", status=130)
+
+
+def _run(name: str, arguments: list[str], module: types.ModuleType) -> None:
+    """Runs a command's module, or explains its flags.
+
+    Raises:
+      InputError: a flag is unknown, missing or has no usable value, or the command's work was refused.
+    """
+    if any(flag in ("--help", "-help", "-h", "--helpfull", "--helpshort") for flag in arguments):
+        print(f"kvjax {name}: {module.__doc__}\nFlags:\n{help_of(module.SETTINGS)}")
+        return
+    values = flags_of(module.SETTINGS)
+    try:
+        extra = values([name, *arguments])[1:]
+    except flags.Error as error:
+        raise InputError(f"{one_line(error)} (see kvjax {name} --help)") from None
+    if extra:
+        raise InputError(f"expected flags only; found {extra[0]!r} (see kvjax {name} --help)")
+    module.run(*(read_settings(values, settings) for settings in module.SETTINGS))
+
+
+def _discard_output() -> None:
+    """Throws away what was printed and cannot be written, so that Python does not try again when it ends."""
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return  # standard output is no file, as under a test
 
 
 def _overview() -> str:
@@ -83,14 +110,6 @@ def _overview() -> str:
         "kvjax: when, where and in what order a transformer's lookup mechanism forms.\n\n"
         f"usage: kvjax <command> --flags\n\n{lines}\n\nkvjax <command> --help explains the flags of one."
     )
-
-
-def _flag_help(values: flags.FlagValues) -> str:
-    lines = []
-    for name in values:
-        default = values[name].default_as_str if values[name].default is not None else "none"
-        lines.append(f"  --{name}  (default: {default})\n      {values[name].help}")
-    return "\n".join(lines)
 
 
 def _fail(who: str, message: str, status: int = 2) -> int:

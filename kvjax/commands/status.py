@@ -5,28 +5,16 @@ They are: reference fixed, probe set fixed, sweep complete, windows identified. 
 
 from __future__ import annotations
 
-from absl import flags
+from kvjax.pipeline.settings import Runs, StatusSettings
 
-from kvjax.commands import common
-
-FLAGS = flags.FlagValues()
-flags.DEFINE_list("run_dirs", None, "Run directories: a comma list, globs allowed.", flag_values=FLAGS)
-flags.DEFINE_bool("require", False, "Fail with status 2 unless every run meets every condition.", flag_values=FLAGS)
-flags.DEFINE_bool("reasons", True, "Print why each condition holds or fails.", flag_values=FLAGS)
+SETTINGS = (Runs, StatusSettings)
 
 
-def run() -> None:
-    from kvjax.artifacts.run_dir import find_run_dirs
-    from kvjax.errors import unusable
-    from kvjax.report.text import print_readiness
-    from kvjax.windows.readiness import readiness
+def run(runs: Runs, settings: StatusSettings) -> None:
+    from kvjax.pipeline.status import check_all_ready, status
+    from kvjax.pipeline.text import print_readiness
 
-    found = [readiness(run_dir) for run_dir in find_run_dirs(common.required(FLAGS, "run_dirs"))]
-    for state in found:
-        print_readiness(state, reasons=FLAGS.reasons)
-    ready = sum(state.ready for state in found)
-    print(f"\n{ready} of {len(found)} run{'s' if len(found) > 1 else ''} ready for circuit work")
-    if FLAGS.require and ready < len(found):
-        state = next(state for state in found if not state.ready)
-        failing = next(condition for condition in state.conditions if not condition.holds)
-        raise unusable(state.run.path, failing.name, failing.reason)
+    states = status(runs)
+    print_readiness(states, reasons=settings.reasons)
+    if settings.require:
+        check_all_ready(states)

@@ -23,13 +23,13 @@ from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PE
 from kvjax.intervene import components, flow, states
 from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, Outcome, Study
+from kvjax.intervene.settings import InterventionSettings
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.components import Component, all_components
 from kvjax.model.decoder import DecoderConfig, stack_params
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import PairSet, own_pairs
-from kvjax.windows.readiness import readiness
 
 KINDS: Mapping[str, Callable[[Study], Outcome]] = {
     "activation_patching": flow.activation_patching,
@@ -40,31 +40,6 @@ KINDS: Mapping[str, Callable[[Study], Outcome]] = {
     "neurons": components.neurons,
     "attribution": flow.attribution,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class InterventionSettings:
-    """What is done, and on what.
-
-    Attributes:
-      kinds: of `KINDS`.
-      window: `all`, or the center step of one window.
-      steps: checkpoints to take instead of windows; None for windows.
-      pairs_per_kind: pairs of each kind that are used, the first of each; None for all.
-      components: spellings of the set that is tested for sufficiency; None for the smallest faithful one.
-      precision: of matrix products.
-      force: go on although a condition for circuit work fails.
-      overwrite: measure again what was measured already, also where it was with other settings.
-    """
-
-    kinds: tuple[str, ...] = tuple(KINDS)
-    window: str = "all"
-    steps: str | None = None
-    pairs_per_kind: int | None = None
-    components: tuple[str, ...] | None = None
-    precision: str = "highest"
-    force: bool = False
-    overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,32 +171,13 @@ def intervene_in_run(
     return reports
 
 
-def chosen_kinds(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the kinds of intervention that a flag names, in the order of `KINDS`; raises `InputError` for others."""
-    unknown = [name for name in names if name not in KINDS]
-    if unknown or not names:
-        raise bad_argument("kinds", f"kinds among {', '.join(KINDS)}", unknown[0] if unknown else "none")
-    return tuple(kind for kind in KINDS if kind in names)
-
-
 def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
     """Returns the windows, or the named steps, to intervene in.
 
     Raises:
-      InputError: a condition for circuit work fails and `force` is not set, there is no such window or step, or both
-        were named.
+      InputError: there is no such window or step.
     """
-    ready = readiness(run)
-    if not ready.ready and not settings.force:
-        failing = next(condition for condition in ready.conditions if not condition.holds)
-        advice = f"run {failing.command}, or" if failing.command else "or"
-        raise InputError(
-            f'{run.path}: expected a run ready for circuit work; found that "{failing.name}" does not hold: '
-            f"{failing.reason} ({advice} go on with `force`)"
-        )
     if settings.steps is not None:
-        if settings.window != "all":
-            raise bad_argument("window", "no window beside `steps`", settings.window)
         steps = tuple(run.select_steps(settings.steps))
         return [Window(_steps_name(run, steps), {"steps": list(steps)}, steps)]
     path = run.layout.birth_windows

@@ -2,77 +2,100 @@
 
 from __future__ import annotations
 
-import shlex
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.layout import arrays_beside
+from kvjax.errors import visible
 from kvjax.model.components import Component
+
+if TYPE_CHECKING:
+    from kvjax.intervene.analysis import InterventionReport
+    from kvjax.sweeps.results import SweepReport
+    from kvjax.windows.run import WindowsReport
 
 _SHOWN_ROWS = 24
 
 
-def print_sweep_report(report: Any) -> None:
+def say(text: str) -> None:
+    """Prints a text at once; control characters in it are made visible, for some of it may come from files."""
+    print("\n".join(visible(line) for line in text.split("\n")), flush=True)
+
+
+def print_sweep_reports(reports: Sequence[SweepReport]) -> None:
+    """Prints each run's table."""
+    for report in reports:
+        print_sweep_report(report)
+
+
+def print_sweep_report(report: SweepReport) -> None:
     """Prints a run's table, what was skipped and noted, and where the results are."""
     config, rows = report.run.config, report.rows
     if not rows:
         return
-    print(f"\n{config.run_name} (seed {config.seed})")
-    print("   step  accuracy  held-out    margin      r   loss  heads by accuracy drop")
+    say(f"\n{config.run_name} (seed {config.seed})")
+    say("   step  accuracy  held-out    margin      r   loss  heads by accuracy drop")
     hidden = len(rows) - _SHOWN_ROWS
     for row in rows if hidden <= 0 else rows[: _SHOWN_ROWS // 2] + rows[-_SHOWN_ROWS // 2 :]:
         top = row["top_heads_by_ablation"][:3]
         heads = "  ".join(f"{Component(head['layer'], head['head'])} {head['value']:.3f}" for head in top)
-        print(
+        say(
             f"{row['step']:>7} {_cell(row['answer_accuracy'], '9.3f')} {_cell(row['heldout_answer_accuracy'], '9.3f')} "
             f"{_cell(row['answer_margin'], '9.2f')} {_cell(row['r'], '6.3f')} {_cell(row['loss'], '6.3f')}  {heads}"
         )
     if hidden > 0:
-        print(f"  ({hidden} checkpoints between are in the table)")
+        say(f"  ({hidden} checkpoints between are in the table)")
     for file, reason in report.log.refused.items():
-        print(f"skipped {file}: {reason}")
+        say(f"skipped {file}: {reason}")
     for note in report.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     log, layout = report.log, report.run.layout
-    print(f"{len(log.measured)} measured, {len(log.reused)} reused, {len(log.refused)} skipped.")
-    print(f"Results in {layout.analysis}: rows in {layout.rows.name}, arrays in {layout.arrays.name}.")
+    say(f"{len(log.measured)} measured, {len(log.reused)} reused, {len(log.refused)} skipped.")
+    say(f"Results in {layout.analysis}: rows in {layout.rows.name}, arrays in {layout.arrays.name}.")
 
 
 def _cell(value: float | None, form: str) -> str:
     return format(value, form) if value is not None else "-".rjust(int(form.partition(".")[0] or 1))
 
 
-def print_windows_report(report: Any, *, show: int) -> None:
+def print_windows_reports(reports: Sequence[WindowsReport], *, show: int) -> None:
+    """Prints each run's verdict and windows."""
+    for report in reports:
+        print_windows_report(report, show=show)
+
+
+def print_windows_report(report: WindowsReport, *, show: int) -> None:
     """Prints a run's verdict and windows, each with its first `show` triggers, metrics in order and components."""
     document = report.document
-    print(f"\n{document['run_name']} (seed {report.run.config.seed}): {document['verdict']} ({document['reason']})")
+    say(f"\n{document['run_name']} (seed {report.run.config.seed}): {document['verdict']} ({document['reason']})")
     for window in document["windows"]:
         inside = ", ".join(map(str, window["steps"]))
         ends = f"from {window['start_step']} to {window['end_step']}"
-        print(f"  window around step {window['center_step']}: {ends} ({inside})")
-        print(f"    {len(window['triggers'])} triggers, the strongest:")
+        say(f"  window around step {window['center_step']}: {ends} ({inside})")
+        say(f"    {len(window['triggers'])} triggers, the strongest:")
         for trigger in window["triggers"][:show]:
             shift = f"{trigger['size']:+.3f} at {trigger['step']}, score {trigger['score']:.1f}"
-            print(f"      {trigger['metric']:<30} {trigger['split']:<16} {shift}")
-        print("    order of metrics (step of onset, midpoint with 95 % interval, completion):")
+            say(f"      {trigger['metric']:<30} {trigger['split']:<16} {shift}")
+        say("    order of metrics (step of onset, midpoint with 95 % interval, completion):")
         for moved in window["order"][:show]:
             ends = moved["interval"] or (None, None)
             interval = f"[{_cell(ends[0], '.0f')}, {_cell(ends[1], '.0f')}]"
             onset, midpoint, completion = (_cell(moved[name], "7.0f") for name in ("onset", "midpoint", "completion"))
-            print(f"      {moved['metric']:<30} {moved['split']:<16} {onset} {midpoint} {interval:<14} {completion}")
+            say(f"      {moved['metric']:<30} {moved['split']:<16} {onset} {midpoint} {interval:<14} {completion}")
         if len(window["order"]) > show:
-            print(f"      and {len(window['order']) - show} more in the file")
-        print("    accuracy an ablation costs, before, inside and after:")
+            say(f"      and {len(window['order']) - show} more in the file")
+        say("    accuracy an ablation costs, before, inside and after:")
         for part in window["components"][:show]:
             costs = "  ".join(f"{part[f'importance_{when}']:.3f}" for when in ("before", "inside", "after"))
             first = part["first_step_above_null"]
             name = str(Component(part["layer"], part["head"]))
-            print(f"      {name:<30} {costs}  {f'above the null from {first}' if first is not None else ''}".rstrip())
+            say(f"      {name:<30} {costs}  {f'above the null from {first}' if first is not None else ''}".rstrip())
     births = [f"{name} {_birth(entry)}" for name, entry in document["births"].items()]
     if births:
-        print(f"  births: {'; '.join(births)}")
+        say(f"  births: {'; '.join(births)}")
     for note in report.notes:
-        print(f"  note: {note}")
-    print(f"  Results in {report.run.layout.birth_windows}")
+        say(f"  note: {note}")
+    say(f"  Results in {report.run.layout.birth_windows}")
 
 
 def _birth(entry: dict[str, Any]) -> str:
@@ -86,32 +109,23 @@ def _birth(entry: dict[str, Any]) -> str:
     return ", ".join(parts) or "-"
 
 
-def print_readiness(state: Any, *, reasons: bool) -> None:
-    """Prints which conditions for circuit work a run meets, and the next command."""
-    config = state.run.config
-    print(f"\n{config.run_name} (seed {config.seed}), {state.run.path}")
-    for condition in state.conditions:
-        mark = "yes" if condition.holds else "no "
-        print(f"  {mark}  {condition.name}{f': {condition.reason}' if reasons else ''}")
-    if state.ready:
-        print(f"  Next: kvjax intervene --run_dirs={shlex.quote(str(state.run.path))}")
-    elif state.next_command is not None:
-        print(f"  Next: {state.next_command}")
-    else:
-        print("  Next: nothing to run; see the reason above")
+def print_intervention_reports(reports: Sequence[InterventionReport]) -> None:
+    """Prints the largest effects of each study."""
+    for report in reports:
+        print_intervention_report(report)
 
 
-def print_intervention_report(report: Any) -> None:
+def print_intervention_report(report: InterventionReport) -> None:
     """Prints the largest effects of one kind of intervention in one window, and where every number is."""
     document = report.document
-    print(
+    say(
         f"\n{document['run_name']}, {report.window}, {report.kind.replace('_', ' ')} (steps {_list(document['steps'])})"
     )
     for line in _INTERVENTION_LINES[report.kind](document):
-        print(f"  {line}")
+        say(f"  {line}")
     if report.reused:
-        print("  measured before (--overwrite measures again)")
-    print(f"  {report.path}, every number in {arrays_beside(report.path).name}")
+        say("  measured before (--overwrite measures again)")
+    say(f"  {report.path}, every number in {arrays_beside(report.path).name}")
 
 
 def _list(steps: list[int]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from kvjax.errors import bad_argument
 from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
@@ -21,26 +20,8 @@ from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]
 
-ABLATIONS = ("zero", "mean", "resample", "random")
 RANDOM_DRAWS = 8
 RANDOM_SEED = 0
-
-
-def chosen_ablations(names: Sequence[str] | str) -> tuple[str, ...]:
-    """Parses kinds of ablation from a list, or a text with commas, in the order of `ABLATIONS`.
-
-    Raises:
-      InputError: one is unknown, or zero ablation is missing, which ranks and triggers need.
-    """
-    names = names.split(",") if isinstance(names, str) else names
-    unknown = [name for name in names if name not in ABLATIONS]
-    if unknown:
-        raise bad_argument("ablations", f"kinds among {', '.join(ABLATIONS)}", unknown[0])
-    if "zero" not in names:
-        raise bad_argument(
-            "ablations", "zero among the kinds, because ranks are by zero ablation", ",".join(names) or "none"
-        )
-    return tuple(kind for kind in ABLATIONS if kind in names)
 
 
 def ablation_slots(kinds: Sequence[str], *, draws: int) -> list[tuple[str, int]]:
@@ -90,7 +71,7 @@ class _Replacements:
     """The replacements of components' outputs, of every kind and draw, as data: all are one compiled restart.
 
     Args:
-      kinds: of `ABLATIONS`, without `random`.
+      kinds: of `kvjax.sweeps.settings.ABLATIONS`, without `random`.
       means, store, donors_JxBxT: see `measure_ablations`.
     """
 
@@ -144,7 +125,7 @@ def measure_ablations(
       writes: what its heads write.
       clean: its clean run on the microbatch.
       batch: the microbatch.
-      kinds: of `ABLATIONS`.
+      kinds: of `kvjax.sweeps.settings.ABLATIONS`.
       lift: how the heads of one layer are run.
       value_ids: token ids of values.
       means: `head_z` [L, 1, 1, H, E] and `mlp_out` [L, 1, 1, D], which mean ablation puts in.

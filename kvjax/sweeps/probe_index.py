@@ -10,7 +10,7 @@ import numpy as np
 from kvjax.measure.registry import ALL_SPLITS, PROBE_TARGETS
 from kvjax.measure.sequence_sums import Counting
 from kvjax.model.sites import stage_names
-from kvjax.sweeps.ablations import ABLATIONS
+from kvjax.sweeps.settings import ABLATIONS
 from kvjax.task.encoding import TOKEN_ROLES, EncodedRecords
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
 from kvjax.task.vocabulary import PAD_ID

@@ -13,13 +13,12 @@ from kvjax.artifacts.files import read_json
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import device_description
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
-from kvjax.sweeps.ablations import chosen_ablations
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
@@ -52,7 +51,8 @@ def sweep_runs(
       InputError: the settings leave out zero ablation, a run was measured before with other settings, or a checkpoint
         cannot be used. Tables of runs measured before it are written.
     """
-    chosen_ablations(settings.ablations)
+    if not settings.ablations:
+        raise bad_argument("ablations", "zero among the kinds, for ranks are by zero ablation", "none")
     compiled: dict[Any, CompiledSweep] = {}
     reports: list[concurrent.futures.Future[SweepReport]] = []
     # One thread beside the devices: it turns a run's arrays into tables while the next run is measured.

@@ -1,50 +1,49 @@
-"""Defines the settings of a sweep."""
+"""What a sweep measures and how it runs, as whoever starts it chooses."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 
+from kvjax.config.settings import Settings, setting
 from kvjax.errors import bad_argument
-from kvjax.sweeps.ablations import chosen_ablations
+
+ABLATIONS = ("zero", "mean", "resample", "random")
+PRECISIONS = ("highest", "default")
 
 
-@dataclasses.dataclass(frozen=True)
-class SweepSettings:
-    """The settings of a sweep: what it measures, and how it runs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings(Settings):
+    """What a sweep's numbers depend on beside probe set and checkpoints, and how the sweep runs.
 
-    Attributes:
-      precision: of matrix products, `highest` or `default`.
-      ablations: kinds of ablation measured, of `ABLATIONS`; none for the clean run alone, which makes no tables.
-      resample_draws: draws per resample ablation.
-      probe: trained probes: `ridge`, `logistic` (ridge, and multinomial logistic at the named steps) or `none`.
-      event_drift: whether drift of single events and linear CKA are measured.
-      checkpoint_batch: `auto`, or checkpoints per device call.
-      memory_gb: memory to use, of each accelerator or of the machine on a CPU; None for most of it.
-      skip_bad: list unusable checkpoints instead of stopping at the first.
-      overwrite: measure again what was measured already.
+    Without `ablations` only the clean run is measured, as an evaluation does; a sweep needs zero ablation.
     """
 
-    precision: str = "highest"
-    ablations: tuple[str, ...] = ("zero", "mean", "resample")
-    resample_draws: int = 1
-    probe: str = "ridge"
-    event_drift: bool = True
-    checkpoint_batch: str | int = "auto"
-    memory_gb: float | None = None
-    skip_bad: bool = False
-    overwrite: bool = False
+    ablations: tuple[str, ...] = setting(
+        ("zero", "mean", "resample"),
+        "Kinds of head and MLP ablation: zero (always), mean, resample, and random, a step as long, for scale.",
+        choices=ABLATIONS,
+    )
+    resample_draws: int = setting(1, "Draws per resample ablation; drops are means over them.", minimum=1)
+    probe: str = setting(
+        "ridge",
+        "Trained linear probes to fit; logistic adds multinomial logistic ones at the steps that `steps` names.",
+        choices=("ridge", "logistic", "none"),
+    )
+    event_drift: bool = setting(True, "Measure drift of single reads' states and linear CKA too.")
+    checkpoint_batch: str = setting("auto", "Checkpoints per device call: auto or a number.")
+    memory_gb: float | None = setting(
+        None,
+        "Memory that `checkpoint_batch=auto` may fill: of each accelerator, or of the machine on a CPU.",
+        above=0,
+    )
+    precision: str = setting(
+        "highest", "Precision of float32 matrix products; default lets a GPU use TF32.", choices=PRECISIONS
+    )
+    skip_bad: bool = setting(False, "List unusable checkpoints and measure the others, instead of stopping.")
+    overwrite: bool = setting(False, "Measure again, also if the earlier sweep had other settings.")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", ("highest", "default")), ("probe", ("ridge", "logistic", "none"))):
-            if getattr(self, name) not in allowed:
-                raise bad_argument(name, f"one of {', '.join(allowed)}", getattr(self, name))
-        draws, memory = self.resample_draws, self.memory_gb
-        if not (isinstance(draws, numbers.Integral) and not isinstance(draws, bool) and draws >= 1):
-            raise bad_argument("resample_draws", "a whole number of at least 1", draws)
-        object.__setattr__(self, "resample_draws", int(draws))
-        if memory is not None and not (isinstance(memory, numbers.Real) and 0 < memory < math.inf):
-            raise bad_argument("memory_gb", "a number above 0", memory)
-        if self.ablations:  # in one order, whatever order they were named in: results are found by them
-            object.__setattr__(self, "ablations", chosen_ablations(self.ablations))
+        super().__post_init__()
+        if self.ablations and "zero" not in self.ablations:
+            found = ",".join(self.ablations)
+            raise bad_argument("ablations", "zero among the kinds, for ranks are by zero ablation", found)

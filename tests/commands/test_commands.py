@@ -70,7 +70,7 @@ def test_following_waits_for_a_last_checkpoint_that_is_still_being_written(small
         if still_written:
             last.write_bytes(whole)
 
-    monkeypatch.setattr("kvjax.commands.checkpoint_sweep.time", types.SimpleNamespace(sleep=wait))
+    monkeypatch.setattr("kvjax.pipeline.follow.time", types.SimpleNamespace(sleep=wait))
     assert main([*sweep_arguments(small_run, ablations="zero", probe="none"), "--follow"]) == 0
     rows = read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl")
     assert [row["step"] for row in rows] == list(STEPS if still_written else STEPS[:-1])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvjax.api import checkpoint_source as source
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.execution.inputs import RunInputs, prepare_run
+from kvjax.pipeline.sweep import checkpoint_source as source
 from kvjax.sweeps.results import SweepReport
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings

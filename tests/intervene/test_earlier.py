@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from kvjax.api import intervene_in_runs
 from kvjax.errors import InputError
 from kvjax.intervene import analysis
-from kvjax.intervene.analysis import InterventionSettings
 from kvjax.intervene.inputs import Outcome
+from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.interventions import intervene as intervene_in_runs
+from kvjax.pipeline.settings import PairSource, RunsOnBenchmark
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import generate_probe_set
 
@@ -41,8 +42,7 @@ def intervened(small_run, monkeypatch):
         settings = InterventionSettings(
             **{"kinds": kinds, "steps": "100,200", "pairs_per_kind": 2, "force": True, **given}
         )
-        run_dirs = [str(run) for run in runs]
-        reports = intervene_in_runs(run_dirs, probe_set=probe_set, benchmark_dir=None, settings=settings)
+        reports = intervene_in_runs(RunsOnBenchmark.of(runs), PairSource(probe_set=probe_set), settings)
         assert [report.kind for report in reports] == len(runs) * list(kinds)
         assert [report.kind for report in reports if not report.reused] == measured
         assert all(report.document == json.loads(report.path.read_text()) for report in reports)

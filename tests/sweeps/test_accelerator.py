@@ -7,10 +7,10 @@ import pytest
 from kvjax.execution.memory_plan import checkpoint_bytes
 from kvjax.model.decoder import Decoder, DecoderConfig, stack_params
 from kvjax.sweeps import compiled_sweep
-from kvjax.sweeps.ablations import ABLATIONS, restarts_at_once
+from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.measure_checkpoint import measure_checkpoints
-from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.settings import ABLATIONS, SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from kvjax.model.decoder import Decoder, DecoderConfig
-from kvjax.sweeps.ablations import ABLATIONS
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.measure_checkpoint import measure_checkpoint, measure_checkpoints
-from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.settings import ABLATIONS, SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from kvjax.converters.convert_run import convert_run
 from kvjax.converters.torch_decoder import TorchDecoder
-from kvjax.converters.training import run_directories, train_runs
 
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
@@ -15,6 +14,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.config.run import ModelConfig
 from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError
+from kvjax.pipeline.train import run_directories, train_runs
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.trainer import batch_indices
@@ -220,7 +220,7 @@ class TestBest:
         ],
     )
     def test_ties(self, small_benchmark, candidate, expected):
-        from kvjax.converters.training import is_better
+        from kvjax.pipeline.run_recorder import is_better
 
         best = {"answer_accuracy": 0.5, "loss": 2.0}
         assert is_better(candidate, best, config(small_benchmark).checkpointing) is expected
@@ -263,7 +263,7 @@ def test_overwriting_checks_every_directory_before_the_first_is_replaced(tmp_pat
 
 
 def test_adding_a_seed_leaves_finished_runs_alone(tmp_path, small_benchmark):
-    from kvjax.converters.training import train_missing_runs
+    from kvjax.pipeline.train import train_missing_runs
 
     opened, settings = Benchmark.open(small_benchmark), config(small_benchmark)
     train_missing_runs(run_directories(settings, [3], str(tmp_path)), opened, advance=lambda n: None)

@@ -1,0 +1,32 @@
+"""What a command does around its work: set JAX up, show progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from kvjax.pipeline.settings import Display, Runtime
+
+
+def start_jax(runtime: Runtime) -> None:
+    """Sets JAX up before anything computes: the compilation cache, and one device per CPU core."""
+    from kvjax.devices import leave_compilation_cache, share_cpu_cores, use_compilation_cache
+
+    if runtime.compilation_cache:
+        use_compilation_cache()
+    else:
+        leave_compilation_cache()
+    share_cpu_cores()
+
+
+def progress_of(display: Display) -> Callable[[int, str], AbstractContextManager[Callable[[int], None]]]:
+    """Makes progress bars on standard error, with the time left; hidden ones if none are to be shown."""
+
+    @contextmanager
+    def progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit=f" {unit}", disable=not display.progress, dynamic_ncols=True) as bar:
+            yield bar.update
+
+    return progress

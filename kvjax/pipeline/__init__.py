@@ -1,0 +1,1 @@
+"""A study's stages, from benchmark to interventions: what each needs, whether it is current, how it runs."""

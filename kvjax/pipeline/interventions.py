@@ -1,0 +1,90 @@
+"""The stage that intervenes in birth windows."""
+
+from __future__ import annotations
+
+from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.errors import InputError, command
+from kvjax.execution.inputs import OpenedInputs, prepare_run
+from kvjax.intervene.analysis import (
+    InterventionPlan,
+    InterventionReport,
+    chosen_windows,
+    intervene_in_run,
+    plan_interventions,
+)
+from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.current import Current
+from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.settings import PairSource, RunsOnBenchmark
+from kvjax.pipeline.status import readiness
+from kvjax.pipeline.sweep import checkpoint_source
+
+
+def intervene(
+    runs: RunsOnBenchmark, source: PairSource, settings: InterventionSettings, progress: Progress = no_progress
+) -> list[InterventionReport]:
+    """Intervenes in the birth windows of runs and writes `analysis/interventions/` of each.
+
+    Raises:
+      InputError: a run is not ready for circuit work, something was measured before with other settings, or an input
+        cannot be used.
+    """
+    plans = plan(runs, source, settings)
+    with progress(sum(len(planned.tasks) for planned in plans), "studies") as advance:
+        return [
+            report
+            for planned in plans
+            for report in intervene_in_run(planned, checkpoint_source(planned.work), settings, advance=advance)
+        ]
+
+
+def plan(runs: RunsOnBenchmark, source: PairSource, settings: InterventionSettings) -> list[InterventionPlan]:
+    """Says what is to be done in runs, so that a refusal comes before anything is measured.
+
+    Raises:
+      InputError: as `intervene`, as far as it can be known.
+    """
+    found = find_run_dirs(runs.run_dirs)
+    for run in found if not settings.force else ():
+        check_ready(run)
+    opened, plans = OpenedInputs(), []
+    for run, windows in [(run, chosen_windows(run, settings)) for run in found]:
+        work = prepare_run(
+            run,
+            benchmark_dir=runs.benchmark_dir,
+            probe_set=source.probe_set,
+            steps="all",
+            reference=str(max(run.checkpoints)),
+            opened=opened,
+        )
+        plans.append(plan_interventions(work, windows, settings))
+    return plans
+
+
+def check_ready(run: RunDir) -> None:
+    """Refuses a run on which circuit work would rest on sand.
+
+    Raises:
+      InputError: a condition for circuit work fails; the message names it and the command that meets it.
+    """
+    state = readiness(run)
+    if state.failing is not None:
+        advice = f"run {state.next_command}, or" if state.next_command else "or"
+        raise InputError(
+            f'{run.path}: expected a run ready for circuit work; found that "{state.failing}" does not hold: '
+            f"{state.conditions[state.failing].reason} ({advice} go on with `force`)"
+        )
+
+
+def interventions_are_current(run: RunDir, settings: InterventionSettings) -> Current:
+    """Says whether every kind of intervention is measured in every window, on the checkpoints and pairs there are."""
+    rerun = command("intervene", run_dirs=[run.path])
+    try:
+        (planned,) = plan(RunsOnBenchmark.of([run.path]), PairSource(), settings)
+    except InputError as error:
+        return Current(False, str(error), rerun)
+    missing = [task for task in planned.tasks if task.earlier is None]
+    if missing:
+        kinds = ", ".join(dict.fromkeys(task.kind for task in missing))
+        return Current(False, f"{len(missing)} of {len(planned.tasks)} studies are not measured ({kinds})", rerun)
+    return Current(True, f"all {len(planned.tasks)} studies are measured")

@@ -1,0 +1,64 @@
+"""The stage that selects the reference run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvjax.artifacts.files import read_json, write_json
+from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
+from kvjax.errors import InputError, unusable
+from kvjax.pipeline.current import Current
+from kvjax.pipeline.evaluate import CheckpointEvaluator
+from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.settings import RunsOnBenchmark, SelectSettings
+from kvjax.task.benchmark import Benchmark
+
+
+def rank_runs(runs: RunsOnBenchmark, settings: SelectSettings, progress: Progress = no_progress) -> dict[str, Any]:
+    """Evaluates the best checkpoint of each run, ranks the runs and selects the reference.
+
+    Returns:
+      The ranking (see `kvjax.compare.reference`), which is written to `settings.output` as well if that is given.
+
+    Raises:
+      InputError: a run, its benchmark or its best checkpoint cannot be used, or the runs are of several benchmarks.
+    """
+    found, evaluator, candidates = find_run_dirs(runs.run_dirs), CheckpointEvaluator(), []
+    with progress(len(found), "runs") as advance:
+        first = None
+        for run in found:
+            benchmark = Benchmark.open(run.benchmark_dir(runs.benchmark_dir))
+            first = first or benchmark
+            if benchmark.sha256 != first.sha256:
+                expected = f"a run of the benchmark in {first.path}, as the others (or `benchmark_dir`)"
+                raise unusable(run.path, expected, f"one of {benchmark.path}")
+            result = evaluator.evaluate(run, benchmark, "best", RANKED_SPLITS)
+            accuracies = {split: evaluation.answer_accuracy for split, evaluation in result.splits.items()}
+            candidates.append(Candidate(str(run.path), result.step, accuracies, result.parameter_count))
+            advance(1)
+    floor = settings.min_validation_answer_accuracy
+    ranking = select_reference(candidates, min_validation_answer_accuracy=floor)
+    if settings.output:
+        write_json(Path(settings.output), ranking)
+    return ranking
+
+
+def ranking_is_current(runs: list[RunDir], output: Path) -> Current:
+    """Says whether a file ranks exactly these runs, by the best checkpoints that they have now."""
+    if not output.is_file():
+        return Current(False, f"{output} does not exist")
+    try:
+        ranked = {row["run_dir"]: row["step"] for row in read_json(output)["candidates"]}
+        best = {str(run.path): run.best_checkpoint()[0] for run in runs}
+    except InputError as error:
+        return Current(False, str(error))
+    except (KeyError, TypeError):
+        return Current(False, f"{output} is no ranking")
+    if ranked.keys() != best.keys():
+        return Current(False, f"{output} ranks {len(ranked)} runs, and not the {len(best)} that there are")
+    for path, step in best.items():
+        if ranked[path] != step:
+            return Current(False, f"the best checkpoint of {path} is of step {step}, and was of {ranked[path]}")
+    return Current(True, f"{output} ranks these runs")

@@ -1,0 +1,176 @@
+"""The stages of a study, in the order in which it runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.config.benchmark import BenchmarkConfig
+from kvjax.config.train import TrainConfig
+from kvjax.errors import unusable
+from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.convert import conversion_is_current, convert
+from kvjax.pipeline.current import Current, all_current
+from kvjax.pipeline.evaluate import evaluate, evaluation_is_current
+from kvjax.pipeline.generate import benchmark_is_current
+from kvjax.pipeline.interventions import intervene, interventions_are_current
+from kvjax.pipeline.probe_set import ensure_probe_set, probe_set_is_current
+from kvjax.pipeline.progress import Progress
+from kvjax.pipeline.select_reference import rank_runs, ranking_is_current
+from kvjax.pipeline.settings import (
+    ConvertSettings,
+    EvaluateSettings,
+    PairSource,
+    Runs,
+    RunsOnBenchmark,
+    SelectSettings,
+    SweepInputs,
+    WindowSettings,
+)
+from kvjax.pipeline.sweep import sweep
+from kvjax.pipeline.sweep_state import sweep_is_current
+from kvjax.pipeline.train import runs_are_trained, train_missing_runs
+from kvjax.pipeline.windows import find_birth_windows, windows_are_current
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.task.benchmark import Benchmark, generate_benchmark
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A benchmark, the runs trained on it, and where everything about them lies.
+
+    Attributes:
+      benchmark_dir: the benchmark.
+      benchmark_config: what it is drawn from.
+      runs: run directory -> what it is trained from.
+      ranking: the file that ranks the runs.
+    """
+
+    benchmark_dir: Path
+    benchmark_config: BenchmarkConfig
+    runs: Mapping[Path, TrainConfig]
+    ranking: Path
+
+    def open_runs(self) -> list[RunDir]:
+        """Opens the run directories.
+
+        Raises:
+          InputError: one is not there yet.
+        """
+        return [RunDir.open(path) for path in self.runs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step of a study.
+
+    Attributes:
+      name: of the stage.
+      command: the command that runs it alone.
+      needs: names of the stages whose results it reads.
+      current: says whether it has nothing left to do.
+      run: does what is left to do, with default settings, and returns what the command prints.
+    """
+
+    name: str
+    command: str
+    needs: tuple[str, ...]
+    current: Callable[[Study], Current]
+    run: Callable[[Study, Progress], Any]
+
+
+def _of_every_run(current: Callable[[RunDir], Current]) -> Callable[[Study], Current]:
+    """Lifts a question about a run to one about the runs of a study."""
+
+    def of_study(study: Study) -> Current:
+        missing = [path for path in study.runs if not path.is_dir()]
+        if missing:
+            return Current(False, f"{missing[0]} does not exist")
+        return all_current(current(run) for run in study.open_runs())
+
+    return of_study
+
+
+def _generate(study: Study, progress: Progress) -> Benchmark:
+    if not study.benchmark_dir.exists():
+        generate_benchmark(study.benchmark_config, study.benchmark_dir, overwrite=False)
+    benchmark = Benchmark.open(study.benchmark_dir)
+    if not benchmark.has_config(study.benchmark_config):
+        expected = f"the benchmark of the config {study.benchmark_config.name} (or another `output_dir`)"
+        raise unusable(study.benchmark_dir, expected, f"the benchmark {benchmark.name} of another config")
+    return benchmark
+
+
+def _train(study: Study, progress: Progress) -> list[RunDir]:
+    steps = sum(config.num_steps for config in study.runs.values())
+    with progress(steps, "steps") as advance:
+        train_missing_runs(study.runs, Benchmark.open(study.benchmark_dir), advance=advance)
+    return study.open_runs()
+
+
+def _runs(study: Study) -> RunsOnBenchmark:
+    return RunsOnBenchmark.of(study.runs)
+
+
+GENERATE = Stage(
+    "generate",
+    "generate-benchmark",
+    (),
+    lambda study: benchmark_is_current(study.benchmark_dir, study.benchmark_config),
+    _generate,
+)
+TRAIN = Stage("train", "train", ("generate",), lambda study: runs_are_trained(study.runs), _train)
+CONVERT = Stage(
+    "convert",
+    "convert",
+    ("train",),
+    _of_every_run(conversion_is_current),
+    lambda study, progress: convert(_runs(study), ConvertSettings(), progress),
+)
+EVALUATE = Stage(
+    "evaluate",
+    "evaluate",
+    ("generate", "train"),
+    _of_every_run(evaluation_is_current),
+    lambda study, progress: evaluate(_runs(study), EvaluateSettings(), progress),
+)
+SELECT = Stage(
+    "select",
+    "select-reference",
+    ("generate", "train"),
+    lambda study: ranking_is_current(study.open_runs(), study.ranking),
+    lambda study, progress: rank_runs(_runs(study), SelectSettings(output=str(study.ranking)), progress),
+)
+PROBE_SET = Stage(
+    "probe set",
+    "generate-probe-set",
+    ("generate",),
+    _of_every_run(probe_set_is_current),
+    lambda study, progress: [ensure_probe_set(run) for run in study.open_runs()],
+)
+SWEEP = Stage(
+    "sweep",
+    "checkpoint-sweep",
+    ("train", "probe set"),
+    _of_every_run(sweep_is_current),
+    lambda study, progress: sweep(_runs(study), SweepInputs(), SweepSettings(), progress),
+)
+WINDOWS = Stage(
+    "windows",
+    "birth-windows",
+    ("sweep",),
+    _of_every_run(windows_are_current),
+    lambda study, progress: find_birth_windows(Runs.of(study.runs), WindowSettings()),
+)
+INTERVENE = Stage(
+    "intervene",
+    "intervene",
+    ("windows",),
+    _of_every_run(lambda run: interventions_are_current(run, InterventionSettings())),
+    lambda study, progress: intervene(_runs(study), PairSource(), InterventionSettings(), progress),
+)
+
+STAGES = (GENERATE, TRAIN, CONVERT, EVALUATE, SELECT, PROBE_SET, SWEEP, WINDOWS, INTERVENE)

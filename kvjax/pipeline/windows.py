@@ -1,0 +1,53 @@
+"""The stage that finds birth windows."""
+
+from __future__ import annotations
+
+from kvjax.artifacts.birth_windows_schema import read_birth_windows
+from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.config.files import find_config, read_config
+from kvjax.config.windows import WindowConfig
+from kvjax.errors import InputError, command
+from kvjax.pipeline.current import Current
+from kvjax.pipeline.settings import Runs, WindowSettings
+from kvjax.windows.run import WindowsReport, sweep_identity, write_windows
+
+
+def find_birth_windows(runs: Runs, settings: WindowSettings) -> list[WindowsReport]:
+    """Finds the birth windows of runs and writes each run's file.
+
+    Raises:
+      InputError: the config cannot be used, or a run has no sweep that can be read.
+    """
+    config = read_config(find_config(settings.config, "windows"), WindowConfig)
+    return write_windows(find_run_dirs(runs.run_dirs), config)
+
+
+def windows_are_current(run: RunDir) -> Current:
+    """Says whether windows were looked for in the sweep that the run has, whatever the verdict."""
+    rerun, path = command("birth-windows", run_dirs=[run.path]), run.layout.birth_windows
+    try:
+        measured_on = sweep_identity(run)
+    except InputError:
+        first = command("checkpoint-sweep", run_dirs=[run.path])
+        return Current(False, "windows are found in a sweep, and there is none", first)
+    if not path.is_file():
+        return Current(False, f"{path} does not exist", rerun)
+    try:
+        found = read_birth_windows(path)
+    except InputError as error:
+        return Current(False, str(error), rerun)
+    if found.measured_on.model_dump() != measured_on:
+        return Current(False, "the sweep has changed since windows were looked for", rerun)
+    return Current(True, f"windows were looked for in this sweep: {found.reason}")
+
+
+def windows_are_identified(run: RunDir) -> Current:
+    """Says whether a run has windows of its sweep; no command helps if nothing formed."""
+    state = windows_are_current(run)
+    if not state.holds:
+        return state
+    found = read_birth_windows(run.layout.birth_windows)
+    if found.verdict != "windows":
+        return Current(False, f"the verdict is {found.verdict}: {found.reason}")
+    centers = ", ".join(str(window.center_step) for window in found.windows)
+    return Current(True, f"{found.reason}, around step {centers}")

@@ -1,0 +1,102 @@
+"""Flags and settings: one declaration each, checked once, and answered before anything heavy is imported."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from kvjax.commands.flags import flags_of, read_settings
+from kvjax.commands.main import COMMANDS
+from kvjax.config.settings import declared
+from kvjax.errors import InputError
+from kvjax.intervene import analysis
+from kvjax.intervene.settings import KINDS, InterventionSettings
+from kvjax.pipeline.settings import SelectSettings, TrainSettings
+from kvjax.sweeps.settings import SweepSettings
+
+HEAVY = ("jax", "torch", "numpy", "scipy", "xarray", "pydantic", "orbax")
+
+
+def settings_of(command):
+    return importlib.import_module(f"kvjax.commands.{command.replace('-', '_')}").SETTINGS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_of_a_command(command):
+    """Every field of its settings is one flag, with the field's default and help."""
+    values = flags_of(settings_of(command))
+    fields = [field for settings in settings_of(command) for field in declared(settings)]
+    assert len({field.name for field in fields}) == len(fields), "no flag is declared twice"
+    assert set(values) == {field.name for field in fields}
+    for field in fields:
+        default = values[field.name].default
+        expected = field.default
+        if field.many and expected is not None:
+            expected = [str(member) for member in expected]
+        assert default == expected and values[field.name].help == field.help and field.help.endswith(".")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_of_a_command(command):
+    """Without flags, settings are those that Python makes without arguments; required ones are refused by name."""
+    values = flags_of(settings_of(command))
+    values([command])
+    for settings in settings_of(command):
+        missing = [field.name for field in declared(settings) if field.required]
+        if not missing:
+            assert read_settings(values, settings) == settings()
+            continue
+        with pytest.raises(InputError, match="expected a value; found none") as refusal:
+            read_settings(values, settings)
+        assert refusal.value.parameter == missing[0]
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"quickstart"}))
+def test_missing_flag_imports_nothing_heavy(command):
+    """The answer to a missing flag needs neither JAX nor NumPy nor anything else that takes time to import."""
+    code = (
+        "import sys; from kvjax.commands.main import main; status = main(sys.argv[1:]);"
+        f"heavy = set({HEAVY}) & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+    assert done.returncode == 2 and "expected a value; found none" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_lists_from_python_and_from_the_command_line():
+    """Texts with commas, lists and tuples are the same setting, in the order of the choices."""
+    expected = ("zero", "random")
+    for given in ("random,zero", ["random", "zero"], ("zero", "random")):
+        assert SweepSettings(ablations=given).ablations == expected
+    assert TrainSettings(config="c", seeds="7,11").seeds == (7, 11) == TrainSettings(config="c", seeds=[7, 11]).seeds
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: SweepSettings(precision="high"), "precision: expected one of highest, default; found high"),
+        (lambda: SweepSettings(ablations="zero,half"), "ablations: expected ablations among zero, .*; found half"),
+        (lambda: SweepSettings(ablations=["mean"]), "ablations: expected zero among the kinds, .*; found mean"),
+        (lambda: InterventionSettings(kinds=()), "kinds: expected kinds among activation_patching, .*; found none"),
+        (lambda: InterventionSettings(window="5", steps="5"), "window: expected no window beside `steps`; found 5"),
+        (lambda: InterventionSettings(pairs_per_kind=1), "pairs_per_kind: expected a whole number of at least 2"),
+        (lambda: TrainSettings(config="c", seeds="7,7"), "seeds: expected different whole numbers, .*; found 7,7"),
+        (lambda: TrainSettings(config="c", seeds="4294967296"), "seeds: expected different whole numbers"),
+        (lambda: TrainSettings(config=""), "config: expected a value; found none"),
+        (
+            lambda: SelectSettings(min_validation_answer_accuracy=float("nan")),
+            "min_validation_answer_accuracy: expected a number from 0.0 to 1.0; found nan",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(make, complaint):
+    """Python refuses what the command line refuses, and names the parameter."""
+    with pytest.raises(InputError, match=complaint):
+        make()
+
+
+def test_kinds_of_intervention():
+    """The kinds that flags offer are the kinds that there are, in their order."""
+    assert tuple(analysis.KINDS) == KINDS
