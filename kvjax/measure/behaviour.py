@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kvjax.task.encoding import (
-    RELATION_CURRENT,
-    RELATION_OLDER,
-    RELATION_OTHER_KEY,
-    RELATION_STALE,
-    TOKEN_ROLES,
-)
 
 SELECTIVITY_FLOOR = 1e-6
 
@@ -73,14 +67,15 @@ def answer_distribution(logits: jax.Array, answers: jax.Array) -> tuple[jax.Arra
 
 
 def next_token_sums(
-    logits_BxTxV: jax.Array, tokens_BxT: jax.Array, token_roles_BxT: jax.Array
+    logits_BxTxV: jax.Array, tokens_BxT: jax.Array, token_roles_BxT: jax.Array, *, num_roles: int
 ) -> tuple[jax.Array, jax.Array]:
     """Sums cross-entropy and right predictions over all non-pad targets of a sequence.
 
     Args:
       logits_BxTxV: at every position; those at t predict token t + 1.
       tokens_BxT: token ids.
-      token_roles_BxT: index into `TOKEN_ROLES` of each token, negative if it is no target.
+      token_roles_BxT: the role of each token, negative if it is no target.
+      num_roles: how many roles there are.
 
     Returns:
       The summed cross-entropy in nats, [B]; and the number of targets predicted right by role, [B, roles].
@@ -89,22 +84,20 @@ def next_token_sums(
     targets, roles = tokens_BxT[:, 1:], token_roles_BxT[:, 1:]
     loss = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
     right = wins_among(logits_BxTxV[:, :-1], targets)
-    by_role = (roles[..., None] == np.arange(len(TOKEN_ROLES))[None, None]) & right[..., None]
+    by_role = (roles[..., None] == np.arange(num_roles)[None, None]) & right[..., None]
     return jnp.sum(jnp.where(roles >= 0, loss, 0.0), axis=1), jnp.sum(by_role, axis=1)
 
 
-def relation_attention(pattern_LxBxHxQxT: jax.Array, relations_BxQxT: jax.Array) -> dict[str, jax.Array]:
-    """Sums each head's attention from p_e to the positions in each relation to the read, [L, B, H, Q] each.
+def relation_attention(
+    pattern_LxBxHxQxT: jax.Array, relations_BxQxT: jax.Array, groups: Mapping[str, Sequence[int]]
+) -> dict[str, jax.Array]:
+    """Sums each head's attention from p_e to the positions of each group of relations to the read, [L, B, H, Q] each.
 
-    `current`: the support value and its earlier answers. `stale`: the overwritten value and its answers. `key`: all
-    values and answers of the key read. `value`: all values and answers before p_e.
+    Args:
+      pattern_LxBxHxQxT: attention probabilities at p_e.
+      relations_BxQxT: the relation of each position to each read.
+      groups: name -> the relations that are summed.
     """
-    groups = {
-        "current": (RELATION_CURRENT,),
-        "stale": (RELATION_STALE,),
-        "key": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER),
-        "value": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER, RELATION_OTHER_KEY),
-    }
     member = jnp.stack([jnp.isin(relations_BxQxT, jnp.array(group)) for group in groups.values()], axis=-1)
     # A sum of products, not a matmul: each is one pass over the pattern, in full float32 on every device.
     sums = jnp.sum(pattern_LxBxHxQxT[..., None] * member[None, :, None], axis=-2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -14,17 +16,19 @@ def attention_per_read(
     prediction_positions_BxQ: jax.Array,
     support_positions_BxQ: jax.Array,
     relations_BxQxT: jax.Array,
+    relation_groups: Mapping[str, Sequence[int]],
 ) -> dict[str, jax.Array]:
     """Measures where each head attends at each read, [L, B, H, Q] each.
 
     From p_e: `query_attention` to k_e, `support_attention` to s_e, `current_value_attention` to the current value and
-    its copies, `stale_attention` to the stale value and its copies, `key` and `value` as in `relation_attention`, and
+    its copies, `stale_attention` to the stale value and its copies, `key` and `value` to those groups of positions, and
     `attention_entropy` in nats. From s_e: `binding_attention` to the key token of the same write.
 
     Args:
       pattern_LxBxHxTxT: attention probabilities, queries on the second last axis.
       prediction_positions_BxQ, support_positions_BxQ: p_e and s_e.
       relations_BxQxT: the relation of each position to each read.
+      relation_groups: the relations in each of the groups `current`, `stale`, `key` and `value`.
     """
 
     def rows(positions_BxQ: jax.Array) -> jax.Array:
@@ -35,7 +39,7 @@ def attention_per_read(
 
     from_prediction = rows(prediction_positions_BxQ)
     from_support = rows(support_positions_BxQ)
-    groups = relation_attention(from_prediction, relations_BxQxT)
+    groups = relation_attention(from_prediction, relations_BxQxT, relation_groups)
     # Padding reads point at position 0, and no position lies before that.
     write_key_positions = jnp.maximum(support_positions_BxQ - 1, 0)
     return {

@@ -11,7 +11,7 @@ from kvjax.measure.reads import Reads
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
 from kvjax.model.sites import STAGE_SITES, Trace, take_positions
-from kvjax.task.encoding import EncodedRecords
+from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES, EncodedRecords
 
 Sums = dict[str, jax.Array]
 
@@ -41,9 +41,11 @@ def measure_clean(
     logits, clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
     trace, positions = clean.trace, batch.prediction_positions
     logits_BxQxV = take_positions(logits, positions, 1)
-    attention = heads.attention_per_read(trace["pattern"], positions, batch.support_positions, batch.relations)
+    attention = heads.attention_per_read(
+        trace["pattern"], positions, batch.support_positions, batch.relations, RELATION_GROUPS
+    )
     reads = Reads(logits_BxQxV, batch.answers, value_ids, attention)
-    loss, role_correct = behaviour.next_token_sums(logits, batch.tokens, batch.token_roles)
+    loss, role_correct = behaviour.next_token_sums(logits, batch.tokens, batch.token_roles, num_roles=len(TOKEN_ROLES))
     states = states_at_reads(trace, batch)
     sums: Sums = {"token/loss": loss, "token/role_correct": role_correct}
     for measure in registry.computed("read"):

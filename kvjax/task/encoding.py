@@ -26,6 +26,15 @@ RELATION_STALE = 2  # the value the support overwrote, and answers that copied t
 RELATION_OLDER = 3  # still older values of the key and their answers
 RELATION_OTHER_KEY = 4  # values and answers of other keys
 
+# What attention is summed over: the support value and its copies; the overwritten value and its copies; all values and
+# answers of the key read; all values and answers before the read.
+RELATION_GROUPS = {
+    "current": (RELATION_CURRENT,),
+    "stale": (RELATION_STALE,),
+    "key": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER),
+    "value": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER, RELATION_OTHER_KEY),
+}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

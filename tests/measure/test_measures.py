@@ -16,7 +16,7 @@ from kvjax.measure.between_checkpoints import stays_stable
 from kvjax.measure.heads import attention_per_read
 from kvjax.measure.mlps import write_norm_sums
 from kvjax.measure.residual import cosine_drift, event_drift, lens_sums, linear_cka
-from kvjax.task.encoding import TOKEN_ROLES
+from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES
 
 VALUES = jnp.array([2, 3, 4])
 
@@ -52,7 +52,7 @@ def test_a_uniform_prediction_has_the_entropy_of_its_support():
 def test_padding_and_the_first_token_are_no_targets():
     logits = jnp.zeros((1, 4, 5)).at[0, 0, 3].set(100.0)  # sure of token 3 after the first position
     tokens, roles = jnp.array([[1, 3, 2, 0]]), jnp.array([[-1, 2, 6, -1]])
-    loss, right = next_token_sums(logits, tokens, roles)
+    loss, right = next_token_sums(logits, tokens, roles, num_roles=7)
     np.testing.assert_allclose(loss, [0.0 + np.log(5)], rtol=1e-5)
     assert right.tolist() == [[0, 0, 1, 0, 0, 0, 0]] and len(TOKEN_ROLES) == 7
 
@@ -60,7 +60,7 @@ def test_padding_and_the_first_token_are_no_targets():
 def test_selectivities_by_hand():
     # Two heads of one layer, one read. Relations: current, stale, older, other key, none.
     pattern = jnp.array([[0.3, 0.2, 0.1, 0.2, 0.2], [0.1, 0.1, 0.0, 0.6, 0.2]]).reshape(1, 1, 2, 1, 5)
-    groups = relation_attention(pattern, jnp.array([1, 2, 3, 4, 0]).reshape(1, 1, 5))
+    groups = relation_attention(pattern, jnp.array([1, 2, 3, 4, 0]).reshape(1, 1, 5), RELATION_GROUPS)
     np.testing.assert_allclose(groups["key"].ravel(), [0.6, 0.2], rtol=1e-6)
     np.testing.assert_allclose(groups["value"].ravel(), [0.8, 0.8], rtol=1e-6)
     key, recency = selectivities(groups["current"], groups["key"], groups["value"])
@@ -110,7 +110,7 @@ def test_attention_measures_by_hand():
     for position, row in rows.items():
         pattern[0, 0, 0, position] = row
     relations = jnp.array([0, 0, 0, 1, 0, 0, 0]).reshape(1, 1, 7)
-    found = attention_per_read(jnp.asarray(pattern), jnp.array([[5]]), jnp.array([[3]]), relations)
+    found = attention_per_read(jnp.asarray(pattern), jnp.array([[5]]), jnp.array([[3]]), relations, RELATION_GROUPS)
     expected = {
         "query_attention": 0.25,
         "support_attention": 0.5,
