@@ -166,8 +166,6 @@ def intervene_in_run(
             if task.kind == "neurons" and (task.earlier is None or not neuron_table.is_file()):
                 write_json_lines(neuron_table, _all_neuron_rows(run))
             advance(1)
-    with contextlib.suppress(InputError):  # what was asked for is written; conversions are made again another time
-        source.save()
     return reports
 
 
@@ -229,6 +227,9 @@ def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, set
         if loaded.sha256 != plan.hashes[step]:
             raise unusable(run.checkpoints[step], "a file that stays as it is", "it changed while it was read")
         params.append(loaded.params)
+    # Now, so that an interrupted call keeps them. If the store cannot be written, they are converted again next time.
+    with contextlib.suppress(InputError):
+        source.save()
     stacked = stack_params(params)
     config = DecoderConfig.from_model_config(
         run.config.model,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
+from kvjax.errors import unusable
 from kvjax.execution.fit_set import probe_labels
 from kvjax.execution.states_at_reads import form_states
 from kvjax.measure.probes import NO_LABEL, fit_logistic, label_wins, probe_scores, ridge_system, standardise
@@ -55,12 +56,15 @@ def measure_logistic(
         stored = None if anew and name in asked else store.find(f"logistic_{name}", key)
         if stored is None and name in asked:
             step, path = files[name]
+            checkpoint = source.load(path, step)
+            if checkpoint.sha256 != key:
+                raise unusable(path, "a file that stays as it is", "that it changed during the sweep")
             right = logistic_answers(
                 sweep.spec.config,
                 sweep.spec.key_ids,
                 sweep.spec.value_ids,
                 sweep.spec.num_splits,
-                source.load(path, step).params,
+                checkpoint.params,
                 jax.device_get(sweep.data.fit),
                 tuple(bucket.batches for bucket in sweep.buckets),
             )

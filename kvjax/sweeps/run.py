@@ -128,11 +128,15 @@ class RunSweep:
         self._results = self._stored_results()
         try:
             self._measure_pending(advance, meanwhile)
+            return self._compared()
         finally:
             try:
                 self._source.save()
             except InputError as error:  # results are stored, and conversions are made again another time
                 self.log.not_kept = str(error)
+
+    def _compared(self) -> MeasuredRun:
+        """Compares the checkpoints with each other and fits logistic probes, where asked for."""
         tabled, reference = self._tabled(), self._reference()
         shared = {"files": self._files, "sweep": self._sweep, "source": self._source}
         moved, logistic = None, []

@@ -19,9 +19,11 @@ from kvjax.converters.convert_run import convert_run, export_run
 from kvjax.converters.parameter_store import read_stored_run
 
 import kvjax
+from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
 from kvjax.errors import InputError
+from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.task.benchmark import Benchmark
 from tests.helpers.building import write_small_benchmark
 
@@ -362,9 +364,11 @@ def test_write_that_ends_half_way(loader, small_run, small_benchmark):
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
+from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.errors import InputError
+from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.task.benchmark import Benchmark
 run, benchmark = RunDir.open(Path(sys.argv[1])), Benchmark.open(Path(sys.argv[2]))
 def add(step):
@@ -429,3 +433,23 @@ def test_reads_of_checkpoint_files(small_run, small_benchmark):
     assert opened.taken() == once, "current"
     kvjax.sweep(small_run, **settings, overwrite=True)
     assert opened.taken() == once, "measured again, from the store"
+
+
+def test_conversions_for_comparisons(small_run, small_benchmark):
+    """Checkpoints that are converted only to be compared are stored as well."""
+    settings = {"benchmark_dir": small_benchmark, "ablations": ("zero",), "probe": "none"}
+    kvjax.sweep(small_run, **settings, event_drift=False)
+    folder = small_run / "analysis" / "converted"
+    shutil.rmtree(folder)
+    kvjax.sweep(small_run, **settings)
+    assert stored_steps(folder) == [100, 200, 300]
+
+
+def test_logistic_probes_of_a_file_that_changed(loader, small_run):
+    """Logistic probes are not filed under the hash of a file's earlier bytes."""
+    tabled = [("step_000100", types.SimpleNamespace(info={"sha256": "of the earlier bytes"}, step=100))]
+    files = {"step_000100": (100, small_run / "checkpoints" / "step_000100.pt")}
+    with pytest.raises(InputError, match=r"step_000100.pt: expected a file that stays as it is"):
+        measure_logistic(
+            tabled, {"step_000100"}, files=files, sweep=None, store=ResultStore(small_run, {}), source=loader()
+        )

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from kvjax.converters.parameter_store import read_stored_run
 
 from kvjax.errors import InputError
 from kvjax.intervene import analysis
@@ -189,3 +190,15 @@ def test_what_cannot_be_kept_of_conversions_costs_nothing(intervened, small_run)
     (small_run / "analysis").mkdir()
     (small_run / "analysis" / "converted").write_text("in the way")
     assert intervened() == KINDS
+
+
+def test_conversions_of_an_interrupted_call(intervened, small_run, monkeypatch):
+    """A call that is interrupted after a window's checkpoints were loaded has stored their conversions."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analysis, "_publish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        intervened()
+    assert list(read_stored_run(small_run / "analysis" / "converted"))
