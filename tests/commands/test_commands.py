@@ -36,7 +36,7 @@ def test_from_config_to_rows(tmp_path, capsys, small_run):
     assert main(["generate-benchmark", f"--config={config}", f"--output_dir={benchmark}"]) == 0
     flags = ["--examples_per_split=8", "--fit_examples=12", f"--output={probe}"]
     assert main(["generate-probe-set", f"--benchmark_dir={benchmark}", *flags]) == 0
-    arguments = sweep_arguments(small_run, benchmark_dir=benchmark, probe_set=probe)
+    arguments = sweep_arguments(small_run, benchmark_dir=benchmark, probe_set=probe, ablations="zero", probe="none")
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert f"Results in {small_run / 'analysis'}" in printed and "Next:" in printed

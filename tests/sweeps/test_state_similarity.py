@@ -146,9 +146,15 @@ def test_overwriting_compares_again(small_run):
     assert all(path.stat().st_mtime_ns > before for path, before in written.items())
 
 
-def test_without_event_drift_the_rest_is_the_same(small_run, swept):
-    report = sweep(small_run, event_drift=False)
-    assert "residual_cka" not in report.dataset and report.dataset["answer_accuracy"].size
+def test_sweep_without_event_drift(small_run, means):
+    """Without event drift a sweep has no drift of events and no CKA, and the same values of everything else."""
+    ours = sweep(small_run, ablations=("zero",), probe="none", event_drift=False).dataset
+    of_states = {name for name in means.data_vars if name.startswith(("residual_event_drift", "residual_cka"))}
+    assert of_states and not of_states & set(ours.data_vars)
+    assert {"answer_accuracy", "residual_drift", "head_accuracy_drop"} <= set(ours.data_vars)
+    for name, variable in ours.data_vars.items():
+        expected = means[name].sel(ablation=["zero"]) if "ablation" in variable.dims else means[name]
+        np.testing.assert_allclose(variable, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_side_by_side_as_on_an_accelerator_moves_the_same(small_run, means, monkeypatch):

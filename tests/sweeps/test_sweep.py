@@ -18,7 +18,7 @@ from kvjax.execution.inputs import prepare_run
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
-from tests.helpers.building import SMALL_MODEL, STEPS, read_lines, write_small_benchmark
+from tests.helpers.building import SMALL_MODEL, STEPS, read_lines
 from tests.helpers.sweeping import source, sweep
 from tests.oracles.pytorch_loops import mean
 
@@ -309,13 +309,14 @@ def test_a_store_that_cannot_be_written_is_a_note(small_run, capsys):
 
 
 def test_other_settings_do_not_replace_earlier_results_unasked(small_run):
-    rows = sweep(small_run).rows
+    small = {"ablations": ("zero",), "probe": "none"}
+    rows = sweep(small_run, **small).rows
     with pytest.raises(
         InputError, match=r"sweep.json: expected a sweep with the same settings .*; found another precision"
     ):
-        sweep(small_run, precision="default")
+        sweep(small_run, precision="default", **small)
     assert read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl") == rows
-    assert sorted(sweep(small_run, precision="default", overwrite=True).log.measured) == list(STEPS)
+    assert sorted(sweep(small_run, precision="default", overwrite=True, **small).log.measured) == list(STEPS)
 
 
 def test_drift_to_the_final_checkpoint_is_null_while_the_run_is_incomplete(small_run):
@@ -366,11 +367,18 @@ def test_another_model_section_does_not_reuse_what_was_measured(small_run):
         sweep(small_run)
 
 
-def test_a_benchmark_with_other_held_out_pairs_is_noted(small_run, tmp_path):
-    other = write_small_benchmark(tmp_path / "other", seed=4)
-    work = prepare_run(RunDir.open(small_run), benchmark_dir=str(other), probe_set=None, steps="100", reference="100")
+def test_note_of_other_held_out_pairs(small_run, small_benchmark):
+    """A checkpoint that records other held-out pairs than the benchmark's is measured, with a note."""
+    path = small_run / "checkpoints" / "step_000100.pt"
+    document = torch.load(path, weights_only=True)
+    document["config"]["benchmark_metadata"]["holdout_pairs"].pop()
+    torch.save(document, path)
+    work = prepare_run(
+        RunDir.open(small_run), benchmark_dir=str(small_benchmark), probe_set=None, steps="100-300", reference="final"
+    )
     (report,) = sweep_runs([work], source, settings=SweepSettings(), advance=lambda n: None)
     assert any("held-out pairs differ" in note for note in report.notes)
+    assert [row["step"] for row in report.rows] == list(STEPS)
 
 
 def test_what_is_no_read_holds_no_value(swept):
@@ -389,6 +397,6 @@ def test_results_that_cannot_be_written_are_tried_once_and_conversions_stay(smal
 
     monkeypatch.setattr("kvjax.artifacts.checkpoint_sums.ResultStore.save", full_disk)
     with pytest.raises(InputError, match="full disk"):
-        sweep(small_run, ablations=("zero",), probe="none", checkpoint_batch="1")
+        sweep(small_run, checkpoint_batch="1")
     assert len(tried) == len(set(tried)) == 2, "the chunk that failed, and the one that was on the devices"
     assert len(list(read_stored_run(small_run / "analysis" / "converted"))) >= 2
