@@ -40,24 +40,24 @@ def oracle_place(place):
     return (place.site, place.layer)
 
 
+@functools.cache
+def measuring(function, config, **given):
+    """Returns what measures one direction, which is an argument: both are compiled at once, as in an analysis."""
+
+    def measure(params, batch, extra, window, direction):
+        return function(params, config, batch, window=window, direction=direction, **given)
+
+    return measure
+
+
 @pytest.fixture(scope="module", params=DIRECTIONS)
 def patched(request, model, encoded):
     _, params, config = model
-    program, way = PairProgram(encoded, config, tokens_per_batch=300), DIRECTIONS.index(request.param)
-
-    def measure(params, batch, extra, window):
-        return patching_effects(
-            params,
-            config,
-            batch,
-            window=window,
-            direction=way,
-            places=tuple(PLACES.values()),
-        )
-
+    program = PairProgram(encoded, config, tokens_per_batch=300)
+    measure = measuring(patching_effects, config, places=tuple(PLACES.values()))
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
     base, source = tokens if request.param == "denoising" else tokens[::-1]
-    return program.run(measure, stack(params)), base, source
+    return program.run(measure, stack(params), jnp.int32(DIRECTIONS.index(request.param))), base, source
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -96,11 +96,8 @@ def test_every_place_and_position_equals_plain_patching(patched, model, encoded,
 def test_every_path_equals_plain_path_patching(model, encoded, direction):
     module, params, config = model
     program = PairProgram(encoded, config, tokens_per_batch=300, devices=2)
-
-    def measure(params, batch, extra, window):
-        return path_effects(params, config, batch, window=window, direction=jnp.int32(DIRECTIONS.index(direction)))
-
-    ours = program.run(measure, stack(params, 2))["difference"]
+    measure = measuring(path_effects, config)
+    ours = program.run(measure, stack(params, 2), jnp.int32(DIRECTIONS.index(direction)))["difference"]
     np.testing.assert_array_equal(ours[0], ours[1])
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
     base, source = tokens if direction == "denoising" else tokens[::-1]
