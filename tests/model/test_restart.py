@@ -89,12 +89,24 @@ def axis_sizes(config, batch, length):
     }
 
 
-def random_edit(rng, config, name, layer, where):
-    """A random edit of a site from a layer on, at the positions `where` [B, T]; axes are of their length or 1."""
+def random_shape(whole, config, name, where):
+    """Returns the shape of an edit: axes of width are of their length or 1, by `whole`, two flags of this example.
+
+    A site has at most two such axes, and neighbouring sites take the flags the other way round. Each set of shapes is
+    compiled anew: four of them meet every combination of a site's own axes; `test_any_shape` draws the others.
+    """
+    sizes = axis_sizes(config, *where.shape)
+    turned = list(SITES).index(name)
+    widths = [axis for axis in SITES[name].axes if axis not in "BPTL"]
+    kept = {axis: whole[(index + turned) % 2] for index, axis in enumerate(widths)}
+    return tuple(sizes[axis] if kept.get(axis, True) else 1 for axis in SITES[name].axes)
+
+
+def random_edit(rng, config, name, layer, where, whole):
+    """Returns a random edit of a site from a layer on, at the positions `where` [B, T]."""
     sizes = axis_sizes(config, *where.shape)
     axes = SITES[name].axes
-    keep = [axis in "BPTL" or rng.random() < 0.7 for axis in axes]
-    shape = tuple(sizes[axis] if kept else 1 for axis, kept in zip(axes, keep, strict=True))
+    shape = random_shape(whole, config, name, where)
     mask = rng.random(shape) < 0.4
     at = [sizes[axis] if axis in "BPT" else 1 for axis in axes]
     mask &= where.reshape([n if axis in "BPT" else 1 for axis, n in zip(axes, at, strict=True)])
@@ -129,8 +141,9 @@ def test_edits_at_every_site_and_sets_of_sites_equal_the_plain_forward(shape, si
     rng, tokens, positions = random_inputs(seed)
     layer = data.draw(st.integers(0, config.n_layers - 1))
     layer = 0 if "embedding" in sites else layer
+    whole = rng.random(2) < 0.7
     everywhere = np.ones((BATCH, LENGTH), bool)
-    edits = {name: random_edit(rng, config, name, layer, everywhere) for name in sites}
+    edits = {name: random_edit(rng, config, name, layer, everywhere, whole) for name in sites}
     # Kept activations of the MLP are used where edits of them come first.
     keep_hidden = sites == ("mlp_hidden",)
     ours = restarted(tokens, positions, edits, layer, last=layer == config.n_layers - 1, keep_hidden=keep_hidden)
@@ -151,7 +164,7 @@ def test_any_shape_and_any_set_of_sites_equal_the_plain_forward(data, seed):
     sites = draw(st.lists(st.sampled_from(drawable), min_size=1, max_size=3, unique=True), "sites")
     layer = 0 if "embedding" in sites else draw(st.integers(0, config.n_layers - 1), "layer")
     everywhere = np.ones(tokens.shape, bool)
-    edits = {name: random_edit(rng, config, name, layer, everywhere) for name in sites}
+    edits = {name: random_edit(rng, config, name, layer, everywhere, rng.random(2) < 0.7) for name in sites}
     ours = restarted(tokens, positions, edits, layer, last=layer == config.n_layers - 1)
     assert_same(ours, plain(tokens, positions, edits))
 
@@ -173,7 +186,7 @@ def test_windows_equal_the_plain_forward_where_they_reach(shape, site, data, see
     layer = 0 if site == "embedding" else data.draw(st.integers(0, config.n_layers - 1))
     inside = np.zeros((BATCH, LENGTH), bool)
     np.put_along_axis(inside, window, True, axis=1)
-    edits = {site: random_edit(rng, config, site, layer, inside)}
+    edits = {site: random_edit(rng, config, site, layer, inside, rng.random(2) < 0.7)}
     positions = positions.astype(np.int32)
     ours = restarted(tokens, positions, edits, layer, window, last=layer == config.n_layers - 1)
     assert_same(ours, plain(tokens, positions, edits))
