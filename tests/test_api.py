@@ -16,7 +16,8 @@ from tests.helpers.sweeping import sweep
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_sweep_returns_what_the_files_hold_with_units_and_intervals(small_run):
+def test_sweep(small_run):
+    """`kvjax.sweep` returns what the files hold, with units and intervals, and measures nothing again."""
     report = sweep(small_run)
     dataset = kvjax.sweep(small_run, probe_set=small_run / "analysis" / "probe_set.jsonl")
     assert dataset.equals(dataset.assign(report.dataset.data_vars)), "nothing was measured again"
@@ -29,7 +30,8 @@ def test_sweep_returns_what_the_files_hold_with_units_and_intervals(small_run):
     assert (accuracy["answer_accuracy"] <= accuracy["answer_accuracy_high"]).all()
 
 
-def test_several_runs_lie_along_a_dimension(small_run, tmp_path):
+def test_several_runs(small_run, tmp_path):
+    """Several runs lie along a dimension, NaN wherever a run lacks a step."""
     sweep(small_run)
     shorter = shutil.copytree(small_run, tmp_path / "shorter")
     (shorter / "checkpoints" / "step_000300.pt").unlink()
@@ -40,7 +42,8 @@ def test_several_runs_lie_along_a_dimension(small_run, tmp_path):
     assert both["answer_accuracy"].isel(run=0).sel(step=300).notnull().all()
 
 
-def test_the_script_of_the_docs_draws_three_trajectories(small_run, tmp_path):
+def test_plotting_script(small_run, tmp_path):
+    """The script of the docs draws a figure, without kvjax or an accelerator."""
     sweep(small_run)
     target = tmp_path / "figure.png"
     script = [sys.executable, ROOT / "docs" / "plot_trajectories.py", small_run / "analysis" / "checkpoint_metrics.nc"]
@@ -48,7 +51,8 @@ def test_the_script_of_the_docs_draws_three_trajectories(small_run, tmp_path):
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_usable_checkpoint_is_said(small_run):
+def test_no_usable_checkpoint(small_run):
+    """A run without any usable checkpoint is refused."""
     for path in (small_run / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="expected a run with a usable checkpoint; found none"):

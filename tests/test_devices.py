@@ -26,7 +26,8 @@ def run(folder, code=_COMPILE):
     return done.stdout.strip()
 
 
-def test_programs_are_kept_in_a_folder_that_is_nobody_elses(tmp_path):
+def test_private_cache_folder(tmp_path):
+    """Programs are kept in a folder of mode 700, and the next process finds them."""
     folder = tmp_path / "cache" / "compiled"
     assert run(folder) == str(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -39,7 +40,8 @@ def test_programs_are_kept_in_a_folder_that_is_nobody_elses(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
-def test_a_folder_others_may_write_to_is_not_used(tmp_path, mode):
+def test_writable_cache_folder(tmp_path, mode):
+    """A folder that others may write to is not used."""
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(mode)
@@ -47,7 +49,8 @@ def test_a_folder_others_may_write_to_is_not_used(tmp_path, mode):
     assert stat.S_IMODE(folder.stat().st_mode) == mode and not list(folder.iterdir())
 
 
-def test_a_folder_others_may_read_is_closed_to_them(tmp_path):
+def test_readable_cache_folder(tmp_path):
+    """A folder that others may read is closed to them."""
     folder = tmp_path / "readable"
     folder.mkdir()
     folder.chmod(0o755)
@@ -55,14 +58,14 @@ def test_a_folder_others_may_read_is_closed_to_them(tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_folder_that_cannot_be_made_turns_the_cache_off(tmp_path):
+def test_missing_cache_folder(tmp_path):
+    """A folder that cannot be made turns the cache off."""
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "cache") == "None"
 
 
-def test_a_command_keeps_no_programs_when_asked(tmp_path):
-    """Also where an earlier command of the process, or JAX's own variable, had turned the cache on; a later command
-    may turn it on again."""
+def test_command_without_cache(tmp_path):
+    """`--nocompilation_cache` turns the cache off for one command, also if it was on; the next may turn it on."""
     code = (
         "import jax; from absl import flags; from kvjax.commands import common;"
         "from kvjax.devices import lowered_folder;"
@@ -83,14 +86,16 @@ def test_a_command_keeps_no_programs_when_asked(tmp_path):
     assert run(tmp_path / "cache", code.replace("CACHE", str(tmp_path / "cache"))) == "True None None\nTrue True"
 
 
-def test_jaxs_own_switch_is_left_alone(tmp_path, monkeypatch):
+def test_switch_of_jax(tmp_path, monkeypatch):
+    """JAX's own switch turns the cache off, and stays as it is."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
     code = _COMPILE + "; from kvjax.devices import lowered_folder; print(lowered_folder())"
     assert run(tmp_path / "cache", code) == f"{tmp_path / 'cache'}\nNone"
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch):
+def test_number_of_cpu_devices(tmp_path, monkeypatch):
+    """Each core is a device, unless the number was chosen before."""
     code = "from kvjax.devices import start_jax; start_jax(); import jax; print(jax.local_device_count())"
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert run(tmp_path / "cache", code) == str(len(os.sched_getaffinity(0)))
@@ -98,7 +103,8 @@ def test_the_number_of_cpu_devices_is_a_choice_that_stays(tmp_path, monkeypatch)
     assert run(tmp_path / "cache", code) == "3"
 
 
-def test_all_cores_are_used_where_the_system_knows_no_affinity(monkeypatch):
+def test_cores_without_affinity(monkeypatch):
+    """All cores are used on a system without affinity masks."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == os.cpu_count()
 

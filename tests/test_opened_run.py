@@ -20,7 +20,8 @@ from tests.oracles.pytorch_loops import load_module
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_a_checkpoint_computes_what_its_file_does(small_run):
+def test_checkpoints(small_run):
+    """A checkpoint computes what its file does in PyTorch."""
     run = kvjax.open_run(small_run)
     assert run.steps == STEPS
     key, value = run.vocabulary.key_tokens[0], run.vocabulary.value_tokens[0]
@@ -54,12 +55,14 @@ def test_a_checkpoint_computes_what_its_file_does(small_run):
         (lambda run: run.measure(lambda params, config: jnp.zeros(2), dims=["step"]), "dims: expected different names"),
     ],
 )
-def test_what_a_run_does_not_have_is_said(small_run, ask, complaint):
+def test_invalid_requests(small_run, ask, complaint):
+    """A request for something that a run does not have is refused by name."""
     with pytest.raises(InputError, match=complaint):
         ask(kvjax.open_run(small_run))
 
 
-def test_a_measure_of_ones_own_is_the_sweeps_where_it_is_the_same(small_run):
+def test_own_measure(small_run):
+    """A measure written by the user equals the sweep's measure of the same name."""
     dataset = sweep(small_run, ablations=("zero",), probe="none").dataset
     run = kvjax.open_run(small_run)
 
@@ -84,7 +87,8 @@ def test_a_measure_of_ones_own_is_the_sweeps_where_it_is_the_same(small_run):
     np.testing.assert_allclose(two, ours.sel(step=[100, 300]).values, rtol=1e-5, atol=1e-5)
 
 
-def test_the_script_of_the_docs_prints_every_heads_attention(small_run, small_benchmark):
+def test_script_of_the_docs(small_run, small_benchmark):
+    """The script of the docs prints the sweep's attention of every head."""
     dataset = sweep(small_run, ablations=("zero",), probe="none").dataset
     script = [sys.executable, ROOT / "docs" / "own_measure.py", small_run, small_benchmark]
     printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
@@ -93,7 +97,8 @@ def test_the_script_of_the_docs_prints_every_heads_attention(small_run, small_be
     np.testing.assert_allclose(np.array(rows, float)[:, 1:], largest, atol=6e-4)
 
 
-def test_every_device_takes_part(small_run):
+def test_devices_of_an_own_measure(small_run):
+    """Checkpoints are shared among devices, and traced once."""
     traced = []
 
     def where(params, config):

@@ -86,13 +86,15 @@ def slice_counts(records):
     return counts
 
 
-def test_one_row_for_each_checkpoint_in_step_order(swept):
+def test_steps_of_the_rows(swept):
+    """Each checkpoint has one row, in step order."""
     assert tuple(swept["rows"]) == STEPS
     assert "analysis" in swept["stdout"] and "Next:" in swept["stdout"]
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_behaviour_of_the_whole_probe_set(swept, expected, step):
+def test_behaviour(swept, expected, step):
+    """Behaviour on the whole probe set equals the reference's."""
     row, theirs, records = swept["rows"][step], expected[step]["behavior"], swept["records"]
     reads = theirs["num_examples"]
     assert reads == sum(len(record["query_events"]) for record in records)
@@ -107,7 +109,8 @@ def test_behaviour_of_the_whole_probe_set(swept, expected, step):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_slices_with_their_counts(swept, expected, step):
+def test_slices(swept, expected, step):
+    """Accuracies of slices and their counts equal the reference's."""
     row, theirs = swept["rows"][step], expected[step]["behavior"]["slice_accuracy"]
     assert row["slice_count"] == {a: dict(c) for a, c in slice_counts(swept["records"]).items()}
     assert {a: set(v) for a, v in row["slice_accuracy"].items()} == {a: set(v) for a, v in theirs.items()}
@@ -132,7 +135,8 @@ def assert_slices(events, members, slices, split):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_behaviour_of_each_split(swept, expected, step):
+def test_behaviour_by_split(swept, expected, step):
+    """Behaviour on each split equals the reference's."""
     for split, theirs in expected[step]["split_behavior"].items():
         ours = swept["dataset"].sel(step=step, split=split)
         members = [record for record in swept["records"] if record["split"] == split]
@@ -154,6 +158,7 @@ def test_behaviour_of_each_split(swept, expected, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_residual_stream(swept, expected, step):
+    """Logit lens values by stage equal the reference's."""
     row, theirs = swept["rows"][step], expected[step]["residual_probes"]
     reads = expected[step]["behavior"]["num_examples"]
     names = {
@@ -171,6 +176,7 @@ def test_residual_stream(swept, expected, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_drift_to_the_previous_checkpoint(swept, expected, step):
+    """Drift of the mean state to the previous checkpoint equals the reference's."""
     ours = swept["rows"][step]["residual_drift_by_layer"]
     theirs = expected[step]["prediction_state_drift_by_stage"]
     if step == STEPS[0]:
@@ -183,6 +189,7 @@ def test_drift_to_the_previous_checkpoint(swept, expected, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_heads(swept, expected, step):
+    """Drops and attention of the reference's top heads are the same here."""
     reads = expected[step]["behavior"]["num_examples"]
     ablations = expected[step]["head_ablation_top"]
     localizations = expected[step]["head_localization_top"]
@@ -199,6 +206,7 @@ def test_heads(swept, expected, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_mlps(swept, expected, step):
+    """Drops and writes of the reference's top MLPs are the same here."""
     reads = expected[step]["behavior"]["num_examples"]
     assert len(expected[step]["mlp_ablation_top"]) == len(expected[step]["mlp_write_top"]) == 3
     for theirs in expected[step]["mlp_ablation_top"]:
@@ -210,14 +218,16 @@ def test_mlps(swept, expected, step):
             assert_close(ours[name], theirs[name], f"{name} {theirs}")
 
 
-def test_every_checkpoint_carries_a_parity_certificate(swept):
+def test_certificates(swept):
+    """Each checkpoint carries a certificate that its logits are PyTorch's."""
     for checkpoint in swept["sweep"]["checkpoints"]:
         certificate = checkpoint["certificate"]
         assert certificate["max_abs_difference"] <= 2e-4 * certificate["max_abs_logit"]
     assert swept["sweep"]["versions"]["jax"] and swept["sweep"]["precision"] == "highest"
 
 
-def test_what_the_reference_probe_set_lacks_is_built_beside_it(swept):
+def test_companion_of_the_probe_set(swept):
+    """What the reference's probe set lacks is written beside it."""
     companion = json.loads((swept["root"] / "probe_set.companion.json").read_text())
     assert companion["num_fit_records"] == 512
     tags = Counter(companion["difficulty"].values())
@@ -225,7 +235,8 @@ def test_what_the_reference_probe_set_lacks_is_built_beside_it(swept):
     assert len((swept["root"] / "probe_set.sources.jsonl").read_text().splitlines()) == 96
 
 
-def test_birth_windows_are_where_the_golden_metrics_move(swept):
+def test_birth_windows(swept):
+    """Birth windows lie at the steps between which the reference's metrics move."""
     run = swept["root"] / "run"
     command = [sys.executable, "-m", "kvjax.commands.main", "birth-windows", f"--run_dirs={run}"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))

@@ -12,25 +12,29 @@ def select(*candidates, floor=0.9):
     return select_reference(candidates, min_validation_answer_accuracy=floor)
 
 
-def test_held_out_accuracy_decides_before_validation():
+def test_first_criterion():
+    """Held-out accuracy decides before validation accuracy."""
     result = select(candidate("a", heldout_pairs=0.5, validation_iid=0.99), candidate("b", heldout_pairs=0.6))
     assert result["selected"] == "b"
     assert result["reason"] == "ahead of rank 2: heldout_pairs answer accuracy 0.6000 against 0.5000"
 
 
-def test_every_later_criterion_breaks_the_tie_of_the_earlier_ones():
+def test_later_criteria():
+    """Each criterion breaks the tie of all before it."""
     for index, split in enumerate(RANKED_SPLITS):
         worse_later = dict.fromkeys(RANKED_SPLITS[index + 1 :], 0.91)
         result = select(candidate("a", **{split: 0.94}), candidate("b", **worse_later))
         assert result["selected"] == "b", split
 
 
-def test_fewer_parameters_last():
+def test_last_criterion():
+    """Fewer parameters break the last tie."""
     result = select(candidate("large", parameters=200), candidate("small", parameters=100))
     assert result["selected"] == "small" and "100 parameters against 200" in result["reason"]
 
 
-def test_runs_below_the_floor_are_listed_with_the_reason_but_not_selected():
+def test_runs_below_the_floor():
+    """Runs below the floor are listed with the reason, but not selected."""
     result = select(candidate("a", validation_iid=0.89, heldout_pairs=1.0), candidate("b", heldout_pairs=0.1))
     assert result["selected"] == "b" and result["reason"] == "the only eligible run"
     last = result["candidates"][-1]
@@ -38,6 +42,7 @@ def test_runs_below_the_floor_are_listed_with_the_reason_but_not_selected():
     assert "0.8900 is below 0.9" in last["reason"]
 
 
-def test_none_eligible():
+def test_no_eligible_run():
+    """If no run is eligible none is selected."""
     result = select(candidate("a", validation_iid=0.1))
     assert result["selected"] is None and "no run reaches" in result["reason"]

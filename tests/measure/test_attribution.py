@@ -16,7 +16,8 @@ VOCAB, VALUES = 30, np.arange(12, 30)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_terms_sum_to_the_logit_difference(tied):
+def test_sum_of_terms(tied):
+    """The attribution terms sum to the logit difference."""
     module = random_torch_model(SMALL_MODEL, VOCAB, 3, tied=tied)
     model = ModelConfig.model_validate(SMALL_MODEL)
     params = to_flax(as_numpy(module), model, VOCAB, where="test")

@@ -21,14 +21,16 @@ from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES
 VALUES = jnp.array([2, 3, 4])
 
 
-def test_margin_is_against_the_best_other_value_only():
+def test_answer_margin():
+    """The margin is against the best other value token, not against other tokens."""
     logits = jnp.array([[9.0, 0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 2.0, 5.0, 1.0]])
     answers = jnp.array([3, 2])
     assert answer_margin(logits, answers, VALUES).tolist() == [3.0, -3.0]
     assert wins_among(logits, answers, VALUES).tolist() == [True, False]
 
 
-def test_the_lower_id_wins_a_tie_as_in_an_argmax():
+def test_tied_logits():
+    """The lower id wins a tie, as in an argmax."""
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 3, (200, 6)).astype(np.float32)
     for target in range(6):
@@ -38,18 +40,21 @@ def test_the_lower_id_wins_a_tie_as_in_an_argmax():
     assert among.tolist() == (logits[:, 2:5].argmax(axis=1) == 1).tolist()
 
 
-def test_accuracy_is_over_the_full_vocabulary():
+def test_answer_accuracy():
+    """An answer is right only if it wins over the full vocabulary."""
     logits = jnp.array([[9.0, 0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 2.0, 5.0, 1.0]])
     assert answer_correct(logits, jnp.array([3, 3])).tolist() == [False, True]
 
 
-def test_a_uniform_prediction_has_the_entropy_of_its_support():
+def test_answer_entropy():
+    """A uniform prediction has the entropy log V and the confidence 1 / V."""
     entropy, confidence = answer_distribution(jnp.zeros((1, 8)), jnp.array([5]))
     np.testing.assert_allclose(entropy, np.log(8), rtol=1e-6)
     np.testing.assert_allclose(confidence, 1 / 8, rtol=1e-6)
 
 
-def test_padding_and_the_first_token_are_no_targets():
+def test_targets_of_the_loss():
+    """Padding and the first token are no targets."""
     logits = jnp.zeros((1, 4, 5)).at[0, 0, 3].set(100.0)  # sure of token 3 after the first position
     tokens, roles = jnp.array([[1, 3, 2, 0]]), jnp.array([[-1, 2, 6, -1]])
     loss, right = next_token_sums(logits, tokens, roles, num_roles=7)
@@ -58,6 +63,7 @@ def test_padding_and_the_first_token_are_no_targets():
 
 
 def test_selectivities_by_hand():
+    """Key and recency selectivity of two heads, by hand."""
     # Two heads of one layer, one read. Relations: current, stale, older, other key, none.
     pattern = jnp.array([[0.3, 0.2, 0.1, 0.2, 0.2], [0.1, 0.1, 0.0, 0.6, 0.2]]).reshape(1, 1, 2, 1, 5)
     groups = relation_attention(pattern, jnp.array([1, 2, 3, 4, 0]).reshape(1, 1, 5), RELATION_GROUPS)
@@ -68,7 +74,8 @@ def test_selectivities_by_hand():
     np.testing.assert_allclose(recency, [[0.5]], rtol=1e-6)  # its 0.3 / 0.6
 
 
-def test_selectivities_without_attention_to_any_value_do_not_exist():
+def test_selectivities_without_attention():
+    """Selectivities do not exist if no value is attended to."""
     nothing = jnp.zeros((1, 1, 2, 1))
     key, recency = selectivities(nothing, nothing, nothing)
     assert np.isnan(key).all() and np.isnan(recency).all()
@@ -77,7 +84,8 @@ def test_selectivities_without_attention_to_any_value_do_not_exist():
     assert key.tolist() == [[0.0]] and np.isnan(recency).all(), "no part of the key to share"
 
 
-def test_drift_of_parallel_opposite_and_missing_states():
+def test_drift():
+    """Drift is 0 of parallel states, 2 of opposite ones, and none of a zero state."""
     a = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     b = np.array([[3.0, 0.0], [-2.0, -2.0], [1.0, 0.0]])
     drift = cosine_drift(a, b)
@@ -85,12 +93,14 @@ def test_drift_of_parallel_opposite_and_missing_states():
     assert np.isnan(drift[2])
 
 
-def test_write_norms_count_real_reads_only():
+def test_write_norms():
+    """Write norms count real reads only."""
     out = jnp.array([[[[3.0, 4.0], [6.0, 8.0]]]])  # one layer, one sequence, two reads
     assert write_norm_sums(out, jnp.array([[True, False]])).tolist() == [[5.0]]
 
 
 def test_lens_sums_by_hand():
+    """Logit lens sums of two sequences, by hand."""
     # One stage, two sequences of two reads, the last of which is none; tokens 2-4 are values, 0-1 keys.
     at_prediction = jnp.array([[[[0, 9, 1, 2, 0], [9, 0, 5, 1, 1]], [[1, 0, 0, 0, 7], [0, 0, 0, 9, 0]]]], jnp.float32)
     at_support = jnp.array([[[[0, 0, 0, 3, 1], [0, 0, 1, 0, 0]], [[0, 0, 2, 1, 1], [0, 0, 0, 0, 1]]]], jnp.float32)
@@ -104,7 +114,7 @@ def test_lens_sums_by_hand():
 
 
 def test_attention_measures_by_hand():
-    """Tokens: bos, W, key, value, R, key, answer. The read predicts at 5, its value stands at 3, its key token at 2."""
+    """Of `bos W key value R key answer` the read predicts at 5; its value is at 3, its key at 2."""
     rows = {3: [0.1, 0.0, 0.6, 0.3, 0, 0, 0], 5: [0.0, 0.0, 0.25, 0.5, 0.0, 0.25, 0]}
     pattern = np.zeros((1, 1, 1, 7, 7), np.float32)
     for position, row in rows.items():
@@ -124,6 +134,7 @@ def test_attention_measures_by_hand():
 
 
 def test_event_drift_and_cka_by_hand():
+    """A right angle, no turn, a rotation of all, and an unrelated direction."""
     # Two events that turn by a right angle and not at all; then a rotation of all, and an unrelated direction.
     a = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
     b = jnp.array([[[0.0, 3.0], [0.0, 5.0]]])
@@ -139,6 +150,7 @@ def test_event_drift_and_cka_by_hand():
     np.testing.assert_allclose(linear_cka(one, states, counted), [1 / np.sqrt(2)], rtol=1e-5)
 
 
-def test_stability_begins_where_it_lasts():
+def test_stability():
+    """Stability begins with the first checkpoint after which it lasts."""
     assert stays_stable(np.array([True, False, True, True])).tolist() == [False, False, True, True]
     assert stays_stable(np.array([True, False])).tolist() == [False, False]

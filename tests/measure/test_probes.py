@@ -50,7 +50,8 @@ def fitted():
     return groups, tests, labels, system, probes
 
 
-def test_scores_are_those_of_scikit_learn(fitted):
+def test_ridge_scores(fitted):
+    """Ridge probes score as scikit-learn's."""
     groups, tests, labels, system, probes = fitted
     rows = standardise(system, jnp.asarray(tests))
     for g in range(len(groups)):
@@ -60,7 +61,8 @@ def test_scores_are_those_of_scikit_learn(fitted):
             np.testing.assert_allclose(ours.T, theirs, atol=1e-4)
 
 
-def test_rows_that_do_not_count_change_nothing(fitted):
+def test_rows_that_do_not_count(fitted):
+    """Rows that do not count change nothing."""
     groups, _, labels, _, probes = fitted
     longer = np.concatenate([groups, np.full((2, 40, WIDTH), 77.0, np.float32)], axis=1)
     counts = np.concatenate([np.ones(ROWS), np.zeros(40)]).astype(np.float32)
@@ -70,7 +72,8 @@ def test_rows_that_do_not_count_change_nothing(fitted):
     np.testing.assert_allclose(again.intercepts, probes.intercepts, atol=1e-6)
 
 
-def test_who_wins_by_hand():
+def test_winners_by_hand():
+    """The class with the largest score wins, by hand."""
     scores = jnp.array([[0.1, 0.9, 0.2], [0.3, 0.0, 0.2], [0.2, 0.8, 0.1]])  # [classes, rows]
     assert label_wins(scores, jnp.array([1, 2, NO_LABEL])).tolist() == [True, False, False]
     others = jnp.array([2, 1, 0])
@@ -78,7 +81,8 @@ def test_who_wins_by_hand():
     assert ranks_above(scores, jnp.array([0, 2, 1]), jnp.array([1, NO_LABEL, 2])).tolist() == [False, False, True]
 
 
-def test_logistic_probes_predict_as_those_of_scikit_learn(fitted):
+def test_logistic_predictions(fitted):
+    """Logistic probes predict as scikit-learn's."""
     groups, tests, labels, system, _ = fitted
     counted = labels[1] != NO_LABEL
     weights, intercepts = fit_logistic(system.features[0], jnp.asarray(labels[1]), CLASSES)

@@ -59,7 +59,8 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_logits_and_every_activation_equal_pytorchs(both, tokens):
+def test_activations(both, tokens):
+    """Logits and every activation equal PyTorch's."""
     module, params, forward = both
     logits, trace = forward(params, tokens, capture=tuple(SITES))
     expected, theirs = torch_run(module, tokens)
@@ -72,7 +73,8 @@ def test_logits_and_every_activation_equal_pytorchs(both, tokens):
     close(np.asarray(trace["pattern"]), theirs["pattern"])
 
 
-def test_stages_are_in_the_order_of_their_names(both, tokens):
+def test_order_of_stages(both, tokens):
+    """Stages lie in the order of their names."""
     _, params, forward = both
     _, trace = forward(params, tokens, capture=tuple(SITES))
     stages = residual_stages(trace)
@@ -83,7 +85,8 @@ def test_stages_are_in_the_order_of_their_names(both, tokens):
     assert names[0] == "embedding" and names[-1] == "final_norm"
 
 
-def test_the_empty_intervention_is_the_plain_model_bit_for_bit(both, tokens):
+def test_empty_intervention(both, tokens):
+    """The empty intervention is the plain model, bit for bit."""
     _, params, forward = both
     plain = jax.jit(lambda p, t: forward(p, t)[0])(params, tokens)
     empty = jax.jit(lambda p, t: intervene(forward, CLEAN)(p, t)[0])(params, tokens)
@@ -95,7 +98,8 @@ def test_the_empty_intervention_is_the_plain_model_bit_for_bit(both, tokens):
 
 
 @pytest.mark.parametrize("layer", range(MODEL.n_layers))
-def test_zero_ablations_equal_pytorchs(both, tokens, layer):
+def test_zero_ablations(both, tokens, layer):
+    """Zero ablations of heads and MLPs equal PyTorch's."""
     module, params, forward = both
     real = tokens != 0
     for head in range(MODEL.n_heads):
@@ -109,7 +113,8 @@ def test_zero_ablations_equal_pytorchs(both, tokens, layer):
     close(np.asarray(ours)[real], expected[real])
 
 
-def test_a_component_that_writes_nothing_changes_nothing_bit_for_bit(both, tokens):
+def test_ablation_of_a_silent_component(both, tokens):
+    """Ablating a component that writes nothing changes nothing, bit for bit."""
     _, params, forward = both
     silent = jax.tree.map(np.array, params)
     width = MODEL.d_model // MODEL.n_heads
@@ -122,7 +127,8 @@ def test_a_component_that_writes_nothing_changes_nothing_bit_for_bit(both, token
     chex.assert_trees_all_equal(clean, run(silent, tokens, ablate_mlp(2, n_layers=MODEL.n_layers)))
 
 
-def test_patching_a_run_into_itself_changes_nothing(both, tokens):
+def test_patch_of_a_run_into_itself(both, tokens):
+    """Patching a run into itself changes nothing, at any site."""
     _, params, forward = both
     logits, trace = forward(params, tokens, capture=tuple(SITES))
     for name, site in SITES.items():
@@ -131,7 +137,8 @@ def test_patching_a_run_into_itself_changes_nothing(both, tokens):
         chex.assert_trees_all_close(patched, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_whole_stage_taken_from_another_run_gives_that_runs_logits(both, tokens):
+def test_patch_of_a_whole_stage(both, tokens):
+    """A whole stage taken from another run gives that run's logits."""
     _, params, forward = both
     other = np.roll(tokens, 1, axis=0)
     there, trace = forward(params, other, capture=("post_mlp", "final_norm"))
@@ -143,7 +150,8 @@ def test_a_whole_stage_taken_from_another_run_gives_that_runs_logits(both, token
         chex.assert_trees_all_close(intervene(forward, edits)(params, tokens)[0], there, rtol=1e-5)
 
 
-def test_transforms_compose(both, tokens):
+def test_composed_transforms(both, tokens):
+    """Nested interventions equal composed ones."""
     _, params, forward = both
     first, second = ablate_head(0, 1, **SHAPE), ablate_mlp(1, n_layers=MODEL.n_layers)
     nested = intervene(intervene(forward, first), second)
@@ -153,7 +161,8 @@ def test_transforms_compose(both, tokens):
     assert not np.asarray(trace["head_z"])[0, :, :, 1].any() and np.asarray(trace["head_z"])[1, :, :, 1].any()
 
 
-def test_two_edits_of_one_site_the_later_wins_where_both_apply():
+def test_two_edits_of_one_site():
+    """Of two edits of a site the later one wins wherever both apply."""
     mask_a = jnp.array([True, True, False]).reshape(1, 1, 3)
     mask_b = jnp.array([False, True, True]).reshape(1, 1, 3)
     both = compose(
@@ -165,7 +174,8 @@ def test_two_edits_of_one_site_the_later_wins_where_both_apply():
 
 
 @pytest.mark.parametrize("lift", ["map", "vmap"])
-def test_lifts_equal_loops(both, tokens, lift):
+def test_lifts(both, tokens, lift):
+    """Lifting over checkpoints equals a loop over them."""
     _, params, forward = both
 
     def ablated(head):
@@ -180,7 +190,8 @@ def test_lifts_equal_loops(both, tokens, lift):
     chex.assert_trees_all_close(lifted, looped, rtol=1e-4, atol=1e-4)
 
 
-def test_choosing_another_component_compiles_nothing_new(both, tokens):
+def test_compilation_of_another_component(both, tokens):
+    """Choosing another component compiles nothing new."""
     chex.clear_trace_counter()
     _, params, forward = both
 
@@ -192,7 +203,8 @@ def test_choosing_another_component_compiles_nothing_new(both, tokens):
     assert not np.allclose(ablated(0, 1), ablated(2, 3))
 
 
-def test_checkpoints_of_which_some_are_tied_stack(tokens):
+def test_stack_of_tied_and_untied(tokens):
+    """Tied and untied checkpoints stack, and give their own logits."""
     tied = random_torch_model(SMALL_MODEL, VOCAB, 0, tied=True)
     untied = random_torch_model(SMALL_MODEL, VOCAB, 1, tied=False)
     trees = [to_flax(as_numpy(module), MODEL, VOCAB, where="test") for module in (tied, untied)]
@@ -203,7 +215,8 @@ def test_checkpoints_of_which_some_are_tied_stack(tokens):
         close(np.asarray(ours)[tokens != 0], torch_run(module, tokens)[0][tokens != 0])
 
 
-def test_unknown_sites_and_wrong_ranks_are_named(both, tokens):
+def test_invalid_edits(both, tokens):
+    """Unknown sites and edits of a wrong rank are refused by name."""
     _, params, forward = both
     with pytest.raises(InputError, match=r"expected a site among .*; found heads"):
         intervene(forward, {"heads": Edit(jnp.ones(()), jnp.ones(()))})(params, tokens)
@@ -211,13 +224,15 @@ def test_unknown_sites_and_wrong_ranks_are_named(both, tokens):
         intervene(forward, {"head_z": Edit(jnp.ones(3, bool), jnp.ones((1,) * 5))})(params, tokens)
 
 
-def test_the_gelu_is_exact():
+def test_exact_gelu():
+    """GELU is the exact one, as in PyTorch."""
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
     expected = torch.nn.functional.gelu(torch.tensor(x)).numpy()
     np.testing.assert_allclose(gelu(x), expected, atol=1e-6)
 
 
-def test_layer_norm_keeps_its_precision_at_a_large_mean():
+def test_layer_norm_at_a_large_mean():
+    """LayerNorm keeps its precision at a large mean."""
     config = DecoderConfig.from_model_config(MODEL, VOCAB)
     params = Decoder(config).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     x = 30 + np.random.default_rng(0).normal(size=(7, MODEL.d_model)).astype(np.float32)

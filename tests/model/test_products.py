@@ -30,7 +30,8 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)], ids=["wider", "narrower"])
 @pytest.mark.parametrize("tokens", [(3, 5), (2, 3, 5)])
-def test_every_mode_equals_the_plain_product(mode, shape, tokens):
+def test_modes_of_products(mode, shape, tokens):
+    """Every mode equals the plain product."""
     keys = jax.random.split(jax.random.key(0))
     x, kernel = jax.random.normal(keys[0], (*tokens, shape[0])), jax.random.normal(keys[1], shape)
     chex.assert_trees_all_close(MODES[mode](ours)(x, kernel), MODES[mode](plain)(x, kernel), rtol=1e-4, atol=1e-4)

@@ -129,14 +129,16 @@ def assert_same(ours, plain):
     chex.assert_trees_all_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_the_cases_name_every_site():
+def test_sites_of_the_cases():
+    """The cases name every site but the attention pattern."""
     assert {site for _, sites in CASES for site in sites} == set(SITES) - {"pattern"}
 
 
 @pytest.mark.parametrize(("shape", "sites"), CASES, ids=lambda x: "-".join(map(str, x)))
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
-def test_edits_at_every_site_and_sets_of_sites_equal_the_plain_forward(shape, sites, data, seed):
+def test_edits_of_sites(shape, sites, data, seed):
+    """A restart with edits of some sites from some layer on equals the plain forward."""
     config, plain, restarted = setting(*shape)
     rng, tokens, positions = random_inputs(seed)
     layer = data.draw(st.integers(0, config.n_layers - 1))
@@ -152,8 +154,8 @@ def test_edits_at_every_site_and_sets_of_sites_equal_the_plain_forward(shape, si
 
 @settings(max_examples=16, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
-def test_any_shape_and_any_set_of_sites_equal_the_plain_forward(data, seed):
-    """Each example is compiled anew, so that few are drawn: more come with every run of the tests."""
+def test_any_shape(data, seed):
+    """Any model and any set of sites; each example is compiled anew, so few are drawn."""
     draw = data.draw
     heads = draw(st.integers(1, 4), "heads")
     shape = (draw(st.integers(1, 4), "layers"), heads, heads * draw(st.integers(1, 5), "width"))
@@ -172,8 +174,8 @@ def test_any_shape_and_any_set_of_sites_equal_the_plain_forward(data, seed):
 @pytest.mark.parametrize(("shape", "site"), WINDOW_CASES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
-def test_windows_equal_the_plain_forward_where_they_reach(shape, site, data, seed):
-    """An edit of the window's positions alone: inside it the logits are the whole model's, with clean keys before."""
+def test_windows(shape, site, data, seed):
+    """Inside a window the logits are the whole model's, with clean keys before it."""
     config, plain, restarted = setting(*shape)
     width = 4
     rng, tokens, _ = random_inputs(seed)
@@ -209,7 +211,8 @@ def head_restart(n_layers, n_heads):
 @pytest.mark.parametrize("shape", [(1, 2), (4, 3)])
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
-def test_restarts_from_one_head_equal_the_plain_forward(shape, data, seed):
+def test_restart_from_one_head(shape, data, seed):
+    """A restart from one head equals the plain forward."""
     config, plain, _ = setting(*shape)
     rng, tokens, positions = random_inputs(seed)
     layer, head = data.draw(st.integers(0, config.n_layers - 1)), data.draw(st.integers(0, config.n_heads - 1))
@@ -219,7 +222,8 @@ def test_restarts_from_one_head_equal_the_plain_forward(shape, data, seed):
     assert_same(ours, plain(tokens, positions, edits))
 
 
-def test_the_attention_pattern_is_edited_at_every_query():
+def test_edited_attention_pattern():
+    """The attention pattern can be edited at every query, but not inside a window."""
     _, plain, restarted = setting(2, 3)
     rng, tokens, positions = random_inputs(1)
     mask = rng.random((2, BATCH, 3, LENGTH, LENGTH)) < 0.2
@@ -229,7 +233,8 @@ def test_the_attention_pattern_is_edited_at_every_query():
         restarted(tokens, positions, edits, 0, positions, last=False)
 
 
-def test_no_edit_and_unknown_sites_are_refused():
+def test_invalid_edits():
+    """No edit at all, and edits of unknown sites, are refused."""
     _, _, restarted = setting(2, 3)
     _, tokens, positions = random_inputs(1)
     with pytest.raises(InputError, match="expected an edit"):
@@ -238,7 +243,8 @@ def test_no_edit_and_unknown_sites_are_refused():
         restarted(tokens, positions, {"nowhere": Edit(jnp.ones(1, bool), jnp.ones(1))}, 0, last=False)
 
 
-def test_a_run_cut_after_its_last_read_gives_the_same_reads():
+def test_run_cut_after_its_last_read():
+    """A run cut after its last read gives the same reads."""
     config, params = model_of(4, 2)
     _, tokens, _ = random_inputs(3)
     positions = np.full((BATCH, 1), 5, np.int32)
@@ -250,7 +256,8 @@ def test_a_run_cut_after_its_last_read_gives_the_same_reads():
     chex.assert_trees_all_close(cut, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_every_early_layer_shares_one_compilation():
+def test_compilation_of_early_layers():
+    """All layers but the last share one compilation."""
     chex.clear_trace_counter()
     config, params = model_of(5, 2)
     _, tokens, positions = random_inputs(0)

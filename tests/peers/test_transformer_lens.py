@@ -38,7 +38,8 @@ TINY = SMALL_MODEL | {"d_model": 12, "n_layers": 2, "n_heads": 3, "d_ff": 20, "m
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_pytorchs_and_kvjaxs(tied):
+def test_logits(tied):
+    """TransformerLens, PyTorch and kvjax give the same logits."""
     module = random_torch_model(SMALL_MODEL, VOCAB, 0, tied=tied)
     tokens = np.random.default_rng(0).integers(1, VOCAB, (4, MODEL.max_seq_len)).astype(np.int32)
     tokens[1, 12:] = tokens[2, 1:] = 0
@@ -52,7 +53,8 @@ def test_logits_equal_pytorchs_and_kvjaxs(tied):
     np.testing.assert_allclose(np.asarray(ours)[real], theirs[real], rtol=0, atol=1e-4)
 
 
-def test_tensors_of_legacy_names_are_the_same_model():
+def test_legacy_names():
+    """Tensors under their legacy names are the same model."""
     module = random_torch_model(SMALL_MODEL, VOCAB, 0, tied=True)
     legacy = {
         name.replace(".ff.fc_in.", ".ff.net.0.").replace(".ff.fc_out.", ".ff.net.2."): tensor
@@ -64,7 +66,8 @@ def test_tensors_of_legacy_names_are_the_same_model():
     assert torch.equal(*logits)
 
 
-def test_incomplete_or_misshapen_weights_are_refused():
+def test_incomplete_weights():
+    """Missing and misshapen weights are refused."""
     state = random_torch_model(SMALL_MODEL, VOCAB, 0, tied=True).state_dict()
     with pytest.raises(KeyError, match=r"k_proj\.bias"):
         hooked_transformer(MODEL, {n: t for n, t in state.items() if n != "blocks.1.attn.k_proj.bias"})
@@ -72,7 +75,8 @@ def test_incomplete_or_misshapen_weights_are_refused():
         hooked_transformer(MODEL, state | {"blocks.1.ff.fc_in.weight": torch.zeros(39, MODEL.d_model)})
 
 
-def test_ablations_equal_eager_pytorchs_and_the_clean_pass_a_plain_loop(small_benchmark):
+def test_ablations(small_benchmark):
+    """Ablations equal eager PyTorch's, and the clean pass equals a plain loop over reads."""
     benchmark = Benchmark.open(small_benchmark)
     records = benchmark.read_split("structural_ood")[:7]
     vocabulary = benchmark.vocabulary
@@ -141,7 +145,8 @@ def run_edited(module, tokens, site, layer, edit):
     return logits
 
 
-def test_patches_equal_pytorchs_own_hooks_one_pair_at_a_time(tiny):
+def test_patches(tiny):
+    """Patches equal those of PyTorch's own hooks, one pair at a time."""
     module, clean, corrupted, _, positions, right, wrong = tiny
     hooked = hooked_transformer(ModelConfig.model_validate(TINY), module.state_dict())
     arrays = patch_arrays(hooked, clean, corrupted, positions, right, wrong)
@@ -168,7 +173,8 @@ def test_patches_equal_pytorchs_own_hooks_one_pair_at_a_time(tiny):
                 assert m[place] == pytest.approx(float(logits[right[n]] - logits[wrong[n]]), abs=1e-4), (site, place)
 
 
-def test_what_is_known_of_patches_without_running_any(tiny):
+def test_patches_known_beforehand(tiny):
+    """The changed token's first stream restores the clean run; unreached positions change nothing."""
     module, clean, corrupted, changed, positions, right, wrong = tiny
     hooked = hooked_transformer(ModelConfig.model_validate(TINY), module.state_dict())
     arrays = patch_arrays(hooked, clean, corrupted, positions, right, wrong)
@@ -187,7 +193,8 @@ def test_what_is_known_of_patches_without_running_any(tiny):
                 np.testing.assert_allclose(unreached, m_corrupted[n], rtol=0, atol=1e-4)
 
 
-def test_batches_and_a_choice_of_sites_change_nothing(tiny):
+def test_batches_and_sites(tiny):
+    """Batches and a choice of sites change no value."""
     module, clean, corrupted, _, *answers = tiny
     hooked = hooked_transformer(ModelConfig.model_validate(TINY), module.state_dict())
     whole = patch_arrays(hooked, clean, corrupted, *answers)
@@ -197,7 +204,8 @@ def test_batches_and_a_choice_of_sites_change_nothing(tiny):
         np.testing.assert_allclose(m, whole[site], rtol=0, atol=1e-5)
 
 
-def test_the_librarys_own_patching_gives_the_means(tiny):
+def test_means_of_the_library(tiny):
+    """TransformerLens's own patching functions give the means over pairs."""
     module, clean, corrupted, _, *answers = tiny
     hooked = hooked_transformer(ModelConfig.model_validate(TINY), module.state_dict())
     arrays = patch_arrays(hooked, clean, corrupted, *answers)
@@ -207,7 +215,8 @@ def test_the_librarys_own_patching_gives_the_means(tiny):
         np.testing.assert_allclose(mean, arrays[site].mean(axis=-1), rtol=0, atol=1e-4)
 
 
-def test_pairs_that_do_not_fit_are_refused(tiny):
+def test_pairs_that_do_not_fit(tiny):
+    """Pairs of unequal shape are refused."""
     module, clean, corrupted, _, *answers = tiny
     hooked = hooked_transformer(ModelConfig.model_validate(TINY), module.state_dict())
     with pytest.raises(ValueError, match="one shape"):
@@ -218,7 +227,8 @@ def test_pairs_that_do_not_fit_are_refused(tiny):
         patch_arrays(hooked, np.tile(clean, 2), np.tile(corrupted, 2), *answers)
 
 
-def test_kvjaxs_patching_equals_transformer_lens_at_every_layer_and_position(small_benchmark, tmp_path):
+def test_patching_of_kvjax(small_benchmark, tmp_path):
+    """kvjax's patching equals TransformerLens's at every layer and position."""
     benchmark = Benchmark.open(small_benchmark)
     probe = generate_probe_set(benchmark, tmp_path / "probe.jsonl", examples_per_split=8, fit_examples=16, seed=1)
     pairs = generate_pairs(probe, benchmark, pairs_per_kind=3).pairs

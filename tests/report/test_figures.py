@@ -21,7 +21,8 @@ def run(request):
     return xr.Dataset(data, coords, {"seed": request.param})
 
 
-def test_trajectories_are_the_runs_curves(run):
+def test_trajectories(run):
+    """Trajectories draw the runs' own curves."""
     figure = trajectory_figure([run, run])
     axes = np.array(figure.axes).reshape(2, 3)
     drawn = {line.get_label(): line.get_xydata() for line in axes[0, 0].get_lines()}
@@ -32,7 +33,8 @@ def test_trajectories_are_the_runs_curves(run):
     np.testing.assert_array_equal(attention["key selectivity"], run["key_selectivity"].sel(split="validation_iid"))
 
 
-def test_the_map_has_one_row_per_head_and_one_scale(run):
+def test_head_map(run):
+    """The map has one row per head, and one scale for all runs."""
     figure = head_ablation_figure([run, -1.0 * run.assign_attrs(seed=1)])
     images = [axis.images[0] for axis in figure.axes[:2]]
     drops = run["head_accuracy_drop"].sel(split="all", ablation="zero")
@@ -41,7 +43,8 @@ def test_the_map_has_one_row_per_head_and_one_scale(run):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["L0H0", "L0H1", "L1H0", "L1H1"]
 
 
-def test_figures_are_saved_as_png_and_svg(run, tmp_path):
+def test_saved_figures(run, tmp_path):
+    """Figures are saved as PNG and SVG, and are not blank."""
     paths = save_figure(trajectory_figure([run]), tmp_path, "trajectories")
     assert [path.suffix for path in paths] == [".png", ".svg"]
     image = matplotlib.image.imread(paths[0])

@@ -29,14 +29,16 @@ def heldout(metadata):
     return {tuple(pair.split(":")) for pair in metadata["holdout_pairs"]}
 
 
-def test_every_record_replays(records, small_benchmark):
+def test_replay_of_every_record(records, small_benchmark):
+    """Every record follows from its tokens alone, answers and supports included."""
     vocabulary = Benchmark.open(small_benchmark).vocabulary
     for split, members in records.items():
         for record in members:
             check_record(record, vocabulary, split)
 
 
-def test_every_value_of_a_stream_is_written_once_and_consecutive_writes_change_key(records):
+def test_writes_of_a_stream(records):
+    """A stream writes each value once, and never writes one key twice in a row."""
     for members in records.values():
         for record in members:
             values = [write["value"] for write in record["writes"]]
@@ -45,14 +47,16 @@ def test_every_value_of_a_stream_is_written_once_and_consecutive_writes_change_k
             assert all(a != b for a, b in itertools.pairwise(keys))
 
 
-def test_overwrites_are_spread_evenly(records):
+def test_spread_of_overwrites(records):
+    """The overwrites of a stream are spread evenly over its keys."""
     for record in records["train"]:
         keys = [write["key"] for write in record["writes"]]
         overwrites = [keys.count(key) - 1 for key in set(keys)]
         assert max(overwrites) - min(overwrites) <= 1
 
 
-def test_reads_ask_only_for_overwritten_keys_within_the_lag(records):
+def test_keys_of_reads(records):
+    """A read asks for a key that was overwritten, at a lag that the config allows."""
     for split, members in records.items():
         lag = (2, 3) if split == "structural_ood" else (1, 2)
         for record in members:
@@ -62,7 +66,8 @@ def test_reads_ask_only_for_overwritten_keys_within_the_lag(records):
                 assert event["key"] in {write["key"] for write in earlier}
 
 
-def test_heldout_pairs_appear_in_their_split_alone(records, metadata):
+def test_heldout_pairs(records, metadata):
+    """Held-out pairs are written in their own split alone."""
     pairs = heldout(metadata)
     assert len(pairs) == int(4 * 48 * 0.3)
     for split, members in records.items():
@@ -70,12 +75,14 @@ def test_heldout_pairs_appear_in_their_split_alone(records, metadata):
         assert used == {split == "heldout_pairs"}
 
 
-def test_nothing_repeats_within_or_across_splits(records):
+def test_no_repeated_streams(records):
+    """No stream repeats within a split or across splits."""
     sequences = [record["exact_sequence_signature"] for members in records.values() for record in members]
     assert len(set(sequences)) == len(sequences)
 
 
-def test_a_counterfactual_differs_from_its_source_in_one_supporting_write(records):
+def test_counterfactuals(records):
+    """A counterfactual differs from its source in the value of one supporting write."""
     sources = {record["sample_id"]: record for record in records["test_iid"]}
     for record in records["counterfactual"]:
         source, changed = sources[record["counterfactual_of"]], record["changed_write_index"]
@@ -89,7 +96,9 @@ def test_a_counterfactual_differs_from_its_source_in_one_supporting_write(record
         assert len(source["tokens"]) == len(record["tokens"])
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, small_benchmark):
+def test_seeds_of_a_benchmark(tmp_path, small_benchmark):
+    """The same seed gives the same bytes, another seed gives others."""
+
     def digest(folder):
         files = sorted(folder.iterdir())
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -115,13 +124,15 @@ def generate(tmp_path, **changes):
         ),
     ],
 )
-def test_settings_that_cannot_work_fail_first_with_the_numbers_that_do_not_fit(tmp_path, changes, complaint):
+def test_impossible_settings(tmp_path, changes, complaint):
+    """Settings that no stream can satisfy are refused with the numbers that do not fit."""
     with pytest.raises(InputError, match=complaint):
         generate(tmp_path, **changes)
     assert not (tmp_path / "benchmark").exists()
 
 
-def test_running_out_of_distinct_streams_is_said(tmp_path):
+def test_too_few_distinct_streams(tmp_path):
+    """Running out of distinct streams is an error."""
     tiny = {
         "num_samples": 2000,
         "active_keys": {"min": 2, "max": 2},
@@ -134,19 +145,22 @@ def test_running_out_of_distinct_streams_is_said(tmp_path):
         generate(tmp_path, num_keys=2, num_values=8, holdout_answer_pair_fraction=0.5, **changes)
 
 
-def test_a_heuristic_above_the_limit_fails_loudly(tmp_path):
+def test_strong_heuristic(tmp_path):
+    """A heuristic above the limit is an error that names it."""
     with pytest.raises(InputError, match=r"heuristic most_frequent_value_before_query at or below 0.0"):
         generate(tmp_path, heuristic_max_accuracy=0.0)
 
 
-def test_diagnostics_with_leaked_pairs_fail(metadata):
+def test_leaked_pairs(metadata):
+    """Held-out pairs outside their split are an error."""
     leaked = json.loads(json.dumps(metadata["diagnostics"]))
     leaked["holdout_leakage"]["train"]["heldout_pair_uses"] = 1
     with pytest.raises(InputError, match=r"train: expected no held-out pairs"):
         check_diagnostics(leaked, 0.4)
 
 
-def test_an_existing_directory_is_kept_without_overwrite(small_benchmark):
+def test_existing_directory(small_benchmark):
+    """An existing directory is kept unless overwriting is asked for."""
     config = BenchmarkConfig.model_validate(small_benchmark_config(seed=9))
     before = (small_benchmark / "metadata.json").read_bytes()
     with pytest.raises(InputError, match="overwrite"):
@@ -154,7 +168,8 @@ def test_an_existing_directory_is_kept_without_overwrite(small_benchmark):
     assert (small_benchmark / "metadata.json").read_bytes() == before
 
 
-def test_overwriting_never_removes_a_directory_that_is_no_benchmark(tmp_path):
+def test_overwrite_of_a_foreign_directory(tmp_path):
+    """Overwriting never removes a directory that holds no benchmark."""
     (tmp_path / "thesis.txt").write_text("years of work")
     config = BenchmarkConfig.model_validate(small_benchmark_config())
     with pytest.raises(InputError, match="an earlier benchmark"):
@@ -162,13 +177,15 @@ def test_overwriting_never_removes_a_directory_that_is_no_benchmark(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_the_shipped_config_holds_the_reference_settings():
+def test_shipped_config():
+    """The shipped config holds the reference trainer's settings."""
     config = read_config(find_config("symbolic_kv_base", "benchmark"), BenchmarkConfig)
     assert (config.seed, config.num_keys, config.num_values) == (7, 8, 128)
     assert config.train.num_samples == 8000 and config.structural_ood.query_lag.max == 3
 
 
-def test_a_config_with_a_misspelt_field_is_refused(tmp_path):
+def test_misspelt_config_field(tmp_path):
+    """A misspelt field of a config is refused by name."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(small_benchmark_config(num_key=4)))
     with pytest.raises(InputError, match="num_key"):
@@ -185,7 +202,8 @@ def test_a_config_with_a_misspelt_field_is_refused(tmp_path):
         (lambda d: (d / "train.jsonl").write_text("{}\n{\n"), r"train.jsonl:2"),
     ],
 )
-def test_a_damaged_benchmark_is_named(tmp_path, damage, complaint):
+def test_damaged_benchmark(tmp_path, damage, complaint):
+    """A damaged benchmark is refused with the file that is damaged."""
     folder = write_small_benchmark(tmp_path / "benchmark")
     damage(folder)
     with pytest.raises(InputError, match=complaint):

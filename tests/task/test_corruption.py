@@ -47,6 +47,7 @@ class TestByHand:
         return " ".join(stream), difference(tokens_of(BY_HAND), stream)
 
     def test_value(self):
+        """A value pair writes another value at the support."""
         # Only V004 is left to write.
         stream, found = self.pair("value", 0, vocabulary=Vocabulary.of_size(4, 5))
         assert stream == ("<bos> W K00 V000 W K01 V001 W K00 V004 R K00 V004 W K01 V003 R K01 V003 R K00 V004 <eos>")
@@ -66,6 +67,7 @@ class TestByHand:
         )
 
     def test_query(self):
+        """A query pair asks for another key."""
         stream, found = self.pair("query", 1)
         assert stream == ("<bos> W K00 V000 W K01 V001 W K00 V002 R K00 V002 W K01 V003 R K00 V002 R K00 V002 <eos>")
         assert [(read.clean_answer, read.corrupted_answer) for read in found.reads] == [
@@ -77,6 +79,7 @@ class TestByHand:
         assert found.roles == (*["before"] * 17, "prediction", *[None] * 5)
 
     def test_swap(self):
+        """A swap pair exchanges the keys of the support and of another write."""
         # Before read 0 only the write of V001 can exchange keys with the support. The last read comes after the
         # last write of K01, so read 1 keeps its answer.
         stream, found = self.pair("swap", 0)
@@ -96,12 +99,14 @@ class TestByHand:
         )
 
     def test_stale(self):
+        """A stale pair gives the support another key, so that an older value of the key is current."""
         stream, found = self.pair("stale", 2)
         assert stream == ("<bos> W K00 V000 W K01 V001 W K01 V002 R K00 V000 W K01 V003 R K01 V003 R K00 V000 <eos>")
         assert (found.input_positions, found.answer_positions) == ((8,), (12,))
         assert [read.corrupted_answer for read in found.reads] == ["V000", "V003", "V000"]
 
-    def test_a_read_of_the_writes_new_key_is_affected_too(self):
+    def test_reads_of_the_new_key(self):
+        """A later read of the key that a write was moved to is affected too."""
         # R K01 after the re-keyed write returns its value instead of V001.
         program = Program((("K00", "V000"), ("K01", "V001"), ("K00", "V002")), (Read(2, "K01", 1), Read(2, "K00", 2)))
         found = difference(tokens_of(program), tokens_of(corrupted("stale", program, 1)))
@@ -110,26 +115,32 @@ class TestByHand:
             ("V002", "V000"),
         ]
 
-    def test_a_corruption_that_leaves_a_read_without_a_write_is_none(self):
+    def test_read_without_a_write(self):
+        """A change that would leave a read without a write of its key gives no pair."""
         # The exchange would take K01's only write before its read away.
         program = Program((("K00", "V000"), ("K01", "V001"), ("K00", "V002")), (Read(1, "K01", 1), Read(2, "K00", 2)))
         assert corrupted("swap", program, 1) is None
 
-    def test_a_first_write_has_no_stale_value(self):
+    def test_first_write(self):
+        """A key that was written once has no stale value, and gives no stale pair."""
         program = Program((("K00", "V000"), ("K01", "V001")), (Read(1, "K00", 0),))
         assert corrupted("stale", program, 0) is None
 
-    def test_one_key_alone_has_no_other_to_ask_for_or_exchange_with(self):
+    def test_one_key_alone(self):
+        """A stream of one key gives neither query nor swap pairs."""
         program = Program((("K00", "V000"), ("K00", "V001")), (Read(1, "K00", 1),))
         assert [corrupted(kind, program, 0) for kind in ("query", "swap", "stale")] == [None] * 3
 
-    def test_an_overwritten_key_is_asked_for_where_there_is_one(self):
+    def test_preference_for_overwritten_keys(self):
+        """A query pair asks for an overwritten key if there is one."""
         # K02 was written once; reads of the benchmark never ask for such a key.
         writes = (("K00", "V000"), ("K01", "V001"), ("K02", "V002"), ("K01", "V003"), ("K00", "V004"))
         program = Program(writes, (Read(4, "K00", 4),))
         assert {corrupted("query", program, 0, seed=seed).reads[0].key for seed in range(20)} == {"K01"}
 
-    def test_the_rules_broken_are_counted(self):
+    def test_count_of_broken_rules(self):
+        """Each rule of the benchmark that a corrupted stream breaks is counted."""
+
         def broken(kind, read_index, lags):
             settings = {"vocabulary": VOCABULARY, "heldout_pairs": frozenset(), "split": "x", "rng": random.Random(0)}
             return corrupt(kind, BY_HAND, read_index, lags=frozenset(lags), **settings).broken_rules
@@ -140,13 +151,15 @@ class TestByHand:
         assert broken("stale", 2, range(4)) == 2 + 2
         assert broken("stale", 2, (0, 1)) == 2 + 2 + (1 + 2)
 
-    def test_a_key_at_a_usual_lag_is_asked_for_where_there_is_one(self):
+    def test_preference_for_usual_lags(self):
+        """A query pair asks for a key at a lag of the benchmark if there is one."""
         keys = ("K00", "K01", "K02", "K00", "K02", "K01", "K00")
         program = Program(tuple((key, f"V{i:03d}") for i, key in enumerate(keys)), (Read(6, "K00", 6),))
         asked = {corrupted("query", program, 0, lags=(0, 2), seed=seed).reads[0].key for seed in range(20)}
         assert asked == {"K02"}
 
-    def test_held_out_pairs_stay_in_their_split(self):
+    def test_heldout_pairs(self):
+        """Corruptions write held-out pairs in the held-out split alone."""
         heldout = frozenset(("K00", f"V{value:03d}") for value in range(4, 10))
         seen = {corrupted("value", BY_HAND, 0, heldout_pairs=heldout, seed=s).writes[2][1] for s in range(200)}
         assert seen == {f"V{value:03d}" for value in range(10, 30)}
@@ -181,7 +194,8 @@ def latest(stream, key, position):
 
 @settings(max_examples=300, deadline=None)
 @given(programs(), st.sampled_from(PAIR_KINDS), st.integers(0, 5), st.integers(0, 99))
-def test_a_corrupted_stream_is_what_its_kind_says(program, kind, read_index, seed):
+def test_corrupted_streams(program, kind, read_index, seed):
+    """Any corrupted stream differs from its clean one exactly as its kind says."""
     read_index %= len(program.reads)
     altered = corrupted(kind, program, read_index, seed=seed)
     assume(altered is not None)
@@ -217,7 +231,8 @@ def test_a_corrupted_stream_is_what_its_kind_says(program, kind, read_index, see
 
 @settings(max_examples=200, deadline=None)
 @given(programs(), st.sampled_from(PAIR_KINDS), st.integers(0, 5), st.integers(0, 99))
-def test_roles_and_changes_follow_from_the_tokens(program, kind, read_index, seed):
+def test_roles_of_positions(program, kind, read_index, seed):
+    """The changed positions and the role of each position follow from the two token rows."""
     read_index %= len(program.reads)
     altered = corrupted(kind, program, read_index, seed=seed)
     assume(altered is not None)
@@ -258,6 +273,7 @@ def test_roles_and_changes_follow_from_the_tokens(program, kind, read_index, see
         ("<bos> W K00 V000 R K00 V000 <eos>", "<bos> W K01 V000 R K01 V000 <eos>", "whose answer changes"),
     ],
 )
-def test_what_is_no_pair_is_refused(clean, other, complaint):
+def test_invalid_pairs(clean, other, complaint):
+    """Two streams that are no pair are refused."""
     with pytest.raises(InputError, match=complaint):
         difference(clean.split(), other.split())

@@ -27,7 +27,8 @@ def record(program, n=0):
     return build_record(program, VOCABULARY, sample_id=f"a_{n}", split="a", heldout_pairs=frozenset())
 
 
-def test_relations_of_a_stream_written_out():
+def test_relations_by_hand():
+    """Relations of each read to each write, of a stream written out by hand."""
     # position:  1 W K00 3 | 4 W K01 6 | 7 W K00 9 | 10 R K00 12 | 13 W K00 15 | 16 R K00 18 | 19 R K00 21
     program = Program(
         (("K00", "V000"), ("K01", "V001"), ("K00", "V002"), ("K00", "V003")),
@@ -58,7 +59,8 @@ def programs(num_writes):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=40), st.integers(8, 400), st.integers(1, 4))
-def test_buckets_hold_every_record_once_and_mark_what_fills_them(sizes, tokens_per_batch, max_buckets):
+def test_buckets(sizes, tokens_per_batch, max_buckets):
+    """Buckets hold every record once and mark the rows that fill them up."""
     records = [record(programs(size), n) for n, size in enumerate(sizes)]
     encoded = encode_records(records, VOCABULARY, ["a"], max_seq_len=96)
     buckets = bucket_by_length(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
@@ -74,7 +76,8 @@ def test_buckets_hold_every_record_once_and_mark_what_fills_them(sizes, tokens_p
                 assert row[:length].tolist() == records[index]["token_ids"] and not row[length:].any()
 
 
-def test_three_edges_pad_less_than_one():
+def test_padding_of_several_buckets():
+    """Three buckets pad less than one."""
     sizes = [2] * 20 + [10] * 20 + [20] * 2
     encoded = encode_records([record(programs(s), n) for n, s in enumerate(sizes)], VOCABULARY, ["a"], max_seq_len=96)
 
@@ -97,13 +100,15 @@ def test_three_edges_pad_less_than_one():
         (100, 100, (1, 100)),
     ],
 )
-def test_microbatches_leave_few_rows_to_fill(members, batch_size, shape):
+def test_microbatches(members, batch_size, shape):
+    """Microbatches share a bucket's records so that few rows are padding."""
     encoded = encode_records([record(programs(2), n) for n in range(members)], VOCABULARY, ["a"], max_seq_len=16)
     batches, indices = microbatches(encoded, np.arange(members), batch_size)
     assert batches.tokens.shape[:2] == shape
     assert np.count_nonzero(indices >= 0) == members
 
 
-def test_a_record_longer_than_the_model_is_named():
+def test_too_long_record():
+    """A record longer than the model's context is refused by name."""
     with pytest.raises(InputError, match=r"a_0: expected at most max_seq_len 16 tokens; found"):
         encode_records([record(programs(10))], VOCABULARY, ["a"], max_seq_len=16)

@@ -45,7 +45,8 @@ def made(benchmark, tmp_path_factory):
     return probe, generate_pairs(probe, benchmark, pairs_per_kind=24, seed=5)
 
 
-def test_every_kind_has_its_pairs_spread_over_the_splits(made):
+def test_spread_of_pairs(made):
+    """Each kind has the number of pairs asked for, spread over the splits."""
     probe, pair_set = made
     assert [pair.kind for pair in pair_set.pairs] == [kind for kind in PAIR_KINDS for _ in range(24)]
     for kind in PAIR_KINDS:
@@ -63,7 +64,8 @@ def value_position_of_changed_write(record):
     return writes[record["changed_write_index"]]["positions"]["value"]
 
 
-def test_clean_streams_are_records_and_counterfactuals_are_the_benchmarks_own(made, small_benchmark):
+def test_sources_of_pairs(made, small_benchmark):
+    """Clean streams are probe records; value pairs of counterfactuals are the benchmark's own."""
     probe, pair_set = made
     records = {record["sample_id"]: record for record in probe.records}
     sources = {record["sample_id"]: record for record in read_lines(small_benchmark / "test_iid.jsonl")}
@@ -79,7 +81,8 @@ def test_clean_streams_are_records_and_counterfactuals_are_the_benchmarks_own(ma
             assert pair.split == records[pair.clean_id]["split"]
 
 
-def test_held_out_pairs_are_written_in_their_split_alone(made, benchmark):
+def test_heldout_pairs(made, benchmark):
+    """Corrupted streams write held-out pairs in the held-out split alone."""
     for pair in made[1].pairs:
         stream = pair.corrupted_tokens
         written = [f"{stream[at + 1]}:{stream[at + 2]}" for at in range(1, len(stream) - 1, 3) if stream[at] == "W"]
@@ -89,7 +92,8 @@ def test_held_out_pairs_are_written_in_their_split_alone(made, benchmark):
             assert benchmark.holdout_pairs.issuperset(written)
 
 
-def test_when_records_run_out_there_are_fewer_pairs_and_the_manifest_says_so(probe, benchmark):
+def test_too_few_records(probe, benchmark):
+    """If records run out there are fewer pairs, and the manifest counts them."""
     pair_set = generate_pairs(probe, benchmark, pairs_per_kind=100_000)
     reads = sum(len(record["query_events"]) for record in probe.records)
     assert sum(pair_set.manifest.pair_counts["query"].values()) == len(pair_set.of_kind("query")) == reads
@@ -98,7 +102,8 @@ def test_when_records_run_out_there_are_fewer_pairs_and_the_manifest_says_so(pro
     assert len({(p.kind, *p.clean_tokens, *p.corrupted_tokens) for p in pair_set.pairs}) == len(pair_set.pairs)
 
 
-def test_the_choice_depends_on_content_and_seed_alone(made, benchmark, tmp_path):
+def test_choice_of_pairs(made, benchmark, tmp_path):
+    """The choice of pairs depends on the probe set's content and the seed alone."""
     probe = make_probe(benchmark, tmp_path / "elsewhere" / "copy.jsonl")
     again = generate_pairs(probe, benchmark, pairs_per_kind=24, seed=5)
     assert again.manifest == made[1].manifest and again.pairs == made[1].pairs
@@ -106,7 +111,8 @@ def test_the_choice_depends_on_content_and_seed_alone(made, benchmark, tmp_path)
     assert generate_pairs(second, benchmark, pairs_per_kind=24, seed=6).pairs != again.pairs
 
 
-def test_pairs_open_as_they_were_made_and_are_written_once(probe, benchmark):
+def test_opening_pairs(probe, benchmark):
+    """Pairs open as they were made, and are not written again."""
     with pytest.raises(InputError, match="no such file"):
         open_pairs(probe, benchmark)
     pair_set = generate_pairs(probe, benchmark, pairs_per_kind=4)
@@ -116,14 +122,16 @@ def test_pairs_open_as_they_were_made_and_are_written_once(probe, benchmark):
 
 
 @pytest.mark.parametrize("edit", [("V0", "V1"), ('"between"', '"before"'), ('"split"', '"splat"')])
-def test_edited_pairs_are_refused(probe, benchmark, edit):
+def test_edited_pairs(probe, benchmark, edit):
+    """Edited pairs are refused."""
     path = generate_pairs(probe, benchmark, pairs_per_kind=4).path
     path.write_text(path.read_text().replace(*edit, 1))
     with pytest.raises(InputError, match="edited"):
         open_pairs(probe, benchmark)
 
 
-def test_an_edited_manifest_is_refused(probe, benchmark):
+def test_edited_manifest(probe, benchmark):
+    """An edited manifest is refused."""
     generate_pairs(probe, benchmark, pairs_per_kind=4)
     path = beside(probe, ".pairs.metadata.json")
     document = json.loads(path.read_text())
@@ -135,7 +143,8 @@ def test_an_edited_manifest_is_refused(probe, benchmark):
         open_pairs(probe, benchmark)
 
 
-def test_another_probe_sets_pairs_are_refused(probe, benchmark, tmp_path):
+def test_pairs_of_another_probe_set(probe, benchmark, tmp_path):
+    """Pairs of another probe set are refused."""
     pair_set = generate_pairs(probe, benchmark, pairs_per_kind=4)
     other = make_probe(benchmark, tmp_path / "other" / "probe.jsonl", seed=18)
     beside(other, ".pairs.jsonl").write_bytes(pair_set.path.read_bytes())
@@ -146,7 +155,8 @@ def test_another_probe_sets_pairs_are_refused(probe, benchmark, tmp_path):
     assert own_pairs(other, benchmark).manifest.probe_set_sha256 == other.manifest.content_sha256
 
 
-def test_pairs_of_a_probe_set_that_is_replaced_go_with_it(probe, benchmark, tmp_path):
+def test_replaced_probe_set(probe, benchmark, tmp_path):
+    """Replacing a run's probe set removes its pairs."""
     analysis = tmp_path / "analysis"
     for chosen in (probe, make_probe(benchmark, tmp_path / "other" / "probe.jsonl", seed=18)):
         install_probe_set(chosen, analysis / "probe_set.jsonl")
@@ -154,13 +164,15 @@ def test_pairs_of_a_probe_set_that_is_replaced_go_with_it(probe, benchmark, tmp_
         assert pair_set.manifest.probe_set_sha256 == chosen.manifest.content_sha256
 
 
-def test_what_an_interruption_left_is_made_anew(probe, benchmark):
+def test_interrupted_pairs(probe, benchmark):
+    """Pairs without a manifest are made anew."""
     first = own_pairs(probe, benchmark)
     beside(probe, ".pairs.metadata.json").unlink()
     assert own_pairs(probe, benchmark) == first
 
 
-def test_no_pairs_asked_for_and_none_possible_are_refused(probe, benchmark):
+def test_no_pairs(probe, benchmark):
+    """Asking for no pairs, or for pairs that cannot exist, is refused."""
     with pytest.raises(InputError, match="pairs_per_kind: expected at least 1"):
         generate_pairs(probe, benchmark, pairs_per_kind=0)
     with pytest.raises(InputError, match="allow a pair of kind value; found none"):
@@ -178,14 +190,16 @@ def test_no_pairs_asked_for_and_none_possible_are_refused(probe, benchmark):
         ("target_read", 77),
     ],
 )
-def test_a_pair_that_replay_contradicts_is_refused(made, benchmark, field, value):
+def test_contradicted_pair(made, benchmark, field, value):
+    """A pair that the replay of its streams contradicts is refused."""
     pair = made[1].pairs[0]
     check_pair(pair, benchmark.vocabulary, "here")
     with pytest.raises(InputError, match="here: expected"):
         check_pair(pair.model_copy(update={field: value}), benchmark.vocabulary, "here")
 
 
-def test_arrays_hold_what_the_pairs_say(made, benchmark):
+def test_encoded_pairs(made, benchmark):
+    """The arrays of encoded pairs hold what the pairs say."""
     pairs = made[1].pairs
     encoded = encode_pairs(pairs, benchmark.vocabulary, max_seq_len=64)
     id_of = benchmark.vocabulary.id_of
@@ -215,7 +229,8 @@ def test_arrays_hold_what_the_pairs_say(made, benchmark):
         assert roles[:size] == pair.position_roles and set(roles[size:]) <= {None}
 
 
-def test_encoded_pairs_are_a_pytree_and_fill_length_buckets(made, benchmark):
+def test_buckets_of_pairs(made, benchmark):
+    """Encoded pairs are a pytree and fall into buckets by length."""
     encoded = encode_pairs(made[1].pairs, benchmark.vocabulary, max_seq_len=64)
     assert len(jax.tree.leaves(jax.tree.map(lambda leaf: leaf + 0, encoded))) == len(dataclasses.fields(encoded))
     buckets = bucket_by_length(encoded, tokens_per_batch=300)
@@ -224,7 +239,8 @@ def test_encoded_pairs_are_a_pytree_and_fill_length_buckets(made, benchmark):
     assert sum(bucket.batches.weights.sum() for bucket in buckets) == len(encoded)
 
 
-def test_too_long_and_no_pairs_are_named(made, benchmark):
+def test_too_long_pairs(made, benchmark):
+    """Pairs longer than the model's context, and an empty list of pairs, are refused."""
     with pytest.raises(InputError, match="expected at most max_seq_len 16 tokens"):
         encode_pairs(made[1].pairs, benchmark.vocabulary, max_seq_len=16)
     with pytest.raises(InputError, match="at least one"):

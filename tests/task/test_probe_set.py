@@ -34,7 +34,8 @@ def labels(record):
     ]
 
 
-def test_every_split_has_its_examples_and_records_are_the_benchmarks_own(probe, small_benchmark):
+def test_records_of_every_split(probe, small_benchmark):
+    """Each split gives the examples asked for, each a record of the benchmark."""
     assert set(probe.manifest.split_counts) == {
         "validation_iid",
         "heldout_pairs",
@@ -49,7 +50,8 @@ def test_every_split_has_its_examples_and_records_are_the_benchmarks_own(probe, 
         assert len({record["sample_id"] for record in members}) == len(members)
 
 
-def test_every_value_of_the_covered_axes_has_eight_events_or_all_there_are(probe, small_benchmark):
+def test_coverage(probe, small_benchmark):
+    """Each value of a covered axis has eight reads, or all that the split has."""
     for split in probe.manifest.splits:
         pool = Counter(x for r in read_lines(small_benchmark / f"{split}.jsonl") for x in labels(r))
         have = Counter(x for r in probe.records if r["split"] == split for x in labels(r))
@@ -57,13 +59,16 @@ def test_every_value_of_the_covered_axes_has_eight_events_or_all_there_are(probe
             assert have[label] >= min(8, total), (split, label)
 
 
-def test_coverage_counts_in_the_metadata_are_counts_of_events(probe):
+def test_coverage_counts(probe):
+    """The metadata's coverage counts are counts of reads."""
     for split, axes in probe.manifest.coverage.items():
         events = sum(len(record["query_events"]) for record in probe.records if record["split"] == split)
         assert all(sum(counts.values()) == events for counts in axes.values())
 
 
-def test_rare_signatures_come_first():
+def test_order_of_rare_signatures():
+    """Records of rare signatures are chosen first."""
+
     def fake(n, keys):
         axes = dict.fromkeys(
             (
@@ -86,14 +91,16 @@ def test_rare_signatures_come_first():
     assert chosen != choose_examples(pool, 10, seed="t")
 
 
-def test_at_least_a_quarter_is_easy_and_a_quarter_hard_in_every_split(probe):
+def test_share_of_difficulties(probe):
+    """At least a quarter of each split is easy and a quarter hard."""
     for split in probe.manifest.splits:
         members = [record for record in probe.records if record["split"] == split]
         tags = Counter(probe.manifest.difficulty[record["sample_id"]] for record in members)
         assert min(tags["easy"], tags["hard"]) >= len(members) / 4
 
 
-def test_hard_examples_ask_further_back(probe):
+def test_lags_of_hard_examples(probe):
+    """Hard examples ask further back than easy ones."""
     tags = assign_difficulty(probe.records)
 
     def mean_distance(tag):
@@ -107,33 +114,38 @@ def test_hard_examples_ask_further_back(probe):
     assert mean_distance("easy")[1] <= mean_distance("hard")[0]
 
 
-def test_counterfactuals_are_paired_with_their_sources(probe):
+def test_sources_of_counterfactuals(probe):
+    """Each counterfactual comes with its source record."""
     counterfactuals = [record for record in probe.records if record["split"] == "counterfactual"]
     assert len(counterfactuals) == len(probe.sources)
     for record in counterfactuals:
         assert probe.sources[record["sample_id"]]["sample_id"] == record["counterfactual_of"]
 
 
-def test_the_fit_set_is_from_train_and_has_no_repeats(probe, small_benchmark):
+def test_fit_set(probe, small_benchmark):
+    """The fit set is drawn from the training split without repeats."""
     train = {record["sample_id"] for record in read_lines(small_benchmark / "train.jsonl")}
     ids = [record["sample_id"] for record in probe.fit_records]
     assert len(ids) == 16 == len(set(ids)) and set(ids) <= train
 
 
-def test_it_is_written_once(probe, small_benchmark):
+def test_existing_probe_set(probe, small_benchmark):
+    """A probe set is never written over."""
     with pytest.raises(InputError, match="immutable"):
         make(small_benchmark, probe.path)
 
 
 @pytest.mark.parametrize("name", ["probe.jsonl", "probe.fit.jsonl", "probe.sources.jsonl"])
-def test_an_edited_file_is_refused(probe, small_benchmark, name):
+def test_edited_file(probe, small_benchmark, name):
+    """An edited file of a probe set is refused."""
     path = probe.path.with_name(name)
     path.write_text(path.read_text().replace("V0", "V1", 1))
     with pytest.raises(InputError, match="edited"):
         open_probe_set(probe.path, Benchmark.open(small_benchmark))
 
 
-def test_an_edited_manifest_is_refused(probe, small_benchmark):
+def test_edited_manifest(probe, small_benchmark):
+    """An edited manifest is refused."""
     path = probe.path.with_suffix(".metadata.json")
     document = json.loads(path.read_text())
     sample = next(iter(document["difficulty"]))
@@ -143,7 +155,8 @@ def test_an_edited_manifest_is_refused(probe, small_benchmark):
         open_probe_set(probe.path, Benchmark.open(small_benchmark))
 
 
-def test_another_benchmarks_probe_set_is_refused(probe, tmp_path):
+def test_probe_set_of_another_benchmark(probe, tmp_path):
+    """A probe set of another benchmark is refused."""
     other = write_small_benchmark(tmp_path / "other", seed=4)
     with pytest.raises(InputError, match="another benchmark"):
         open_probe_set(probe.path, Benchmark.open(other))
@@ -163,7 +176,8 @@ class TestReferenceProbeSet:
         path.with_suffix(".metadata.json").write_text(json.dumps(metadata))
         return path
 
-    def test_it_is_accepted_as_it_is_and_completed_beside(self, path, small_benchmark):
+    def test_companion_files(self, path, small_benchmark):
+        """It is accepted unchanged, and missing parts are written beside it."""
         before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
         probe = open_probe_set(path, Benchmark.open(small_benchmark))
         assert {name: (path.parent / name).read_bytes() for name in before} == before
@@ -171,26 +185,30 @@ class TestReferenceProbeSet:
         again = open_probe_set(path, Benchmark.open(small_benchmark))
         assert again.manifest == probe.manifest
 
-    def test_one_edited_before_it_was_seen_is_refused(self, path, small_benchmark):
+    def test_edit_before_the_first_use(self, path, small_benchmark):
+        """One edited before its first use is refused."""
         lines = path.read_text().splitlines()
         lines[3] = lines[3].replace('"W"', '"R"', 1)
         path.write_text("\n".join(lines) + "\n")
         with pytest.raises(InputError, match=r"probe_set.jsonl:4: expected a record of the benchmark"):
             open_probe_set(path, Benchmark.open(small_benchmark))
 
-    def test_one_with_a_record_twice_is_refused(self, path, small_benchmark):
+    def test_repeated_record(self, path, small_benchmark):
+        """One that holds a record twice is refused."""
         lines = path.read_text().splitlines()
         path.write_text("\n".join([*lines[:5], lines[0], *lines[6:]]) + "\n")
         with pytest.raises(InputError, match=r"probe_set.jsonl:6: .* a second time"):
             open_probe_set(path, Benchmark.open(small_benchmark))
 
-    def test_one_edited_after_it_was_seen_is_refused(self, path, small_benchmark):
+    def test_edit_after_the_first_use(self, path, small_benchmark):
+        """One edited after its first use is refused."""
         open_probe_set(path, Benchmark.open(small_benchmark))
         path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
         with pytest.raises(InputError, match="edited"):
             open_probe_set(path, Benchmark.open(small_benchmark))
 
-    def test_a_copy_in_an_analysis_folder_opens_like_the_original(self, path, small_benchmark, tmp_path):
+    def test_copy_of_a_run(self, path, small_benchmark, tmp_path):
+        """A copy in an analysis folder opens like the original."""
         benchmark = Benchmark.open(small_benchmark)
         probe = open_probe_set(path, benchmark)
         install_probe_set(probe, tmp_path / "analysis" / "probe_set.jsonl")
@@ -198,7 +216,8 @@ class TestReferenceProbeSet:
         assert copy.manifest == probe.manifest
 
 
-def test_another_probe_set_is_not_replaced_unasked(probe, small_benchmark, tmp_path):
+def test_replacing_a_probe_set(probe, small_benchmark, tmp_path):
+    """Another probe set of a run is replaced only if asked."""
     other = make(small_benchmark, tmp_path / "second.jsonl", seed=18)
     install_probe_set(probe, tmp_path / "analysis" / "probe_set.jsonl")
     check_installable(probe, tmp_path / "analysis" / "probe_set.jsonl")
@@ -209,7 +228,8 @@ def test_another_probe_set_is_not_replaced_unasked(probe, small_benchmark, tmp_p
     assert installed.manifest.seed == 18
 
 
-def test_what_an_interruption_left_without_a_manifest_is_made_anew(small_benchmark, tmp_path):
+def test_interrupted_probe_set(small_benchmark, tmp_path):
+    """A probe set without a manifest is made anew."""
     benchmark = Benchmark.open(small_benchmark)
     first = own_probe_set(tmp_path / "probe_set.jsonl", benchmark)
     first.path.with_suffix(".metadata.json").unlink()
@@ -217,7 +237,8 @@ def test_what_an_interruption_left_without_a_manifest_is_made_anew(small_benchma
 
 
 @pytest.mark.parametrize("line", ["{}", "3", "[]", "null", '{"sample_id": 3}'])
-def test_a_split_of_other_things_than_records_is_named(tmp_path, line):
+def test_split_of_no_records(tmp_path, line):
+    """A split file that does not hold records is refused by name."""
     folder = write_small_benchmark(tmp_path / "benchmark")
     lines = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")

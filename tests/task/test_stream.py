@@ -19,7 +19,8 @@ def record(program=PROGRAM):
     return build_record(program, VOCABULARY, sample_id="x_0", split="x", heldout_pairs=HELDOUT)
 
 
-def test_a_record_written_out_by_hand():
+def test_record_by_hand():
+    """A record has the tokens and events that were written out by hand."""
     r = record()
     assert r["tokens"] == [
         "<bos>",
@@ -61,7 +62,8 @@ def test_a_record_written_out_by_hand():
     assert program_of(r) == PROGRAM
 
 
-def test_replay_finds_support_stale_value_and_earlier_answers():
+def test_replay():
+    """Replay finds each read's support, its stale value and earlier answers."""
     program = Program(PROGRAM.writes, (Read(2, "K00", 2), Read(3, "K00", 2)))
     earlier, later = replay(record(program)["tokens"])
     assert later.support_value_position == earlier.support_value_position == 9
@@ -79,12 +81,14 @@ def test_replay_finds_support_stale_value_and_earlier_answers():
         ("<bos> X K00 V000 <eos>", "expected W or R"),
     ],
 )
-def test_replay_refuses_what_is_no_stream(tokens, complaint):
+def test_invalid_streams(tokens, complaint):
+    """Replay refuses tokens that are no stream."""
     with pytest.raises(InputError, match=complaint):
         replay(tokens.split())
 
 
-def test_a_record_whose_events_were_altered_is_refused():
+def test_altered_events():
+    """A record whose events contradict its tokens is refused."""
     r = record()
     r["query_events"][0]["support_positions"]["value"] = 3
     with pytest.raises(InputError, match="query_events"):
@@ -92,6 +96,7 @@ def test_a_record_whose_events_were_altered_is_refused():
 
 
 def test_heuristics_by_hand():
+    """The heuristics score as counted by hand."""
     # The first read returns the last value of its key but not the last value written; the second returns the last.
     accuracies = heuristic_accuracies([record()])
     assert accuracies == {

@@ -90,7 +90,8 @@ def torch_losses(params, tokens, indices, optimization):
         ("gpu", 2, "batch"),
     ],
 )
-def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend, devices, shared):
+def test_twenty_steps_of_adamw(tokens, optimization, backend, devices, shared):
+    """Losses, gradient norms, rates and weights of 20 steps equal PyTorch's AdamW."""
     seeds = (3, 4)
     program = plan_training(
         CONFIG,
@@ -143,7 +144,8 @@ def test_twenty_steps_equal_pytorchs_adamw(tokens, optimization, backend, device
         (3, 1, 32, (1, "seeds")),
     ],
 )
-def test_devices_share_what_employs_most_of_them(seeds, devices, batch, expected):
+def test_sharing_among_devices(seeds, devices, batch, expected):
+    """Devices share seeds or the batch, whichever employs most of them."""
     sizes = {"num_steps": 20, "batch_size": batch, "length": 450, "num_seeds": seeds, "num_devices": devices}
     program = plan_training(CONFIG, CONSTANT, backend="cpu", **sizes)
     assert (program.devices, program.shared) == expected
@@ -153,8 +155,8 @@ def test_devices_share_what_employs_most_of_them(seeds, devices, batch, expected
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 100.0])
 @pytest.mark.parametrize("max_norm", [None, 2e-6, 1.0])
-def test_eps_and_clipping_where_they_matter(scale, max_norm):
-    """Gradients near Adam's eps of 1e-8, and norms near the 1e-6 that clipping adds."""
+def test_eps_and_clipping(scale, max_norm):
+    """Gradients near Adam's eps of 1e-8, and norms near clipping's 1e-6, as in PyTorch."""
     settings = CONSTANT.model_copy(update={"grad_clip_norm": max_norm, "warmup_steps": 0})
     gradients = scale * np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     parameter = torch.nn.Parameter(torch.ones(5))
@@ -175,6 +177,7 @@ def test_eps_and_clipping_where_they_matter(scale, max_norm):
 
 
 def test_schedules_by_hand():
+    """Learning rates of both schedules, by hand."""
     assert np.isclose(learning_rate(CONSTANT, 1, 100), 3e-3 / 5)
     assert np.isclose(learning_rate(CONSTANT, 100, 100), 3e-3)
     assert np.isclose(learning_rate(COSINE, 12, 100), 1e-4 + (3e-3 - 1e-4) / 2)
@@ -186,7 +189,8 @@ def test_schedules_by_hand():
     assert np.isclose(learning_rate(whole, 105, 105), 0.0)
 
 
-def test_every_epoch_visits_every_record_once_and_keeps_its_partial_batch():
+def test_batches_of_an_epoch():
+    """An epoch visits each record once and keeps its partial batch."""
     rows = batch_indices(5, 1, 9, num_records=RECORDS, batch_size=BATCH)  # three epochs of 8, 8 and 5
     for epoch in range(3):
         seen = rows[3 * epoch : 3 * epoch + 3]
@@ -195,13 +199,15 @@ def test_every_epoch_visits_every_record_once_and_keeps_its_partial_batch():
     assert not np.array_equal(rows[:3], rows[3:6])
 
 
-def test_batches_depend_on_seed_and_step_alone():
+def test_batches_of_a_segment():
+    """Batches depend on the seed and the step alone."""
     whole = batch_indices(5, 1, 20, num_records=RECORDS, batch_size=BATCH)
     np.testing.assert_array_equal(batch_indices(5, 12, 9, num_records=RECORDS, batch_size=BATCH), whole[11:])
     assert not np.array_equal(batch_indices(6, 1, 20, num_records=RECORDS, batch_size=BATCH), whole)
 
 
-def test_initial_weights_follow_pytorchs_defaults():
+def test_initial_weights():
+    """Initial weights are distributed as PyTorch's defaults."""
     wide = InitializedModelConfig.model_validate(
         SMALL_MODEL | {"d_model": 64, "d_ff": 256, "max_seq_len": 200, "init_scale": 2.0}
     )
