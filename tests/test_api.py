@@ -11,6 +11,7 @@ import xarray as xr
 
 import kvjax
 from kvjax.errors import InputError
+from tests.helpers.building import STEPS
 from tests.helpers.sweeping import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_sweep(small_run):
     """`kvjax.sweep` returns what the files hold, with units and intervals, and measures nothing again."""
     report = sweep(small_run)
+
+    def written():
+        files = (small_run / "analysis" / "measured").iterdir()
+        return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
+
+    before = written()
     dataset = kvjax.sweep(small_run, probe_set=small_run / "analysis" / "probe_set.jsonl")
-    assert dataset.equals(dataset.assign(report.dataset.data_vars)), "nothing was measured again"
+    assert len(before) >= len(STEPS) and written() == before, "nothing was measured again"
+    assert dataset.equals(dataset.assign(report.dataset.data_vars))
     on_disk = xr.open_dataset(small_run / "analysis" / "checkpoint_metrics.nc", engine="netcdf4")
     assert on_disk["answer_accuracy"].equals(dataset["answer_accuracy"])
     for name, variable in dataset.data_vars.items():

@@ -17,6 +17,8 @@ ORDER = (
     *("sweeps", "windows", "intervene", "train", "compare", "report", "converters"),
     *("opened_run", "pipeline", "api", "commands"),
 )
+# Folders of tests whose names are noun phrases, each with a docstring.
+NAMED_TESTS = ("compare", "measure", "model", "peers", "report", "task", "train")
 
 
 def imports(path: Path) -> set[str]:
@@ -112,6 +114,23 @@ def test_every_package_is_shipped():
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     present = {module_name(path).rpartition(".")[0] for folder in ("kvjax", "converters") for path in modules(folder)}
     assert set(shipped) == present | {"kvjax.configs"}
+
+
+def test_imports_of_test_modules():
+    """No test module imports another: what they share stands in tests/helpers, tests/oracles or a conftest.py."""
+    for path in modules("tests"):
+        found = [name for name in imports(path) if name.split(".")[0] == "tests" and ".test_" in name]
+        assert not found, f"{path} imports {found}"
+
+
+@pytest.mark.parametrize("folder", NAMED_TESTS)
+def test_names_of_tests(folder):
+    """A test has a name of at most 60 characters and a docstring whose first line states the fact it tests."""
+    for path in sorted((ROOT / "tests").glob(f"{folder}/test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert len(node.name) <= 60, f"{path}: {node.name}"
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["checkpoint-sweep", "--help"], ["checkpoint-sweep", "--steps_=1"]])

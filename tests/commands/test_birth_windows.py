@@ -9,8 +9,8 @@ import xarray as xr
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.commands.main import main
-from tests.commands.test_commands import refused, sweep_arguments
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
+from tests.helpers.commands import refused, sweep_arguments
 
 STEPS = tuple(range(100, 900, 100))
 SMALL = ("--pairs_per_kind=2", "--noprogress")

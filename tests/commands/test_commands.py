@@ -10,23 +10,9 @@ import pytest
 import torch
 
 from kvjax.commands.main import COMMANDS, main
-from tests.converters.test_conversion import write_malicious
 from tests.helpers.building import STEPS, read_lines, small_benchmark_config
-
-
-def refused(capsys, *arguments):
-    """Runs a command that must refuse; returns its one line."""
-    status = main(list(arguments))
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert status == 2 and len(lines) == 1, captured.err
-    assert "Traceback" not in captured.err
-    return lines[0]
-
-
-def sweep_arguments(run, **flags):
-    given = {"run_dirs": run, **flags}
-    return ["checkpoint-sweep", "--noprogress", *(f"--{name}={value}" for name, value in given.items())]
+from tests.helpers.commands import refused, sweep_arguments
+from tests.helpers.malicious import write_malicious
 
 
 def test_from_config_to_rows(tmp_path, capsys, small_run):

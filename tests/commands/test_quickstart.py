@@ -4,13 +4,13 @@ import json
 
 from kvjax.commands.main import main
 from tests.helpers.building import read_lines, small_benchmark_config
-from tests.train.test_training_runs import config
+from tests.helpers.training import small_train_config
 
 
 def test_quickstart_from_nothing_and_again(tmp_path, capsys):
     benchmark, training = tmp_path / "benchmark.json", tmp_path / "train.json"
     benchmark.write_text(json.dumps(small_benchmark_config()))
-    training.write_text(json.dumps(config("replaced").model_dump(mode="json")))
+    training.write_text(json.dumps(small_train_config("replaced").model_dump(mode="json")))
     output = tmp_path / "out"
     arguments = [
         "quickstart",
@@ -50,6 +50,6 @@ def test_quickstart_from_nothing_and_again(tmp_path, capsys):
     assert {"phase": "resume", "step": 8} in rows and checkpoint.exists()
 
     # Another config in the same place is refused.
-    training.write_text(json.dumps(config("replaced", batch_size=16).model_dump(mode="json")))
+    training.write_text(json.dumps(small_train_config("replaced", batch_size=16).model_dump(mode="json")))
     assert main(arguments) == 2
     assert "a run of another config" in capsys.readouterr().err

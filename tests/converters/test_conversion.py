@@ -1,11 +1,8 @@
 """Conversion of checkpoints: exact in both directions, certified, and unusable files refused by name."""
 
-import io
 import json
-import os
 import pickle
 import re
-import zipfile
 
 import jax
 import numpy as np
@@ -24,6 +21,7 @@ from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from tests.helpers.building import SMALL_MODEL, STEPS, as_numpy, random_torch_model
+from tests.helpers.malicious import Bomb, write_malicious
 
 VOCAB = 40
 MODEL = ModelConfig.model_validate(SMALL_MODEL)
@@ -122,27 +120,6 @@ def test_file_of_the_format_before_zip(tmp_path, module):
     path = tmp_path / "old.pt"
     torch.save({"step": 3, "model_state": module.state_dict()}, path, _use_new_zipfile_serialization=False)
     assert read_checkpoint(path).step == 3
-
-
-class Bomb:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, target):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.target,))
-
-
-def write_malicious(path, target):
-    """Writes a zip checkpoint whose pickle would run code."""
-    torch.save({"step": 1, "model_state": {}}, path)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(buffer, "w") as out:
-        for item in source.namelist():
-            data = source.read(item)
-            out.writestr(item, pickle.dumps(Bomb(target)) if item.endswith("data.pkl") else data)
-    path.write_bytes(buffer.getvalue())
 
 
 @pytest.mark.parametrize("kind", ["zip", "plain pickle"])

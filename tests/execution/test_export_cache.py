@@ -11,7 +11,7 @@ import pytest
 from kvjax.execution import export_cache
 from kvjax.sweeps.measure_checkpoint import measure_checkpoints
 from kvjax.task.benchmark import Benchmark
-from tests.sweeps.test_compilation import probe_program
+from tests.helpers.sweeping import small_program
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, 
     def measured():
         begin_anew()
         monkeypatch.setattr("kvjax.sweeps.compiled_sweep.measure_checkpoints", jax.jit(counted, static_argnums=0))
-        program, params = probe_program(Benchmark.open(small_benchmark), 3)
+        program, params = small_program(Benchmark.open(small_benchmark), 3)
         assert program.spec.placement.devices == 2, "the program is shared among devices"
         other = jax.tree.map(lambda x: x * 1.5, params)
         return [*program.measure([params, other]), *program.measure([other])]

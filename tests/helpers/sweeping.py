@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.execution.inputs import RunInputs, prepare_run
+from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.pipeline.sweep import checkpoint_source as source
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.results import SweepReport
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.encoding import encode_records
 
-__all__ = ["prepared_run", "source", "sweep"]
+__all__ = ["SMALL_SWEEP", "prepared_run", "small_program", "source", "sweep"]
+
+SMALL_SWEEP = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch="2")
+_SPLIT = "validation_iid"
 
 
 def prepared_run(run, *, probe_set=None, steps="all", reference="final", opened=None) -> RunInputs:
@@ -24,3 +34,17 @@ def sweep(run, *, steps="all", reference="final", **settings) -> SweepReport:
     prepared = prepared_run(run, steps=steps, reference=reference)
     (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
     return report
+
+
+def small_program(
+    benchmark: Benchmark, n_layers: int, settings: SweepSettings = SMALL_SWEEP, *, fit: bool = False
+) -> tuple[CompiledSweep, Params]:
+    """Returns the program that sweeps a tiny random model, and the model's parameters."""
+    vocabulary = benchmark.vocabulary
+    encoded = encode_records(benchmark.read_split(_SPLIT)[:12], vocabulary, [_SPLIT], max_seq_len=64)
+    shape = {"d_model": 8, "n_layers": n_layers, "n_heads": 2, "d_ff": 12, "max_seq_len": 64}
+    config = DecoderConfig(vocab_size=len(vocabulary.tokens), **shape)
+    params = Decoder(config).init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
+    fitted = encoded if fit else None
+    program = CompiledSweep(config, vocabulary, encoded, 1, settings, fit=fitted, max_buckets=1)
+    return program, jax.tree.map(np.asarray, params)

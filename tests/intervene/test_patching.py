@@ -12,23 +12,13 @@ from kvjax.intervene.pair_runs import DIRECTIONS, PairProgram
 from kvjax.intervene.patching import component_places, patching_effects, stage_places
 from kvjax.intervene.paths import all_edges, path_effects
 from kvjax.task.corruption import PAIR_ROLES
-from tests.oracles.patching import Node, Receiver, activation_patch, path_patches
+from tests.oracles.patching import Node, Receiver, activation_patch, difference, path_patches
 
 PLACES = stage_places(3) | component_places(3, 4)
 
 
 def stack(params, copies=1):
     return jax.tree.map(lambda x: np.stack([x] * copies), params)
-
-
-def difference(logits, encoded):
-    """The metric summed over the affected reads of each pair."""
-    logits = logits.detach().numpy()
-    total = np.zeros(len(encoded))
-    for n, q in zip(*np.nonzero(encoded.is_affected), strict=True):
-        at = logits[n, encoded.prediction_positions[n, q]]
-        total[n] += at[encoded.clean_answers[n, q]] - at[encoded.corrupted_answers[n, q]]
-    return total
 
 
 def oracle_place(place):

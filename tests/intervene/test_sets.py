@@ -14,8 +14,7 @@ from kvjax.intervene.patching import component_places, stage_places
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.encoding import microbatches
 from kvjax.task.pair_encoding import encode_clean_streams
-from tests.intervene.test_patching import difference
-from tests.oracles.patching import forward, stage_place
+from tests.oracles.patching import difference, forward, stage_place
 
 
 def test_sets_by_hand():

@@ -47,12 +47,22 @@ def test_ratios_are_those_of_the_drawn_sequences():
 def test_the_interval_of_a_mean_has_the_width_theory_gives():
     """Sequences whose reads agree: the standard error is that of as many reads as sequences."""
     rng = np.random.default_rng(5)
-    right = np.repeat(rng.random(400) < 0.3, 1)[:, None] * 7.0
-    counts = resample_counts(np.zeros(400, int), resamples=4000, seed=2)
-    low, high = percentile_interval(resampled(counts, right, np.full((400, 1), 7.0)))
-    rate = right.mean() / 7
-    expected = 2 * 1.96 * np.sqrt(rate * (1 - rate) / 400)
-    assert abs((high - low)[0] / expected - 1) < 0.08
+    sequences, reads = 400, 7
+    counts = resample_counts(np.zeros(sequences, int), resamples=4000, seed=2)
+
+    def width(right):
+        low, high = percentile_interval(resampled(counts, right[:, None], np.full((sequences, 1), float(reads))))
+        return (high - low)[0]
+
+    def theory(right, trials):
+        rate = right.mean() / reads
+        return 2 * 1.96 * np.sqrt(rate * (1 - rate) / trials)
+
+    agreeing = (rng.random(sequences) < 0.3) * float(reads)
+    assert abs(width(agreeing) / theory(agreeing, sequences) - 1) < 0.08
+    # Reads that have nothing to do with each other are as many trials as there are reads.
+    independent = rng.binomial(reads, 0.3, sequences).astype(float)
+    assert abs(width(independent) / theory(independent, sequences * reads) - 1) < 0.08
 
 
 def test_wilson_agrees_with_scipy():

@@ -1,7 +1,7 @@
 """Activation and path patching, slowly and plainly, on the PyTorch decoder: the oracle of the fast ones.
 
 One forward pass, written out head by head from the module's weights, edits whatever it is told to by name. Every patch
-runs the whole model; nothing is cached or restarted. It shares no code with the library.
+runs the whole model; nothing is cached or restarted. It shares no code with the library but the layout of pairs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from kvjax.converters.torch_decoder import TorchDecoder
+
+from kvjax.task.pair_encoding import EncodedPairs
 
 
 class Node(NamedTuple):
@@ -162,3 +165,13 @@ def all_edges(n_layers: int, n_heads: int) -> Iterator[tuple[Node, Receiver]]:
             if sender.kind == "embedding" or sender.layer < layer or (sender.kind, sender.layer) == ("head", layer):
                 yield sender, Receiver("mlp", layer)
         yield sender, Receiver("logits")
+
+
+def difference(logits: torch.Tensor, encoded: EncodedPairs) -> np.ndarray:
+    """Returns each pair's logit(clean answer) less logit(corrupted answer), summed over its affected reads."""
+    values = logits.detach().numpy()
+    total = np.zeros(len(encoded))
+    for n, q in zip(*np.nonzero(encoded.is_affected), strict=True):
+        at = values[n, encoded.prediction_positions[n, q]]
+        total[n] += at[encoded.clean_answers[n, q]] - at[encoded.corrupted_answers[n, q]]
+    return total

@@ -19,45 +19,13 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.trainer import batch_indices
 from tests.helpers.building import SMALL_MODEL, read_lines, write_small_benchmark
+from tests.helpers.training import small_train_config
 
 SEEDS = [3, 4]
 
 
-def config(benchmark, **changes):
-    document = {
-        "run_name": "trained",
-        "seed": 3,
-        "device": "mps",
-        "benchmark_dir": str(benchmark),
-        "output_dir": "unused",
-        "batch_size": 24,
-        "num_steps": 24,
-        "log_every_steps": 2,
-        "eval_every_steps": 8,
-        "checkpoint_every_steps": 8,
-        "num_workers": 0,
-        "model": SMALL_MODEL,
-        "optimization": {
-            "learning_rate": 3e-3,
-            "weight_decay": 0.01,
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "grad_clip_norm": 1.0,
-            "warmup_steps": 4,
-            "schedule": {"kind": "constant"},
-        },
-        "evaluation": {
-            "batch_size": 8,
-            "tracked_splits": ["validation_iid", "heldout_pairs"],
-            "birth_thresholds": {"answer_accuracy": 0.9, "q": 0.2, "r": 0.2, "w": 1.0},
-        },
-        "checkpointing": {"best_checkpoint_split": "validation_iid"},
-    }
-    return TrainConfig.model_validate(document | changes)
-
-
 def train(benchmark, folder, *, resume=False, overwrite=False, **changes):
-    runs = run_directories(config(benchmark, **changes), SEEDS, str(folder))
+    runs = run_directories(small_train_config(benchmark, **changes), SEEDS, str(folder))
     opened = Benchmark.open(benchmark)
     return train_runs(runs, opened, resume=resume, overwrite=overwrite, advance=lambda n: None)
 
@@ -198,7 +166,7 @@ class TestBest:
     def recorder(self, tmp_path, small_benchmark):
         from kvjax.converters import training
 
-        run = training.run_directories(config(small_benchmark), None, str(tmp_path / "run"))
+        run = training.run_directories(small_train_config(small_benchmark), None, str(tmp_path / "run"))
         training.train_runs(run, Benchmark.open(small_benchmark), resume=False, overwrite=False, advance=lambda n: None)
         return tmp_path / "run"
 
@@ -223,8 +191,8 @@ class TestBest:
         from kvjax.pipeline.run_recorder import is_better
 
         best = {"answer_accuracy": 0.5, "loss": 2.0}
-        assert is_better(candidate, best, config(small_benchmark).checkpointing) is expected
-        assert is_better(candidate, None, config(small_benchmark).checkpointing)
+        assert is_better(candidate, best, small_train_config(small_benchmark).checkpointing) is expected
+        assert is_better(candidate, None, small_train_config(small_benchmark).checkpointing)
 
 
 def test_a_half_written_line_does_not_stop_resuming(tmp_path, trained, small_benchmark):
@@ -249,7 +217,7 @@ def test_resuming_a_finished_run_changes_nothing_but_can_prolong_it(tmp_path, tr
 
 
 def test_resuming_with_another_optimiser_is_refused(tmp_path, trained, small_benchmark):
-    optimization = config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e-3})
+    optimization = small_train_config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e-3})
     with pytest.raises(InputError, match="the same optimization as the config to resume with"):
         train(small_benchmark, trained, resume=True, optimization=optimization.model_dump())
 
@@ -265,7 +233,7 @@ def test_overwriting_checks_every_directory_before_the_first_is_replaced(tmp_pat
 def test_adding_a_seed_leaves_finished_runs_alone(tmp_path, small_benchmark):
     from kvjax.pipeline.train import train_missing_runs
 
-    opened, settings = Benchmark.open(small_benchmark), config(small_benchmark)
+    opened, settings = Benchmark.open(small_benchmark), small_train_config(small_benchmark)
     train_missing_runs(run_directories(settings, [3], str(tmp_path)), opened, advance=lambda n: None)
     kept = tmp_path / "seed_3" / "notes.txt"
     kept.write_text("mine")
@@ -298,7 +266,7 @@ def test_the_best_checkpoint_after_a_rewind_is_the_best_of_the_rows_kept(tmp_pat
         expected = min(rows, key=lambda r: (-r["answer_accuracy"], r["loss"], r["step"]))["step"]
         # Prolonged by nothing: only the bookkeeping of resuming runs.
         train_runs(
-            {run: config(small_benchmark, num_steps=16, seed=int(run.name[5:]))},
+            {run: small_train_config(small_benchmark, num_steps=16, seed=int(run.name[5:]))},
             Benchmark.open(small_benchmark),
             resume=True,
             overwrite=False,
@@ -321,7 +289,9 @@ def test_a_checkpoint_of_another_step_or_benchmark_is_not_resumed_from(tmp_path,
 
 
 def test_a_training_that_diverges_stops_with_one_line(tmp_path, small_benchmark):
-    optimization = config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    optimization = small_train_config(small_benchmark).optimization.model_copy(
+        update={"learning_rate": 1e30, "warmup_steps": 0}
+    )
     with pytest.raises(InputError, match="expected a finite loss and gradient"):
         train(small_benchmark, tmp_path, optimization=optimization.model_dump())
 
@@ -351,7 +321,7 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, small_benchmark):
 def test_a_missing_tracked_split_is_named(small_benchmark):
     evaluation = {"batch_size": 8, "tracked_splits": ["validation"], "birth_thresholds": {}}
     evaluation["birth_thresholds"] = {"answer_accuracy": 0.9, "q": 0.2, "r": 0.2, "w": 1.0}
-    changed = config(
+    changed = small_train_config(
         small_benchmark,
         evaluation=evaluation,
         checkpointing={"best_checkpoint_split": "validation"},
@@ -380,7 +350,7 @@ def test_the_reference_configs_hold_the_reference_settings():
 
 def test_commands_train_evaluate_and_select(tmp_path, small_benchmark, capsys):
     path = tmp_path / "config.json"
-    document = config(small_benchmark, num_steps=8).model_dump(mode="json")
+    document = small_train_config(small_benchmark, num_steps=8).model_dump(mode="json")
     path.write_text(json.dumps(document))
     runs = tmp_path / "runs"
     assert main(["train", f"--config={path}", "--seeds=3,4", f"--output_dir={runs}", "--noprogress"]) == 0
