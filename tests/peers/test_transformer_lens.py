@@ -24,6 +24,7 @@ from tests.oracles import pytorch_loops as oracle
 
 pytest.importorskip("transformer_lens", reason="comes with the peers extra")
 
+# The peers that benchmarks are timed against: a ratio means something only if the peer computes the same numbers.
 from benchmarks.peers.torch_eager import TorchAblations
 from benchmarks.peers.transformer_lens import (
     TransformerLensAblations,
