@@ -57,7 +57,8 @@ def layer_of(name: str) -> str:
 @pytest.mark.parametrize(
     "path", [*modules("kvjax"), *modules("converters")], ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_imports_go_one_way(path):
+def test_direction_of_imports(path):
+    """A module imports only from its own layer and from earlier ones."""
     parts = module_name(path).split(".")
     if parts == ["kvjax", "__init__"]:
         names = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -69,19 +70,22 @@ def test_imports_go_one_way(path):
             assert ORDER.index(layer_of(name)) <= own, f"{path} imports {name} of a later layer"
 
 
-def test_every_folder_has_its_place_in_the_order():
+def test_order_names_every_folder():
+    """Each folder and module has its place in the order."""
     folders = {path.name for path in (ROOT / "kvjax").iterdir() if path.is_dir() and path.name != "__pycache__"}
     files = {path.stem for path in (ROOT / "kvjax").glob("*.py")} - {"__init__"}
     assert folders | files | {"converters", "declarations"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", modules("kvjax"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_converters_import_torch(path):
+def test_imports_of_torch(path):
+    """Only converters import torch."""
     assert not [name for name in imports(path) if name.split(".")[0] == "torch"]
 
 
 @pytest.mark.parametrize("path", [*modules("kvjax"), *modules("converters")], ids=lambda path: path.stem)
-def test_no_module_reaches_into_anothers_underscore_names(path):
+def test_imports_of_underscore_names(path):
+    """No module imports underscore names of another."""
     ours = [name for name in imports(path) if name.split(".")[0] == "kvjax"]
     assert not [name for name in ours if any(p.startswith("_") and not p.endswith("__") for p in name.split("."))]
 
@@ -103,12 +107,14 @@ def test_devices_in_one_module(path):
     assert bool(asked & ASKS_JAX_FOR_DEVICES) == (module_name(path) == "kvjax.devices")
 
 
-def test_flax_is_used_in_the_decoder_alone():
+def test_imports_of_flax():
+    """Only the decoder imports Flax."""
     users = [path.name for path in modules("kvjax") if any(n.split(".")[0] == "flax" for n in imports(path))]
     assert users == ["decoder.py"]
 
 
-def test_every_package_is_shipped():
+def test_shipped_packages():
+    """pyproject.toml ships every package."""
     import tomllib
 
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -134,7 +140,8 @@ def test_names_of_tests(folder):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["checkpoint-sweep", "--help"], ["checkpoint-sweep", "--steps_=1"]])
-def test_help_and_flag_errors_import_nothing_heavy(arguments):
+def test_imports_of_help(arguments):
+    """Help and flag errors import nothing heavy."""
     code = (
         "import sys; from kvjax.commands.main import main; main(sys.argv[1:]);"
         "heavy = {'jax', 'torch', 'numpy', 'scipy', 'xarray', 'pydantic', 'orbax'} & set(sys.modules);"

@@ -17,7 +17,7 @@ def test_change_of_the_first_checkpoint():
 
 
 def test_rank_correlation_by_hand():
-    """Average ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4 have covariance 4.5 and variances 4.5 and 5."""
+    """Rank correlation of tied values equals the hand-computed one and SciPy's."""
     values = np.array([[0.0, 1.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
     correlation = rank_correlation_to_previous(values)
     assert np.isnan(correlation[0])
@@ -33,7 +33,7 @@ def test_rank_correlation_of_a_constant_side():
 
 
 def test_turnover_by_hand():
-    """{0, 1} to {0, 3} shares one of three, {0, 3} to {1, 2} none of four."""
+    """Turnover is one less the overlap of both top sets."""
     values = np.array([[3.0, 2.0, 1.0, 0.0], [3.0, 0.0, 1.0, 2.0], [0.0, 3.0, 2.0, 1.0]])
     turnover = turnover_from_previous(values, 2)
     assert np.isnan(turnover[0])

@@ -23,7 +23,8 @@ def resampled(counts, sums, totals):
     return samples[:, 0]
 
 
-def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():
+def test_resample_counts():
+    """Each resample draws as many sequences of a split as it has, by the seed."""
     splits = np.array([0] * 5 + [2] * 8)
     counts = resample_counts(splits, resamples=50, seed=3)
     assert (counts[:, :5].sum(axis=1) == 5).all() and (counts[:, 5:].sum(axis=1) == 8).all()
@@ -31,7 +32,8 @@ def test_every_resample_draws_as_many_sequences_of_a_split_as_it_has():
     assert not np.array_equal(counts, resample_counts(splits, resamples=50, seed=4))
 
 
-def test_ratios_are_those_of_the_drawn_sequences():
+def test_bootstrap_ratios():
+    """A resample's ratio is that of the sequences drawn."""
     rng = np.random.default_rng(0)
     counts = resample_counts(np.zeros(6, int), resamples=20, seed=1)
     sums, totals = rng.random((6, 3)), rng.integers(0, 4, (6, 3)).astype(float)
@@ -44,8 +46,8 @@ def test_ratios_are_those_of_the_drawn_sequences():
             np.testing.assert_allclose(ours[k, x], expected, rtol=1e-5)
 
 
-def test_the_interval_of_a_mean_has_the_width_theory_gives():
-    """Sequences whose reads agree: the standard error is that of as many reads as sequences."""
+def test_width_of_an_interval():
+    """If all reads of a sequence agree, the standard error is that of as many reads as sequences."""
     rng = np.random.default_rng(5)
     sequences, reads = 400, 7
     counts = resample_counts(np.zeros(sequences, int), resamples=4000, seed=2)
@@ -65,14 +67,16 @@ def test_the_interval_of_a_mean_has_the_width_theory_gives():
     assert abs(width(independent) / theory(independent, sequences * reads) - 1) < 0.08
 
 
-def test_wilson_agrees_with_scipy():
+def test_wilson_interval():
+    """Wilson intervals equal SciPy's."""
     for right, trials in ((0, 12), (12, 12), (5, 9)):
         theirs = scipy.stats.binomtest(right, trials).proportion_ci(method="wilson")
         np.testing.assert_allclose(wilson_interval(right, trials), (theirs.low, theirs.high), atol=1e-6)
     assert np.isnan(wilson_interval(0, 0)[0])
 
 
-def test_rates_on_which_all_resamples_agree_get_wilson_bounds():
+def test_rates_without_spread():
+    """A rate on which all resamples agree gets Wilson's bounds."""
     values = np.array([0.0, 1.0, 0.3, 0.0])
     samples = np.tile(values, (50, 1))
     samples[:25, 2] = 0.4
@@ -89,7 +93,8 @@ def test_rates_on_which_all_resamples_agree_get_wilson_bounds():
     assert (low[2], high[2]) == (0.3, 0.4)
 
 
-def test_the_interval_of_a_rare_rate_is_that_of_as_many_trials_as_sequences_that_agree():
+def test_rare_rate_of_agreeing_reads():
+    """If the reads of a sequence agree, each sequence counts as one trial."""
     right = np.zeros((96, 1))
     right[0] = 7.0  # all of one sequence's reads, none of another's
     samples = resampled(resample_counts(np.zeros(96, int), seed=4), right, np.full((96, 1), 7.0))
@@ -99,7 +104,7 @@ def test_the_interval_of_a_rare_rate_is_that_of_as_many_trials_as_sequences_that
     np.testing.assert_allclose(high, theirs, rtol=0.05)
 
 
-def test_a_read_here_and_there_counts_as_a_sequence():
+def test_rare_rate_of_single_reads():
     """Two sequences with one right read each do not show that reads of a sequence are independent."""
     right = np.zeros((96, 1))
     right[[3, 50]] = 1.0
@@ -108,7 +113,8 @@ def test_a_read_here_and_there_counts_as_a_sequence():
     np.testing.assert_allclose(high, score_interval(2 / 672, 96)[1], rtol=1e-5)
 
 
-def test_resamples_without_a_value_are_passed_over():
+def test_resamples_without_a_value():
+    """Resamples without a value are passed over."""
     samples = np.array([[1.0, np.nan, 1.0], [np.nan, np.nan, 2.0], [3.0, np.nan, 3.0]])
     low, high = percentile_interval(samples)
     np.testing.assert_allclose(low[[0, 2]], [1.05, 1.05])
@@ -116,14 +122,16 @@ def test_resamples_without_a_value_are_passed_over():
     assert np.isnan(low[1]) and np.isnan(high[1])
 
 
-def test_percentiles_are_numpys():
+def test_percentiles():
+    """Percentiles equal NumPy's, also among missing values."""
     samples = np.random.default_rng(5).normal(size=(1000, 40)).astype(np.float32)
     samples[np.random.default_rng(6).random(samples.shape) < np.linspace(0, 0.9, 40)] = np.nan
     expected = np.nanpercentile(samples.astype(np.float64), [2.5, 97.5], axis=0)
     np.testing.assert_allclose(percentile_interval(samples), expected, rtol=1e-12)
 
 
-def test_a_rate_without_any_read_has_no_interval_and_no_warning():
+def test_rate_without_reads():
+    """A rate without any read has no interval, and gives no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         low, high = interval(np.array([np.nan, 0.0]), np.array([[np.nan, 0.0]] * 20), 12, bounds=RATE)
