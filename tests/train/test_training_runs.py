@@ -52,7 +52,8 @@ def module_of(document):
     return module
 
 
-def test_a_run_directory_holds_what_the_formats_say(trained):
+def test_files_of_a_run(trained):
+    """A run directory holds the files and rows that docs/formats.md names."""
     for seed in SEEDS:
         run = trained / f"seed_{seed}"
         opened = RunDir.open(run)
@@ -65,7 +66,8 @@ def test_a_run_directory_holds_what_the_formats_say(trained):
     assert losses(trained / "seed_3") != losses(trained / "seed_4")
 
 
-def test_checkpoints_load_in_pytorch_with_their_optimizer(trained):
+def test_checkpoints_in_pytorch(trained):
+    """PyTorch loads a checkpoint with the state of its optimizer."""
     document = load(trained / "seed_3", 16)
     module = module_of(document)
     assert list(document["model_state"]) == list(module.state_dict())
@@ -77,8 +79,8 @@ def test_checkpoints_load_in_pytorch_with_their_optimizer(trained):
         assert state["exp_avg"].shape == parameter.shape and int(state["step"]) == 16
 
 
-def test_pytorch_goes_on_from_a_checkpoint_with_the_same_loss(trained, small_benchmark):
-    """The next step's loss, recomputed by PyTorch after taking the step before it from our file."""
+def test_next_loss_in_pytorch(trained, small_benchmark):
+    """PyTorch takes a step from our checkpoint, and then finds our next loss."""
     run, records = trained / "seed_3", read_lines(small_benchmark / "train.jsonl")
     document = load(run, 16)
     module = module_of(document)
@@ -111,7 +113,8 @@ def forget_after(run, step):
     (run / "summary.json").unlink()
 
 
-def test_resuming_gives_the_losses_of_the_uninterrupted_run(tmp_path, trained, small_benchmark):
+def test_resumed_losses(tmp_path, trained, small_benchmark):
+    """A resumed run has the losses of the uninterrupted one."""
     train(small_benchmark, tmp_path)
     for seed in SEEDS:
         forget_after(tmp_path / f"seed_{seed}", 8)
@@ -129,8 +132,8 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(tmp_path, trained, s
             assert records[0] == pytest.approx(records[1])
 
 
-def test_resuming_from_what_pytorch_trained(tmp_path, small_benchmark, trained):
-    """PyTorch takes steps 9 to 16 itself; training goes on from what its AdamW saved."""
+def test_resuming_a_pytorch_run(tmp_path, small_benchmark, trained):
+    """Training goes on from steps 9 to 16 that PyTorch's AdamW took and saved."""
     train(small_benchmark, tmp_path)
     records = read_lines(small_benchmark / "train.jsonl")
     for seed in SEEDS:
@@ -151,7 +154,8 @@ def test_resuming_from_what_pytorch_trained(tmp_path, small_benchmark, trained):
             assert ours[step] == pytest.approx(whole[step], rel=1e-3)
 
 
-def test_the_accuracies_our_trainer_recorded_hold_for_its_checkpoints(tmp_path, small_benchmark, trained):
+def test_recorded_accuracies(tmp_path, small_benchmark, trained):
+    """Converted checkpoints have the accuracies that training recorded."""
     report = convert_run(
         RunDir.open(trained / "seed_4"), Benchmark.open(small_benchmark), verify="metrics", advance=lambda n: None
     )
@@ -170,7 +174,8 @@ class TestBest:
         training.train_runs(run, Benchmark.open(small_benchmark), resume=False, overwrite=False, advance=lambda n: None)
         return tmp_path / "run"
 
-    def test_it_is_the_best_of_the_recorded_rows(self, recorder):
+    def test_best_of_the_recorded_rows(self, recorder):
+        """best.pt is of the best row that was recorded."""
         rows = [r for r in read_lines(recorder / "metrics.jsonl") if r.get("split") == "validation_iid"]
         expected = min(rows, key=lambda r: (-r["answer_accuracy"], r["loss"], r["step"]))
         best = json.loads((recorder / "best_checkpoint.json").read_text())
@@ -188,6 +193,7 @@ class TestBest:
         ],
     )
     def test_ties(self, small_benchmark, candidate, expected):
+        """A tie of the metric goes to the lower loss; an equal candidate is not better."""
         from kvjax.pipeline.run_recorder import is_better
 
         best = {"answer_accuracy": 0.5, "loss": 2.0}
@@ -195,7 +201,8 @@ class TestBest:
         assert is_better(candidate, None, small_train_config(small_benchmark).checkpointing)
 
 
-def test_a_half_written_line_does_not_stop_resuming(tmp_path, trained, small_benchmark):
+def test_half_written_line(tmp_path, trained, small_benchmark):
+    """A half-written last line of metrics.jsonl does not stop resuming."""
     train(small_benchmark, tmp_path)
     for seed in SEEDS:
         run = tmp_path / f"seed_{seed}"
@@ -206,7 +213,8 @@ def test_a_half_written_line_does_not_stop_resuming(tmp_path, trained, small_ben
     assert losses(tmp_path / "seed_3").keys() == losses(trained / "seed_3").keys()
 
 
-def test_resuming_a_finished_run_changes_nothing_but_can_prolong_it(tmp_path, trained, small_benchmark):
+def test_resuming_a_finished_run(tmp_path, trained, small_benchmark):
+    """Resuming a finished run changes nothing; more steps prolong it."""
     train(small_benchmark, tmp_path)
     train(small_benchmark, tmp_path, resume=True)
     ours, theirs = (json.loads((p / "seed_3" / "summary.json").read_text()) for p in (tmp_path, trained))
@@ -216,13 +224,15 @@ def test_resuming_a_finished_run_changes_nothing_but_can_prolong_it(tmp_path, tr
     assert list(RunDir.open(tmp_path / "seed_3").checkpoints) == [8, 16, 24, 32]
 
 
-def test_resuming_with_another_optimiser_is_refused(tmp_path, trained, small_benchmark):
+def test_resuming_with_another_optimizer(tmp_path, trained, small_benchmark):
+    """Resuming with another optimizer is refused."""
     optimization = small_train_config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e-3})
     with pytest.raises(InputError, match="the same optimization as the config to resume with"):
         train(small_benchmark, trained, resume=True, optimization=optimization.model_dump())
 
 
-def test_overwriting_checks_every_directory_before_the_first_is_replaced(tmp_path, small_benchmark):
+def test_overwriting_several_runs(tmp_path, small_benchmark):
+    """No run is overwritten if one of the directories holds no earlier run."""
     train(small_benchmark, tmp_path)
     (tmp_path / "seed_4" / "run_config.json").unlink()
     with pytest.raises(InputError, match="seed_4: expected an earlier run"):
@@ -230,7 +240,8 @@ def test_overwriting_checks_every_directory_before_the_first_is_replaced(tmp_pat
     assert len(losses(tmp_path / "seed_3")) == 13
 
 
-def test_adding_a_seed_leaves_finished_runs_alone(tmp_path, small_benchmark):
+def test_adding_a_seed(tmp_path, small_benchmark):
+    """Adding a seed leaves finished runs alone."""
     from kvjax.pipeline.train import train_missing_runs
 
     opened, settings = Benchmark.open(small_benchmark), small_train_config(small_benchmark)
@@ -241,7 +252,8 @@ def test_adding_a_seed_leaves_finished_runs_alone(tmp_path, small_benchmark):
     assert kept.exists() and (tmp_path / "seed_4" / "summary.json").is_file()
 
 
-def test_runs_without_step_checkpoints_resume_from_their_last(tmp_path, small_benchmark, trained):
+def test_resuming_without_step_checkpoints(tmp_path, small_benchmark, trained):
+    """Runs without step checkpoints resume from their last one."""
     checkpointing = {"best_checkpoint_split": "validation_iid", "save_step_checkpoints": False}
     train(small_benchmark, tmp_path, checkpointing=checkpointing, num_steps=16)
     assert not list((tmp_path / "seed_3" / "checkpoints").glob("step_*"))
@@ -251,8 +263,8 @@ def test_runs_without_step_checkpoints_resume_from_their_last(tmp_path, small_be
         np.testing.assert_allclose(list(ours.values()), list(whole.values()), rtol=1e-5)
 
 
-def test_the_best_checkpoint_after_a_rewind_is_the_best_of_the_rows_kept(tmp_path, small_benchmark):
-    """best.pt may be of a later step than training goes on from, or missing; here it is spoilt both ways."""
+def test_best_checkpoint_after_a_rewind(tmp_path, small_benchmark):
+    """A rewound run's best.pt, missing or of a later step, is made from the rows kept."""
     train(small_benchmark, tmp_path)
     runs = [tmp_path / f"seed_{seed}" for seed in SEEDS]
     for run, spoil in zip(runs, ("unlink", "later"), strict=True):
@@ -276,7 +288,8 @@ def test_the_best_checkpoint_after_a_rewind_is_the_best_of_the_rows_kept(tmp_pat
         assert torch.load(best, weights_only=True)["step"] == expected
 
 
-def test_a_checkpoint_of_another_step_or_benchmark_is_not_resumed_from(tmp_path, small_benchmark):
+def test_resuming_from_a_foreign_checkpoint(tmp_path, small_benchmark):
+    """A checkpoint of another step or benchmark is refused."""
     train(small_benchmark, tmp_path)
     for seed in SEEDS:
         forget_after(tmp_path / f"seed_{seed}", 16)
@@ -288,7 +301,8 @@ def test_a_checkpoint_of_another_step_or_benchmark_is_not_resumed_from(tmp_path,
         train(small_benchmark, tmp_path, resume=True)
 
 
-def test_a_training_that_diverges_stops_with_one_line(tmp_path, small_benchmark):
+def test_divergence(tmp_path, small_benchmark):
+    """A training that diverges stops with one line."""
     optimization = small_train_config(small_benchmark).optimization.model_copy(
         update={"learning_rate": 1e30, "warmup_steps": 0}
     )
@@ -296,19 +310,22 @@ def test_a_training_that_diverges_stops_with_one_line(tmp_path, small_benchmark)
         train(small_benchmark, tmp_path, optimization=optimization.model_dump())
 
 
-def test_the_last_step_is_saved_though_no_interval_ends_there(tmp_path, small_benchmark):
+def test_checkpoint_of_the_last_step(tmp_path, small_benchmark):
+    """The last step is saved, also between two checkpoint intervals."""
     train(small_benchmark, tmp_path, num_steps=21)
     assert list(RunDir.open(tmp_path / "seed_3").checkpoints) == [8, 16, 21]
 
 
-def test_existing_runs_are_kept_unless_asked(trained, small_benchmark):
+def test_existing_runs(trained, small_benchmark):
+    """Existing runs are kept unless overwriting is asked for."""
     before = (trained / "seed_3" / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"seed_3: expected an empty run directory"):
         train(small_benchmark, trained)
     assert (trained / "seed_3" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, small_benchmark):
+def test_resuming_without_checkpoints(tmp_path, small_benchmark):
+    """A run without checkpoints cannot be resumed."""
     train(small_benchmark, tmp_path)
     run = tmp_path / "seed_4"
     for file in (run / "checkpoints").glob("*.pt"):
@@ -318,7 +335,8 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, small_benchmark):
         train(small_benchmark, tmp_path, resume=True)
 
 
-def test_a_missing_tracked_split_is_named(small_benchmark):
+def test_missing_tracked_split(small_benchmark):
+    """A tracked split that the benchmark lacks is refused by name."""
     evaluation = {"batch_size": 8, "tracked_splits": ["validation"], "birth_thresholds": {}}
     evaluation["birth_thresholds"] = {"answer_accuracy": 0.9, "q": 0.2, "r": 0.2, "w": 1.0}
     changed = small_train_config(
@@ -331,12 +349,14 @@ def test_a_missing_tracked_split_is_named(small_benchmark):
 
 
 @pytest.mark.parametrize("name", ["symbolic_kv_formation", "symbolic_kv_generalization", "symbolic_kv_quickstart"])
-def test_shipped_configs_are_valid(name):
+def test_shipped_configs(name):
+    """Shipped configs are valid."""
     shipped = read_config(find_config(name, "train"), TrainConfig)
     assert shipped.run_name.startswith("symbolic_kv")
 
 
-def test_the_reference_configs_hold_the_reference_settings():
+def test_reference_configs():
+    """The reference configs hold the reference trainer's settings."""
     formation, generalization = (
         read_config(find_config(f"symbolic_kv_{name}", "train"), TrainConfig)
         for name in ("formation", "generalization")
@@ -348,7 +368,8 @@ def test_the_reference_configs_hold_the_reference_settings():
     assert formation.optimization.learning_rate == 4e-4 and formation.model.n_layers == 3
 
 
-def test_commands_train_evaluate_and_select(tmp_path, small_benchmark, capsys):
+def test_train_evaluate_and_select(tmp_path, small_benchmark, capsys):
+    """The commands train, evaluate and select, and refuse a misspelt field and a repeated seed."""
     path = tmp_path / "config.json"
     document = small_train_config(small_benchmark, num_steps=8).model_dump(mode="json")
     path.write_text(json.dumps(document))
