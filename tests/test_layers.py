@@ -18,7 +18,10 @@ ORDER = (
     *("opened_run", "pipeline", "api", "commands"),
 )
 # Folders of tests whose names are noun phrases, each with a docstring.
-NAMED_TESTS = ("compare", "measure", "model", "peers", "report", "task", "train")
+NAMED_TESTS = (
+    *("artifacts", "commands", "compare", "converters", "execution", "measure", "model", "peers", "report", "sweeps"),
+    *("task", "train", "windows"),
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -20,7 +20,8 @@ from kvjax.artifacts.run_dir import RunDir
         (50, None, True, False),
     ],
 )
-def test_a_run_is_finished_with_its_last_checkpoint(small_run, num_steps, last, summary, complete):
+def test_finished_run(small_run, num_steps, last, summary, complete):
+    """A run is finished once the checkpoint of its last step is there."""
     config = small_run / "run_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_steps": num_steps}))
     folder = small_run / "checkpoints"

@@ -20,7 +20,8 @@ DATASET = xr.Dataset(
 )
 
 
-def test_groups_are_read_as_they_were_written(tmp_path):
+def test_groups(tmp_path):
+    """Groups of a netCDF file are read as they were written."""
     path = tmp_path / "arrays.nc"
     events = DATASET.rename(margin="margins")
     write_datasets(path, [(None, DATASET), ("events", events)])
@@ -29,7 +30,8 @@ def test_groups_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "cut", "group"])
-def test_what_cannot_be_read_is_one_line(tmp_path, damage):
+def test_unreadable_file(tmp_path, damage):
+    """A file that cannot be read is refused in one line."""
     path = tmp_path / "arrays.nc"
     if damage != "absent":
         write_datasets(path, [(None, DATASET)])
@@ -40,7 +42,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_file_before(tmp_path):
+def test_full_disk(tmp_path):
+    """A full disk is an error of one line, and leaves the earlier file."""
     path = tmp_path / "arrays.nc"
     write_datasets(path, [(None, DATASET)])
     before = path.read_bytes()

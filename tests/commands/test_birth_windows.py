@@ -56,7 +56,8 @@ def find(*run_dirs, **flags):
     return main(["birth-windows", *(f"--{name}={value}" for name, value in given.items())])
 
 
-def test_a_formation_is_found_where_it_was_put_and_a_run_that_stands_still_has_none(folder, capsys):
+def test_formation_and_flat_run(folder, capsys):
+    """A formation is found at its planted step; a run that stands still has no window."""
     assert find(folder / "*") == 0
     printed = capsys.readouterr().out
     formed = read_birth_windows(folder / "formed" / "analysis" / "birth_windows.json")
@@ -77,7 +78,8 @@ def test_a_formation_is_found_where_it_was_put_and_a_run_that_stands_still_has_n
     assert "no transition (no metric shifted beyond its floor" in printed
 
 
-def test_one_checkpoint_is_undecidable_not_an_error(folder, capsys):
+def test_run_of_one_checkpoint(folder, capsys):
+    """A run of one checkpoint is undecidable, not an error."""
     run = folder / "flat"
     for step in STEPS[1:]:
         (run / "checkpoints" / f"step_{step:06d}.pt").unlink()
@@ -99,7 +101,8 @@ def lines_of(capsys):
 
 
 class TestStatus:
-    def test_from_nothing_to_ready(self, folder, capsys):
+    def test_way_to_ready(self, folder, capsys):
+        """Each command makes its condition true, and the next command is named."""
         run = folder / "formed"
         assert status(run) == 0
         lines = lines_of(capsys)
@@ -117,7 +120,8 @@ class TestStatus:
         assert f"Next: kvjax intervene --run_dirs={run}" in lines
         assert "1 of 1 run ready for circuit work" in lines
 
-    def test_a_run_that_was_never_swept(self, folder, capsys):
+    def test_run_without_sweep(self, folder, capsys):
+        """A run that was never swept meets no condition."""
         run = folder / "formed"
         shutil.rmtree(run / "analysis")
         assert status(run) == 0
@@ -125,7 +129,8 @@ class TestStatus:
         assert sum(line.startswith("no ") for line in lines) == 4
         assert f"Next: kvjax checkpoint-sweep --run_dirs={run}" in lines
 
-    def test_a_checkpoint_that_is_not_measured_yet(self, folder, capsys):
+    def test_new_checkpoint(self, folder, capsys):
+        """A checkpoint that is not measured yet makes the sweep incomplete, and then the windows stale."""
         run = folder / "formed"
         find(run)
         checkpoints = run / "checkpoints"
@@ -141,13 +146,15 @@ class TestStatus:
         assert any("the sweep has changed since windows were looked for" in line for line in lines)
         assert f"Next: kvjax birth-windows --run_dirs={run}" in lines
 
-    def test_an_edited_probe_set(self, folder, capsys):
+    def test_edited_probe_set(self, folder, capsys):
+        """An edited probe set is not fixed."""
         probe = folder / "formed" / "analysis" / "probe_set.jsonl"
         probe.write_text(probe.read_text() + "\n")
         status(folder / "formed")
         assert any(line.startswith("no   probe set fixed") and "edited" in line for line in lines_of(capsys))
 
-    def test_an_unfinished_run_needs_a_named_reference(self, folder, capsys):
+    def test_reference_of_an_unfinished_run(self, folder, capsys):
+        """An unfinished run needs a named reference."""
         run = folder / "formed"
         config = run / "run_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_steps": 2000}))
@@ -162,7 +169,8 @@ class TestStatus:
         status(run)
         assert "yes  reference fixed: the reference is step_000800" in lines_of(capsys)
 
-    def test_a_reference_is_found_whatever_its_file_is_called(self, folder, capsys):
+    def test_renamed_reference(self, folder, capsys):
+        """A reference is found by its step, whatever its file is called."""
         checkpoint = folder / "formed" / "checkpoints" / "step_000800.pt"
         moved = checkpoint.rename(checkpoint.with_name("step_800.pt"))
         status(folder / "formed")
@@ -171,7 +179,8 @@ class TestStatus:
         status(folder / "formed")
         assert any("step_000800 is no longer in the run's checkpoints" in line for line in lines_of(capsys))
 
-    def test_nothing_happened_is_a_condition_no_command_meets(self, folder, capsys):
+    def test_run_without_transition(self, folder, capsys):
+        """No command can give windows to a run without a transition."""
         find(folder / "flat")
         capsys.readouterr()
         status(folder / "flat")
@@ -179,7 +188,8 @@ class TestStatus:
         assert any("the verdict is no transition" in line for line in lines)
         assert "Next: nothing to run; see the reason above" in lines
 
-    def test_require_refuses_with_the_reason_and_several_runs_are_counted(self, folder, capsys):
+    def test_require(self, folder, capsys):
+        """`--require` exits with 2 and the reason; ready runs are counted."""
         find(folder / "*")
         capsys.readouterr()
         status(folder / "*")
@@ -188,7 +198,8 @@ class TestStatus:
         assert "expected windows identified; found the verdict is no transition" in capsys.readouterr().err
 
     @pytest.mark.parametrize("content", ["[]", "{", '{"verdict": "maybe"}'])
-    def test_odd_windows_are_a_condition_that_fails(self, folder, capsys, content):
+    def test_damaged_windows(self, folder, capsys, content):
+        """Damaged windows are not identified windows."""
         (folder / "formed" / "analysis" / "birth_windows.json").write_text(content)
         assert status(folder / "formed") == 0
         assert any(line.startswith("no   windows identified") for line in lines_of(capsys))
@@ -196,16 +207,19 @@ class TestStatus:
 
 class TestBadInput:
     def test_no_sweep(self, small_run, capsys):
+        """A run without a sweep is refused with the command to run first."""
         line = refused(capsys, "birth-windows", f"--run_dirs={small_run}")
         assert "sweep.json" in line and "run kvjax checkpoint-sweep first" in line
 
     def test_damaged_arrays(self, folder, capsys):
+        """Damaged arrays are refused by name."""
         path = folder / "flat" / "analysis" / "checkpoint_metrics.nc"
         path.write_bytes(path.read_bytes()[:2000])
         line = refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}")
         assert "checkpoint_metrics.nc" in line
 
     def test_sweep_json_without_checkpoints(self, folder, capsys):
+        """A sweep.json without checkpoints is refused, and `status` goes on."""
         (folder / "flat" / "analysis" / "sweep.json").write_text("{}")
         assert "sweep.json" in refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}")
         assert status(folder / "flat") == 0
@@ -222,6 +236,7 @@ class TestBadInput:
         ],
     )
     def test_window_config(self, folder, tmp_path, capsys, change, complaint):
+        """A window config that cannot work is refused with the field's name."""
         from kvjax.config.files import find_config
 
         document = json.loads(find_config("default", "windows").read_text()) | change
@@ -231,11 +246,13 @@ class TestBadInput:
         assert str(config) in line and complaint in line
 
     def test_unknown_config(self, folder, capsys):
+        """An unknown config is refused with the names that exist."""
         assert "(default)" in refused(capsys, "birth-windows", f"--run_dirs={folder / 'flat'}", "--config=mine")
 
 
 class TestIntervene:
-    def test_a_window_gets_a_summary_and_every_number(self, folder, capsys):
+    def test_files_of_a_window(self, folder, capsys):
+        """A window gets a summary, arrays and table rows, measured once; damaged files stop no other."""
         run = folder / "formed"
         find(run)
         capsys.readouterr()
@@ -278,7 +295,8 @@ class TestIntervene:
         states = json.loads((analysis / "interventions" / "across_checkpoints" / "window_500.json").read_text())
         assert states["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
 
-    def test_what_is_not_ready_is_refused_with_the_next_command_unless_forced(self, folder, capsys):
+    def test_run_that_is_not_ready(self, folder, capsys):
+        """A run that is not ready is refused with the next command, unless forced."""
         run = folder / "formed"
         line = refused(capsys, "intervene", f"--run_dirs={run}", *SMALL)
         assert "windows identified" in line and f"run kvjax birth-windows --run_dirs={run}" in line
@@ -287,7 +305,8 @@ class TestIntervene:
         document = json.loads((run / "analysis" / "interventions" / "necessity" / "steps_500.json").read_text())
         assert document["forced"] and document["effects"][0]["named_set"] == ["L0H1", "L2.mlp"]
 
-    def test_bad_input_is_one_line(self, folder, capsys):
+    def test_bad_input(self, folder, capsys):
+        """Bad flags are refused in one line."""
         run = folder / "formed"
         find(run)
         capsys.readouterr()

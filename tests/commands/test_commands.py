@@ -15,7 +15,8 @@ from tests.helpers.commands import refused, sweep_arguments
 from tests.helpers.malicious import write_malicious
 
 
-def test_from_config_to_rows(tmp_path, capsys, small_run):
+def test_way_from_config_to_rows(tmp_path, capsys, small_run):
+    """Benchmark, probe set and sweep follow from a config by three commands."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(small_benchmark_config()))
     benchmark, probe = tmp_path / "benchmark", tmp_path / "probe.jsonl"
@@ -30,14 +31,16 @@ def test_from_config_to_rows(tmp_path, capsys, small_run):
     assert [row["step"] for row in rows] == list(STEPS)
 
 
-def test_convert_both_ways(small_run, capsys):
+def test_conversion_both_ways(small_run, capsys):
+    """`convert` verifies recorded metrics, and exports to PyTorch."""
     assert main(["convert", f"--run_dirs={small_run}", "--verify=metrics", "--noprogress"]) == 0
     assert "recorded" in capsys.readouterr().out
     assert main(["convert", f"--run_dirs={small_run}", "--to=torch", "--noprogress"]) == 0
     assert len(list((small_run / "analysis" / "exported_torch").glob("*.pt"))) == len(STEPS)
 
 
-def test_several_runs_by_glob(tmp_path, small_run, capsys):
+def test_runs_by_glob(tmp_path, small_run, capsys):
+    """Runs that match a pattern are swept together."""
     shutil.copytree(small_run, tmp_path / "run_b")
     assert main(sweep_arguments(tmp_path / "run*")) == 0
     for name in ("run", "run_b"):
@@ -45,7 +48,8 @@ def test_several_runs_by_glob(tmp_path, small_run, capsys):
 
 
 @pytest.mark.parametrize("still_written", [True, False])
-def test_following_waits_for_a_last_checkpoint_that_is_still_being_written(small_run, monkeypatch, still_written):
+def test_follow_of_a_growing_file(small_run, monkeypatch, still_written):
+    """`--follow` waits for a last checkpoint that is still being written, and no longer."""
     last = small_run / "checkpoints" / f"step_{STEPS[-1]:06d}.pt"
     whole, rounds = last.read_bytes(), []
     last.write_bytes(whole[:5000])
@@ -67,18 +71,21 @@ class TestBadInput:
     """Each of these names the file and the cause, exits with 2, and executes nothing."""
 
     def test_truncated_checkpoint(self, capsys, small_run):
+        """A truncated checkpoint is damaged."""
         path = small_run / "checkpoints" / "step_000200.pt"
         path.write_bytes(path.read_bytes()[:3000])
         line = refused(capsys, *sweep_arguments(small_run))
         assert str(path) in line and "damaged" in line
 
     def test_foreign_state_dict(self, capsys, small_run):
+        """A state of another model is refused with its unknown names."""
         path = small_run / "checkpoints" / "step_000100.pt"
         torch.save({"step": 100, "model_state": torch.nn.Linear(3, 3).state_dict()}, path)
         line = refused(capsys, *sweep_arguments(small_run))
         assert str(path) in line and "unknown weight, bias" in line
 
     def test_nan_weights(self, capsys, small_run):
+        """A NaN weight is refused by name."""
         path = small_run / "checkpoints" / "step_000300.pt"
         document = torch.load(path, weights_only=True)
         document["model_state"]["blocks.1.ff.fc_out.bias"][3] = float("nan")
@@ -87,6 +94,7 @@ class TestBadInput:
         assert str(path) in line and "blocks.1.ff.fc_out.bias" in line
 
     def test_malicious_pickle(self, capsys, small_run, tmp_path):
+        """A malicious pickle is refused, and runs nothing."""
         path = small_run / "checkpoints" / "step_000100.pt"
         write_malicious(path, tmp_path / "executed")
         line = refused(capsys, *sweep_arguments(small_run))
@@ -106,6 +114,7 @@ class TestBadInput:
         ],
     )
     def test_odd_content(self, capsys, small_run, change, complaint):
+        """Odd content of a checkpoint is refused by name."""
         path = small_run / "checkpoints" / "step_000100.pt"
         document = torch.load(path, weights_only=True)
         change(document)
@@ -123,16 +132,19 @@ class TestBadInput:
         ],
     )
     def test_odd_files(self, capsys, small_run, name, content, complaint):
+        """Odd files of a run are refused by name."""
         (small_run / name).parent.mkdir(exist_ok=True)
         (small_run / name).write_text(content)
         assert complaint in refused(capsys, *sweep_arguments(small_run, reference="best"))
 
-    def test_a_folder_where_a_table_belongs(self, capsys, small_run):
+    def test_folder_instead_of_a_table(self, capsys, small_run):
+        """A folder in place of a table is refused by name."""
         (small_run / "analysis" / "checkpoint_metrics.jsonl").mkdir(parents=True)
         line = refused(capsys, *sweep_arguments(small_run))
         assert "checkpoint_metrics.jsonl" in line
 
-    def test_a_recorded_accuracy_that_is_no_number(self, capsys, small_run):
+    def test_recorded_nan(self, capsys, small_run):
+        """A recorded accuracy that is NaN is refused."""
         path = small_run / "metrics.jsonl"
         rows = path.read_text().splitlines()
         row = json.loads(rows[0]) | {"answer_accuracy": float("nan")}
@@ -141,6 +153,7 @@ class TestBadInput:
         assert "step_000100.pt" in line and "nan" in line
 
     def test_mismatched_vocabulary(self, capsys, small_run, tmp_path):
+        """A benchmark of another vocabulary is refused."""
         config = tmp_path / "other.json"
         config.write_text(json.dumps(small_benchmark_config(num_values=49)))
         main(["generate-benchmark", f"--config={config}", f"--output_dir={tmp_path / 'other'}"])
@@ -149,16 +162,19 @@ class TestBadInput:
         assert "step_000300.pt" in line and "vocabulary" in line  # the reference, which is read first
 
     def test_missing_benchmark(self, capsys, small_run):
+        """A missing benchmark directory is named."""
         line = refused(capsys, *sweep_arguments(small_run, benchmark_dir=small_run / "nowhere"))
         assert "nowhere" in line and "a benchmark directory" in line
 
     def test_recorded_benchmark_that_is_gone(self, capsys, small_run):
+        """A recorded benchmark that is gone is named, with the flag that helps."""
         path = small_run / "run_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_dir": "data/gone"}))
         line = refused(capsys, *sweep_arguments(small_run))
         assert "run_config.json" in line and "data/gone" in line and "--benchmark_dir" in line
 
-    def test_the_benchmark_that_a_run_was_swept_on_is_found_again(self, capsys, small_run, small_benchmark, tmp_path):
+    def test_benchmark_of_an_earlier_sweep(self, capsys, small_run, small_benchmark, tmp_path):
+        """The benchmark of an earlier sweep is found again, unless it changed."""
         path = small_run / "run_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_dir": "data/gone"}))
         benchmark = shutil.copytree(small_benchmark, tmp_path / "benchmark")
@@ -170,17 +186,20 @@ class TestBadInput:
         assert "data/gone" in refused(capsys, *sweep_arguments(small_run, ablations="zero", probe="none"))
 
     @pytest.mark.parametrize("command", ["convert", "checkpoint-sweep"])
-    def test_a_run_without_step_checkpoints(self, capsys, small_run, command):
+    def test_run_without_step_checkpoints(self, capsys, small_run, command):
+        """A run without step checkpoints is refused."""
         for path in (small_run / "checkpoints").glob("step_*.pt"):
             path.unlink()
         line = refused(capsys, command, "--noprogress", f"--run_dirs={small_run}")
         assert str(small_run / "checkpoints") in line and "step_XXXXXX.pt; found none" in line
 
     def test_missing_run(self, capsys, tmp_path):
+        """A missing run, or a pattern without a match, is refused."""
         assert "a run directory" in refused(capsys, *sweep_arguments(tmp_path / "none"))
         assert "matching" in refused(capsys, *sweep_arguments(tmp_path / "none*"))
 
     def test_config_field_of_another_type(self, capsys, small_run):
+        """A config field of another type is refused by name and value."""
         path = small_run / "run_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_steps": "many"}))
         line = refused(capsys, *sweep_arguments(small_run))
@@ -200,13 +219,16 @@ class TestBadInput:
         ],
     )
     def test_flags(self, capsys, small_run, flags, complaint):
+        """A flag of a wrong value is refused by name."""
         assert complaint in refused(capsys, *sweep_arguments(small_run, **flags))
 
     def test_required_flags_and_stray_words(self, capsys, small_run):
+        """A missing flag and a stray word are refused."""
         assert "--run_dirs: expected a value" in refused(capsys, "checkpoint-sweep")
         assert "expected flags only; found 'run'" in refused(capsys, "checkpoint-sweep", "run")
 
-    def test_nothing_written_is_lost(self, capsys, small_run):
+    def test_files_after_a_failed_overwrite(self, capsys, small_run):
+        """A failed overwrite leaves earlier tables, and no half-written file."""
         main(sweep_arguments(small_run))
         analysis = small_run / "analysis"
         before = {path: path.read_bytes() for path in analysis.rglob("*") if path.is_file()}
@@ -218,7 +240,8 @@ class TestBadInput:
         assert not list(analysis.rglob(".*")), "no half-written file is left"
 
 
-def test_skip_bad_writes_the_healthy_rows_and_lists_the_rest(small_run, capsys):
+def test_skip_bad(small_run, capsys):
+    """`--skip_bad` writes the rows of healthy checkpoints and lists the others."""
     (small_run / "checkpoints" / "step_000200.pt").write_bytes(b"")
     assert main(sweep_arguments(small_run, skip_bad="true")) == 0
     assert "skipped step_000200.pt" in capsys.readouterr().out
@@ -226,7 +249,8 @@ def test_skip_bad_writes_the_healthy_rows_and_lists_the_rest(small_run, capsys):
     assert [row["step"] for row in rows] == [100, 300]
 
 
-def test_overview_and_unknown_command(capsys):
+def test_overview(capsys):
+    """The overview names every command; an unknown one is refused."""
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in COMMANDS)
@@ -234,7 +258,8 @@ def test_overview_and_unknown_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_is_explained_with_its_default(command):
+def test_help_of_flags(command):
+    """Each flag is explained, with its default."""
     done = subprocess.run(
         [sys.executable, "-m", "kvjax.commands.main", command, "--help"], capture_output=True, text=True
     )

@@ -7,7 +7,8 @@ from tests.helpers.building import read_lines, small_benchmark_config
 from tests.helpers.training import small_train_config
 
 
-def test_quickstart_from_nothing_and_again(tmp_path, capsys):
+def test_quickstart(tmp_path, capsys):
+    """The quickstart makes everything, then reuses it, resumes it, and refuses another config."""
     benchmark, training = tmp_path / "benchmark.json", tmp_path / "train.json"
     benchmark.write_text(json.dumps(small_benchmark_config()))
     training.write_text(json.dumps(small_train_config("replaced").model_dump(mode="json")))

@@ -64,7 +64,7 @@ def test_layout_of_flax_parameters():
 
 
 def test_legacy_mlp_names(module):
-    """Names by nn.Sequential index convert to the same tree as current names."""
+    """Legacy names of MLP tensors are the same tensors."""
     state = as_numpy(module)
     legacy = {n.replace("ff.fc_in", "ff.net.0").replace("ff.fc_out", "ff.net.2"): a for n, a in state.items()}
     assert set(legacy) != set(state)

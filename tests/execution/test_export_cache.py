@@ -51,7 +51,8 @@ def check(kept):
     assert nothing is None
 
 
-def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, small_benchmark, monkeypatch):
+def test_sweep_of_two_processes(folder, small_benchmark, monkeypatch):
+    """A sweep is traced once for all processes, and measures the same to the bit."""
     traces = []
 
     @functools.wraps(measure_checkpoints.__wrapped__)
@@ -76,7 +77,8 @@ def test_a_sweep_is_traced_once_for_all_processes_and_measures_the_same(folder, 
         jax.tree.map(np.testing.assert_array_equal, found, direct)
 
 
-def test_a_damaged_file_is_made_again(folder, scaled):
+def test_damaged_file(folder, scaled):
+    """A damaged file is made again."""
     function, traces = scaled
     check(export_cache.kept_lowered(function, 2, *ARGS))
     (file,) = folder.iterdir()
@@ -90,7 +92,8 @@ def test_a_damaged_file_is_made_again(folder, scaled):
 
 
 @pytest.mark.parametrize("changed", ["static argument", "shape", "code", "setting"])
-def test_what_a_program_is_made_from_finds_it(folder, scaled, monkeypatch, request, changed):
+def test_key_of_a_program(folder, scaled, monkeypatch, request, changed):
+    """A program is found by its static arguments, shapes, code and settings, not by values."""
     function, _ = scaled
     export_cache.kept_lowered(function, 2, *ARGS)
     export_cache.kept_lowered(function, 2, *jax.tree.map(lambda x: x + 1, ARGS))
@@ -109,14 +112,16 @@ def test_what_a_program_is_made_from_finds_it(folder, scaled, monkeypatch, reque
     assert len(list(folder.iterdir())) == 2
 
 
-def test_equal_programs_of_one_process_are_compiled_once(folder, scaled):
+def test_equal_programs_of_one_process(folder, scaled):
+    """Equal programs of one process are compiled once."""
     function, _ = scaled
     first = export_cache.kept_lowered(function, 2, *ARGS)
     assert export_cache.kept_lowered(function, 2, *ARGS) is first
     assert export_cache.kept_lowered(function, 3, *ARGS) is not first
 
 
-def test_programs_unused_for_long_are_let_go(folder, scaled, monkeypatch):
+def test_unused_programs(folder, scaled, monkeypatch):
+    """Programs that were not used for long are removed."""
     function, traces = scaled
     monkeypatch.setattr(export_cache, "_KEPT_PROGRAMS", 2)
 
@@ -136,7 +141,8 @@ def test_programs_unused_for_long_are_let_go(folder, scaled, monkeypatch):
     assert used(3, at=500) == 3, "it had been let go"
 
 
-def test_the_digest_of_the_code_is_of_every_file(tmp_path):
+def test_digest_of_the_code(tmp_path):
+    """The digest of the code covers every file's name and content."""
     (tmp_path / "model").mkdir()
     digests = set()
     for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("model/b.py", "x = 2")):
@@ -145,7 +151,8 @@ def test_the_digest_of_the_code_is_of_every_file(tmp_path):
     assert len(digests) == 3
 
 
-def test_nothing_is_kept_where_compiled_programs_are_not(scaled, monkeypatch):
+def test_export_without_cache(scaled, monkeypatch):
+    """Nothing is kept if compiled programs are not."""
     monkeypatch.setattr(export_cache, "lowered_folder", lambda: None)
     function, traces = scaled
     kept = export_cache.kept_lowered(function, 2, jnp.zeros(3), {"y": jnp.zeros((2, 2))})

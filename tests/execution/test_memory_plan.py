@@ -18,7 +18,8 @@ def plan(requested="auto", **given):
     return plan_chunks(requested, CONFIG, **{**settings, "keeps_runs": True, **given})
 
 
-def test_an_accelerator_holds_as_many_checkpoints_as_fit():
+def test_accelerator():
+    """An accelerator holds as many checkpoints as fit."""
     one = checkpoint_bytes(CONFIG, kept_tokens=TOKENS, tokens_per_batch=TOKENS, side_by_side=12) / 1e9
     for fitting in (1, 3, 7):
         found = plan(memory_gb=one * (fitting + 0.5))
@@ -28,7 +29,8 @@ def test_an_accelerator_holds_as_many_checkpoints_as_fit():
     assert plan(memory_gb=one * 2.5).placement.lift == "vmap"
 
 
-def test_more_runs_at_once_need_more_memory():
+def test_runs_at_once():
+    """More runs at once need more memory."""
     at_once = [restarts_at_once(CONFIG, kinds, draws=draws) for kinds, draws in ((["zero"], 1), (["zero", "mean"], 1))]
     at_once.append(restarts_at_once(CONFIG, ["zero", "mean", "resample", "random"], draws=8))
     assert at_once == [4, 8, 40]
@@ -37,7 +39,8 @@ def test_more_runs_at_once_need_more_memory():
     assert plan(keeps_runs=False, memory_gb=3.0).checkpoints >= plan(memory_gb=3.0).checkpoints
 
 
-def test_microbatches_are_cut_where_one_checkpoint_does_not_fit():
+def test_microbatches():
+    """Microbatches are cut if one checkpoint does not fit."""
     found = plan(memory_gb=1.0)
     assert found.checkpoints == 1 and found.tokens_per_batch < TOKENS
     needed = checkpoint_bytes(CONFIG, kept_tokens=TOKENS, tokens_per_batch=found.tokens_per_batch, side_by_side=12)
@@ -56,12 +59,14 @@ def test_microbatches_are_cut_where_one_checkpoint_does_not_fit():
         ("1", "gpu", 1, 1),
     ],
 )
-def test_devices_share_equally_and_none_is_idle(requested, backend, chunk, devices):
+def test_devices(requested, backend, chunk, devices):
+    """Devices share checkpoints equally, and none is idle."""
     found = plan(requested, backend=backend, num_devices=4)
     assert (found.checkpoints, found.placement.devices) == (chunk, devices)
 
 
-def test_a_machine_runs_as_many_checkpoints_as_its_memory_holds():
+def test_machine_memory():
+    """A machine runs as many checkpoints as its memory holds."""
     one = checkpoint_bytes(CONFIG, kept_tokens=TOKENS, tokens_per_batch=CPU_TOKENS_PER_BATCH, side_by_side=1) / 1e9
     for given, cores in ((0.5, 1), (3.5, 3), (1000, 16)):
         found = plan(backend="cpu", num_devices=16, memory_gb=one * given)
@@ -74,13 +79,15 @@ def test_a_machine_runs_as_many_checkpoints_as_its_memory_holds():
     )
 
 
-def test_numbers_may_be_numbers():
+def test_numbers():
+    """A number is taken as its text is."""
     assert plan(4) == plan("4")
     assert SweepSettings(resample_draws=np.int64(2)) == SweepSettings(resample_draws=2)
 
 
 @pytest.mark.parametrize("requested", ["0", "-1", "many", "1.5", 0, -1, 1.5])
-def test_no_number_is_refused(requested):
+def test_invalid_numbers(requested):
+    """A value that is no number is refused."""
     with pytest.raises(InputError, match="checkpoint_batch: expected auto or a positive number"):
         plan(requested)
 
@@ -98,6 +105,7 @@ def test_no_number_is_refused(requested):
         ({"resample_draws": 1.5}, "resample_draws: expected a whole number of at least 1; found 1.5"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, complaint):
+def test_invalid_settings(settings, complaint):
+    """Settings that cannot be are refused."""
     with pytest.raises(InputError, match=complaint):
         SweepSettings(**settings)

@@ -64,6 +64,7 @@ def tokens_of(encoded):
 @pytest.mark.parametrize("component", COMPONENTS)
 @torch.no_grad()
 def test_mean_ablation(case, component):
+    """Mean ablation puts in the mean over the fit set's tokens."""
     sums, module, encoded, fit, value_ids = case
     place = COMPONENTS[component]
     real = torch.tensor(fit.tokens != 0)
@@ -75,6 +76,7 @@ def test_mean_ablation(case, component):
 @pytest.mark.parametrize("component", COMPONENTS)
 @torch.no_grad()
 def test_resample_ablation(case, component):
+    """Resample ablation puts in the donor's output."""
     sums, module, encoded, _, value_ids = case
     place = COMPONENTS[component]
     own = forward(module, tokens_of(encoded))[place]
@@ -90,7 +92,8 @@ def test_resample_ablation(case, component):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @torch.no_grad()
-def test_the_random_control_takes_steps_as_long_as_the_output(case, component):
+def test_random_control(case, component):
+    """The random control takes steps as long as the output, in random directions."""
     import jax
 
     sums, module, encoded, _, value_ids = case

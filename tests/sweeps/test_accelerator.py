@@ -47,7 +47,8 @@ def on_accelerator(monkeypatch):
     monkeypatch.setattr(compiled_sweep, "plan_chunks", plan)
 
 
-def test_side_by_side_measures_what_one_after_another_does(sweep_of, monkeypatch, request):
+def test_side_by_side(sweep_of, monkeypatch, request):
+    """Checkpoints and heads side by side measure the same as one after another."""
     make, params = sweep_of
     expected = make().measure(params)
     request.getfixturevalue("on_accelerator")

@@ -98,6 +98,7 @@ def rows(dataset):
 
 
 def test_behaviour(rows):
+    """Rates, margins and losses, by hand."""
     first, last = rows
     assert first["answer_accuracy"] == pytest.approx(1 / 7) and last["answer_accuracy"] == pytest.approx(5 / 7)
     assert last["split_accuracy"] == {"validation_iid": 1.0, "heldout_pairs": 0.5}
@@ -122,6 +123,7 @@ def test_behaviour(rows):
 
 
 def test_slices(rows, probe):
+    """Accuracies of slices, by hand."""
     last = rows[1]
     assert probe.axis_values["num_queries"][:, 0].tolist() == [3, 4]
     assert last["slice_accuracy"]["num_queries"] == {"3": 1.0, "4": 0.5}
@@ -129,6 +131,7 @@ def test_slices(rows, probe):
 
 
 def test_tokens(rows, probe):
+    """Token accuracies by role, by hand."""
     targets = int((probe.encoded.token_roles[:, 1:] >= 0).sum())
     assert rows[0]["loss"] == pytest.approx(150 / targets) and rows[1]["loss"] == pytest.approx(75 / targets)
     assert rows[0]["token_accuracy"] == 0.0 and rows[1]["token_accuracy"] == 1.0
@@ -136,6 +139,7 @@ def test_tokens(rows, probe):
 
 
 def test_residual_stream(rows):
+    """Logit lens values by stage, by hand."""
     first, last = rows
     # Two sequences with 0, 1, 2, 3 right of 7 reads in all at the four stages.
     expected = dict(zip(STAGES, (0, 2 / 7, 4 / 7, 6 / 7), strict=True))
@@ -149,6 +153,7 @@ def test_residual_stream(rows):
 
 
 def test_heads(dataset, rows):
+    """Drops and attention of heads, by hand."""
     table = head_rows(dataset)
     assert [(row["step"], row["head"]) for row in table] == [(100, 0), (100, 1), (300, 0), (300, 1)]
     # Of 5 right answers head 0 leaves 1, head 1 leaves all; margins 13 - (-1) and 13 - 13 over 7 reads.
@@ -171,6 +176,7 @@ def test_heads(dataset, rows):
 
 
 def test_mlps(dataset, rows):
+    """Drops and writes of MLPs, by hand."""
     table = mlp_rows(dataset)
     assert table[1]["accuracy_drop"] == pytest.approx(2 / 7) and table[1]["margin_drop"] == pytest.approx(14 / 7)
     assert table[0]["write_norm_mean"] == pytest.approx(2.0) and table[1]["write_norm_mean"] == pytest.approx(3.0)
@@ -182,7 +188,7 @@ def test_mlps(dataset, rows):
     }
 
 
-def test_intervals_of_splits_of_one_sequence_know_nothing_beyond_it(arrays, probe):
+def test_intervals_of_one_sequence(arrays, probe):
     """Resampling one sequence gives the same one: rates get Wilson's bound for one sequence, means none."""
     intervals = build_intervals(arrays, [100, 300], probe)
     held = intervals["answer_accuracy"].sel(split="heldout_pairs", step=300)

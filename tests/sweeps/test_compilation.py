@@ -40,7 +40,8 @@ def test_one_trace_serves_any_number_of_checkpoints(small_benchmark, monkeypatch
         assert len(program.measure([params] * number)) == number
 
 
-def test_the_program_does_not_grow_with_depth(small_benchmark):
+def test_program_size(small_benchmark):
+    """The program does not grow with depth."""
     sizes = []
     for n_layers in (3, 6, 9):
         sizes.append(len(traced(*small_program(Benchmark.open(small_benchmark), n_layers))))

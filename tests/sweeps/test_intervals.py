@@ -66,7 +66,8 @@ def ends(mean, samples, name, sequences):
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, intervals, truth, name):
+def test_intervals_in_loops(swept, intervals, truth, name):
+    """Intervals of levels and changes are those of the same resamples, in loops."""
     where, of = MEASURES[name]
     events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
     names = events["split"].values
@@ -92,7 +93,8 @@ def test_levels_and_changes_are_those_of_the_same_resamples_in_loops(swept, inte
     np.testing.assert_allclose(change, moved, rtol=2e-4, atol=5e-5)
 
 
-def test_estimates_are_the_means(intervals, means):
+def test_estimates(intervals, means):
+    """Estimates are the means over all reads."""
     compared = 0
     for name, variable in intervals.data_vars.items():
         if not name.endswith("_change"):
@@ -104,7 +106,8 @@ def test_estimates_are_the_means(intervals, means):
     assert compared == 8 + 4 + 6 + 4 + 2 + 4
 
 
-def test_ends_enclose_the_estimate_and_first_changes_do_not_exist(intervals):
+def test_order_of_ends(intervals):
+    """Both ends enclose the estimate; the first checkpoint has no change."""
     for name, variable in intervals.data_vars.items():
         low, estimate, high = (variable.sel(statistic=s).values for s in ("low", "estimate", "high"))
         there = np.isfinite(estimate)
@@ -133,7 +136,8 @@ def test_a_slice_is_resampled_by_sequence(swept, intervals, truth):
     np.testing.assert_allclose(ours[1:], ends(ours[0], rates, "slice_accuracy", len(names)), atol=1e-5)
 
 
-def test_a_rate_on_which_all_sequences_agree_is_not_certain(intervals):
+def test_rate_without_spread(intervals):
+    """A rate on which all sequences agree is not certain."""
     rates = intervals["answer_accuracy"]  # no held-out answer is right at the first step
     estimate, low, high = (rates.sel(statistic=s).values for s in ("estimate", "low", "high"))
     assert (estimate == 1).any() or (estimate == 0).any()

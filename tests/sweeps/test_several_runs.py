@@ -17,7 +17,8 @@ from tests.helpers.sweeping import prepared_run, source
 from tests.oracles.pytorch_loops import load_module, mean, measure
 
 
-def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, small_run, rows):
+def test_tied_and_untied_runs(tmp_path, small_benchmark, small_run, rows):
+    """Tied and untied runs share a sweep, each with its own numbers."""
     tied = write_run(tmp_path / "tied", small_benchmark, tied=True)
     both = [prepared_run(run) for run in (tied, small_run)]
     # Fewer measures than `rows` has: tied models are compiled for this test alone, and answers depend on none of them.
@@ -31,7 +32,8 @@ def test_runs_of_which_some_are_tied_share_a_sweep(tmp_path, small_benchmark, sm
     assert math.isclose(reports[0].rows[0]["answer_margin"], margin, rel_tol=1e-4, abs_tol=1e-5)
 
 
-def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, small_run):
+def test_run_without_usable_checkpoint(tmp_path, small_run):
+    """A run without a usable checkpoint does not stop the others."""
     broken = shutil.copytree(small_run, tmp_path / "broken")
     for file in (broken / "checkpoints").glob("step_*.pt"):
         file.write_bytes(b"")
@@ -41,7 +43,8 @@ def test_a_run_without_a_usable_checkpoint_does_not_stop_the_others(tmp_path, sm
     assert len(reports[0].log.refused) == len(STEPS)
 
 
-def test_a_run_that_stops_the_sweep_leaves_the_tables_of_the_one_before(tmp_path, small_run):
+def test_tables_before_a_failing_run(tmp_path, small_run):
+    """A run that stops the sweep leaves the tables of the one before."""
     broken = shutil.copytree(small_run, tmp_path / "broken")
     (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
     work = [prepared_run(run) for run in (small_run, broken)]
@@ -52,7 +55,8 @@ def test_a_run_that_stops_the_sweep_leaves_the_tables_of_the_one_before(tmp_path
     assert not (broken / "analysis" / "sweep.json").exists()
 
 
-def test_what_keeps_a_run_from_being_written_is_told_before_what_stopped_a_later_one(tmp_path, small_run, monkeypatch):
+def test_error_order_across_runs(tmp_path, small_run, monkeypatch):
+    """If writing a run fails, that error comes before the error of a later run."""
     broken = shutil.copytree(small_run, tmp_path / "broken")
     (broken / "checkpoints" / "step_000200.pt").write_bytes(b"")
     work = [prepared_run(run) for run in (small_run, broken)]
@@ -65,7 +69,8 @@ def test_what_keeps_a_run_from_being_written_is_told_before_what_stopped_a_later
         sweep_runs(work, source, settings=SweepSettings(ablations=("zero",), probe="none"), advance=lambda n: None)
 
 
-def test_what_runs_share_is_opened_and_encoded_once(tmp_path, small_run, monkeypatch):
+def test_shared_inputs(tmp_path, small_run, monkeypatch):
+    """Inputs that runs share are opened and encoded once."""
     own = prepared_run(small_run)
     given = str(small_run / "analysis" / "probe_set.jsonl")
     encoded = []

@@ -46,6 +46,7 @@ def hsic(k, m):
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("stage", ["layer_0_post_mlp", "final_norm"])
 def test_event_drift_and_cka(means, truth, role, stage):
+    """Event drift and linear CKA equal the textbook formulas on PyTorch's states."""
     for before, step, suffix in ((100, 200, ""), (300, 200, "_to_reference")):
         a, b = states(truth, step, role, stage), states(truth, before, role, stage)
         cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -60,7 +61,8 @@ def test_event_drift_and_cka(means, truth, role, stage):
         np.testing.assert_allclose(ours, np.mean(1 - cosines), rtol=1e-4, atol=1e-6)
 
 
-def test_what_does_not_exist_and_what_is_the_same(means):
+def test_missing_and_equal_states(means):
+    """The first checkpoint has no drift; the reference has none to itself."""
     assert np.isnan(means["residual_event_drift"].sel(step=STEPS[0])).all()
     assert np.isnan(means["residual_cka"].sel(step=STEPS[0])).all()
     last = means.sel(step=STEPS[-1])
@@ -69,7 +71,8 @@ def test_what_does_not_exist_and_what_is_the_same(means):
     np.testing.assert_allclose(moving, 1.0, atol=1e-5)
 
 
-def test_movement_is_kept_and_made_again_when_a_neighbour_changes(small_run):
+def test_reuse_of_comparisons(small_run):
+    """Comparisons are reused, and made again if a neighbour changes."""
     first = sweep(small_run).dataset
     folder = small_run / "analysis" / "measured"
     written = {path.name: path.stat().st_mtime_ns for path in folder.glob("movement_*")}
@@ -157,7 +160,8 @@ def test_sweep_without_event_drift(small_run, means):
         np.testing.assert_allclose(variable, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_side_by_side_as_on_an_accelerator_moves_the_same(small_run, means, monkeypatch):
+def test_side_by_side(small_run, means, monkeypatch):
+    """Checkpoints side by side, as on an accelerator, give the same comparisons."""
     as_here = compiled_sweep.plan_chunks
     monkeypatch.setattr(
         compiled_sweep,

@@ -47,6 +47,7 @@ def test_the_oracle_sees_right_answers_and_real_drops(truth):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_behaviour(rows, truth, step):
+    """Behaviour equals PyTorch's, of all reads and of each split."""
     row, reads, tokens = rows[step], truth[step]["reads"], truth[step]["tokens"]
     for ours, theirs in {
         "answer_accuracy": "correct",
@@ -72,7 +73,8 @@ def test_behaviour(rows, truth, step):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_slices_difficulty_and_margin_summary(rows, truth, swept, step):
+def test_slices(rows, truth, swept, step):
+    """Slices, difficulty and the margin summary equal PyTorch's."""
     row, reads = rows[step], truth[step]["reads"]
     for axis, values in row["slice_accuracy"].items():
         assert row["slice_count"][axis] == Counter(str(read["axes"][axis]) for read in reads)
@@ -98,6 +100,7 @@ def test_slices_difficulty_and_margin_summary(rows, truth, swept, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_logit_lens(rows, truth, step):
+    """Logit lens values by stage equal PyTorch's."""
     row, reads = rows[step], truth[step]["reads"]
     for ours, theirs in {
         "lens_answer_accuracy_by_layer": "lens_answer",
@@ -119,6 +122,7 @@ def drift(a, b):
 
 
 def test_drift(rows, truth):
+    """Drift of the mean state equals PyTorch's."""
     for before, step in zip((None, *STEPS), STEPS, strict=False):
         for stage in STAGES:
             here = mean_state(truth[step], stage)
@@ -128,7 +132,8 @@ def test_drift(rows, truth):
             close(rows[step]["residual_drift_to_reference_by_layer"][stage], final, stage)
 
 
-def test_drift_at_the_support_is_in_the_arrays(swept, truth):
+def test_drift_at_the_support(swept, truth):
+    """Drift at the support token is in the arrays."""
     dataset = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="netcdf4")
     drifts = dataset["residual_drift"].sel(split="all", position_role="support")
     for before, step in itertools.pairwise(STEPS):
@@ -143,6 +148,7 @@ def drops(measured, components, field):
 
 
 def test_heads(swept, truth):
+    """Drops, attention, ranks and changes of heads equal PyTorch's."""
     table = read_lines(swept / "analysis" / "component_candidates" / "heads.jsonl")
     assert [(row["step"], row["layer"], row["head"]) for row in table] == [(s, *h) for s in STEPS for h in HEADS]
     accuracy = {step: drops(truth[step], HEADS, "correct") for step in STEPS}
@@ -169,6 +175,7 @@ def test_heads(swept, truth):
 
 
 def test_mlps(swept, truth):
+    """Drops and writes of MLPs equal PyTorch's."""
     for row in read_lines(swept / "analysis" / "component_candidates" / "mlps.jsonl"):
         layer, reads = row["layer"], truth[row["step"]]["reads"]
         close(row["accuracy_drop"], drops(truth[row["step"]], [(layer,)], "correct")[layer,])
@@ -181,7 +188,8 @@ def test_mlps(swept, truth):
         close(row["answer_margin_delta_mean"], mean(added))
 
 
-def test_order_and_turnover_of_components(rows, truth):
+def test_order_and_turnover(rows, truth):
+    """Rank correlation, turnover and the top heads follow from PyTorch's drops."""
     first = rows[STEPS[0]]
     for name in ("head_rank_correlation_prev", "mlp_rank_correlation_prev", "head_turnover", "mlp_turnover"):
         assert first[name] is None
@@ -198,6 +206,7 @@ def test_order_and_turnover_of_components(rows, truth):
 
 
 def test_deltas_and_birth_flags(rows, truth):
+    """Deltas are differences of rows; birth flags compare with the run's thresholds."""
     names = [name.removeprefix("delta_") for name in rows[STEPS[0]] if name.startswith("delta_")]
     assert len(names) == 11
     for before, step in zip((None, *STEPS), STEPS, strict=False):
@@ -213,7 +222,8 @@ def test_deltas_and_birth_flags(rows, truth):
         }
 
 
-def test_the_netcdf_holds_the_rows_and_what_they_are_made_from(swept, rows):
+def test_netcdf(swept, rows):
+    """The netCDF file holds the rows, and the events that they are made from."""
     path = swept / "analysis" / "checkpoint_metrics.nc"
     dataset = xr.open_dataset(path, engine="netcdf4")
     events = xr.open_dataset(path, group="events", engine="netcdf4")
@@ -230,7 +240,8 @@ def test_the_netcdf_holds_the_rows_and_what_they_are_made_from(swept, rows):
         assert {"long_name", "units"} <= variable.attrs.keys(), name
 
 
-def test_the_events_say_what_each_read_is(swept):
+def test_events(swept):
+    """The events describe each read."""
     events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
     for name, variable in events.data_vars.items():
         assert name in ("is_read", "split") or {"units", "long_name"} <= variable.attrs.keys(), name
@@ -244,7 +255,8 @@ def test_the_events_say_what_each_read_is(swept):
     assert events["layer"].values.tolist() == [0, 1, 2] and events["head"].values.tolist() == [0, 1, 2, 3]
 
 
-def test_sweeping_again_reuses_everything_and_changes_nothing(small_run):
+def test_second_sweep(small_run):
+    """Sweeping again reuses everything and changes nothing."""
     first = sweep(small_run)
     second = sweep(small_run)
     assert (sorted(first.log.measured), first.log.reused) == (list(STEPS), [])
@@ -252,7 +264,8 @@ def test_sweeping_again_reuses_everything_and_changes_nothing(small_run):
     assert first.rows == second.rows
 
 
-def test_steps_are_measured_in_any_order_and_earlier_ones_stay_in_the_table(small_run):
+def test_steps_in_any_order(small_run):
+    """Steps are measured in any order, and earlier ones stay in the table."""
     whole = sweep(small_run, overwrite=True).rows
     for file in (small_run / "analysis" / "measured").iterdir():
         file.unlink()
@@ -265,7 +278,8 @@ def test_steps_are_measured_in_any_order_and_earlier_ones_stay_in_the_table(smal
 
 
 @pytest.mark.parametrize("batch", ["1", "2", "5"])
-def test_rows_do_not_depend_on_the_checkpoint_batch(small_run, batch, rows):
+def test_checkpoint_batch(small_run, batch, rows):
+    """Rows do not depend on the checkpoint batch."""
     ours = {row["step"]: row for row in sweep(small_run, checkpoint_batch=batch).rows}
 
     def compare(a, b):
@@ -284,7 +298,8 @@ def test_rows_do_not_depend_on_the_checkpoint_batch(small_run, batch, rows):
     compare(ours, rows)
 
 
-def test_a_replaced_checkpoint_or_a_damaged_result_is_measured_again(small_run):
+def test_damaged_result(small_run):
+    """A damaged result is measured again; a checkpoint of another step is refused."""
     sweep(small_run)
     (small_run / "analysis" / "measured" / "step_000100.npz").write_bytes(b"damaged")
     files = small_run / "checkpoints"
@@ -295,7 +310,8 @@ def test_a_replaced_checkpoint_or_a_damaged_result_is_measured_again(small_run):
     assert sweep(small_run).log.measured == []  # the damaged one was measured before the other was refused
 
 
-def test_a_store_that_cannot_be_written_is_a_note(small_run, capsys):
+def test_unwritable_store(small_run, capsys):
+    """A store that cannot be written is a note."""
     (small_run / "analysis").mkdir()
     (small_run / "analysis" / "converted").write_text("in the way")
     report = sweep(small_run, ablations=("zero",), probe="none")
@@ -308,7 +324,8 @@ def test_a_store_that_cannot_be_written_is_a_note(small_run, capsys):
         sweep(small_run, ablations=("zero",), probe="none", overwrite=True)
 
 
-def test_other_settings_do_not_replace_earlier_results_unasked(small_run):
+def test_other_settings(small_run):
+    """Other settings replace earlier results only if asked."""
     small = {"ablations": ("zero",), "probe": "none"}
     rows = sweep(small_run, **small).rows
     with pytest.raises(
@@ -319,7 +336,8 @@ def test_other_settings_do_not_replace_earlier_results_unasked(small_run):
     assert sorted(sweep(small_run, precision="default", overwrite=True, **small).log.measured) == list(STEPS)
 
 
-def test_drift_to_the_final_checkpoint_is_null_while_the_run_is_incomplete(small_run):
+def test_reference_of_an_incomplete_run(small_run):
+    """Drift to the final checkpoint is null while the run is incomplete."""
     (small_run / "checkpoints" / "step_000300.pt").unlink()
     report = sweep(small_run)
     assert {v for row in report.rows for v in row["residual_drift_to_reference_by_layer"].values()} == {None}
@@ -329,7 +347,8 @@ def test_drift_to_the_final_checkpoint_is_null_while_the_run_is_incomplete(small
     assert abs(named.rows[1]["residual_drift_to_reference_by_layer"]["final_norm"]) < 1e-9
 
 
-def test_the_best_checkpoint_as_reference(small_run):
+def test_best_checkpoint_as_reference(small_run):
+    """The best checkpoint can be the reference."""
     best, final = sweep(small_run, reference="best"), sweep(small_run, reference="final")
     for a, b in zip(best.rows, final.rows, strict=True):  # the small run's best checkpoint is its last
         for stage in STAGES:
@@ -339,7 +358,8 @@ def test_the_best_checkpoint_as_reference(small_run):
             )
 
 
-def test_bad_checkpoints_are_skipped_and_listed_when_asked(small_run, rows):
+def test_skip_bad(small_run, rows):
+    """Bad checkpoints are skipped and listed if asked."""
     path = small_run / "checkpoints" / "step_000200.pt"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match=r"step_000200.pt: expected a whole PyTorch checkpoint"):
@@ -353,7 +373,8 @@ def test_bad_checkpoints_are_skipped_and_listed_when_asked(small_run, rows):
     assert json.loads((small_run / "analysis" / "sweep.json").read_text())["refused"].keys() == {"step_000200.pt"}
 
 
-def test_another_model_section_does_not_reuse_what_was_measured(small_run):
+def test_other_model_section(small_run):
+    """A changed model section does not reuse earlier results."""
     for path in (small_run / "checkpoints").glob("*.pt"):
         document = torch.load(path, weights_only=True)
         del document["config"]["train_spec"]
@@ -381,14 +402,16 @@ def test_note_of_other_held_out_pairs(small_run, small_benchmark):
     assert [row["step"] for row in report.rows] == list(STEPS)
 
 
-def test_what_is_no_read_holds_no_value(swept):
+def test_padding_of_events(swept):
+    """Padding between reads holds no value."""
     path = swept / "analysis" / "checkpoint_metrics.nc"
     events = xr.open_dataset(path, group="events", engine="netcdf4")
     absent = ~events["is_read"].values.astype(bool)
     assert absent.any() and np.isnan(events["read_margin"].values[:, absent]).all()
 
 
-def test_results_that_cannot_be_written_are_tried_once_and_conversions_stay(small_run, monkeypatch):
+def test_unwritable_results(small_run, monkeypatch):
+    """Results that cannot be written are tried once, and conversions stay."""
     tried = []
 
     def full_disk(store, name, *measured):
