@@ -23,6 +23,7 @@ Lift = Literal["map", "vmap"]
 DEVICE_AXIS = "device"  # the one axis of every mesh
 
 CACHE_VARIABLE = "KVJAX_CACHE_DIR"
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"  # XLA's own way to say how many devices a CPU is
 
 
@@ -152,28 +153,26 @@ def cache_folder() -> Path:
 
 
 def use_compilation_cache() -> Path | None:
-    """Turns JAX's persistent compilation cache on, in a folder that no other user can read or write.
+    """Turns JAX's persistent compilation cache on, in a folder that is private to the user.
 
-    Cached executables are code. The folder is ignored if another user owns it or can write to it. If others can only
-    read it, its mode is reset to 0700.
+    Compiled programs are code, so a folder that others own or may write to is not used.
 
     Returns:
-      The folder; None if it is ignored or cannot be made.
+      The folder; None if there is none to trust.
     """
     import jax
 
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid != os.getuid() or folder.is_symlink() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        status = folder.stat()
+        if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:
             return None
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            folder.chmod(0o700)
+        folder.chmod(0o700)
     except OSError:
         return None
     _set_compilation_cache(str(folder))
-    # The comparison of states takes 0.3 s to compile, which the default threshold of 1 s would not cache.
+    # Comparing states takes 0.3 s to compile; by default, JAX keeps only programs that take a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
 
