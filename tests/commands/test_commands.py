@@ -1,6 +1,7 @@
 """The commands as a person types them: results on success, one line and status 2 on bad input."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -267,3 +268,34 @@ def test_help_of_flags(command):
     flags = [line for line in done.stdout.splitlines() if line.startswith("  --")]
     explained = [line for line in done.stdout.splitlines() if line.startswith("      ")]
     assert len(flags) == len(explained) >= 3 and all("(default: " in line for line in flags)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_pipe(arguments, unbuffered):
+    """A reader that has read enough ends a command without a word."""
+    command = [sys.executable, "-m", "kvjax.commands.main", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_full_disk_behind_the_output():
+    """Output that cannot be written is one line and status 2."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kvjax.commands.main", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_escape_sequences_of_a_file(small_run, capsys):
+    """A run's name cannot steer the terminal."""
+    path = small_run / "run_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_name": "\x1b[31mRED"}))
+    assert main(["status", f"--run_dirs={small_run}"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and r"\x1b[31mRED" in printed

@@ -168,10 +168,9 @@ class TestBest:
 
     @pytest.fixture
     def recorder(self, tmp_path, small_benchmark):
-        from kvjax.converters import training
 
-        run = training.run_directories(small_train_config(small_benchmark), None, str(tmp_path / "run"))
-        training.train_runs(run, Benchmark.open(small_benchmark), resume=False, overwrite=False, advance=lambda n: None)
+        run = run_directories(small_train_config(small_benchmark), None, str(tmp_path / "run"))
+        train_runs(run, Benchmark.open(small_benchmark), resume=False, overwrite=False, advance=lambda n: None)
         return tmp_path / "run"
 
     def test_best_of_the_recorded_rows(self, recorder):
