@@ -29,6 +29,7 @@ from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.measure.statistics import places
 from kvjax.model.components import all_components
 from kvjax.model.transforms import over_checkpoints
+from kvjax.model.weights import mlp_output_kernels
 from kvjax.task.encoding import bucket_by_length
 
 TOP_NEURONS = 20
@@ -203,7 +204,7 @@ def neurons(study: Study) -> Outcome:
     dims = ("step", "layer", "neuron")
     clean = {name: arrays[f"clean_{name}"].sum(axis=1)[:, None, None] for name in ("correct", "margin")}
     lost = {name: (clean[name] - arrays[name].sum(axis=1, dtype=np.float64)) / reads for name in clean}
-    out = np.linalg.norm(np.asarray(study.stacked["blocks"]["mlp"]["fc_out"]["kernel"]), axis=-1)  # [C, L, F]
+    out = np.linalg.norm(np.asarray(mlp_output_kernels(study.stacked)), axis=-1)  # [C, L, F]
     columns = {
         "accuracy_drop": (lost["correct"], "clean minus ablated answer accuracy", "1"),
         "margin_drop": (lost["margin"], "clean minus ablated answer margin", "logits"),

@@ -16,6 +16,8 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.restart import RESTART_CAPTURE, restart, run_clean
 from kvjax.model.sites import take_positions
+from kvjax.model.transforms import over_layers
+from kvjax.model.weights import head_output_kernels, mlp_output_kernels
 from kvjax.task.encoding import EncodedRecords
 
 Effects = dict[str, jax.Array]
@@ -41,7 +43,7 @@ def neuron_effects(
     clean = clean.cut(horizon)
     positions = batch.prediction_positions
     hidden_LxBxTxF = clean.at("mlp_hidden")
-    kernel_LxFxD = jnp.asarray(params["blocks"]["mlp"]["fc_out"]["kernel"])
+    kernel_LxFxD = jnp.asarray(mlp_output_kernels(params))
 
     def answers(read: jax.Array) -> Effects:
         per_read = {
@@ -60,10 +62,7 @@ def neuron_effects(
     def of_layer(layer: jax.Array | int) -> Effects:
         return jax.lax.map(lambda neuron: without(layer, neuron), jnp.arange(config.d_ff))
 
-    found = jax.tree.map(lambda x: x[None], of_layer(config.n_layers - 1))
-    if config.n_layers > 1:
-        earlier = jax.lax.map(of_layer, jnp.arange(config.n_layers - 1))
-        found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, found)
+    found = over_layers(of_layer, config.n_layers)
     at_reads = jax.vmap(lambda x: take_positions(x, positions, 1))(hidden_LxBxTxF)  # [L, B, Q, F]
     final = take_positions(clean.at("post_mlp", config.n_layers - 1), positions, 1)
     direction_BxQxD = answer_direction(params, final, jnp.asarray(batch.answers), value_ids)
@@ -93,7 +92,7 @@ def head_spectra(params: Params, n_heads: int) -> dict[str, np.ndarray]:
         kernel = np.asarray(attn[name]["kernel"], np.float64) * gain[:, :, None]
         return kernel.reshape(n_layers, width, n_heads, -1).swapaxes(1, 2)  # [L, H, D, E]
 
-    out = np.asarray(attn["out_proj"]["kernel"], np.float64).reshape(n_layers, n_heads, -1, width)
+    out = np.asarray(head_output_kernels(params, n_heads), np.float64)
     query, key, value = (by_head(name) for name in ("q_proj", "k_proj", "v_proj"))
     found = {}
     for name, left, right in (("qk", query, key.swapaxes(2, 3)), ("ov", value, out)):

@@ -22,6 +22,7 @@ from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import before_layer
+from kvjax.model.weights import head_output_kernels
 from kvjax.task.pair_encoding import EncodedPairs
 
 HEAD_INPUTS = ("query_input", "key_input", "value_input")
@@ -97,8 +98,7 @@ def sender_changes(params: Params, config: DecoderConfig, runs: PairRuns) -> jax
     def change(site: str) -> jax.Array:
         return runs.source.trace[site] - runs.base.trace[site]
 
-    kernel = params["blocks"]["attn"]["out_proj"]["kernel"]  # [L, H E, D]
-    kernel_LxHxExD = kernel.reshape(config.n_layers, config.n_heads, config.d_head, config.d_model)
+    kernel_LxHxExD = head_output_kernels(params, config.n_heads)
     written = jnp.einsum("lbthe,lhed->lhbtd", change("head_z"), kernel_LxHxExD, precision=config.precision)
     by_layer = jnp.concatenate([written, change("mlp_out")[:, None]], axis=1)  # [L, H + 1, B, T, D]
     return jnp.concatenate([change("embedding")[None], by_layer.reshape(-1, *by_layer.shape[2:])])

@@ -22,6 +22,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import CLEAN, Edit, Interventions
 from kvjax.model.sites import SITES, STAGE_SITES, Trace
 from kvjax.model.transforms import plain_forward
+from kvjax.model.weights import head_output_kernels
 
 
 def ablate(
@@ -162,8 +163,7 @@ def path_patch(
         change = jax.lax.dynamic_index_in_dim(change, jnp.asarray(sender_layer), 0, keepdims=False)
     if sender == "head_z":
         z = jax.lax.dynamic_index_in_dim(change, jnp.asarray(sender_head), 2, keepdims=False)  # [B, T, E]
-        kernel = params["blocks"]["attn"]["out_proj"]["kernel"]
-        kernel = kernel.reshape(config.n_layers, config.n_heads, config.d_head, config.d_model)
+        kernel = head_output_kernels(params, config.n_heads)
         change = jnp.einsum("bte,ed->btd", z, kernel[sender_layer, sender_head], precision=config.precision)
     if receiver in HEAD_INPUTS:
         change = change[:, :, None]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kvjax.model.decoder import LAYER_NORM_EPS, Params
 from kvjax.model.sites import Trace
+from kvjax.model.weights import head_output_kernels, unembedding
 
 # Components outside layers, and those inside.
 WHOLE_TERMS = ("embedding", "final_norm_bias")
@@ -39,15 +40,13 @@ def direct_logit_attribution(
         extra = (None,) * (outputs.ndim - 3)
         return jnp.sum(outputs * direction_BxQxD[extra], axis=-1)
 
-    out_proj = params["blocks"]["attn"]["out_proj"]
     z = trace_at_reads["head_z"]
-    n_layers, _, _, n_heads, d_head = z.shape
-    kernel_LxHxExD = out_proj["kernel"].reshape(n_layers, n_heads, d_head, -1)
+    kernel_LxHxExD = head_output_kernels(params, z.shape[3])
     z_direction = jnp.einsum("lhed,bqd->lbqhe", kernel_LxHxExD, direction_BxQxD, precision="highest")
     return {
         "embedding": along(trace_at_reads["embedding"]),
         "head": jnp.sum(z * z_direction, axis=-1),
-        "attn_bias": along(out_proj["bias"][:, None, None]),
+        "attn_bias": along(params["blocks"]["attn"]["out_proj"]["bias"][:, None, None]),
         "mlp": along(trace_at_reads["mlp_out"]),
         "final_norm_bias": jnp.sum(target_BxQxD * params["final_norm"]["bias"][None, None], axis=-1),
     }
@@ -69,11 +68,5 @@ def answer_direction(params: Params, final_BxQxD: jax.Array, answers_BxQ: jax.Ar
 
 
 def _target(params: Params, answers_BxQ: jax.Array, value_ids: jax.Array) -> jax.Array:
-    unembedding_VxD = params["unembedding"]["kernel"].T if "unembedding" in params else _tied(params)
-    # As an array of the device: indices are traced.
-    unembedding_VxD = jnp.asarray(unembedding_VxD)
+    unembedding_VxD = jnp.asarray(unembedding(params))  # of the device: indices are traced
     return unembedding_VxD[answers_BxQ] - jnp.mean(unembedding_VxD[value_ids], axis=0)[None, None]
-
-
-def _tied(params: Params) -> jax.Array:
-    return params["token_embedding"]["embedding"]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.model.decoder import LAYER_NORM_EPS, DecoderConfig, Params
+from kvjax.model.weights import head_output_kernels
 
 
 @jax.tree_util.register_dataclass
@@ -33,8 +34,7 @@ class HeadWrites:
     def of(cls, params: Params, config: DecoderConfig) -> HeadWrites:
         """Computes the maps of a checkpoint's heads."""
         blocks = params["blocks"]
-        shape = (config.n_layers, config.n_heads, config.d_head, config.d_model)
-        written = blocks["attn"]["out_proj"]["kernel"].reshape(shape)
+        written = head_output_kernels(params, config.n_heads)
         norm, into_mlp = blocks["ln_2"], blocks["mlp"]["fc_in"]
         # The LayerNorm subtracts the mean over D, from a sum of states as from each of them.
         centred = written - jnp.mean(written, axis=-1, keepdims=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.devices import ONE_DEVICE, Lift, Placement
 from kvjax.errors import InputError
@@ -75,6 +76,20 @@ def over_interventions(function: Callable[[Any], Any], *, lift: Lift) -> Callabl
     exists per intervention. `map` runs them one after another in one compiled loop, `vmap` side by side.
     """
     return functools.partial(jax.lax.map, function) if lift == "map" else jax.vmap(function)
+
+
+def over_layers(of_layer: Callable[[jax.Array | int], Any], n_layers: int) -> Any:
+    """Runs a function of the layer for every layer, stacked on a leading axis L.
+
+    The last layer is given as a number and is a program of its own, for a restart there computes the prediction
+    positions alone. The others are one compiled loop, in which the layer is traced. Layers are never run side by
+    side, since a batch of mixed restart layers would run from the lowest for all.
+    """
+    final = jax.tree.map(lambda x: x[None], of_layer(n_layers - 1))
+    if n_layers == 1:
+        return final
+    earlier = jax.lax.map(of_layer, jnp.arange(n_layers - 1))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, final)
 
 
 def over_checkpoints(function: Callable[..., Any], placement: Placement = ONE_DEVICE) -> Callable[..., Any]:

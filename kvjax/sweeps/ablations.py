@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Edit, Interventions, ablate_mlp
 from kvjax.model.restart import CleanRun, restart, restart_from_head
 from kvjax.model.sites import Trace
-from kvjax.model.transforms import Lift, over_interventions
+from kvjax.model.transforms import Lift, over_interventions, over_layers
+from kvjax.model.weights import head_output_kernels
 from kvjax.task.encoding import EncodedRecords
 
 Sums = dict[str, jax.Array]
@@ -139,26 +140,15 @@ def measure_ablations(
     replacements = _Replacements(tuple(kind for kind in kinds if kind != "random"), means, store, donors_JxBxT)
     sums: Sums = {}
     for component, of_layer in (("head", _replace_heads), ("mlp", _replace_mlp)):
-        replaced = _every_layer(functools.partial(of_layer, microbatch, replacements), config.n_layers)
+        replaced = over_layers(functools.partial(of_layer, microbatch, replacements), config.n_layers)
         for name, x in replaced.items():  # [L, slots, …, B]
             for kind, mean in replacements.by_kind(x):
                 sums[f"{component}/{kind}/{name}"] = jnp.moveaxis(mean, -1, 0)
     if "random" in kinds:
         for component, of_layer in (("head", _step_beside_heads), ("mlp", _step_beside_mlp)):
-            for name, x in _every_layer(functools.partial(of_layer, microbatch), config.n_layers).items():
+            for name, x in over_layers(functools.partial(of_layer, microbatch), config.n_layers).items():
                 sums[f"{component}/random/{name}"] = jnp.moveaxis(x, -1, 0)
     return sums
-
-
-def _every_layer(of_layer: Callable[[jax.Array | int], Sums], n_layers: int) -> Sums:
-    """Runs a function of a layer at every layer; its arrays get a leading axis L."""
-    # The last layer is a program of its own, at the prediction positions alone. Layers are never run side by
-    # side: a batch of mixed restart layers would run from the lowest for all.
-    final = jax.tree.map(lambda x: x[None], of_layer(n_layers - 1))
-    if n_layers == 1:
-        return final
-    earlier = jax.lax.map(of_layer, jnp.arange(n_layers - 1))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, final)
 
 
 def _replace_heads(run: _Microbatch, replacements: _Replacements, layer: jax.Array | int) -> Sums:
@@ -189,7 +179,7 @@ def _replace_mlp(run: _Microbatch, replacements: _Replacements, layer: jax.Array
 def _step_beside_heads(run: _Microbatch, layer: jax.Array | int) -> Sums:
     """Takes a random step as long as each head's output, with every head kept: [H, B], means over draws."""
     config = run.config
-    kernel_HxExD = run.params["blocks"]["attn"]["out_proj"]["kernel"][layer].reshape(config.n_heads, -1, config.d_model)
+    kernel_HxExD = head_output_kernels(run.params, config.n_heads)[layer]
 
     def one(head: jax.Array) -> Sums:
         z_BxTxE = run.clean.at("head_z", layer)[:, :, head]
