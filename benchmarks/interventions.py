@@ -27,11 +27,14 @@ from benchmarks.reporting import machine, median_seconds, torch_device, write_re
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import share_cpu_cores
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
-from kvjax.intervene.components import neuron_sums
+from kvjax.execution.over_pairs import OverPairs, PairBatch
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH
-from kvjax.intervene.pair_runs import DENOISING, PairProgram, PairRuns, answer_effects, run_pairs
-from kvjax.intervene.patching import patching_effects, stage_places
-from kvjax.intervene.paths import all_edges, all_senders, path_edits, path_effects, sender_changes
+from kvjax.intervene.kinds.activation_patching import patching_effects
+from kvjax.intervene.kinds.neurons import neuron_sums
+from kvjax.intervene.kinds.path_patching import path_edits, path_effects
+from kvjax.intervene.pair_runs import DENOISING, Effects, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.paths import all_edges, all_senders, sender_changes
+from kvjax.intervene.places import Place, stage_places
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import plain_forward
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> None:
     alone = jax.tree.map(lambda x: x[None], params)
     on_cpu = jax.default_backend() == "cpu"
     pair_tokens = CPU_TOKENS_PER_BATCH if on_cpu else encoded.clean_tokens.size
-    program = PairProgram(encoded, config, tokens_per_batch=pair_tokens, devices=devices)
+    program = OverPairs(encoded, tokens_per_batch=pair_tokens, devices=devices)
     result = {
         "what": "interventions at one checkpoint, seconds",
         "machine": machine(),
@@ -118,20 +121,17 @@ def _inputs(scratch: Path) -> tuple[RunDir, Benchmark, EncodedPairs, EncodedReco
     return run, benchmark, pairs, records, params, config
 
 
-def _patch(config, places, params, batch, extra, window):
-    del extra
-    return patching_effects(params, config, batch, window=window, direction=DENOISING, places=places)
+def _patch(config: DecoderConfig, places: tuple[Place, ...], params: Params, batch: PairBatch) -> Effects:
+    return patching_effects(params, config, batch.pairs, window=batch.window, direction=DENOISING, places=places)
 
 
-def _paths(config, params, batch, extra, window):
-    del extra
-    return path_effects(params, config, batch, window=window, direction=DENOISING)
+def _paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:
+    return path_effects(params, config, batch.pairs, window=batch.window, direction=DENOISING)
 
 
-def _plain_paths(config, params, batch, extra, window):
+def _plain_paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:
     """Patches every path by the whole model, one after another in a compiled loop, keeping only the two runs."""
-    del extra
-    runs: PairRuns = run_pairs(params, config, batch, DENOISING, window=window)
+    runs: PairRuns = run_pairs(params, config, batch.pairs, DENOISING, window=batch.window)
     changes = sender_changes(params, config, runs)
     senders = all_senders(config.n_layers, config.n_heads)
     edges = all_edges(config.n_layers, config.n_heads)
@@ -144,7 +144,8 @@ def _plain_paths(config, params, batch, extra, window):
             layer, head, sender = row
             edits = path_edits(runs, config, site, layer, head, changes[sender])
             logits, _ = plain_forward(config)(params, runs.base.tokens, edits=edits)
-            return answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)["difference"]
+            read = take_positions(logits, batch.pairs.prediction_positions, 1)
+            return answer_effects(read, batch.pairs)["difference"]
 
         each = jax.lax.map(one, tuple(jnp.array(column) for column in zip(*rows, strict=True)))
         found |= dict(zip(own, each, strict=True))

@@ -1,4 +1,4 @@
-"""Interventions on a run's birth windows, from run directory to `analysis/interventions/`."""
+"""Intervenes in a run's birth windows, from run directory to `analysis/interventions/`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from kvjax.devices import backend, device_count, device_description
 from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import RunInputs
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
-from kvjax.intervene import components, flow, states
 from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
-from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, Outcome, Study
+from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, InterventionInputs, Outcome
+from kvjax.intervene.kinds import find_kind
+from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.components import Component, all_components
@@ -31,20 +32,10 @@ from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import PairSet, own_pairs
 
-KINDS: Mapping[str, Callable[[Study], Outcome]] = {
-    "activation_patching": flow.activation_patching,
-    "path_patching": flow.path_patching,
-    "necessity": components.necessity,
-    "across_checkpoints": states.across_checkpoints,
-    "subspaces": states.subspaces,
-    "neurons": components.neurons,
-    "attribution": flow.attribution,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class InterventionReport:
-    """What is written for one kind of intervention in one window; `reused` says that it was there before."""
+    """The result of one kind of intervention in one window; `reused` if an earlier call measured it."""
 
     run: RunDir
     kind: str
@@ -56,7 +47,7 @@ class InterventionReport:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Some checkpoints of a run, and the name their files have."""
+    """Some checkpoints of a run, and the name of the files about them."""
 
     name: str
     description: dict[str, Any]
@@ -71,7 +62,7 @@ class Task:
       window, kind: which.
       path: where its summary lies, or will.
       measured_on: what its numbers depend on.
-      earlier: the summary that there is of exactly that; None where it has to be measured.
+      earlier: the earlier summary of exactly that; None if it has to be measured.
     """
 
     window: Window
@@ -83,7 +74,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class InterventionPlan:
-    """What is to be done in one run, and what of it is there already.
+    """The kinds to measure in each window of one run, and the results that are there already.
 
     Attributes:
       work: the run with its benchmark and probe set.
@@ -99,7 +90,7 @@ class InterventionPlan:
 
 
 def plan_interventions(work: RunInputs, windows: Sequence[Window], settings: InterventionSettings) -> InterventionPlan:
-    """Returns what is to be done in a run, so that what would be refused is before anything is measured.
+    """Says which kinds are to be measured in which windows of a run, so that a refusal comes before any measurement.
 
     Raises:
       InputError: a name is unknown, or something was measured before with other settings.
@@ -114,7 +105,7 @@ def plan_interventions(work: RunInputs, windows: Sequence[Window], settings: Int
             "precision": settings.precision,
             "probe_set": work.probe.manifest.content_sha256[:12],
         }
-        if kind == "necessity":
+        if find_kind(kind).takes_components:
             chosen["components"] = None if named is None else list(map(str, named))
         inputs = {
             "intervention_version": INTERVENTION_VERSION,
@@ -140,7 +131,7 @@ def intervene_in_run(
     *,
     advance: Callable[[int], None],
 ) -> list[InterventionReport]:
-    """Does what is planned for a run, writes what was found and returns it, with what was there before.
+    """Measures the planned kinds in a run, writes their results, and reports them and the earlier ones.
 
     Args:
       plan: the run, and what to do.
@@ -155,22 +146,23 @@ def intervene_in_run(
     run, reports = plan.work.run, []
     neuron_table = run.layout.neurons
     for window, tasks in itertools.groupby(plan.tasks, key=lambda task: task.window):
-        study = None
+        inputs = None
         for task in tasks:
+            kind = find_kind(task.kind)
             if task.earlier is None:
-                study = study or _study(plan, source, window, settings)
-                reports.append(_publish(plan, task, study, KINDS[task.kind](study), settings))
+                inputs = inputs or _inputs(plan, source, window, settings)
+                reports.append(_publish(plan, task, inputs, kind.analyse(inputs), settings))
             else:
                 report = InterventionReport(run, task.kind, window.name, task.path, task.earlier, reused=True)
                 reports.append(report)
-            if task.kind == "neurons" and (task.earlier is None or not neuron_table.is_file()):
-                write_json_lines(neuron_table, _all_neuron_rows(run))
+            if kind.neuron_rows and (task.earlier is None or not neuron_table.is_file()):
+                write_json_lines(neuron_table, _all_neuron_rows(run, kind))
             advance(1)
     return reports
 
 
 def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
-    """Returns the windows, or the named steps, to intervene in.
+    """Finds the windows, or the named steps, to intervene in.
 
     Raises:
       InputError: there is no such window or step.
@@ -210,7 +202,7 @@ def _named_components(run: RunDir, settings: InterventionSettings) -> tuple[Comp
 
 
 def _steps_name(run: RunDir, steps: tuple[int, ...]) -> str:
-    """Returns the name of files about some steps: the ends of a whole stretch of the run, or every step."""
+    """Names the files about some steps: by the ends of a whole stretch of the run, or by every step."""
     stretch = tuple(step for step in run.checkpoints if steps[0] <= step <= steps[-1])
     if len(steps) == 1 or stretch == steps:
         return "_".join(["steps", *dict.fromkeys(map(str, (steps[0], steps[-1])))])
@@ -218,7 +210,10 @@ def _steps_name(run: RunDir, steps: tuple[int, ...]) -> str:
     return f"steps_{every if len(every) < 60 else hashlib.sha256(every.encode()).hexdigest()[:12]}"
 
 
-def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, settings: InterventionSettings) -> Study:
+def _inputs(
+    plan: InterventionPlan, source: CheckpointSource, window: Window, settings: InterventionSettings
+) -> InterventionInputs:
+    """Loads a window's checkpoints and encodes the pairs."""
     work, run, vocabulary = plan.work, plan.work.run, plan.work.benchmark.vocabulary
     pairs = [pair for kind in PAIR_KINDS for pair in plan.pair_set.of_kind(kind)[: settings.pairs_per_kind]]
     params = []
@@ -240,7 +235,7 @@ def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, set
     longest = run.config.model.max_seq_len
     clean, clean_rows = encode_clean_streams(pairs, vocabulary, max_seq_len=longest)
     on_cpu = backend() == "cpu"
-    return Study(
+    return InterventionInputs(
         config=config,
         vocabulary=vocabulary,
         steps=window.steps,
@@ -259,10 +254,10 @@ def _study(plan: InterventionPlan, source: CheckpointSource, window: Window, set
 
 
 def _publish(
-    plan: InterventionPlan, task: Task, study: Study, outcome: Outcome, settings: InterventionSettings
+    plan: InterventionPlan, task: Task, inputs: InterventionInputs, outcome: Outcome, settings: InterventionSettings
 ) -> InterventionReport:
     run, window, kind, pair_set = plan.work.run, task.window, task.kind, plan.pair_set
-    groups = study.groups
+    groups = inputs.groups
     document = {
         "schema_version": SCHEMA_VERSION,
         "run_name": run.config.run_name,
@@ -290,17 +285,17 @@ def _publish(
     return InterventionReport(run, kind, window.name, task.path, document)
 
 
-def _all_neuron_rows(run: RunDir) -> list[dict[str, Any]]:
-    """Returns the neurons of every window measured so far, each step once, by its newest measurement."""
+def _all_neuron_rows(run: RunDir, kind: Kind) -> list[dict[str, Any]]:
+    """Collects the neurons of every window measured so far, each step once, by its newest measurement."""
     rows: dict[int, list[dict[str, Any]]] = {}
-    found = map(arrays_beside, run.layout.intervention("neurons", "*").parent.glob("*.json"))
+    found = map(arrays_beside, run.layout.intervention(kind.name, "*").parent.glob("*.json"))
     for path in sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns):
         own: dict[int, list[dict[str, Any]]] = {}
         try:
             dataset = read_dataset(path, expected="measured neurons")
         except InputError:
             continue  # damaged: measured again when its window is asked for
-        for row in components.neuron_rows(dataset):
+        for row in kind.neuron_rows(dataset):
             own.setdefault(row["step"], []).append(row)
         rows |= own
     return [row for step in sorted(rows) for row in rows[step]]

@@ -1,10 +1,10 @@
-"""What a study of one window works on: its checkpoints' parameters, the pairs, the fit set and the probe set."""
+"""The inputs of every kind of intervention: parameters of a window's checkpoints, pairs, fit set and probe set."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from kvjax.execution.fit_set import component_means
-from kvjax.intervene.pair_runs import PairProgram
+from kvjax.execution.over_pairs import Measurement, OverPairs
 from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
 from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
@@ -32,11 +32,11 @@ CLEAN_METRIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one kind of intervention found in one window.
+    """The results of one kind of intervention in one window.
 
     Attributes:
       dataset: every number, labelled.
-      summary: what a reader sees first: `effects` and `controls`.
+      summary: the part of the summary document that the kind writes: `baseline`, `effects` and `controls`.
     """
 
     dataset: xr.Dataset
@@ -44,8 +44,8 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
-    """One window of a run.
+class InterventionInputs:
+    """The checkpoints of one window, and what is run through them.
 
     Attributes:
       config: the checkpoints' shape.
@@ -61,7 +61,7 @@ class Study:
       devices: how many devices share the checkpoints.
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
-      found: what was measured once and is looked at by several kinds of intervention.
+      measured: results of measurements that several kinds of intervention look at.
     """
 
     config: DecoderConfig
@@ -78,12 +78,12 @@ class Study:
     devices: int
     tokens_per_batch: int
     record_tokens_per_batch: int
-    found: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    measured: dict[Measurement, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def pairs(self) -> PairProgram:
+    def over_pairs(self) -> OverPairs:
         """The pairs in microbatches."""
-        return PairProgram(self.encoded, self.config, tokens_per_batch=self.tokens_per_batch, devices=self.devices)
+        return OverPairs(self.encoded, tokens_per_batch=self.tokens_per_batch, devices=self.devices)
 
     @functools.cached_property
     def groups(self) -> PairGroups:
@@ -108,23 +108,23 @@ class Study:
         found = self.each_checkpoint(_means, self.fit_bucket.batches)
         return {name: np.asarray(x) for name, x in found.items()}
 
-    def once(self, name: Any, measure: Callable[[], Any]) -> Any:
-        """Returns what was measured under a name, measuring it the first time."""
-        if name not in self.found:
-            self.found[name] = measure()
-        return self.found[name]
+    def measure_once(self, measure: Measurement) -> dict[str, np.ndarray]:
+        """Measures every pair at every checkpoint, [C, N, …]; an equal measurement is not run again."""
+        if measure not in self.measured:
+            self.measured[measure] = self.over_pairs.run(measure, self.stacked)
+        return self.measured[measure]
 
     def checkpoint(self, index: int) -> Params:
-        """Returns one checkpoint's parameters."""
+        """Cuts one checkpoint's parameters out of the stack."""
         return jax.tree.map(lambda x: x[index], self.stacked)
 
     def each_checkpoint(self, function: Any, *shared: Any) -> Any:
-        """Returns `function(config, params, *shared)` of every checkpoint, stacked; compiled once."""
+        """Runs `function(config, params, *shared)` at every checkpoint and stacks the results; compiled once."""
         each = [jax.device_get(function(self.config, self.checkpoint(c), *shared)) for c in range(len(self.steps))]
         return jax.tree.map(lambda *x: np.stack(x), *each)
 
     def dataset(self, **coords: Sequence[Any]) -> xr.Dataset:
-        """Returns an empty dataset with the coordinates that all results share, and more."""
+        """Makes an empty dataset with the coordinates that all results share, and further ones."""
         return xr.Dataset(
             coords={
                 "statistic": list(STATISTICS),
@@ -135,9 +135,20 @@ class Study:
         )
 
     def baseline(self, arrays: dict[str, np.ndarray], suffix: str) -> dict[str, Any]:
-        """Returns the two runs' metric and accuracy without intervention, by kind of pair and step."""
+        """Summarises a run without intervention, by kind of pair and step.
+
+        Args:
+          arrays: effects with those of the two runs beside them, as `with_runs` adds them.
+          suffix: `base` or `source`, the run.
+
+        Returns:
+          The metric, and the share of affected reads that get the clean stream's answer.
+        """
         document: dict[str, Any] = {}
-        names = {"difference": "metric", "clean_correct": "clean_answer_accuracy"}
+        names = {
+            "difference": "metric",
+            "clean_correct": "clean_answer_accuracy",
+        }
         for source, name in names.items():
             means = means_per_read(self.groups, arrays[f"{source}_{suffix}"])
             for k, kind in enumerate(self.groups.kinds):
@@ -153,11 +164,11 @@ def _means(config: DecoderConfig, params: Params, batches: EncodedRecords) -> di
 
 
 def numbers(estimate_low_high: np.ndarray) -> dict[str, float | None]:
-    """Returns an estimate with its interval, as JSON has it."""
+    """Writes an estimate with its interval as JSON has it."""
     return {name: number(x) for name, x in zip(STATISTICS, estimate_low_high, strict=True)}
 
 
 def number(value: Any) -> float | None:
-    """Returns a Python number of six digits, or None where the value does not exist."""
+    """Rounds to a Python number of six digits; None if the value does not exist."""
     value = float(value)
     return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -6,16 +6,7 @@ import dataclasses
 
 from kvjax.config.settings import Settings, setting
 from kvjax.errors import bad_argument
-
-KINDS = (
-    "activation_patching",
-    "path_patching",
-    "necessity",
-    "across_checkpoints",
-    "subspaces",
-    "neurons",
-    "attribution",
-)
+from kvjax.intervene.kinds import KINDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

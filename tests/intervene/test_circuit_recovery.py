@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.intervene import components, flow, states
-from kvjax.intervene.inputs import Study
-from kvjax.intervene.patching import component_places, stage_places
+from kvjax.intervene.inputs import InterventionInputs
+from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.paths import all_edges
+from kvjax.intervene.places import component_places, stage_places
 from kvjax.model.components import Component
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
@@ -36,7 +36,7 @@ SITES = {
 
 
 @pytest.fixture(scope="module")
-def study(small_benchmark, tmp_path_factory):
+def inputs(small_benchmark, tmp_path_factory):
     """The planted model as a window of one checkpoint."""
     benchmark = Benchmark.open(small_benchmark)
     circuit = known_circuit(benchmark.vocabulary)
@@ -45,7 +45,7 @@ def study(small_benchmark, tmp_path_factory):
     pairs = generate_pairs(probe, benchmark, pairs_per_kind=6).pairs
     longest = circuit.config.max_seq_len
     clean, clean_rows = encode_clean_streams(pairs, benchmark.vocabulary, max_seq_len=longest)
-    return Study(
+    return InterventionInputs(
         config=circuit.config,
         vocabulary=benchmark.vocabulary,
         steps=(100,),
@@ -76,20 +76,20 @@ def check(recovery, is_true, what):
 
 
 @pytest.fixture(scope="module")
-def patched(study):
-    return flow.activation_patching(study)
+def patched(inputs):
+    return find_kind("activation_patching").analyse(inputs)
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("kind", PAIR_KINDS)
-def test_nodes_and_stages(patched, study, kind, direction):
+def test_nodes_and_stages(patched, inputs, kind, direction):
     recovery = patched.dataset["recovery_by_role"].sel(pair_kind=kind, direction=direction, step=100)
     shown = {_name(node) for node in SHOWN_NODES[kind]}
     for name in component_places(N_LAYERS, N_HEADS):
         check(recovery.sel(place=name, position_role="all"), name in shown, name)
     for stage, holder in SHOWN_ROLES[kind].items():
         for role in PAIR_ROLES[1:]:
-            if not (study.encoded.roles[study.groups.members[kind]] == PAIR_ROLES.index(role)).any():
+            if not (inputs.encoded.roles[inputs.groups.members[kind]] == PAIR_ROLES.index(role)).any():
                 assert recovery.sel(place=stage, position_role=role).isnull().all(), "no such positions, no number"
                 continue
             check(recovery.sel(place=stage, position_role=role), role == holder, (stage, role))
@@ -98,12 +98,12 @@ def test_nodes_and_stages(patched, study, kind, direction):
     assert patched.summary["controls"]["largest_effect_before_the_change_in_logits"] < 1e-3
 
 
-def test_exact_positions_sum_up_what_roles_hold(patched, study):
+def test_exact_positions_sum_up_what_roles_hold(patched, inputs):
     """For value pairs the changed token alone carries the value through the first layers."""
     single = patched.dataset["metric_by_position"].sel(direction="denoising", step=100, place="layer_0_post_mlp").values
     base = patched.dataset["metric_corrupted"].sel(step=100).values
     clean = patched.dataset["metric_clean"].sel(step=100).values
-    encoded = study.encoded
+    encoded = inputs.encoded
     for n in np.flatnonzero(encoded.kinds == PAIR_KINDS.index("value")):
         share = (single[n] - base[n]) / (clean[n] - base[n])
         written = np.flatnonzero(encoded.roles[n] == PAIR_ROLES.index("changed"))
@@ -112,8 +112,8 @@ def test_exact_positions_sum_up_what_roles_hold(patched, study):
 
 
 @pytest.fixture(scope="module")
-def paths(study):
-    return flow.path_patching(study).dataset
+def paths(inputs):
+    return find_kind("path_patching").analyse(inputs).dataset
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
@@ -130,8 +130,8 @@ def test_paths(paths, kind, direction):
         check(found.isel(path=index), key in shown, edge)
 
 
-def test_the_planted_set_is_faithful_complete_and_minimal(study):
-    dataset = components.necessity(study).dataset.sel(step=100)
+def test_the_planted_set_is_faithful_complete_and_minimal(inputs):
+    dataset = find_kind("necessity").analyse(inputs).dataset.sel(step=100)
     for baseline in ("mean", "resample"):
         own = dataset.sel(baseline=baseline, statistic="estimate")
         for kind in PAIR_KINDS:
@@ -148,15 +148,15 @@ def test_the_planted_set_is_faithful_complete_and_minimal(study):
     assert np.isnan(own["minimality"].sel(component=sorted(outside))).all()
 
 
-def test_a_checkpoint_with_its_own_states_is_itself(study):
-    outcome = states.across_checkpoints(study)
+def test_a_checkpoint_with_its_own_states_is_itself(inputs):
+    outcome = find_kind("across_checkpoints").analyse(inputs)
     assert outcome.summary["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
     assert outcome.dataset.sizes["stage"] == len(stage_places(N_LAYERS))
 
 
-def test_subspaces_hold_the_answer_only_where_it_is(study):
+def test_subspaces_hold_the_answer_only_where_it_is(inputs):
     """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
-    circuit_loss = states.subspaces(study).dataset["loss"].sel(statistic="estimate", step=100)
+    circuit_loss = find_kind("subspaces").analyse(inputs).dataset["loss"].sel(statistic="estimate", step=100)
     loss = circuit_loss.sel(pair_kind="value")
     late = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="probe")
     early = loss.sel(stage="layer_1_post_mlp", position_role="prediction")

@@ -1,5 +1,6 @@
 """Interventions measured before: used again for exactly what they were measured on, and never lost unasked."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from kvjax.converters.parameter_store import read_stored_run
 from kvjax.errors import InputError
 from kvjax.intervene import analysis
 from kvjax.intervene.inputs import Outcome
+from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.pipeline.interventions import intervene as intervene_in_runs
 from kvjax.pipeline.settings import PairSource, RunsOnBenchmark
@@ -23,20 +25,21 @@ KINDS = ("path_patching", "necessity")
 def intervened(small_run, monkeypatch):
     """Returns a function that intervenes at two steps, and says of each kind whether it was measured now.
 
-    What is measured is replaced by a number of the study's, since only when it is measured matters here.
+    A count of pairs stands for the numbers, since only whether they are measured matters here.
     """
     measured = []
 
     def counting(kind):
-        def measure(study):
+        def measure(inputs):
             measured.append(kind)
-            dataset = study.dataset()
-            dataset["pairs"] = (("pair_kind",), [len(own) for own in study.groups.members.values()])
+            dataset = inputs.dataset()
+            dataset["pairs"] = (("pair_kind",), [len(own) for own in inputs.groups.members.values()])
             return Outcome(dataset, {"effects": [], "controls": {}})
 
         return measure
 
-    monkeypatch.setattr(analysis, "KINDS", {kind: counting(kind) for kind in KINDS})
+    fakes = {name: dataclasses.replace(find_kind(name), analyse=counting(name)) for name in KINDS}
+    monkeypatch.setattr(analysis, "find_kind", fakes.__getitem__)
 
     def intervene(kinds=KINDS, *, runs=(small_run,), probe_set=None, **given):
         measured.clear()
@@ -58,15 +61,18 @@ def folder(small_run):
 
 
 def test_a_call_that_was_stopped_goes_on_where_it_was(intervened, monkeypatch):
-    whole = dict(analysis.KINDS)
+    whole = analysis.find_kind
 
-    def stops(study):
+    def stops(inputs):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(analysis.KINDS, "necessity", stops)
+    def stopping(name):
+        return dataclasses.replace(whole(name), analyse=stops) if name == "necessity" else whole(name)
+
+    monkeypatch.setattr(analysis, "find_kind", stopping)
     with pytest.raises(KeyboardInterrupt):
         intervened()
-    monkeypatch.setitem(analysis.KINDS, "necessity", whole["necessity"])
+    monkeypatch.setattr(analysis, "find_kind", whole)
     assert intervened() == ("necessity",)
     assert intervened() == ()
     assert intervened(overwrite=True) == KINDS

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvjax.intervene.attribution_patching import attribution_scores
-from kvjax.intervene.neurons import head_spectra, neuron_effects
-from kvjax.intervene.pair_runs import DENOISING, PairProgram
+from kvjax.execution.over_pairs import OverPairs
+from kvjax.intervene.kinds.attribution_patching import ScoreByGradients
+from kvjax.intervene.kinds.neurons import head_spectra, neuron_effects
 from kvjax.intervene.paths import all_edges, all_senders
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
@@ -107,11 +107,9 @@ def test_spectra_are_those_of_the_whole_matrices(model):
 @pytest.fixture(scope="module")
 def scores(model, encoded):
     _, params, config = model
-
-    def measure(params, batch, extra, window):
-        return attribution_scores(params, config, batch, window=window, direction=DENOISING)
-
-    return PairProgram(encoded, config, tokens_per_batch=2000).run(measure, jax.tree.map(lambda x: x[None], params))
+    return OverPairs(encoded, tokens_per_batch=2000).run(
+        ScoreByGradients(config), jax.tree.map(lambda x: x[None], params)
+    )
 
 
 def test_attribution_scores_are_first_order_effects(model, encoded, scores):

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvjax.intervene.pair_runs import DIRECTIONS, PairProgram
-from kvjax.intervene.patching import component_places, patching_effects, stage_places
-from kvjax.intervene.paths import all_edges, path_effects
+from kvjax.execution.over_pairs import OverPairs
+from kvjax.intervene.kinds.activation_patching import patching_effects
+from kvjax.intervene.kinds.path_patching import path_effects
+from kvjax.intervene.pair_runs import DIRECTIONS
+from kvjax.intervene.paths import all_edges
+from kvjax.intervene.places import component_places, stage_places
 from kvjax.task.corruption import PAIR_ROLES
 from tests.oracles.patching import Node, Receiver, activation_patch, difference, path_patches
 
@@ -32,10 +35,10 @@ def oracle_place(place):
 
 @functools.cache
 def measuring(function, config, **given):
-    """Returns what measures one direction, which is an argument: both are compiled at once, as in an analysis."""
+    """Makes the measurement of one direction, which is an argument, so that both are one program."""
 
-    def measure(params, batch, extra, window, direction):
-        return function(params, config, batch, window=window, direction=direction, **given)
+    def measure(params, batch, direction):
+        return function(params, config, batch.pairs, window=batch.window, direction=direction, **given)
 
     return measure
 
@@ -43,7 +46,7 @@ def measuring(function, config, **given):
 @pytest.fixture(scope="module", params=DIRECTIONS)
 def patched(request, model, encoded):
     _, params, config = model
-    program = PairProgram(encoded, config, tokens_per_batch=300)
+    program = OverPairs(encoded, tokens_per_batch=300)
     measure = measuring(patching_effects, config, places=tuple(PLACES.values()))
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
     base, source = tokens if request.param == "denoising" else tokens[::-1]
@@ -85,7 +88,7 @@ def test_every_place_and_position_equals_plain_patching(patched, model, encoded,
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_path_equals_plain_path_patching(model, encoded, direction):
     module, params, config = model
-    program = PairProgram(encoded, config, tokens_per_batch=300, devices=2)
+    program = OverPairs(encoded, tokens_per_batch=300, devices=2)
     measure = measuring(path_effects, config)
     ours = program.run(measure, stack(params, 2), jnp.int32(DIRECTIONS.index(direction)))["difference"]
     np.testing.assert_array_equal(ours[0], ours[1])

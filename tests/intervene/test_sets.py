@@ -1,16 +1,20 @@
 """Component sets and states across checkpoints, each against PyTorch doing the same to one stream at a time."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 import torch
 
-from kvjax.intervene.across_checkpoints import ROLES, across_effects
-from kvjax.intervene.necessity import growing_sets, pair_donors, set_effects, sets_to_ablate, token_outputs
-from kvjax.intervene.pair_runs import PairProgram
-from kvjax.intervene.patching import component_places, stage_places
+from kvjax.execution.over_pairs import OverPairs
+from kvjax.intervene.kinds.across_checkpoints import ROLES, TakeStates
+from kvjax.intervene.kinds.component_sets import (
+    AblateSets,
+    growing_sets,
+    pair_donors,
+    sets_to_ablate,
+    token_outputs,
+)
+from kvjax.intervene.places import component_places, stage_places
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.encoding import microbatches
 from kvjax.task.pair_encoding import encode_clean_streams
@@ -47,10 +51,6 @@ def pytorchs(module, encoded, chosen, value_of):
         return difference(forward(module, torch.tensor(encoded.clean_tokens).long(), edits)["out",], encoded)
 
 
-def measure(tree, batch, donors, window, config):
-    return set_effects(tree, config, batch, donors)
-
-
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
 def test_sets_are_ablated_as_in_pytorch(model, encoded, sets, baseline):
     module, params, config = model
@@ -62,8 +62,8 @@ def test_sets_are_ablated_as_in_pytorch(model, encoded, sets, baseline):
     if baseline == "zero":
         values = jax.tree.map(np.zeros_like, values)
     tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
-    program = PairProgram(encoded, config, tokens_per_batch=400)
-    ours = program.run(functools.partial(measure, config=config), tree)["difference"][0]
+    program = OverPairs(encoded, tokens_per_batch=400)
+    ours = program.run(AblateSets(config), tree)["difference"][0]
 
     def value_of(place, at, x):
         value = values[place.site][place.layer, 0, 0]
@@ -79,7 +79,7 @@ def test_resampled_sets_take_other_streams_outputs_of_the_same_role_and_split(mo
     pairs, vocabulary = pair_set
     clean, rows = encode_clean_streams(pairs, vocabulary, max_seq_len=config.max_seq_len)
     assert (clean.tokens[rows][:, : encoded.clean_tokens.shape[1]] == encoded.clean_tokens).all()
-    program = PairProgram(encoded, config, tokens_per_batch=400)
+    program = OverPairs(encoded, tokens_per_batch=400)
     donors = pair_donors(clean, rows, program.buckets)
     length = clean.tokens.shape[1]
     by_pair = np.tile(np.arange(encoded.clean_tokens.shape[1]), (len(encoded), 1))
@@ -96,7 +96,7 @@ def test_resampled_sets_take_other_streams_outputs_of_the_same_role_and_split(mo
     batches, _ = microbatches(clean, np.arange(len(clean)), 4)
     outputs = jax.device_get(token_outputs(config, params, batches))
     tree = jax.tree.map(lambda x: x[None], {"params": params, "values": outputs, "sets": sets})
-    ours = program.run(functools.partial(measure, config=config), tree, per_bucket=donors)["difference"][0]
+    ours = program.run(AblateSets(config), tree, donors=donors)["difference"][0]
     with torch.no_grad():
         trace = forward(module, torch.tensor(clean.tokens).long())
 
@@ -111,13 +111,10 @@ def test_resampled_sets_take_other_streams_outputs_of_the_same_role_and_split(mo
 def test_states_across_checkpoints_as_in_pytorch(model, other_model, encoded):
     module, params, config = model
     other_module, other_params = other_model
-    program = PairProgram(encoded, config, tokens_per_batch=2000)
+    program = OverPairs(encoded, tokens_per_batch=2000)
     both = jax.tree.map(lambda a, b: np.stack([a, b]), params, other_params)
 
-    def measure(params, batch, extra, window, others):
-        return across_effects(params, config, batch, others)
-
-    ours = program.run(measure, both, both)["difference"]  # [A, N, B, stages, roles]
+    ours = program.run(TakeStates(config), both, both)["difference"]  # [A, N, B, stages, roles]
     tokens = torch.tensor(encoded.clean_tokens).long()
     with torch.no_grad():
         theirs = forward(other_module, tokens)

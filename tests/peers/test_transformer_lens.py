@@ -10,8 +10,10 @@ import torch
 from kvjax.converters.to_flax import to_flax
 
 from kvjax.config.run import ModelConfig
-from kvjax.intervene.pair_runs import DENOISING, PairProgram
-from kvjax.intervene.patching import component_places, patching_effects, stage_places
+from kvjax.execution.over_pairs import OverPairs
+from kvjax.intervene.kinds.activation_patching import patching_effects
+from kvjax.intervene.pair_runs import DENOISING
+from kvjax.intervene.places import component_places, stage_places
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.transforms import plain_forward
 from kvjax.task.benchmark import Benchmark
@@ -242,12 +244,12 @@ def test_patching_of_kvjax(small_benchmark, tmp_path):
     config = DecoderConfig.from_model_config(MODEL, vocab_size, tied=False)
     places = stage_places(MODEL.n_layers) | component_places(MODEL.n_layers, MODEL.n_heads)
 
-    def measure(params, batch, extra, window):
+    def measure(params, batch):
         return patching_effects(
-            params, config, batch, window=window, direction=DENOISING, places=tuple(places.values())
+            params, config, batch.pairs, window=batch.window, direction=DENOISING, places=tuple(places.values())
         )
 
-    program = PairProgram(encoded, config, tokens_per_batch=400)
+    program = OverPairs(encoded, tokens_per_batch=400)
     ours = program.run(measure, jax.tree.map(lambda x: x[None], params))["difference"][0]
     rows, target = np.arange(len(encoded)), encoded.is_target.argmax(axis=1)
     theirs = patch_arrays(

@@ -2,20 +2,31 @@
 
 At one stage and one position of the affected reads a subspace of rank r is removed (the state's part in it is set to
 the mean's), kept alone (the rest is set to the mean's), or exchanged between the runs of a pair. Subspaces are the row
-space of a trained probe's weights, that of class means, and a random one of the same rank for scale (definitions,
-section 9).
+space of a trained probe's weights, that of class means, and a random one of the same rank for scale.
+
+Definitions: docs/definitions.md, "Interventions".
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.execution.fit_set import probe_labels
+from kvjax.execution.over_pairs import PairBatch
 from kvjax.execution.states_at_reads import form_states
+from kvjax.intervene.inputs import ANSWER_ACCURACY, InterventionInputs, Outcome, number
+from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.pair_runs import NOISING, Effects, effects_under, run_pairs, with_runs
-from kvjax.intervene.patching import over_places, place_mask, stage_index, stage_places
+from kvjax.intervene.places import over_places, place_mask, stage_index, stage_places
+from kvjax.intervene.recovery import means_per_read, recoveries
+from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
@@ -36,7 +47,7 @@ RANDOM_SEED = 0
 def probe_directions(
     config: DecoderConfig, params: Params, fit: EncodedRecords, *, key_ids: np.ndarray, value_ids: np.ndarray
 ) -> dict[str, jax.Array]:
-    """Returns what the subspaces of one checkpoint are made of, from its fit set.
+    """Fits what the subspaces of one checkpoint are made of, on its fit set.
 
     Args:
       config, params: one checkpoint.
@@ -69,7 +80,7 @@ def probe_directions(
 
 
 def orthonormal_bases(directions: dict[str, np.ndarray], rank: int) -> np.ndarray:
-    """Returns the leading orthonormal directions of each subspace, [2 S, `SUBSPACES`, rank, D].
+    """Finds the leading orthonormal directions of each subspace, [2 S, `SUBSPACES`, rank, D].
 
     By singular value decomposition on the host: JAX's calls of LAPACK on several CPU devices at once can block. Random
     subspaces are drawn once per stage and position, the same for every checkpoint.
@@ -88,13 +99,13 @@ def orthonormal_bases(directions: dict[str, np.ndarray], rank: int) -> np.ndarra
 def subspace_effects(
     tree: dict, config: DecoderConfig, batch: EncodedPairs, *, window: int, num_values: int
 ) -> Effects:
-    """Returns the metric of clean runs with a subspace removed, kept alone, or exchanged with the corrupted run's.
+    """Runs clean streams with a subspace removed, kept alone, or exchanged with the corrupted run's.
 
     Args:
       tree: one checkpoint's `params`, `mean` [2 S, D] and `bases` [2 S, subspaces, rank, D].
       config: its shape.
       batch: a microbatch of pairs.
-      window: positions computed where p_e alone is edited.
+      window: positions computed if p_e alone is edited.
       num_values: of the vocabulary.
 
     Returns:
@@ -152,8 +163,111 @@ def subspace_effects(
 
 
 def usable_ranks(width: int, num_values: int) -> tuple[int, ...]:
-    """Returns the ranks of `RANKS` that leave something outside, none above what probes and class means span.
+    """Lists the ranks of `RANKS` that leave something outside, none above what probes and class means span.
 
     Targets that sum to one, and means around their own mean, span one direction less than there are values.
     """
     return tuple(sorted({min(rank, num_values - 1) for rank in RANKS if min(rank, num_values - 1) < width}))
+
+
+@dataclasses.dataclass(frozen=True)
+class EditSubspaces:
+    """The measurement: every subspace removed, kept alone and exchanged."""
+
+    config: DecoderConfig
+    num_values: int
+
+    def __call__(self, tree: dict[str, Any], batch: PairBatch) -> Effects:
+        """Runs `subspace_effects`."""
+        return subspace_effects(tree, self.config, batch.pairs, window=batch.window, num_values=self.num_values)
+
+
+def analyse(inputs: InterventionInputs) -> Outcome:
+    """Removes, keeps alone and exchanges every stage's probe, class-mean and random subspaces."""
+    ids = {
+        "key_ids": tuple(inputs.vocabulary.key_ids.tolist()),
+        "value_ids": tuple(inputs.vocabulary.value_ids.tolist()),
+    }
+    directions = inputs.each_checkpoint(functools.partial(_directions, **ids), inputs.fit_bucket.batches)
+    num_values = len(inputs.vocabulary.value_tokens)
+    ranks = usable_ranks(inputs.config.d_model, num_values)
+    bases = np.stack(
+        [
+            orthonormal_bases({name: x[c] for name, x in directions.items()}, max(ranks))
+            for c in range(len(inputs.steps))
+        ]
+    )
+    tree = {"params": inputs.stacked, "mean": directions["mean"], "bases": bases}
+    arrays = inputs.over_pairs.run(EditSubspaces(inputs.config, num_values), tree)
+    dataset = inputs.dataset(
+        stage=stage_places(inputs.config.n_layers),
+        position_role=POSITIONS,
+        subspace=SUBSPACES,
+        subspace_rank=ranks,
+        operation=OPERATIONS,
+    )
+    dims = ("statistic", "pair_kind", "step", "stage", "position_role", "subspace", "subspace_rank", "operation")
+    lost = recoveries(inputs.groups, arrays["difference"], arrays["difference_base"], arrays["difference_source"])
+    meaning = "share of the clean run's lead over the corrupted one that is lost"
+    dataset["loss"] = (dims, lost, {"long_name": meaning, "units": "1"})
+    accuracy = means_per_read(inputs.groups, arrays["clean_correct"])
+    dataset["clean_answer_accuracy"] = (
+        dims,
+        accuracy,
+        ANSWER_ACCURACY,
+    )
+    effects = []
+    for operation in OPERATIONS:
+        for k, kind in enumerate(inputs.groups.kinds):
+            for c, step in enumerate(inputs.steps):
+                for role in POSITIONS:
+                    at = dataset["loss"].sel(statistic="estimate", operation=operation, position_role=role)
+                    at = at.isel(pair_kind=k, step=c)
+                    gap = (at.sel(subspace="probe") - at.sel(subspace="random")).values  # [stages, ranks]
+                    if not np.isfinite(gap).any():
+                        continue
+                    stage, rank = np.unravel_index(np.nanargmax(gap if operation != "kept" else -gap), gap.shape)
+                    here = {"stage": int(stage), "subspace_rank": int(rank)}
+                    effects.append(
+                        {
+                            "operation": operation,
+                            "pair_kind": kind,
+                            "step": step,
+                            "position_role": role,
+                            "stage": str(dataset["stage"].values[stage]),
+                            "rank": int(ranks[rank]),
+                            "loss": {s: number(at.isel(here).sel(subspace=s)) for s in SUBSPACES},
+                        }
+                    )
+    summary = {
+        "baseline": {"clean": inputs.baseline(arrays, "base"), "corrupted": inputs.baseline(arrays, "source")},
+        "effects": effects,
+        "controls": {"random_subspaces": "of the same rank, beside each effect"},
+    }
+    return Outcome(dataset, summary)
+
+
+def summary_lines(document: Mapping[str, Any]) -> list[str]:
+    """Writes where probe and random subspaces of one rank differ most."""
+    lines = ["share of the clean run's lead lost, where probe and random subspace of one rank differ most:"]
+    for e in document["effects"]:
+        if e["step"] == center_step(document) and e["loss"]["probe"] is not None:
+            losses = ", ".join(f"{name} {cell(value, '.2f')}" for name, value in e["loss"].items())
+            where = f"rank {e['rank']:<2} of {e['stage']} at {e['position_role']}"
+            lines.append(f"{e['pair_kind']:<6} {e['operation']:<9} {where}: {losses}")
+    return lines
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("key_ids", "value_ids"))
+def _directions(
+    config: DecoderConfig,
+    params: Params,
+    fit: EncodedRecords,
+    *,
+    key_ids: tuple[int, ...],
+    value_ids: tuple[int, ...],
+) -> dict[str, jax.Array]:
+    return probe_directions(config, params, fit, key_ids=np.array(key_ids), value_ids=np.array(value_ids))
+
+
+KIND = Kind("subspaces", analyse, summary_lines)

@@ -1,4 +1,4 @@
-"""Attribution patching: a first-order screen of what activation and path patching would find.
+"""Attribution patching: a first-order screen for activation and path patching, beside the exact effects.
 
 A node's score is the change of its output between the runs times the metric's gradient there; a path's, the change of
 the sender's output times the gradient at the receiver's input. Gradients are taken in the base run, or averaged along
@@ -10,16 +10,31 @@ Source: Nanda, Attribution patching (2023); Syed et al. (2023); Hanna et al., Ha
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kvjax.intervene.pair_runs import PairRuns, answer_effects, run_pairs
+from kvjax.execution.over_pairs import PairBatch
+from kvjax.intervene.inputs import InterventionInputs, Outcome, number
+from kvjax.intervene.kinds import activation_patching, path_patching
+from kvjax.intervene.kinds.activation_patching import split_positions
+from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.pair_runs import DENOISING, PairRuns, answer_effects, run_pairs
 from kvjax.intervene.paths import all_edges, all_senders, sender_changes
+from kvjax.intervene.places import component_places, stage_places
+from kvjax.intervene.recovery import means_per_read
+from kvjax.intervene.summary_text import cell, center_step
+from kvjax.measure.statistics import spearman
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import before_layer
 from kvjax.model.sites import SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
+from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
 METHODS = ("gradient", "integrated_gradients")
@@ -32,7 +47,7 @@ _TRACE = ("embedding", "head_z", "mlp_out", "post_attn", "post_mlp")
 def attribution_scores(
     params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int, direction: jax.Array | int
 ) -> dict[str, jax.Array]:
-    """Returns the first-order effect on the metric of patching each node and each direct path.
+    """Scores the first-order effect on the metric of patching each node and each direct path.
 
     Returns:
       For each of `METHODS`: `nodes/<method>` [B, senders] and `edges/<method>` [B, edges], in the order of
@@ -55,10 +70,10 @@ def attribution_scores(
 
 
 def _gradients(params: Params, config: DecoderConfig, runs: PairRuns, share: jax.Array) -> Trace:
-    """Returns the metric's gradient at every output and input, in the run whose embedding lies `share` of the way.
+    """Takes the metric's gradient at every output and input, in the run whose embedding lies `share` of the way.
 
-    Each site's layers are differentiated one at a time: its activation there is replaced by itself, so that what
-    reaches the answer through later layers counts.
+    Each site's layers are differentiated one at a time: its activation there is replaced by itself, so that
+    every way to the answer through later layers counts.
     """
     batch, apply = runs.batch, plain_forward(config)
     own, other = runs.base.trace["embedding"], runs.source.trace["embedding"]
@@ -115,3 +130,78 @@ def _edge_scores(config: DecoderConfig, changes: jax.Array, gradients: Trace) ->
             x = x[receiver.layer, receiver.head]
         columns.append(x)
     return jnp.stack(columns, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreByGradients:
+    """The measurement: first-order scores of every node and path, denoising."""
+
+    config: DecoderConfig
+
+    def __call__(self, params: Params, batch: PairBatch) -> dict[str, jax.Array]:
+        """Runs `attribution_scores`."""
+        return attribution_scores(params, self.config, batch.pairs, window=batch.window, direction=DENOISING)
+
+
+def analyse(inputs: InterventionInputs) -> Outcome:
+    """Scores every node and path to first order, beside the exact effects, denoising."""
+    scores = inputs.over_pairs.run(ScoreByGradients(inputs.config), inputs.stacked)
+    places = component_places(inputs.config.n_layers, inputs.config.n_heads)
+    everything = tuple((stage_places(inputs.config.n_layers) | places).values())
+    nodes = activation_patching.patched(inputs, everything)[DENOISING]
+    paths = path_patching.patched(inputs)[DENOISING]
+    senders = all_senders(inputs.config.n_layers, inputs.config.n_heads)
+    edges = all_edges(inputs.config.n_layers, inputs.config.n_heads)
+    dataset = inputs.dataset(
+        method=METHODS,
+        node=[sender.name for sender in senders],
+        path=[f"{edge.sender.name}->{edge.receiver.name}" for edge in edges],
+        pair=inputs.pair_ids,
+    )
+    whole = split_positions(nodes["difference"], len(PAIR_ROLES))[1][..., -1]
+    whole = whole[:, :, [0, *(everything.index(place) for place in places.values())]]  # the embedding, then components
+    exact = {"nodes": whole - nodes["difference_base"][..., None]}
+    exact["edges"] = paths["difference"] - paths["difference_base"][..., None]
+    correlations: list[dict[str, Any]] = []
+    for what, dim in (("nodes", "node"), ("edges", "path")):
+        dims = ("statistic", "pair_kind", "step", dim)
+        measured = means_per_read(inputs.groups, exact[what])
+        meaning = "change of the metric when patched, mean over reads"
+        dataset[f"{dim}_exact"] = (dims, measured, {"long_name": meaning, "units": "logits"})
+        screened = np.stack([means_per_read(inputs.groups, scores[f"{what}/{m}"]) for m in METHODS], axis=1)
+        meaning = "first-order estimate of that change, mean over reads"
+        dataset[f"{dim}_score"] = (
+            ("statistic", "method", *dims[1:]),
+            screened,
+            {"long_name": meaning, "units": "logits"},
+        )
+        dataset[f"{dim}_score_by_pair"] = (
+            ("method", "step", "pair", dim),
+            np.stack([scores[f"{what}/{m}"] for m in METHODS]).astype(np.float32),
+            {"long_name": f"{meaning}, summed over a pair's reads", "units": "logits"},
+        )
+        for m, method in enumerate(METHODS):
+            for k, kind in enumerate(inputs.groups.kinds):
+                for c, step in enumerate(inputs.steps):
+                    correlations.append(
+                        {
+                            "of": what,
+                            "method": method,
+                            "pair_kind": kind,
+                            "step": step,
+                            "rank_correlation": number(spearman(screened[0, m, k, c], measured[0, k, c])),
+                        }
+                    )
+    return Outcome(dataset, {"baseline": {}, "effects": {"rank_correlation_with_exact": correlations}, "controls": {}})
+
+
+def summary_lines(document: Mapping[str, Any]) -> list[str]:
+    """Writes how first-order scores and exact effects correlate by rank."""
+    lines = ["rank correlation of first-order scores with exact effects:"]
+    for e in document["effects"]["rank_correlation_with_exact"]:
+        if e["step"] == center_step(document):
+            lines.append(f"{e['of']:<6} {e['method']:<21} {e['pair_kind']:<6} {cell(e['rank_correlation'], '5.2f')}")
+    return lines
+
+
+KIND = Kind("attribution", analyse, summary_lines)

@@ -1,0 +1,139 @@
+"""Residual states across checkpoints: A run on with a stage's states of B.
+
+Whether A's later layers can read B's state at a stage says which half of the mechanism changed between the two.
+`final_norm` is B's state through A's unembedding.
+
+Definitions: docs/definitions.md, "Interventions".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.execution.over_pairs import PairBatch
+from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, InterventionInputs, Outcome, numbers
+from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, answer_effects
+from kvjax.intervene.places import over_places, patch_edit, stage_places
+from kvjax.intervene.recovery import means_per_read
+from kvjax.intervene.summary_text import cell
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.restart import restart, run_clean
+from kvjax.model.sites import take_positions
+from kvjax.task.corruption import PAIR_ROLES
+from kvjax.task.pair_encoding import EncodedPairs
+
+ROLES = ("all", *PAIR_ROLES)
+
+
+def across_effects(params: Params, config: DecoderConfig, batch: EncodedPairs, stacked_others: Any) -> Effects:
+    """Runs the clean streams at checkpoint A with each stage taken from each checkpoint B.
+
+    Args:
+      params: of checkpoint A.
+      config: the shape of all.
+      batch: a microbatch of pairs.
+      stacked_others: parameters of the checkpoints B, stacked on a leading axis.
+
+    Returns:
+      Of each of `answer_effects`: `<name>` [B, others, stages, `ROLES`], and A's own `<name>_base` [B].
+    """
+    tokens = jnp.asarray(batch.clean_tokens)
+    logits, own = run_clean(params, config, tokens, PAIR_CAPTURE)
+    base = answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)
+    roles = jnp.asarray(batch.roles)
+    masks = jnp.concatenate(
+        [jnp.ones((1, *roles.shape), bool), roles[None] == jnp.arange(len(PAIR_ROLES))[:, None, None]]
+    )
+
+    def taken_from(other: Params) -> Effects:
+        _, theirs = run_clean(other, config, tokens, PAIR_CAPTURE)
+
+        def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
+            def at_role(mask_BxT: jax.Array) -> Effects:
+                edits = patch_edit(config, theirs, site, layer, head, mask_BxT)
+                read = restart(params, config, own, edits, layer=layer, positions_BxQ=batch.prediction_positions)
+                return answer_effects(read, batch)
+
+            return jax.lax.map(at_role, masks)
+
+        return over_places(tuple(stage_places(config.n_layers).values()), config.n_layers, at_stage)
+
+    found = jax.lax.map(taken_from, stacked_others)
+    return {name: jnp.moveaxis(x, -1, 0) for name, x in found.items()} | {f"{n}_base": x for n, x in base.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TakeStates:
+    """The measurement: one checkpoint run on with the states of all."""
+
+    config: DecoderConfig
+
+    def __call__(self, params: Params, batch: PairBatch, stacked_others: Params) -> Effects:
+        """Runs `across_effects`."""
+        return across_effects(params, self.config, batch.pairs, stacked_others)
+
+
+def analyse(inputs: InterventionInputs) -> Outcome:
+    """Runs each checkpoint on with each stage's states of each other."""
+    stages = list(stage_places(inputs.config.n_layers))
+    arrays = inputs.over_pairs.run(TakeStates(inputs.config), inputs.stacked, inputs.stacked)
+    dataset = inputs.dataset(states_of=inputs.steps, stage=stages, position_role=ROLES)
+    dims = ("statistic", "pair_kind", "step", "states_of", "stage", "position_role")
+    metric = means_per_read(inputs.groups, arrays["difference"])
+    dataset["metric"] = (dims, metric, CLEAN_METRIC)
+    accuracy = means_per_read(inputs.groups, arrays["clean_correct"])
+    dataset["answer_accuracy"] = (dims, accuracy, ANSWER_ACCURACY)
+    dataset["stage"].attrs["note"] = (
+        "step is run on with the states of states_of; final_norm goes through step's unembedding"
+    )
+    effects = []
+    for a, b in np.ndindex(len(inputs.steps), len(inputs.steps)):
+        for s, stage in enumerate(stages):
+            by_kind = {
+                kind: {
+                    "metric": numbers(metric[:, k, a, b, s, 0]),
+                    "answer_accuracy": numbers(accuracy[:, k, a, b, s, 0]),
+                }
+                for k, kind in enumerate(inputs.groups.kinds)
+            }
+            effects.append({"step": inputs.steps[a], "states_of": inputs.steps[b], "stage": stage, **by_kind})
+    same = np.abs(
+        arrays["difference"][np.arange(len(inputs.steps)), :, np.arange(len(inputs.steps))]
+        - arrays["difference_base"][..., None, None]
+    )
+    return Outcome(
+        dataset,
+        {
+            "baseline": {"clean": inputs.baseline(arrays, "base")},
+            "effects": effects,
+            "controls": {"largest_effect_of_own_states_in_logits": float(same.max())},
+            "notes": ["final_norm is the state of states_of through the unembedding of step"],
+        },
+    )
+
+
+def summary_lines(document: Mapping[str, Any]) -> list[str]:
+    """Writes the answer accuracy of the first checkpoint with states of the last, and the other way round."""
+    first, last = document["steps"][0], document["steps"][-1]
+    lines = [f"answer accuracy of {first} run on with the states of {last}, and of {last} with those of {first}:"]
+    for effect in document["effects"]:
+        if (effect["step"], effect["states_of"]) == (first, last):
+            back = next(
+                e
+                for e in document["effects"]
+                if (e["step"], e["states_of"], e["stage"]) == (last, first, effect["stage"])
+            )
+            kind = next(iter(document["pairs"]["counts"]))
+            there, here = effect[kind]["answer_accuracy"]["estimate"], back[kind]["answer_accuracy"]["estimate"]
+            lines.append(f"{effect['stage']:<20} {cell(there, '6.3f')} {cell(here, '6.3f')}")
+    return lines
+
+
+KIND = Kind("across_checkpoints", analyse, summary_lines)

@@ -1,0 +1,261 @@
+"""Activation patching: one run with an activation of the other, at every place and position.
+
+Residual stages, every head's z and every MLP's output; at every position that a change can reach, at all positions of
+each role, and at all positions. Nothing before the first changed token differs between the runs, so that only the
+positions from there to the last affected read are computed, on top of the base run's keys and values.
+
+Definitions: docs/definitions.md, "Interventions".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from kvjax.execution.over_pairs import PairBatch
+from kvjax.intervene.inputs import ANSWER_ACCURACY, InterventionInputs, Outcome, numbers
+from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.pair_runs import (
+    DENOISING,
+    DIRECTIONS,
+    Effects,
+    PairRuns,
+    both_directions,
+    effects_under,
+    run_pairs,
+    with_runs,
+)
+from kvjax.intervene.pair_tables import PAIR_METRIC, RECOVERY, each_direction, largest_recoveries, put_runs
+from kvjax.intervene.places import Place, component_places, over_places, patch_edit, stage_places
+from kvjax.intervene.recovery import means_per_read, recoveries
+from kvjax.intervene.summary_text import cell, center_step, largest_by_pair_kind
+from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.task.corruption import PAIR_ROLES
+from kvjax.task.pair_encoding import EncodedPairs
+
+ROLES = (*PAIR_ROLES[1:], "all", PAIR_ROLES[0])
+
+
+def position_masks(runs: PairRuns) -> jax.Array:
+    """Lists where to patch, bool [K, B, T]: each position of the window, then those of each role, then all.
+
+    Roles are `PAIR_ROLES` but the first, `before`, which lies outside the window.
+    """
+    batch, window = runs.batch, runs.window_BxW.shape[1]
+    positions = jnp.arange(batch.clean_tokens.shape[1])
+    offsets_BxT = positions[None] - batch.first_changed[:, None]
+    reached_BxT = positions[None] <= batch.last_affected[:, None]
+    single = (offsets_BxT[None] == jnp.arange(window)[:, None, None]) & reached_BxT[None]
+    by_role = jnp.asarray(batch.roles)[None] == jnp.arange(1, len(PAIR_ROLES))[:, None, None]
+    return jnp.concatenate([single, by_role, jnp.ones((1, *offsets_BxT.shape), bool)])
+
+
+def patching_effects(
+    params: Params,
+    config: DecoderConfig,
+    batch: EncodedPairs,
+    *,
+    window: int,
+    direction: jax.Array | int,
+    places: Sequence[Place],
+) -> Effects:
+    """Patches every place at the positions of `position_masks`, and before the change.
+
+    Args:
+      params, config: one checkpoint.
+      batch: a microbatch of pairs.
+      window: positions computed, from the first changed one on.
+      direction: which run is patched, an index into `DIRECTIONS`; may be traced.
+      places: what to patch.
+
+    Returns:
+      Of each of `answer_effects`: `<name>` [B, places, K]; `<name>_base`, `<name>_source` [B]; and
+      `<name>_before` [B, places], patched at all positions before the change with nothing left out of the
+      computation: a control that must equal the base.
+    """
+    runs = run_pairs(params, config, batch, direction, window=window)
+    masks = position_masks(runs)
+    before_BxT = jnp.asarray(batch.roles) == PAIR_ROLES.index("before")
+
+    def patched(site: str, layer: jax.Array | int, head: jax.Array, mask_BxT: jax.Array, *, windowed: bool) -> Effects:
+        edits = patch_edit(config, runs.source, site, layer, head, mask_BxT)
+        return effects_under(params, config, runs, edits, layer, windowed=windowed)
+
+    def of_place(site: str, layer: jax.Array | int, head: jax.Array) -> tuple[Effects, Effects]:
+        at_masks = jax.lax.map(lambda mask: patched(site, layer, head, mask, windowed=True), masks)
+        return at_masks, patched(site, layer, head, before_BxT, windowed=False)
+
+    at_masks, before = over_places(places, config.n_layers, of_place)
+    result = {name: jnp.moveaxis(x, -1, 0) for name, x in at_masks.items()}
+    return with_runs(result | {f"{name}_before": x.T for name, x in before.items()}, runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchPlaces:
+    """The measurement: every place patched, in both directions."""
+
+    config: DecoderConfig
+    places: tuple[Place, ...]
+
+    def __call__(self, params: Params, batch: PairBatch) -> Effects:
+        """Runs `patching_effects`, [B, directions, …]."""
+
+        def one(direction: jax.Array) -> Effects:
+            return patching_effects(
+                params, self.config, batch.pairs, window=batch.window, direction=direction, places=self.places
+            )
+
+        return both_directions(one)
+
+
+def patched(inputs: InterventionInputs, places: tuple[Place, ...]) -> list[dict[str, np.ndarray]]:
+    """Patches places in every pair at every checkpoint, by direction; once for all kinds that look at it."""
+    return each_direction(inputs.measure_once(PatchPlaces(inputs.config, places)))
+
+
+def analyse(inputs: InterventionInputs) -> Outcome:
+    """Patches every stage, head and MLP at every position and role, in both directions."""
+    stages, components = (
+        stage_places(inputs.config.n_layers),
+        component_places(inputs.config.n_layers, inputs.config.n_heads),
+    )
+    places = stages | components
+    length = inputs.encoded.clean_tokens.shape[1]
+    by_direction = patched(inputs, tuple(places.values()))
+    dataset = inputs.dataset(
+        direction=DIRECTIONS, place=places, position_role=ROLES, position=range(length), pair=inputs.pair_ids
+    )
+    by_role, by_position = [], []
+    for arrays in by_direction:
+        role, position = {}, {}
+        for name in ("difference", "clean_correct"):
+            single, masked = split_positions(arrays[name], len(PAIR_ROLES))
+            role[name] = np.concatenate([masked, arrays[f"{name}_before"][..., None]], axis=-1)
+            position[name] = _at_positions(inputs, single, arrays[f"{name}_base"], length)
+        by_role.append(role)
+        by_position.append(position)
+
+    def recovery(found: list[dict[str, np.ndarray]]) -> np.ndarray:
+        pieces = zip(found, by_direction, strict=True)
+        each = [
+            recoveries(inputs.groups, x["difference"], a["difference_base"], a["difference_source"]) for x, a in pieces
+        ]
+        return np.stack(each, axis=1)
+
+    dims = ("statistic", "direction", "pair_kind", "step", "place")
+    for name, found in (("position_role", by_role), ("position", by_position)):
+        short = name.removeprefix("position_")
+        accuracy = np.stack([means_per_read(inputs.groups, x["clean_correct"]) for x in found], axis=1)
+        has = _has_positions(inputs) if name == "position_role" else True
+        dataset[f"recovery_by_{short}"] = ((*dims, name), np.where(has, recovery(found), np.nan), RECOVERY)
+        accuracy = np.where(has, accuracy, np.nan)
+        dataset[f"clean_answer_accuracy_by_{short}"] = ((*dims, name), accuracy, ANSWER_ACCURACY)
+    own = ("direction", "step", "pair", "place")
+    for name, found in (("position_role", by_role), ("position", by_position)):
+        stacked = np.stack([x["difference"] for x in found]).astype(np.float32)
+        dataset[f"metric_by_{name.removeprefix('position_')}"] = ((*own, name), stacked, PAIR_METRIC)
+    put_runs(dataset, by_direction[DENOISING])
+    controls = max(
+        float(np.nanmax(np.abs(a["difference_before"] - a["difference_base"][..., None]))) for a in by_direction
+    )
+    effects = {
+        "components": largest_recoveries(dataset, "by_role", {"place": list(components), "position_role": "all"}),
+        "stages": _holders(dataset["recovery_by_role"].sel(place=list(stages), position_role=list(ROLES[:-2]))),
+    }
+    return Outcome(
+        dataset,
+        {
+            "baseline": {
+                "clean": inputs.baseline(by_direction[0], "source"),
+                "corrupted": inputs.baseline(by_direction[0], "base"),
+            },
+            "effects": effects,
+            "controls": {"largest_effect_before_the_change_in_logits": controls},
+        },
+    )
+
+
+def summary_lines(document: Mapping[str, Any]) -> list[str]:
+    """Writes the largest recoveries of components, and which positions hold most at each stage."""
+    effects = document["effects"]
+    return [
+        f"recovery at step {center_step(document)} when taken from the clean run, the largest by kind of pair:",
+        *largest_by_pair_kind(document, effects["components"], lambda e: e["place"]),
+        "and stage by stage, from which positions most is recovered:",
+        *_holder_lines(document, effects["stages"]),
+    ]
+
+
+def _holder_lines(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for kind in document["pairs"]["counts"]:
+        own = [e for e in stages if (e["pair_kind"], e["step"]) == (kind, center_step(document))]
+        own = [e for e in own if e["direction"] == "denoising"]
+        held: dict[str, list[str]] = {}
+        for e in own:
+            stage = e["place"].replace("layer_", "L").replace("_post_", ".post_")
+            held.setdefault(e["position_role"], []).append(f"{stage} {cell(e['recovery']['estimate'], '.2f')}")
+        shown = "; ".join(f"{role}: {', '.join(parts)}" for role, parts in held.items())
+        lines.append(f"{kind:<6} {shown or 'no gap between the runs to recover'}")
+    return lines
+
+
+def split_positions(values_CxNxXxK: np.ndarray, roles: int) -> tuple[np.ndarray, np.ndarray]:
+    """Separates what was patched at single positions, [C, N, X, W], from roles and all positions, [C, N, X, roles].
+
+    A pair's window is as long as its bucket's; rows of shorter ones end in NaN.
+    """
+    finite = np.isfinite(values_CxNxXxK).sum(axis=-1)[0, :, 0]  # of each pair: window and roles
+    longest = values_CxNxXxK.shape[-1] - roles
+    single = np.full((*values_CxNxXxK.shape[:-1], longest), np.nan, np.float32)
+    masked = np.empty((*values_CxNxXxK.shape[:-1], roles), np.float32)
+    for size in np.unique(finite):
+        own = finite == size
+        single[:, own, :, : size - roles] = values_CxNxXxK[:, own, :, : size - roles]
+        masked[:, own] = values_CxNxXxK[:, own, :, size - roles : size]
+    return single, masked
+
+
+def _has_positions(inputs: InterventionInputs) -> np.ndarray:
+    """Says whether any pair of a kind has positions of each of `ROLES`, [kinds, 1, 1, roles]."""
+    roles = inputs.encoded.roles
+    has = [
+        [name == "all" or bool((roles[own] == PAIR_ROLES.index(name)).any()) for name in ROLES]
+        for own in inputs.groups.members.values()
+    ]
+    return np.array(has)[:, None, None, :]
+
+
+def _at_positions(
+    inputs: InterventionInputs, single_CxNxXxW: np.ndarray, base_CxN: np.ndarray, length: int
+) -> np.ndarray:
+    """Orders values by position in the stream; those that no change can reach are the base run's."""
+    found = np.broadcast_to(base_CxN[:, :, None, None], (*single_CxNxXxW.shape[:3], length)).copy()
+    for n, first in enumerate(inputs.encoded.first_changed):
+        span = int(inputs.encoded.last_affected[n]) - int(first) + 1
+        found[:, n, :, first : first + span] = single_CxNxXxW[:, n, :, :span]
+    return found
+
+
+def _holders(recovery: xr.DataArray) -> list[dict[str, Any]]:
+    """Finds, for each stage, the role of the positions that hold most of the change."""
+    rows = []
+    ordered = recovery.transpose("direction", "pair_kind", "step", "place", "statistic", "position_role")
+    for at in np.ndindex(*ordered.shape[:4]):
+        here = ordered.values[at]
+        if np.isfinite(here[0]).any():
+            role = int(np.nanargmax(here[0]))
+            labels = {dim: ordered[dim].values[i] for dim, i in zip(ordered.dims, at, strict=False)}
+            row = {dim: int(label) if dim == "step" else str(label) for dim, label in labels.items()}
+            row["position_role"] = str(ordered["position_role"].values[role])
+            rows.append(row | {"recovery": numbers(here[:, role])})
+    return rows
+
+
+KIND = Kind("activation_patching", analyse, summary_lines)
