@@ -142,12 +142,13 @@ class InterventionInputs:
           suffix: `base` or `source`, the run.
 
         Returns:
-          The metric, and the share of affected reads that get the clean stream's answer.
+          The metric, and the shares of affected reads that get the clean and the corrupted stream's answer.
         """
         document: dict[str, Any] = {}
         names = {
             "difference": "metric",
             "clean_correct": "clean_answer_accuracy",
+            "corrupted_correct": "corrupted_answer_accuracy",
         }
         for source, name in names.items():
             means = means_per_read(self.groups, arrays[f"{source}_{suffix}"])

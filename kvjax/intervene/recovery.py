@@ -1,4 +1,4 @@
-"""From the metric of every pair to recoveries with intervals, by kind of pair (docs/definitions.md, section 9)."""
+"""Forms recoveries with intervals from the metric of every pair (docs/definitions.md, "Interventions")."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RESAMPLE_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class PairGroups:
-    """Which pairs are of which kind, how many reads each counts, and the resamples that all intervals share.
+    """The pairs of each kind, the reads that each counts, and the resamples that all intervals share.
 
     Attributes:
-      members: for each of `PAIR_KINDS` that there is, the indices of its pairs.
+      members: the indices of the pairs of each kind; kinds without pairs are left out.
       reads_N: affected reads of each pair.
       counts_KxN: how often each pair is drawn in each resample, within its kind.
     """
@@ -31,7 +31,7 @@ class PairGroups:
 
     @classmethod
     def of(cls, encoded: EncodedPairs) -> PairGroups:
-        """Returns the groups of encoded pairs."""
+        """Groups encoded pairs and draws the resamples."""
         members = {kind: np.flatnonzero(encoded.kinds == index) for index, kind in enumerate(PAIR_KINDS)}
         return cls(
             {kind: own for kind, own in members.items() if len(own)},
@@ -45,7 +45,7 @@ class PairGroups:
 
 
 def means_per_read(groups: PairGroups, sums_CxNxX: np.ndarray) -> np.ndarray:
-    """Returns means over affected reads with intervals, [3, kinds, C, *X], from sums over each pair's reads."""
+    """Divides sums over each pair's reads by the reads: means with 95 % intervals, [3, kinds, C, *X]."""
     reads = np.broadcast_to(groups.reads_N.reshape(1, -1, *[1] * (sums_CxNxX.ndim - 2)), sums_CxNxX.shape)
     return np.stack([_ratio(groups, own, sums_CxNxX, reads) for own in groups.members.values()], axis=1)
 
@@ -53,7 +53,7 @@ def means_per_read(groups: PairGroups, sums_CxNxX: np.ndarray) -> np.ndarray:
 def recoveries(
     groups: PairGroups, patched_CxNxX: np.ndarray, base_CxN: np.ndarray, source_CxN: np.ndarray
 ) -> np.ndarray:
-    """Returns (patched - base) / (source - base) as ratios of means over affected reads, with 95 % intervals.
+    """Forms (patched - base) / (source - base) as ratios of means over affected reads, with 95 % intervals.
 
     Args:
       groups: kinds of pairs, and resamples.
@@ -61,14 +61,14 @@ def recoveries(
       base_CxN, source_CxN: of the two runs without intervention.
 
     Returns:
-      [3, kinds, C, *X]: estimate, low, high; NaN where the interval of the denominator includes 0.
+      [3, kinds, C, *X]: estimate, low, high; NaN if the interval of the denominator includes 0.
     """
     extra = (1,) * (patched_CxNxX.ndim - 2)
     moved = patched_CxNxX - base_CxN.reshape(*base_CxN.shape, *extra)
     gap = (source_CxN - base_CxN).astype(np.float64)
     found = []
     for own in groups.members.values():
-        # The denominator's sign is turned positive, so that resamples divide by what they should.
+        # The denominator is made positive, so that resamples divide by numbers of one sign.
         sign = np.where(gap[:, own].sum(axis=1, keepdims=True) < 0, -1.0, 1.0)
         signed = (sign * gap).reshape(*gap.shape, *extra)
         ratio = _ratio(groups, own, moved * sign.reshape(-1, 1, *extra), np.broadcast_to(signed, moved.shape))
@@ -80,7 +80,7 @@ def recoveries(
 
 
 def _ratio(groups: PairGroups, own: np.ndarray, sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Returns the ratio of sums over some pairs, with its interval: [3, C, *X]."""
+    """Divides sums over some pairs, with the interval of the ratio: [3, C, *X]."""
     values, samples = resampled_ratios(groups.counts_KxN[:, own], sums[:, own], totals[:, own])
     ends = (end.reshape(values.shape) for end in percentile_interval(samples.reshape(len(samples), -1)))
     return np.stack([values, *(np.where(np.isnan(values), np.nan, end) for end in ends)])

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
 from kvjax.intervene.inputs import InterventionInputs
 from kvjax.intervene.kinds import find_kind
@@ -96,6 +97,24 @@ def test_nodes_and_stages(patched, inputs, kind, direction):
         check(recovery.sel(place=stage, position_role="before"), False, (stage, "before"))
         check(recovery.sel(place=stage, position_role="all"), True, (stage, "all"))
     assert patched.summary["controls"]["largest_effect_before_the_change_in_logits"] < 1e-3
+
+
+@pytest.mark.parametrize("run", ["clean", "corrupted"])
+@pytest.mark.parametrize("of", ["clean", "corrupted"])
+def test_baseline_accuracies(patched, inputs, run, of):
+    """PyTorch, one read at a time, answers as often as in one stream or the other as the baseline of a run says."""
+    module = known_circuit(inputs.vocabulary).torch_module()
+    encoded = inputs.encoded
+    tokens = encoded.clean_tokens if run == "clean" else encoded.corrupted_tokens
+    answers = encoded.clean_answers if of == "clean" else encoded.corrupted_answers
+    with torch.no_grad():
+        predicted = module(torch.tensor(tokens).long()).argmax(dim=-1).numpy()
+    for code, kind in enumerate(PAIR_KINDS):
+        reads = [(n, q) for n, q in zip(*np.nonzero(encoded.is_affected), strict=True) if encoded.kinds[n] == code]
+        right = [predicted[n, encoded.prediction_positions[n, q]] == answers[n, q] for n, q in reads]
+        found = patched.summary["baseline"][run][kind]["100"][f"{of}_answer_accuracy"]["estimate"]
+        assert found == pytest.approx(np.mean(right), abs=1e-6)
+        assert np.mean(right) == (run == of), "the planted circuit solves every stream"
 
 
 def test_exact_positions_sum_up_what_roles_hold(patched, inputs):
