@@ -1,11 +1,11 @@
 """Interventions as functions from arrays to arrays, to be jitted, vmapped and differentiated.
 
-Each runs the plain model, so that every place and position is exact whatever is asked for and gradients flow through
-parameters, activations and what replaces them. Studies of whole windows use the restarting engine instead
-(`kvjax intervene`). Layers, heads and masks may be traced; the forward pass is compiled once for each shape and site.
+Each runs the plain model. So every place and position is exact, and gradients flow through parameters, activations and
+replacements. `kvjax intervene` restarts forward passes instead. Layers, heads and masks may be traced; the forward pass
+is compiled once for each shape and site.
 
-All raise `InputError` for a site, layer, head, mask or token that the model does not have, as far as it is known
-beforehand.
+All raise `InputError` for a site, layer, head, mask or token that the model does not have, as far as it is known before
+the program runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError, bad_argument
 from kvjax.intervene.paths import HEAD_INPUTS
 from kvjax.intervene.validation import check_path, check_place, checked_mask, checked_pair, checked_tokens
 from kvjax.model.decoder import DecoderConfig, Params
@@ -35,7 +35,7 @@ def ablate(
     head_value: jax.Array | float = 0.0,
     mlp_value: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Returns the logits [B, T, V] with the outputs of a set of heads and MLPs replaced, by zero or by other values.
+    """Replaces the outputs of a set of heads and MLPs, by zero or by other values, and returns the logits [B, T, V].
 
     >>> import kvjax, jax, jax.numpy as jnp
     >>> from kvjax.model.decoder import Decoder, DecoderConfig
@@ -52,7 +52,7 @@ def ablate(
       tokens_BxT: token ids.
       heads_LxH: bool, the heads whose z is replaced before the output projection.
       mlps_L: bool, the MLPs whose whole output is replaced.
-      head_value, mlp_value: what replaces them: a number, or an array of the axes of `head_z` [L, B, T, H, E] or
+      head_value, mlp_value: the replacements: a number, or an array of the axes of `head_z` [L, B, T, H, E] or
         `mlp_out` [L, B, T, D], each of its length or 1, such as means over a data set.
     """
     tokens, edits = checked_tokens(config, tokens_BxT), {}
@@ -76,7 +76,7 @@ def patch(
     head: jax.Array | int | None = None,
     where_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the logits [B, T, V] of a run with one activation taken from the run on other tokens.
+    """Takes one activation from the run on other tokens, and returns the logits [B, T, V].
 
     >>> import kvjax, jax, jax.numpy as jnp
     >>> from kvjax.model.decoder import Decoder, DecoderConfig
@@ -98,8 +98,8 @@ def patch(
       source_tokens_BxT: the run that the activation comes from; of the same shape.
       site: of `kvjax.model.sites.SITES`, such as `embedding`, `post_attn`, `post_mlp`, `head_z`, `mlp_out`.
       layer: of a site that has layers.
-      head: of `head_z` or a head's input; all heads where None.
-      where_BxT: bool, the positions patched; all where None.
+      head: of `head_z` or a head's input; all heads if None.
+      where_BxT: bool, the positions patched; all if None.
     """
     check_place(config, site, layer, head)
     tokens, source = checked_pair(config, tokens_BxT, source_tokens_BxT)
@@ -120,7 +120,7 @@ def path_patch(
     receiver_layer: jax.Array | int = 0,
     receiver_head: jax.Array | int | None = None,
 ) -> jax.Array:
-    """Returns the logits [B, T, V] of a run with one receiver's input changed along the direct path from a sender.
+    """Changes one receiver's input along the direct path from a sender, and returns the logits [B, T, V].
 
     The input gets the difference of the sender's output between the two runs; everything before the receiver is as in
     the run on `tokens_BxT`, the receiver and everything after it are computed again.
@@ -141,7 +141,7 @@ def path_patch(
       sender: `embedding`, `head_z` (what the head writes through the output projection) or `mlp_out`.
       sender_layer, sender_head: which; the head of `head_z` alone.
       receiver: `query_input`, `key_input`, `value_input`, `mlp_input` or `logits_input`, after the sender.
-      receiver_layer, receiver_head: which; all heads where the head is None.
+      receiver_layer, receiver_head: which; all heads if the head is None.
 
     Raises:
       InputError: sender or receiver is of no such kind, or the receiver does not come after the sender.
@@ -151,7 +151,7 @@ def path_patch(
     if not receiver.endswith("_input"):
         raise InputError(f"path_patch: expected a receiver's input, such as query_input; found {receiver}")
     if sender == "head_z" and sender_head is None:
-        raise unusable("sender_head", "one whole number", sender_head)
+        raise bad_argument("sender_head", "one whole number", sender_head)
     check_place(config, sender, sender_layer, sender_head if sender == "head_z" else None, "sender_")
     check_place(config, receiver, receiver_layer, receiver_head, "receiver_")
     check_path(config, sender, sender_layer, receiver, receiver_layer)
@@ -182,7 +182,7 @@ def across_checkpoints(
     layer: jax.Array | int = 0,
     where_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the logits [B, T, V] of one checkpoint run on with a stage's states of another on the same tokens.
+    """Runs one checkpoint on with a stage's states of another on the same tokens, and returns the logits [B, T, V].
 
     >>> import kvjax, jax, jax.numpy as jnp
     >>> from kvjax.model.decoder import Decoder, DecoderConfig
@@ -201,7 +201,7 @@ def across_checkpoints(
       tokens_BxT: token ids.
       site: `embedding`, `post_attn`, `post_mlp` or `final_norm` (the other's state through this one's unembedding).
       layer: of `post_attn` and `post_mlp`.
-      where_BxT: bool, the positions taken; all where None.
+      where_BxT: bool, the positions taken; all if None.
     """
     if site not in STAGE_SITES:
         raise InputError(f"across_checkpoints: expected a stage among {', '.join(STAGE_SITES)}; found {site}")
@@ -232,7 +232,7 @@ def _run_with(
     where_BxT: jax.Array | None,
     value: jax.Array,
 ) -> jax.Array:
-    """Returns the logits with a site's activation replaced, in one layer and head, at some positions."""
+    """Replaces a site's activation in one layer and head, at some positions, and returns the logits."""
     axes = SITES[site].axes
     sizes = {"L": config.n_layers, "H": config.n_heads}
     mask = jnp.ones((1,) * len(axes), bool)

@@ -15,7 +15,8 @@ from kvjax.intervene import public
 from tests.oracles.patching import Node, Receiver, activation_patch, forward, path_patches, zero_ablate
 
 
-def test_the_examples_of_the_docstrings_run():
+def test_docstring_examples():
+    """The examples in the public functions' docstrings give what they show."""
     found = doctest.testmod(public)
     assert found.attempted >= 20 and found.failed == 0
 
@@ -47,6 +48,7 @@ def close(ours, theirs):
     ],
 )
 def test_patch(model, tokens, site, layer, head, place):
+    """`patch` equals plain PyTorch patching at every kind of site."""
     module, params, config = model
     clean, corrupted = tokens
     where = np.arange(clean.shape[1])[None] % 3 == np.arange(len(clean))[:, None] % 3
@@ -66,6 +68,7 @@ def test_patch(model, tokens, site, layer, head, place):
     ],
 )
 def test_path_patch(model, tokens, sender, receiver):
+    """`path_patch` equals plain PyTorch path patching."""
     module, params, config = model
     clean, corrupted = tokens
     kinds = {"embedding": "embedding", "head_z": "head", "mlp_out": "mlp"}
@@ -91,7 +94,8 @@ def test_path_patch(model, tokens, sender, receiver):
     close(ours, next(iter(path_patches(module, as_torch(corrupted), as_torch(clean), [(node, to)]))))
 
 
-def test_ablate_over_all_heads_at_once(model, tokens):
+def test_ablation_of_every_head_by_vmap(model, tokens):
+    """Ablations of all heads, side by side, equal PyTorch's one after another."""
     module, params, config = model
     masks = jnp.eye(12, dtype=bool).reshape(12, 3, 4)
     ours = jax.vmap(lambda mask: kvjax.ablate(params, config, tokens[0], heads_LxH=mask))(masks)
@@ -102,6 +106,7 @@ def test_ablate_over_all_heads_at_once(model, tokens):
 
 
 def test_across_checkpoints(model, tokens, other_model):
+    """A stage of another checkpoint enters as in PyTorch."""
     module, params, config = model
     other_module, other_params = other_model
     ours = kvjax.across_checkpoints(params, other_params, config, tokens[0], site="post_attn", layer=1)
@@ -109,7 +114,8 @@ def test_across_checkpoints(model, tokens, other_model):
     close(ours, forward(module, as_torch(tokens[0]), {("post_attn", 1): lambda x: theirs})["out",])
 
 
-def test_gradients_flow_through_patches(model, tokens):
+def test_gradients_through_patches(model, tokens):
+    """Gradients flow through parameters and through patched activations."""
     _, params, config = model
     clean, corrupted = tokens
 
@@ -141,13 +147,15 @@ def test_identities(model, tokens):
     np.testing.assert_array_equal(nothing, own)
 
 
-def test_a_config_that_is_not_the_parameters_is_refused(model, tokens):
+def test_config_of_another_model(model, tokens):
+    """Parameters with an own unembedding are refused under the config of a tied model."""
     _, params, config = model
     with pytest.raises(InputError, match="expected a tied unembedding as the config says; found one of its own"):
         kvjax.ablate(params, dataclasses.replace(config, tied=True), tokens[0])
 
 
-def test_unknown_places_are_refused(model, tokens):
+def test_unknown_places(model, tokens):
+    """Sites, senders and receivers that there are not are refused by name."""
     _, params, config = model
     with pytest.raises(InputError, match="expected a site among"):
         kvjax.patch(params, config, *tokens, site="resid_pre")
@@ -174,7 +182,7 @@ def test_unknown_places_are_refused(model, tokens):
         ({"site": "head_z", "where_BxT": np.ones((4, 1), bool)}, "where_BxT: expected truth values of shape"),
     ],
 )
-def test_a_place_that_the_model_does_not_have_is_refused(model, tokens, place, complaint):
+def test_places_outside_the_model(model, tokens, place, complaint):
     """Its mask would be empty, and the unpatched run would read as a patch without effect."""
     _, params, config = model
     with pytest.raises(InputError, match=complaint):
@@ -189,7 +197,8 @@ def test_a_place_that_the_model_does_not_have_is_refused(model, tokens, place, c
         (("mlp_out", 1), ("mlp_input", 1)),
     ],
 )
-def test_a_path_back_is_refused(model, tokens, sender, receiver):
+def test_path_backwards(model, tokens, sender, receiver):
+    """A receiver that does not come after its sender is refused."""
     _, params, config = model
     path = dict(zip(("sender", "sender_layer", "receiver", "receiver_layer"), (*sender, *receiver), strict=True))
     with pytest.raises(InputError, match="path_patch: expected a receiver after its sender"):
@@ -205,17 +214,18 @@ def test_a_path_back_is_refused(model, tokens, sender, receiver):
         ({"heads_LxH": np.ones(4, bool)}, r"heads_LxH: expected truth values of shape \[3, 4\]"),
         ({"heads_LxH": np.eye(3, 4)}, "heads_LxH: expected truth values .*; found float64"),
         ({"mlps_L": np.ones(1, bool)}, r"mlps_L: expected truth values of shape \[3\]; found bool of shape \[1\]"),
-        ({"mlps_L": [1, 0, 0]}, "mlps_L: expected truth values .*; found int64"),
+        ({"mlps_L": np.array([1, 0, 0])}, "mlps_L: expected truth values .*; found int64"),
     ],
 )
-def test_a_mask_of_another_shape_is_refused(model, tokens, masks, complaint):
+def test_masks_of_other_shapes(model, tokens, masks, complaint):
     """It would be spread over heads and layers that nobody chose."""
     _, params, config = model
     with pytest.raises(InputError, match=complaint):
         kvjax.ablate(params, config, tokens[0], **masks)
 
 
-def test_what_is_traced_is_checked_as_far_as_it_is_known(model, tokens):
+def test_traced_arguments(model, tokens):
+    """Of traced arguments the shape and type are checked."""
     _, params, config = model
     for bad in (jnp.arange(3), jnp.array(0.5)):
         with pytest.raises(InputError, match=r"layer: expected one whole number; found (int|float)32 of shape"):
@@ -224,12 +234,13 @@ def test_what_is_traced_is_checked_as_far_as_it_is_known(model, tokens):
         kvjax.path_patch(params, config, *tokens, sender="head_z", sender_head=None, receiver="logits_input")
 
 
-def test_what_is_known_inside_a_program_is_checked_too(model, tokens):
+def test_known_arguments_inside_a_program(model, tokens):
+    """Known tokens are checked inside a program too; traced masks work there."""
     _, params, config = model
     clean = jnp.asarray(tokens[0])
 
     def total(params, first, second):
-        return kvjax.ablate(params, config, clean, mlps_L=[first, second, False]).sum()
+        return kvjax.ablate(params, config, clean, mlps_L=jnp.array([first, second, False])).sum()
 
     ours = jax.jit(total)(params, True, False)
     np.testing.assert_allclose(ours, total(params, True, False), rtol=1e-4)
@@ -238,7 +249,8 @@ def test_what_is_known_inside_a_program_is_checked_too(model, tokens):
         jax.jit(lambda params: kvjax.ablate(params, config, unknown))(params)
 
 
-def test_what_is_no_array_is_refused(model, tokens):
+def test_arguments_that_are_no_arrays(model, tokens):
+    """Lists and tensors of other libraries are refused by the argument's name."""
     _, params, config = model
     with pytest.raises(InputError, match="tokens_BxT: expected an array; found"):
         kvjax.ablate(params, config, [[1, 2], [3]])
@@ -248,13 +260,15 @@ def test_what_is_no_array_is_refused(model, tokens):
         kvjax.patch(params, config, *tokens, site="head_z", layer=torch.tensor(1))
 
 
-def test_only_stages_are_taken_from_other_checkpoints(model, tokens, other_model):
+def test_across_checkpoints_of_a_head(model, tokens, other_model):
+    """States of another checkpoint are those of residual stages alone."""
     _, params, config = model
     with pytest.raises(InputError, match=r"across_checkpoints: expected a stage among embedding, post_attn, .*; found"):
         kvjax.across_checkpoints(params, other_model[1], config, tokens[0], site="head_z", layer=1)
 
 
-def test_tokens_that_the_model_does_not_have_are_refused(model, tokens):
+def test_unusable_tokens(model, tokens):
+    """Unknown ids, too many positions and other shapes or types are refused."""
     _, params, config = model
     clean, corrupted = tokens
     for bad, complaint in (
