@@ -106,11 +106,13 @@ def run(module, encoded, node=None):
 
 
 class TestOracle:
-    def test_the_written_out_forward_is_the_modules(self, module, pairs):
+    def test_written_out_forward(self, module, pairs):
+        """The oracle's written-out forward pass is the module's."""
         tokens = torch.tensor(pairs["swap"].clean_tokens)
         torch.testing.assert_close(forward(module, tokens)["out",], module(tokens), atol=1e-4, rtol=1e-5)
 
-    def test_patching_a_run_into_itself_changes_nothing(self, module, pairs):
+    def test_self_patching(self, module, pairs):
+        """Patching a run into itself changes nothing."""
         tokens = torch.tensor(pairs["value"].clean_tokens)
         clean = forward(module, tokens)["out",]
         for stage in SHOWN_ROLES["value"]:
@@ -118,13 +120,15 @@ class TestOracle:
         edges = list(all_edges(N_LAYERS, N_HEADS))[::20]
         assert all(torch.equal(out, clean) for out in path_patches(module, tokens, tokens, edges))
 
-    def test_a_whole_stage_gives_the_sources_output(self, module, pairs):
+    def test_whole_stage(self, module, pairs):
+        """A whole stage taken from the source gives the source's output."""
         base, source = (torch.tensor(t) for t in (pairs["swap"].corrupted_tokens, pairs["swap"].clean_tokens))
         wanted = forward(module, source)["out",]
         for stage in SHOWN_ROLES["swap"]:
             torch.testing.assert_close(activation_patch(module, base, source, stage_place(stage)), wanted)
 
-    def test_a_path_to_the_logits_skips_everything_between(self, module, pairs):
+    def test_path_to_the_logits(self, module, pairs):
+        """A path to the logits skips everything between."""
         base, source = (torch.tensor(t) for t in (pairs["swap"].corrupted_tokens, pairs["swap"].clean_tokens))
         sent, own = forward(module, source), forward(module, base)
         for sender in list(all_nodes(N_LAYERS, N_HEADS))[::4]:
@@ -133,7 +137,8 @@ class TestOracle:
             (path,) = path_patches(module, base, source, [(sender, Receiver("logits"))])
             torch.testing.assert_close(path, module.lm_head(module.final_norm(final)), atol=1e-4, rtol=1e-4)
 
-    def test_all_paths_from_a_node_together_are_the_patch_of_its_output(self, module, pairs):
+    def test_all_paths_of_a_node(self, module, pairs):
+        """All paths of a node together are the patch of its output."""
         # Every receiver that a head of the second layer has, edited at once: what the sender's output reaches.
         base, source = (torch.tensor(t) for t in (pairs["swap"].corrupted_tokens, pairs["swap"].clean_tokens))
         sender = BINDER
@@ -149,14 +154,16 @@ class TestOracle:
         edits = {tuple(r): lambda _, r=r: patched[tuple(r)] for r in receivers}
         torch.testing.assert_close(forward(module, base, edits)["out",], patched["out",], atol=1e-4, rtol=1e-4)
 
-    def test_the_only_path_of_the_last_mlp_is_the_patch_of_its_output(self, module, pairs):
+    def test_path_of_the_last_mlp(self, module, pairs):
+        """The last MLP's only path is the patch of its output."""
         base, source = (torch.tensor(t) for t in (pairs["query"].corrupted_tokens, pairs["query"].clean_tokens))
         writer = Node("mlp", N_LAYERS - 1)
         (path,) = path_patches(module, base, source, [(writer, Receiver("logits"))])
         patch = activation_patch(module, base, source, node_place(writer))
         torch.testing.assert_close(path, patch, atol=1e-4, rtol=1e-4)
 
-    def test_edges_lead_forward_and_there_are_as_many_as_counted_by_hand(self):
+    def test_number_of_edges(self):
+        """Edges lead forward, and there are as many as counted by hand."""
         edges = list(all_edges(3, 4))
         assert len(set(edges)) == len(edges)
         # Embedding: 36 head inputs, 3 MLPs, logits. A head of layer 0, 1, 2: 24, 12, 0 head inputs; 3, 2, 1 MLPs;
@@ -166,17 +173,20 @@ class TestOracle:
 
 
 class TestTask:
-    def test_it_answers_every_read_of_every_split(self, module, records, benchmark):
+    def test_answers_of_every_split(self, module, records, benchmark):
+        """The circuit answers every read of every split."""
         clean = run(module, records)
         assert accuracy(clean, records) == 1.0
         assert margins(clean, records, benchmark.vocabulary).min() > 8.0
 
     @pytest.mark.parametrize("name", PLANTED_NODES)
-    def test_without_a_planted_component_no_more_than_chance(self, module, records, name):
+    def test_without_a_planted_component(self, module, records, name):
+        """Without one planted component it does no better than chance."""
         # 48 values; four times as many right as guessing would have.
         assert accuracy(run(module, records, PLANTED_NODES[name]), records) < 4 / 48
 
-    def test_without_a_distractor_every_answer_and_nearly_the_margins_stay(self, module, records, benchmark):
+    def test_without_a_distractor(self, module, records, benchmark):
+        """Without a distractor every answer stays, and the margins nearly do."""
         clean = margins(run(module, records), records, benchmark.vocabulary)
         for node in DISTRACTORS:
             ablated = run(module, records, node)
@@ -184,7 +194,8 @@ class TestTask:
             change = margins(ablated, records, benchmark.vocabulary) - clean
             assert np.abs(change / clean).max() < 0.02, node
 
-    def test_heads_attend_where_the_circuit_says(self, module, records):
+    def test_attention_of_planted_heads(self, module, records):
+        """Each planted head attends to its planted position."""
         trace = {}
         module(torch.tensor(records.tokens), trace)
         pattern = {node: trace["pattern"][node.layer][:, node.head] for node in (GATE, BINDER, RETRIEVER)}
@@ -198,7 +209,8 @@ class TestTask:
     @pytest.mark.parametrize("seed", [0, 1])
     @settings(max_examples=30, deadline=None)
     @given(st.data())
-    def test_it_solves_any_stream_of_the_largest_vocabulary(self, large_modules, seed, data):
+    def test_any_stream_of_the_largest_vocabulary(self, large_modules, seed, data):
+        """The circuit solves any stream of the largest vocabulary."""
         vocabulary = Vocabulary.of_size(8, 128)
         keys = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=20))
         values = data.draw(st.lists(st.integers(0, 127), min_size=len(keys), max_size=len(keys), unique=True))
@@ -220,7 +232,8 @@ def large_modules():
 
 
 class TestFlax:
-    def test_both_frameworks_agree(self, circuit, module, records):
+    def test_both_frameworks(self, circuit, module, records):
+        """Flax and PyTorch give the same logits."""
         tokens = records.tokens[::16]
         logits, _ = jax.jit(Decoder(circuit.config).apply)({"params": circuit.params}, tokens)
         wanted = module(torch.tensor(tokens)).numpy()
@@ -228,7 +241,8 @@ class TestFlax:
         np.testing.assert_allclose(np.asarray(logits)[is_token], wanted[is_token], atol=1e-3)
 
     @pytest.mark.parametrize("node", [Node("head", 1, 2), Node("mlp", 1)], ids=lambda node: node.kind)
-    def test_ablating_what_writes_nothing_changes_no_bit(self, circuit, records, node):
+    def test_ablation_of_a_silent_component(self, circuit, records, node):
+        """Ablating a component whose weights are zero changes no bit."""
         params = jax.tree.map(np.array, circuit.params)
         if node.kind == "head":
             params["blocks"]["attn"]["out_proj"]["kernel"][
@@ -275,18 +289,21 @@ class TestPatching:
             assert np.abs(recovery).max() < FALSE, what
 
     def test_paths(self, case, module):
+        """Plain path patching shows every planted path, and no other."""
         kind, _, base, source, recovery_of = case
         edges = list(all_edges(N_LAYERS, N_HEADS))
         for edge, logits in zip(edges, path_patches(module, base, source, edges), strict=True):
             self.check(recovery_of(logits), edge in SHOWN_EDGES[kind], edge)
 
     def test_nodes(self, case, module):
+        """Plain activation patching shows every planted component, and no other."""
         kind, _, base, source, recovery_of = case
         for node in list(all_nodes(N_LAYERS, N_HEADS))[1:]:
             patched = activation_patch(module, base, source, node_place(node))
             self.check(recovery_of(patched), node in SHOWN_NODES[kind], node)
 
     def test_stages_by_role(self, case, module):
+        """Each stage holds the change at the planted role's positions."""
         kind, encoded, base, source, recovery_of = case
         unpatched = forward(module, base)["out",]
         for stage, holder in SHOWN_ROLES[kind].items():

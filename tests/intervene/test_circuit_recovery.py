@@ -84,6 +84,7 @@ def patched(inputs):
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("kind", PAIR_KINDS)
 def test_nodes_and_stages(patched, inputs, kind, direction):
+    """Activation patching shows every planted component and holder, and no other."""
     recovery = patched.dataset["recovery_by_role"].sel(pair_kind=kind, direction=direction, step=100)
     shown = {_name(node) for node in SHOWN_NODES[kind]}
     for name in component_places(N_LAYERS, N_HEADS):
@@ -117,7 +118,7 @@ def test_baseline_accuracies(patched, inputs, run, of):
         assert np.mean(right) == (run == of), "the planted circuit solves every stream"
 
 
-def test_exact_positions_sum_up_what_roles_hold(patched, inputs):
+def test_changed_position(patched, inputs):
     """For value pairs the changed token alone carries the value through the first layers."""
     single = patched.dataset["metric_by_position"].sel(direction="denoising", step=100, place="layer_0_post_mlp").values
     base = patched.dataset["metric_corrupted"].sel(step=100).values
@@ -138,6 +139,7 @@ def paths(inputs):
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("kind", PAIR_KINDS)
 def test_paths(paths, kind, direction):
+    """Path patching shows every planted path, and no other."""
     shown = {
         (s.kind if s.kind == "embedding" else _name(s), SITES[r.kind], r.layer or 0, r.head or 0)
         for s, r in SHOWN_EDGES[kind]
@@ -149,7 +151,8 @@ def test_paths(paths, kind, direction):
         check(found.isel(path=index), key in shown, edge)
 
 
-def test_the_planted_set_is_faithful_complete_and_minimal(inputs):
+def test_planted_set(inputs):
+    """The planted set is faithful, complete and minimal."""
     dataset = find_kind("necessity").analyse(inputs).dataset.sel(step=100)
     for baseline in ("mean", "resample"):
         own = dataset.sel(baseline=baseline, statistic="estimate")
@@ -167,13 +170,14 @@ def test_the_planted_set_is_faithful_complete_and_minimal(inputs):
     assert np.isnan(own["minimality"].sel(component=sorted(outside))).all()
 
 
-def test_a_checkpoint_with_its_own_states_is_itself(inputs):
+def test_own_states(inputs):
+    """A checkpoint run on with its own states is unchanged."""
     outcome = find_kind("across_checkpoints").analyse(inputs)
     assert outcome.summary["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
     assert outcome.dataset.sizes["stage"] == len(stage_places(N_LAYERS))
 
 
-def test_subspaces_hold_the_answer_only_where_it_is(inputs):
+def test_subspaces(inputs):
     """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
     circuit_loss = find_kind("subspaces").analyse(inputs).dataset["loss"].sel(statistic="estimate", step=100)
     loss = circuit_loss.sel(pair_kind="value")

@@ -60,7 +60,8 @@ def folder(small_run):
     return small_run / "analysis" / "interventions"
 
 
-def test_a_call_that_was_stopped_goes_on_where_it_was(intervened, monkeypatch):
+def test_call_after_one_that_stopped(intervened, monkeypatch):
+    """A later call measures only the kinds that the stopped one did not."""
     whole = analysis.find_kind
 
     def stops(inputs):
@@ -78,7 +79,8 @@ def test_a_call_that_was_stopped_goes_on_where_it_was(intervened, monkeypatch):
     assert intervened(overwrite=True) == KINDS
 
 
-def test_other_files_are_measured_anew(intervened, small_run):
+def test_changed_checkpoint(intervened, small_run):
+    """A changed checkpoint of the window is measured anew; others do not matter."""
     intervened()
     other = small_run / "checkpoints" / "step_000300.pt"
     changed = small_run / "checkpoints" / "step_000100.pt"
@@ -91,7 +93,8 @@ def test_other_files_are_measured_anew(intervened, small_run):
     assert intervened() == ()
 
 
-def test_other_settings_do_not_replace_earlier_results_unasked(intervened, folder):
+def test_other_settings(intervened, folder):
+    """Results of other settings are replaced only on request."""
     intervened()
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     for settings, complaint in (
@@ -142,13 +145,14 @@ def arrays_of_another_summary(summary):
 
 
 @pytest.mark.parametrize("damage", [arrays_cut, no_arrays, no_json, other_document, arrays_of_another_summary])
-def test_what_is_damaged_is_measured_again(intervened, folder, damage):
+def test_damaged_results(intervened, folder, damage):
+    """A damaged summary, or damaged arrays, are measured again."""
     intervened()
     damage(folder / "necessity" / "steps_100_200.json")
     assert intervened() == ("necessity",)
 
 
-def test_arrays_left_by_a_call_with_other_settings_are_not_taken_for_the_summarys(intervened, folder):
+def test_arrays_of_another_call(intervened, folder):
     """As where a call was stopped between the two files."""
     intervened()
     summary = folder / "necessity" / "steps_100_200.json"
@@ -158,7 +162,8 @@ def test_arrays_left_by_a_call_with_other_settings_are_not_taken_for_the_summary
     assert intervened(("necessity",)) == ("necessity",)
 
 
-def test_a_checkpoint_that_changes_meanwhile_is_refused(intervened, small_run, monkeypatch):
+def test_checkpoint_that_changes_meanwhile(intervened, small_run, monkeypatch):
+    """A checkpoint that changes between hashing and loading is refused."""
     path = small_run / "checkpoints" / "step_000200.pt"
     real = analysis.file_sha256
 
@@ -175,7 +180,8 @@ def test_a_checkpoint_that_changes_meanwhile_is_refused(intervened, small_run, m
         intervened()
 
 
-def test_another_probe_set_is_refused_too(intervened, small_run, small_benchmark, tmp_path):
+def test_another_probe_set(intervened, small_run, small_benchmark, tmp_path):
+    """Results on another probe set are replaced only on request."""
     intervened()
     other = tmp_path / "other.jsonl"
     generate_probe_set(Benchmark.open(small_benchmark), other, examples_per_split=8, fit_examples=16, seed=99)
@@ -183,7 +189,8 @@ def test_another_probe_set_is_refused_too(intervened, small_run, small_benchmark
         intervened(probe_set=str(other))
 
 
-def test_of_several_runs_none_is_measured_where_one_is_refused(intervened, small_run, tmp_path):
+def test_several_runs_with_one_refused(intervened, small_run, tmp_path):
+    """No run is measured if one of them is refused."""
     other = shutil.copytree(small_run, tmp_path / "second")
     intervened(runs=(other,), pairs_per_kind=3)
     with pytest.raises(InputError, match=r"second/analysis/.*: expected `pairs_per_kind=3`"):
@@ -192,7 +199,8 @@ def test_of_several_runs_none_is_measured_where_one_is_refused(intervened, small
     assert intervened(runs=(small_run, other), pairs_per_kind=3) == KINDS, "of the first alone"
 
 
-def test_what_cannot_be_kept_of_conversions_costs_nothing(intervened, small_run):
+def test_conversions_that_cannot_be_kept(intervened, small_run):
+    """Results are written even if conversions cannot be."""
     (small_run / "analysis").mkdir()
     (small_run / "analysis" / "converted").write_text("in the way")
     assert intervened() == KINDS

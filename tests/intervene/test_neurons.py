@@ -23,7 +23,8 @@ def records(small_benchmark):
     return read_lines(small_benchmark / "test_iid.jsonl")[:3]
 
 
-def test_every_neuron_alone(model, records, small_benchmark):
+def test_neuron_ablation(model, records, small_benchmark):
+    """Margins, write strengths and attributions of single neurons are PyTorch's."""
     module, params, config = model
     benchmark = Benchmark.open(small_benchmark)
     vocabulary = benchmark.vocabulary
@@ -84,7 +85,8 @@ def _bias_attribution(module, records, vocabulary):
     return _attributions(module, records, vocabulary, lambda trace, layer, at: module.blocks[layer].ff.fc_out.bias)
 
 
-def test_spectra_are_those_of_the_whole_matrices(model):
+def test_head_spectra(model):
+    """The singular values are those of the whole W_QK and W_OV."""
     module, params, _ = model
     found = head_spectra(params, 4)
     width = SMALL_MODEL["d_model"] // 4
@@ -112,7 +114,7 @@ def scores(model, encoded):
     )
 
 
-def test_attribution_scores_are_first_order_effects(model, encoded, scores):
+def test_attribution_scores(model, encoded, scores):
     """Gradients by PyTorch's autograd in the corrupted run, times the change of the sender's output."""
     module = model[0]
     clean, corrupted = (torch.tensor(x).long() for x in (encoded.clean_tokens, encoded.corrupted_tokens))
@@ -154,7 +156,7 @@ def test_attribution_scores_are_first_order_effects(model, encoded, scores):
         np.testing.assert_allclose(scores["edges/gradient"][0, :, index], expected, rtol=2e-3, atol=2e-3)
 
 
-def test_integrated_gradients_of_the_embedding_add_up(model, encoded, scores):
+def test_integrated_gradients_of_the_embedding(model, encoded, scores):
     """The embedding's integrated gradient is the whole change of the metric, but for the steps of the integral."""
     module = model[0]
     with torch.no_grad():

@@ -54,7 +54,8 @@ def patched(request, model, encoded):
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_every_place_and_position_equals_plain_patching(patched, model, encoded, name):
+def test_activation_patching(patched, model, encoded, name):
+    """Every place at every position, role and all positions equals plain PyTorch patching."""
     ours, base, source = patched
     module, index = model[0], list(PLACES).index(name)
     at = ours["difference"][0, :, index]  # [N, window + roles + 1]
@@ -86,7 +87,8 @@ def test_every_place_and_position_equals_plain_patching(patched, model, encoded,
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_every_path_equals_plain_path_patching(model, encoded, direction):
+def test_path_patching(model, encoded, direction):
+    """Every direct path equals plain PyTorch path patching."""
     module, params, config = model
     program = OverPairs(encoded, tokens_per_batch=300, devices=2)
     measure = measuring(path_effects, config)

@@ -18,6 +18,7 @@ def groups_of(reads, kinds=None):
 
 
 def test_two_pairs_by_hand():
+    """Recoveries and means are ratios of sums over reads, not means over pairs."""
     groups = groups_of([1, 3])
     base, source = np.array([[-4.0, -2.0]]), np.array([[6.0, 4.0]])  # summed over reads; the gap is 16
     patched = np.array([[[-4.0, 6.0, 1.0], [-2.0, 4.0, 1.0]]])  # [checkpoints, pairs, places]
@@ -27,7 +28,8 @@ def test_two_pairs_by_hand():
     np.testing.assert_allclose(means[0, 0, 0], [-1.5, 2.5, 0.5], atol=1e-6)
 
 
-def test_both_directions_mean_the_same_and_enclose_the_truth():
+def test_recovery_in_both_directions():
+    """Both directions give one number, and its interval encloses the truth."""
     rng = np.random.default_rng(0)
     base, source = rng.normal(-3, 1, (2, 80)), rng.normal(5, 1, (2, 80))
     patched = base + 0.3 * (source - base) + rng.normal(0, 0.2, (2, 80))
@@ -39,7 +41,8 @@ def test_both_directions_mean_the_same_and_enclose_the_truth():
     np.testing.assert_allclose(estimate, 0.3, atol=0.02)
 
 
-def test_a_gap_that_may_be_zero_gives_no_ratio():
+def test_recovery_of_a_gap_that_may_be_zero():
+    """There is no ratio if the interval of the runs' difference includes 0."""
     rng = np.random.default_rng(1)
     base = rng.normal(size=(2, 60))
     source = base + np.stack([rng.normal(0, 1, 60), rng.normal(5, 1, 60)])
@@ -48,7 +51,8 @@ def test_a_gap_that_may_be_zero_gives_no_ratio():
     np.testing.assert_allclose(found[0, 0, 1], 0.5, atol=1e-6)
 
 
-def test_kinds_are_apart(encoded):
+def test_recovery_by_kind(encoded):
+    """Each kind of pair has its own estimate and its own resamples."""
     groups = PairGroups.of(encoded)
     assert groups.kinds == ["value", "query", "swap", "stale"]
     ones = np.ones((1, len(encoded)))

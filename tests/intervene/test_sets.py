@@ -22,6 +22,7 @@ from tests.oracles.patching import difference, forward, stage_place
 
 
 def test_sets_by_hand():
+    """The prefixes of a ranking and the sets of each criterion, counted by hand."""
     ranking = np.array([2, 0, 1])
     assert growing_sets(ranking).tolist() == [
         [False, False, False],
@@ -52,7 +53,8 @@ def pytorchs(module, encoded, chosen, value_of):
 
 
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
-def test_sets_are_ablated_as_in_pytorch(model, encoded, sets, baseline):
+def test_set_ablation(model, encoded, sets, baseline):
+    """Sets ablated by zero or by given values are as in PyTorch."""
     module, params, config = model
     rng = np.random.default_rng(3)
     values = {
@@ -74,7 +76,8 @@ def test_sets_are_ablated_as_in_pytorch(model, encoded, sets, baseline):
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_resampled_sets_take_other_streams_outputs_of_the_same_role_and_split(model, encoded, pair_set, sets):
+def test_resampled_sets(model, encoded, pair_set, sets):
+    """Donors have the same role and split in another stream, and enter as in PyTorch."""
     module, params, config = model
     pairs, vocabulary = pair_set
     clean, rows = encode_clean_streams(pairs, vocabulary, max_seq_len=config.max_seq_len)
@@ -108,7 +111,8 @@ def test_resampled_sets_take_other_streams_outputs_of_the_same_role_and_split(mo
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=2e-4)
 
 
-def test_states_across_checkpoints_as_in_pytorch(model, other_model, encoded):
+def test_states_across_checkpoints(model, other_model, encoded):
+    """Every stage of another checkpoint, at every role, enters as in PyTorch."""
     module, params, config = model
     other_module, other_params = other_model
     program = OverPairs(encoded, tokens_per_batch=2000)
