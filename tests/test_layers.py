@@ -110,6 +110,15 @@ def test_devices_in_one_module(path):
     assert bool(asked & ASKS_JAX_FOR_DEVICES) == (module_name(path) == "kvjax.devices")
 
 
+@pytest.mark.parametrize(
+    "path", [*modules("kvjax/windows"), *modules("kvjax/intervene")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_imports_of_windows_and_interventions(path):
+    """Birth windows and interventions share the layers below the sweep, and import nothing of it or of each other."""
+    others = {"sweeps", "windows", "intervene"} - {layer_of(module_name(path))}
+    assert not [name for name in imports(path) if name.startswith("kvjax.") and layer_of(name) in others]
+
+
 def test_imports_of_flax():
     """Only the decoder imports Flax."""
     users = [path.name for path in modules("kvjax") if any(n.split(".")[0] == "flax" for n in imports(path))]
