@@ -141,7 +141,7 @@ def intervene_in_run(
 
     Raises:
       InputError: a checkpoint cannot be used, or a result not be written. What was written before stays, and is found
-        by the next plan: a call that was stopped goes on where it was.
+        by the next plan: a later call measures only the rest.
     """
     run, reports = plan.work.run, []
     neuron_table = run.layout.neurons

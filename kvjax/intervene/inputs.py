@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class InterventionInputs:
-    """The checkpoints of one window, and what is run through them.
+    """The checkpoints of one window, and the streams that are run through them.
 
     Attributes:
       config: the checkpoints' shape.

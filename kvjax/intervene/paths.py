@@ -1,4 +1,4 @@
-"""The direct paths of the model: what writes into the residual stream, what reads it, and what is sent.
+"""The direct paths of the model: writers into the residual stream, later readers of it, and the change that is sent.
 
 Senders are the embedding, heads and MLPs; receivers a head's query, key or value input, an MLP's input, or the input of
 the logits.
@@ -66,7 +66,7 @@ def all_senders(n_layers: int, n_heads: int) -> tuple[Sender, ...]:
 
 
 def all_edges(n_layers: int, n_heads: int) -> tuple[Edge, ...]:
-    """Returns every sender with every receiver after it: a head's own layer's MLP, but not its heads."""
+    """Yields every sender with every receiver after it; a head reaches the MLP of its layer, but not its heads."""
     return tuple(_edges(n_layers, n_heads))
 
 

@@ -120,7 +120,7 @@ def _known_number(chosen: Any, name: str) -> int | None:
 
 
 def _checked_array(value: Any, name: str) -> np.ndarray | jax.Array:
-    """Returns an array as it is; raises `InputError` for anything else, such as a list."""
+    """Passes an array on; raises `InputError` for anything else, such as a list."""
     if not isinstance(value, np.ndarray | jax.Array):
         raise bad_argument(name, "an array of NumPy or JAX", type(value).__name__)
     return value

@@ -207,7 +207,7 @@ def _holder_lines(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any
 
 
 def split_positions(values_CxNxXxK: np.ndarray, roles: int) -> tuple[np.ndarray, np.ndarray]:
-    """Separates what was patched at single positions, [C, N, X, W], from roles and all positions, [C, N, X, roles].
+    """Separates patches of single positions, [C, N, X, W], from those of roles and of all, [C, N, X, roles].
 
     A pair's window is as long as its bucket's; rows of shorter ones end in NaN.
     """
