@@ -4,8 +4,9 @@ VENV ?= .venv
 # The version of PyTorch that `make constraints` pins.
 TORCH ?= 2.13.0
 BIN := $(VENV)/bin
-# A file of tests stays in one process, so that what it compiles is compiled once.
-PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# A file of tests stays in one process, so that what it compiles is compiled once. Files run in the order of their names:
+# xdist would put those with few tests last, and some of them take a minute.
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test lint format constraints clean
 
