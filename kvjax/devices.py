@@ -217,8 +217,8 @@ def share_cpu_cores() -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 
     A sweep then runs one checkpoint per core. That beats running each matrix product on all cores, since attention,
-    LayerNorms and activations are too small to be shared (measured in docs/performance.md). Without effect on an
-    accelerator, or where the number was set before.
+    LayerNorms and activations are too small to be shared (measured in docs/performance.md). It has no effect
+    on an accelerator, or if the number was set before.
     """
     import jax
 

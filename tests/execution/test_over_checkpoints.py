@@ -63,7 +63,7 @@ def test_chunks_in_flight_after_a_failure_of_the_caller():
     assert [first.items, *(chunk.items for chunk in chunks)] == [[0, 1], [2, 3]]
 
 
-def test_stacking_undoes_taking_apart():
+def test_stacked_trees():
     """Any tree of arrays [C, …] is its checkpoints' trees, stacked."""
     stacked = {"a": np.arange(6).reshape(3, 2), "b": [np.arange(3.0)]}
     trees = list(checkpoints_of(stacked))

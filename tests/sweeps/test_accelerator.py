@@ -62,7 +62,7 @@ def test_side_by_side(sweep_of, monkeypatch, request):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_program_is_lowered_for_accelerators_and_kept(sweep_of, on_accelerator, platform):
+def test_export_for_accelerators(sweep_of, on_accelerator, platform):
     """No operation of it lacks a lowering there, or is one that JAX refuses to export."""
     make, params = sweep_of
     program = make()
@@ -76,7 +76,7 @@ def test_the_program_is_lowered_for_accelerators_and_kept(sweep_of, on_accelerat
 
 
 @pytest.mark.parametrize("draws", [1, 6])
-def test_memory_is_estimated_from_above(sweep_of, on_accelerator, draws):
+def test_memory_estimate(sweep_of, on_accelerator, draws):
     """By the compiler's own account, here of a CPU; and by no more than a few times, or memory would lie idle."""
     make, params = sweep_of
     settings = SweepSettings(ablations=("zero", "resample"), resample_draws=draws, probe="none", checkpoint_batch="2")

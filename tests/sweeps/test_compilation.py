@@ -29,7 +29,7 @@ def traced(program, params):
     return list(operations(jax.make_jaxpr(lambda p, d: measure_checkpoint(static, p, d))(params, data).jaxpr))
 
 
-def test_one_trace_serves_any_number_of_checkpoints(small_benchmark, monkeypatch):
+def test_traces_of_chunks(small_benchmark, monkeypatch):
     """Chunks are filled up, so that 1, 2 or 5 checkpoints are the same program."""
     chex.clear_trace_counter()
     counted = jax.jit(chex.assert_max_traces(measure_checkpoints.__wrapped__, n=1), static_argnums=0)
@@ -51,7 +51,7 @@ def test_program_size(small_benchmark):
 
 
 @pytest.mark.parametrize("precision", ["highest", "default"])
-def test_every_product_has_the_precision_asked_for(small_benchmark, precision):
+def test_precision_of_products(small_benchmark, precision):
     """A CPU multiplies float32 in full either way; a GPU may not."""
     probe = "ridge" if precision == "highest" else "none"  # probes are exact either way
     settings = dataclasses.replace(SMALL_SWEEP, ablations=ABLATIONS, precision=precision, probe=probe)

@@ -117,7 +117,7 @@ def test_order_of_ends(intervals):
             assert np.isnan(variable.isel(step=0)).all(), name
 
 
-def test_a_slice_is_resampled_by_sequence(swept, intervals, truth):
+def test_interval_of_a_slice(swept, intervals, truth):
     """Against loops: the reads of sequences with two active keys, among all sequences of all splits."""
     events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
     names = events["split"].values

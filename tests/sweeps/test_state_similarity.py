@@ -135,7 +135,7 @@ def test_a_reference_in_the_middle(small_run, means):
     np.testing.assert_allclose(found["residual_cka_to_reference"].sel(step=100), before, rtol=1e-4)
 
 
-def test_overwriting_compares_again(small_run):
+def test_overwrite(small_run):
     """`--overwrite` takes neither stored comparisons nor stored logistic probes."""
     asked = {"steps": "200,300", "ablations": ("zero",), "probe": "logistic"}
     sweep(small_run, **asked)
@@ -221,7 +221,7 @@ def test_pairs_of_arriving_checkpoints(reads, order, number, reference, data):
         np.testing.assert_allclose(arrays["cka"], theirs, rtol=1e-4)
 
 
-def test_devices_share_one_program(small_run):
+def test_programs_of_several_devices(small_run):
     """Compared where each checkpoint's states are, one after another, every device would compile its own."""
     programs = (state_similarity.compare, state_similarity.states_of_checkpoints)
     for program in programs:

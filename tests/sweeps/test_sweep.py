@@ -37,7 +37,7 @@ def of(reads, field, split=None):
     return mean([read[field] for read in reads if split in (None, read["split"])])
 
 
-def test_the_oracle_sees_right_answers_and_real_drops(truth):
+def test_variety_of_the_oracle(truth):
     """Guards the comparison itself: with nothing right and nothing dropping it would compare zeros."""
     for measured in truth.values():
         assert 0.1 < of(measured["reads"], "correct") < 1.0
