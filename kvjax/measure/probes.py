@@ -1,7 +1,7 @@
 """Fits linear probes: ridge regression to one-hot classes, many targets and label permutations from one Gram matrix.
 
 Closed form on features standardised by the fit set, with intercept and penalty 1e-3 N (docs/definitions.md, "Trained
-probes"). P permutations of a target's labels are P more right-hand sides of one factorised system.
+probes"). J permutations of a target's labels are J more right-hand sides of one factorised system.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NO_LABEL = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RidgeProbes:
-    """Linear probes of one target on G kinds of features, under P permutations of the labels.
+    """Linear probes of one target on G kinds of features, under J permutations of the labels.
 
     Attributes:
-      weights: [G, P, K, D] on standardised features, for K classes.
-      intercepts: [P, K].
+      weights: [G, J, Y, D] on standardised features, for Y classes.
+      intercepts: [J, Y].
     """
 
     weights: jax.Array
@@ -69,35 +69,35 @@ def ridge_system(features_GxNxD: jax.Array, counts_N: jax.Array) -> RidgeSystem:
     return RidgeSystem(mean, scale, standardised, counts_N, penalised, jax.vmap(_inverse)(penalised))
 
 
-def fit_probes(system: RidgeSystem, labels_PxN: jax.Array, num_classes: int) -> RidgeProbes:
+def fit_probes(system: RidgeSystem, labels_JxN: jax.Array, num_classes: int) -> RidgeProbes:
     """Fits the ridge probes of one target.
 
     Args:
       system: of the fit set.
-      labels_PxN: class of each row in each permutation; `NO_LABEL` for rows without one, which belong to no class.
-      num_classes: K.
+      labels_JxN: class of each row in each permutation; `NO_LABEL` for rows without one, which belong to no class.
+      num_classes: Y.
     """
     groups, rows, width = system.features.shape
     by_row = system.features.swapaxes(0, 1).reshape(rows, groups * width)
-    segments = jnp.where(labels_PxN == NO_LABEL, num_classes, labels_PxN)
+    segments = jnp.where(labels_JxN == NO_LABEL, num_classes, labels_JxN)
 
     def class_sums(labels_N: jax.Array) -> jax.Array:
         # A sum by class is the product with the one-hot labels, without forming them.
         return jax.ops.segment_sum(by_row, labels_N, num_classes + 1)[:num_classes]
 
-    cross_PxKxGD = jax.lax.map(class_sums, segments)
-    cross = cross_PxKxGD.reshape(-1, groups, width).transpose(1, 2, 0)  # [G, D, P K]
+    cross_JxYxGD = jax.lax.map(class_sums, segments)
+    cross = cross_JxYxGD.reshape(-1, groups, width).transpose(1, 2, 0)  # [G, D, J Y]
     solved = jnp.matmul(system.inverse, cross, precision="highest")
     # One step of refinement: the systems' condition numbers reach 1e5, float32 has seven digits.
     residual = cross - jnp.matmul(system.penalised, solved, precision="highest")
     solved += jnp.matmul(system.inverse, residual, precision="highest")
-    weights = solved.swapaxes(1, 2).reshape(groups, len(labels_PxN), num_classes, width)
+    weights = solved.swapaxes(1, 2).reshape(groups, len(labels_JxN), num_classes, width)
     members = jax.vmap(lambda labels: jax.ops.segment_sum(system.counts, labels, num_classes + 1))(segments)
     return RidgeProbes(weights, members[:, :num_classes] / jnp.sum(system.counts))
 
 
 def fit_logistic(features_NxD: jax.Array, labels_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Fits a multinomial logistic probe: weights [K, D] on the features, and intercepts [K].
+    """Fits a multinomial logistic probe: weights [Y, D] on the features, and intercepts [Y].
 
     Minimises the mean cross-entropy over the rows that have a label plus `RIDGE` / 2 times the squared weights, by
     L-BFGS. That is scikit-learn's `LogisticRegression` with C = 1 / (RIDGE · rows).
@@ -105,7 +105,7 @@ def fit_logistic(features_NxD: jax.Array, labels_N: jax.Array, num_classes: int)
     Args:
       features_NxD: standardised.
       labels_N: class of each row, `NO_LABEL` for rows that do not count.
-      num_classes: K.
+      num_classes: Y.
     """
     counted = labels_N != NO_LABEL
     targets = jnp.maximum(labels_N, 0)
@@ -155,19 +155,19 @@ def standardise(system: RidgeSystem, features_GxNxD: jax.Array) -> jax.Array:
     return (features_GxNxD - system.mean[:, None]) / system.scale[:, None]
 
 
-def probe_scores(weights_KxD: jax.Array, intercepts_K: jax.Array, standardised_NxD: jax.Array) -> jax.Array:
-    """Scores every class for every row, classes first: [K, N]."""
-    return jnp.matmul(weights_KxD, standardised_NxD.T, precision="highest") + intercepts_K[:, None]
+def probe_scores(weights_YxD: jax.Array, intercepts_Y: jax.Array, standardised_NxD: jax.Array) -> jax.Array:
+    """Scores every class for every row, classes first: [Y, N]."""
+    return jnp.matmul(weights_YxD, standardised_NxD.T, precision="highest") + intercepts_Y[:, None]
 
 
-def label_wins(scores_KxN: jax.Array, labels_N: jax.Array) -> jax.Array:
+def label_wins(scores_YxN: jax.Array, labels_N: jax.Array) -> jax.Array:
     """Checks whether the row's label has the highest score, bool [N]; False for rows without a label."""
-    own = jnp.take_along_axis(scores_KxN, jnp.maximum(labels_N, 0)[None], axis=0)[0]
-    return (own >= jnp.max(scores_KxN, axis=0)) & (labels_N != NO_LABEL)
+    own = jnp.take_along_axis(scores_YxN, jnp.maximum(labels_N, 0)[None], axis=0)[0]
+    return (own >= jnp.max(scores_YxN, axis=0)) & (labels_N != NO_LABEL)
 
 
-def ranks_above(scores_KxN: jax.Array, labels_N: jax.Array, others_N: jax.Array) -> jax.Array:
+def ranks_above(scores_YxN: jax.Array, labels_N: jax.Array, others_N: jax.Array) -> jax.Array:
     """Checks whether the row's label scores higher than another class, bool [N]; False if either is `NO_LABEL`."""
     both = jnp.maximum(jnp.stack([labels_N, others_N]), 0)
-    own, other = jnp.take_along_axis(scores_KxN, both, axis=0)
+    own, other = jnp.take_along_axis(scores_YxN, both, axis=0)
     return (own > other) & (labels_N != NO_LABEL) & (others_N != NO_LABEL)

@@ -16,14 +16,14 @@ LEVEL = 0.95
 
 
 def resample_counts(splits_N: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Draws how often each sequence counts in each resample, float32 [K, N].
+    """Draws how often each sequence counts in each resample, float32 [J, N].
 
     Within every split as many sequences are drawn, with replacement, as it has. Drawn by NumPy, so that a seed means
     the same resamples on every device.
 
     Args:
       splits_N: the split of each sequence, any integers.
-      resamples: K.
+      resamples: J.
       seed: of the draws.
     """
     rng = np.random.default_rng(seed)
@@ -47,24 +47,24 @@ def ratios(sums_CxNxX: np.ndarray, totals_CxNxX: np.ndarray) -> np.ndarray:
 
 
 def resampled_ratios(
-    counts_KxN: np.ndarray, sums_CxNxX: np.ndarray, totals_CxNxX: np.ndarray
+    counts_JxN: np.ndarray, sums_CxNxX: np.ndarray, totals_CxNxX: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divides sums over sequences and sums over resampled sequences.
 
     Args:
-      counts_KxN: how often each resample draws each sequence, from `resample_counts`.
+      counts_JxN: how often each resample draws each sequence, from `resample_counts`.
       sums_CxNxX: per sequence, the numerators at each checkpoint.
       totals_CxNxX: per sequence, the denominators; each axis but N of its length, or 1 if all share it.
 
     Returns:
-      The ratios [C, *X] as `ratios` gives them; and under each resample, float32 [K, C, *X], NaN if none of its
+      The ratios [C, *X] as `ratios` gives them; and under each resample, float32 [J, C, *X], NaN if none of its
       sequences counts.
     """
 
     def resampled(x_CxNxX: np.ndarray) -> np.ndarray:
         by_sequence = np.moveaxis(x_CxNxX, 1, 0)
         flat = np.asarray(by_sequence.reshape(len(by_sequence), -1), np.float32)
-        sums = np.matmul(flat.T, counts_KxN.T).T
+        sums = np.matmul(flat.T, counts_JxN.T).T
         return sums.reshape(len(sums), *by_sequence.shape[1:])
 
     sums, totals = resampled(sums_CxNxX), resampled(totals_CxNxX)
@@ -85,7 +85,7 @@ DIFFERENCE_OF_RATES = Bounds(-1.0, 1.0)
 
 
 def interval(
-    values_X: np.ndarray, samples_KxX: np.ndarray, num_sequences: int, *, bounds: Bounds | None = None
+    values_X: np.ndarray, samples_JxX: np.ndarray, num_sequences: int, *, bounds: Bounds | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Forms the 95 % interval of X statistics from their resamples.
 
@@ -98,21 +98,21 @@ def interval(
 
     Args:
       values_X: the statistics.
-      samples_KxX: under K resamples of sequences.
+      samples_JxX: under J resamples of sequences.
       num_sequences: how many sequences were resampled.
       bounds: of a rate or a difference of rates; None for other statistics.
 
     Returns:
       The ends, [X] each; NaN if no resample has a value.
     """
-    low, high = percentile_interval(samples_KxX)
+    low, high = percentile_interval(samples_JxX)
     if bounds is None:
         return low, high
     if bounds == RATE:
         with np.errstate(invalid="ignore", divide="ignore"):
-            trials = values_X * (1 - values_X) / _variance(samples_KxX)
+            trials = values_X * (1 - values_X) / _variance(samples_JxX)
         # Too few sequences hold the rarer outcome to show whether reads of one agree: suppose they do.
-        few = (samples_KxX == bounds.low).any(axis=0) | (samples_KxX == bounds.high).any(axis=0)
+        few = (samples_JxX == bounds.low).any(axis=0) | (samples_JxX == bounds.high).any(axis=0)
         trials = np.where(few, np.minimum(trials, num_sequences), trials)
         rare_low, rare_high = wilson_interval(values_X * trials, trials)
         low, high = (
@@ -126,20 +126,20 @@ def interval(
     return low, high
 
 
-def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+def percentile_interval(samples_JxX: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """Forms the percentile interval over resamples, [X] each; NaN if no resample has a value.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     # Sorting rows takes half the time of np.percentile, and np.nanpercentile a hundred times as much. NaN comes last.
-    ordered_XxK = np.sort(np.ascontiguousarray(samples_KxX.T), axis=1)
-    last_X = np.count_nonzero(~np.isnan(ordered_XxK), axis=1) - 1  # -1, a NaN, where there is none
+    ordered_XxJ = np.sort(np.ascontiguousarray(samples_JxX.T), axis=1)
+    last_X = np.count_nonzero(~np.isnan(ordered_XxJ), axis=1) - 1  # -1, a NaN, where there is none
 
     def percentile(share: float) -> np.ndarray:
         position_X = share * np.maximum(last_X, 0)
         below_X = np.floor(position_X).astype(int)
         low, high = (
-            np.take_along_axis(ordered_XxK, at[:, None], axis=1)[:, 0].astype(np.float64)
+            np.take_along_axis(ordered_XxJ, at[:, None], axis=1)[:, 0].astype(np.float64)
             for at in (below_X, np.minimum(below_X + 1, last_X))
         )
         return low + (high - low) * (position_X - below_X)
@@ -147,12 +147,12 @@ def percentile_interval(samples_KxX: np.ndarray, *, level: float = LEVEL) -> tup
     return percentile((1 - level) / 2), percentile((1 + level) / 2)
 
 
-def _variance(samples_KxX: np.ndarray) -> np.ndarray:
+def _variance(samples_JxX: np.ndarray) -> np.ndarray:
     """Computes the variance of the resamples that have a value, [X]; NaN if none has."""
-    variances = np.var(samples_KxX, axis=0)
+    variances = np.var(samples_JxX, axis=0)
     missing = np.isnan(variances)
     if missing.any():  # few columns; np.nanvar would warn of empty ones, and warnings cannot be caught in threads
-        some = samples_KxX[:, missing].astype(np.float64)
+        some = samples_JxX[:, missing].astype(np.float64)
         there = ~np.isnan(some)
         number = np.where(there.any(axis=0), there.sum(axis=0), np.nan)
         means = np.where(there, some, 0.0).sum(axis=0) / number

@@ -8,7 +8,9 @@ Axis letters, used in names and comments everywhere:
 
 And outside the model:
 
-  N records, reads or fit rows   J bootstrap resamples   X statistics   Z splits   M metrics   G gaps (windows)
+  N records, reads or fit rows      J bootstrap resamples, or permutations of labels      X statistics
+  Y classes of a probe    Z splits    M metrics    U updates of a training segment
+  G gaps between checkpoints, or stages × positions of states at reads
 """
 
 from __future__ import annotations

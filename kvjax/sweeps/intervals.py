@@ -36,7 +36,7 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
       Variables named as in `build_dataset`, with a leading dimension `statistic`; and `<name>_change`, from the
       previous checkpoint, NaN for the first.
     """
-    counts_KxN = resample_counts(probe.encoded.splits, seed=INTERVAL_SEED)
+    counts_JxN = resample_counts(probe.encoded.splits, seed=INTERVAL_SEED)
     counting = probe.counting(arrays)
     labels = {axis: labels for axis, labels in counting.labels.items() if axis != "margin_statistic"}
     dataset = xr.Dataset(
@@ -45,7 +45,7 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
             "conventions": "95 % percentile bootstrap over sequences, stratified by split, paired across steps; "
             "rates and differences of rates on which all sequences agree have Wilson bounds, and no rate's are "
             "narrower than Wilson's for independent trials of the same spread",
-            "resamples": len(counts_KxN),
+            "resamples": len(counts_JxN),
             "seed": INTERVAL_SEED,
         },
     )
@@ -62,7 +62,7 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
             if not measure.interval:
                 continue
             over = members_of if measure.by_split else members_of[:1]
-            found = pool.map(functools.partial(_with_interval, sums, counts_KxN=counts_KxN), over)
+            found = pool.map(functools.partial(_with_interval, sums, counts_JxN=counts_JxN), over)
             levels, changes = zip(*found, strict=True)
             for name, ends in ((measure.name, levels), (f"{measure.name}_change", changes)):
                 if measure.by_split:
@@ -72,9 +72,9 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
     return dataset.assign(variables)
 
 
-def _with_interval(one: SequenceSums, members: np.ndarray, counts_KxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _with_interval(one: SequenceSums, members: np.ndarray, counts_JxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Estimates a mean over some sequences, and its changes, with the ends of their intervals: [3, C, *X] each."""
-    values, samples = resampled_ratios(counts_KxN[:, members], *one.of_sequences(members))
+    values, samples = resampled_ratios(counts_JxN[:, members], *one.of_sequences(members))
     level = _ends(values, samples, len(members), one.bounds)
     change = np.full((len(STATISTICS), *values.shape), np.nan)
     bounds = one.bounds and DIFFERENCE_OF_RATES
@@ -82,7 +82,7 @@ def _with_interval(one: SequenceSums, members: np.ndarray, counts_KxN: np.ndarra
     return level, change
 
 
-def _ends(values_X: np.ndarray, samples_KxX: np.ndarray, num_sequences: int, bounds: Bounds | None) -> np.ndarray:
-    flat = samples_KxX.reshape(len(samples_KxX), -1)
+def _ends(values_X: np.ndarray, samples_JxX: np.ndarray, num_sequences: int, bounds: Bounds | None) -> np.ndarray:
+    flat = samples_JxX.reshape(len(samples_JxX), -1)
     low, high = interval(values_X.reshape(-1), flat, num_sequences, bounds=bounds)
     return np.stack([values_X, low.reshape(values_X.shape), high.reshape(values_X.shape)])

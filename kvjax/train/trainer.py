@@ -244,7 +244,7 @@ def train_segment(
     program: TrainProgram,
     states: TrainState,
     tokens_NxT: jax.Array,
-    indices_RxKxB: jax.Array,
+    indices_RxUxB: jax.Array,
     first_step: jax.Array,
 ) -> tuple[TrainState, StepMetrics]:
     """Trains every seed for a segment of steps, and measures each step, [R, steps].
@@ -253,31 +253,31 @@ def train_segment(
       program: the static settings.
       states: with a leading seed axis R.
       tokens_NxT: the training split, shared by all seeds.
-      indices_RxKxB: each seed's batches.
+      indices_RxUxB: each seed's batches.
       first_step: 1-based number of the first step.
     """
 
     def one_seed(
-        state: TrainState, indices_KxB: jax.Array, tokens_NxT: jax.Array, first_step: jax.Array
+        state: TrainState, indices_UxB: jax.Array, tokens_NxT: jax.Array, first_step: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        steps = first_step + jnp.arange(indices_KxB.shape[0])
+        steps = first_step + jnp.arange(indices_UxB.shape[0])
 
         def body(state: TrainState, x: tuple[jax.Array, jax.Array]) -> tuple[TrainState, StepMetrics]:
             return train_step(program, state, tokens_NxT, *x)
 
-        return jax.lax.scan(body, state, (indices_KxB, steps))
+        return jax.lax.scan(body, state, (indices_UxB, steps))
 
-    def all_seeds(states: TrainState, indices_RxKxB: jax.Array, *rest: jax.Array) -> tuple[TrainState, StepMetrics]:
+    def all_seeds(states: TrainState, indices_RxUxB: jax.Array, *rest: jax.Array) -> tuple[TrainState, StepMetrics]:
         def one(x: tuple[TrainState, jax.Array]) -> tuple[TrainState, StepMetrics]:
             return one_seed(*x, *rest)
 
         return (
-            jax.lax.map(one, (states, indices_RxKxB))
+            jax.lax.map(one, (states, indices_RxUxB))
             if program.lift == "map"
-            else jax.vmap(one)((states, indices_RxKxB))
+            else jax.vmap(one)((states, indices_RxUxB))
         )
 
-    arguments = (states, indices_RxKxB, tokens_NxT, first_step)
+    arguments = (states, indices_RxUxB, tokens_NxT, first_step)
     if program.devices == 1:
         return all_seeds(*arguments)
     (states_spec, batches_spec), whole = program.specs, PartitionSpec()
