@@ -122,5 +122,5 @@ def _known_number(chosen: Any, name: str) -> int | None:
 def _checked_array(value: Any, name: str) -> np.ndarray | jax.Array:
     """Passes an array on; raises `InputError` for anything else, such as a list."""
     if not isinstance(value, np.ndarray | jax.Array):
-        raise bad_argument(name, "an array of NumPy or JAX", type(value).__name__)
+        raise bad_argument(name, "an array", f"a {type(value).__name__} (jnp.asarray makes an array of numbers)")
     return value
