@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.artifacts.files import file_sha256, replace_file
+from kvjax.artifacts.files import digest, file_sha256, replace_file
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -58,6 +57,14 @@ class ResultStore:
             return None
         return CheckpointResult(int(info["step"]), arrays, info)
 
+    def holds(self, name: str, key: str) -> bool:
+        """Whether `find` would return a result, as far as its provenance says; reads no arrays."""
+        try:
+            with np.load(self._path(name), allow_pickle=False) as stored:
+                return json.loads(str(stored[_INFO]))["fingerprint"] == self._fingerprint(key)
+        except Exception:  # as above
+            return False
+
     def load(self, name: str, checkpoint: Path) -> CheckpointResult | None:
         """Returns the stored result of a checkpoint file as it is now, or None where there is none to trust."""
         if not self._path(name).is_file() or not checkpoint.is_file():
@@ -75,5 +82,4 @@ class ResultStore:
         return self.folder / f"{name}.npz"
 
     def _fingerprint(self, key: str) -> str:
-        document = json.dumps({**self.identity, "checkpoint": key}, sort_keys=True)
-        return hashlib.sha256(document.encode()).hexdigest()
+        return digest({**self.identity, "checkpoint": key})

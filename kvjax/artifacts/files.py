@@ -1,4 +1,4 @@
-"""Plain files, written whole or not at all: JSON, JSON lines, directories."""
+"""Read, write and hash plain files; every write replaces a file or a directory whole, or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UMASK = _read_umask()  # at once: reading it sets it, for all threads
 
 
 def read_json(path: Path) -> Any:
-    """Returns the document in a JSON file; raises `InputError` where there is none."""
+    """Reads a JSON file; raises `InputError` if it is missing or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Returns the documents of a JSON-lines file; raises `InputError` naming the first bad line."""
+    """Reads a JSON-lines file, a document per line; raises `InputError` naming the first bad line."""
     documents = []
     try:
         with path.open(encoding="utf-8") as lines:
@@ -53,14 +53,14 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes strict, readable JSON atomically; NaN and infinities are refused."""
+    """Writes strict, indented JSON atomically; raises `ValueError` for NaN and infinities."""
     with replace_file(path) as partial:
         text = json.dumps(document, indent=2, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
 
 
 def write_json_lines(path: Path, documents: Iterable[Any]) -> None:
-    """Writes strict JSON, one object a line, atomically."""
+    """Writes strict JSON atomically, one object per line."""
     with replace_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
         for document in documents:
             lines.write(json.dumps(document, allow_nan=False) + "\n")
@@ -68,7 +68,7 @@ def write_json_lines(path: Path, documents: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; `path` is replaced only when the block ends without an error."""
+    """Yields a path beside `path` to write to; replaces `path` with it if the block ends without an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -89,7 +89,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty directory to fill; `path` is replaced by it only when the block ends without an error."""
+    """Yields an empty directory to fill; replaces `path` with it if the block ends without an error."""
     path = path.resolve()  # `.` has no name to put another directory beside
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Hashes a file's bytes with SHA-256 and returns hexadecimal digits."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -146,3 +146,47 @@ class HashedFile:
         except OSError as error:
             raise unusable(path, f"{kind} that can be read", error) from None
         return cls(path, content, hashlib.sha256(content).hexdigest())
+
+
+def digest(document: Any) -> str:
+    """Hashes a JSON document with SHA-256, whatever the order of its keys, and returns hexadecimal digits."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class FileHash:
+    """A file's content as another file records it.
+
+    Attributes:
+      sha256: of its bytes, as hexadecimal digits.
+      bytes: how many there are; a truncated file is found by them without hashing it.
+    """
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileHash:
+        """Hashes a file."""
+        return cls(file_sha256(path), path.stat().st_size)
+
+    def check(self, path: Path, *, recorded_in: Path, remedy: str) -> None:
+        """Checks that a file still has this content, without parsing it: libraries may hang on a damaged one.
+
+        Args:
+          path: the file.
+          recorded_in: the file that holds this record, for the error.
+          remedy: the command that writes the file again, for the error.
+
+        Raises:
+          InputError: the file is missing, or has another content.
+        """
+        expected = f"the {self.bytes} bytes, SHA-256 {self.sha256[:12]}, that {recorded_in.name} records ({remedy})"
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise unusable(path, expected, "no such file") from None
+        if size != self.bytes:
+            raise unusable(path, expected, f"{size} bytes")
+        if (sha256 := file_sha256(path)) != self.sha256:
+            raise unusable(path, expected, f"SHA-256 {sha256[:12]}")

@@ -6,14 +6,16 @@ import concurrent.futures
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.files import read_json
+from kvjax.artifacts.identity import Identity
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import device_description
-from kvjax.errors import InputError, bad_argument, unusable
+from kvjax.errors import InputError, bad_argument
 from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
@@ -256,23 +258,21 @@ def _identity(inputs: RunInputs, settings: SweepSettings) -> dict[str, Any]:
 
 
 def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSettings) -> ResultStore:
-    record = run.layout.sweep
-    if record.exists() and not settings.overwrite:
-        document = read_json(record)
-        before = document.get("identity") if isinstance(document, dict) else None
-        if before != identity:
-            before = before if isinstance(before, dict) else {}
-            changed = [name for name in identity if before.get(name) != identity[name]]
-            raise unusable(
-                record,
-                "a sweep with the same settings (or `overwrite`)",
-                " and ".join(f"another {name}{_in_words(before.get(name))}" for name in changed),
-            )
+    """Opens the store of a run's sums; raises `InputError` if its sweep had other settings and may not be replaced."""
+    recorded, sweep = _recorded_identity(run.layout.sweep), run.layout.sweep
+    recorded = recorded and {"settings": recorded, "inputs": {}}
+    Identity(identity, {}).decide(recorded, sweep, overwrite=settings.overwrite)
     return ResultStore(run.layout.measured, identity)
 
 
-def _in_words(value: Any) -> str:
-    """Formats a recorded setting as its flag is written, in brackets; nothing for a value that no flag sets."""
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
-    return f" ({value})" if isinstance(value, int | str) and len(str(value)) < 64 else ""
+def _recorded_identity(sweep: Path) -> dict[str, Any] | None:
+    """Reads the identity in a `sweep.json`.
+
+    A file that is damaged or names none protects nothing: the sums of each checkpoint carry their own identity.
+    """
+    try:
+        document = read_json(sweep)
+    except InputError:
+        return None
+    identity = document.get("identity") if isinstance(document, dict) else None
+    return identity if isinstance(identity, dict) else None

@@ -22,11 +22,12 @@ from typing import Literal
 import pydantic
 
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines, write_json, write_json_lines
+from kvjax.artifacts.identity import content_digest
 from kvjax.artifacts.layout import ProbeSetLayout
 from kvjax.errors import InputError, one_line, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, corrupt, difference
-from kvjax.task.probe_set import ProbeSet, content_sha256
+from kvjax.task.probe_set import ProbeSet
 from kvjax.task.stream import Program, Record, build_record, program_of
 from kvjax.task.vocabulary import Vocabulary
 
@@ -158,7 +159,7 @@ def generate_pairs(
         },
         "pairs_sha256": file_sha256(path),
     }
-    document["content_sha256"] = content_sha256(document)
+    document["content_sha256"] = content_digest(document)
     write_json(manifest_path, PairManifest.model_validate(document).model_dump())
     return open_pairs(probe, benchmark)
 
@@ -192,7 +193,7 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
         raise unusable(path, "the pairs of the probe set", "no such file")
     if file_sha256(path) != manifest.pairs_sha256:
         raise unusable(path, f"the content hashed in {manifest_path.name}", "an edited file")
-    if content_sha256(manifest.model_dump()) != manifest.content_sha256:
+    if content_digest(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_path, "the content its own hash names", "an edited file")
     if manifest.probe_set_sha256 != probe.manifest.content_sha256:
         expected = f"the pairs of {probe.path} (remove this file to have them made again)"

@@ -14,8 +14,6 @@ as it is; companion files beside it hold the rest, with the manifest in `<stem>.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import random
 import shutil
 from collections import Counter
@@ -33,6 +31,7 @@ from kvjax.artifacts.files import (
     write_json,
     write_json_lines,
 )
+from kvjax.artifacts.identity import content_digest
 from kvjax.artifacts.layout import ProbeSetLayout
 from kvjax.config.benchmark import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
 from kvjax.errors import unusable
@@ -194,7 +193,7 @@ def frozen_manifest(path: Path) -> Manifest:
             raise unusable(file, "a file of the probe set", "no such file")
         if file_sha256(file) != recorded:
             raise unusable(file, f"the content hashed in {manifest_file.name}", "an edited file")
-    if content_sha256(manifest.model_dump()) != manifest.content_sha256:
+    if content_digest(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_file, "the content its own hash names", "an edited file")
     return manifest
 
@@ -310,7 +309,7 @@ def _complete(
         "fit_sha256": file_sha256(names.fit),
         "sources_sha256": file_sha256(names.sources),
     }
-    document["content_sha256"] = content_sha256(document)
+    document["content_sha256"] = content_digest(document)
     write_json(manifest_file, Manifest.model_validate(document).model_dump())
 
 
@@ -322,12 +321,6 @@ def _source_records(benchmark: Benchmark, records: Sequence[Record]) -> list[Rec
     if missing:
         raise unusable(benchmark.path, f"the counterfactuals' source record {missing[0]}", "none")
     return [known[sample_id] for sample_id in wanted]
-
-
-def content_sha256(document: Mapping[str, Any]) -> str:
-    """Returns the hash of a manifest's content, all of it but the field that holds the hash."""
-    covered = {name: value for name, value in document.items() if name != "content_sha256"}
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def _check_suffix(path: Path) -> None:

@@ -328,9 +328,8 @@ def test_other_settings(small_run):
     """Other settings replace earlier results only if asked."""
     small = {"ablations": ("zero",), "probe": "none"}
     rows = sweep(small_run, **small).rows
-    with pytest.raises(
-        InputError, match=r"sweep.json: expected a sweep with the same settings .*; found another precision"
-    ):
+    complaint = "json: expected `precision=highest`, as it was measured, or `overwrite`; found `precision=default`"
+    with pytest.raises(InputError, match=complaint):
         sweep(small_run, precision="default", **small)
     assert read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl") == rows
     assert sorted(sweep(small_run, precision="default", overwrite=True, **small).log.measured) == list(STEPS)
@@ -384,7 +383,7 @@ def test_other_model_section(small_run):
     document = json.loads(path.read_text())
     document["model"]["n_heads"] = 2
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="found another model"):
+    with pytest.raises(InputError, match=r"`model=.*n_heads:4.*; found `model=.*n_heads:2"):
         sweep(small_run)
 
 

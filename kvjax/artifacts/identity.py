@@ -1,0 +1,79 @@
+"""Decide whether a stored result is reused, made again, or stands in the way of other settings.
+
+A result depends on the settings a person chose and on inputs. Other inputs make it stale: it is made again. Other
+settings make it another result, which may have cost hours: it is replaced only if `overwrite` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from kvjax.artifacts.files import digest
+from kvjax.errors import unusable
+
+Decision = Literal["reuse", "redo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Everything that a stored result depends on.
+
+    Attributes:
+      settings: what a person chose, by the names of parameters.
+      inputs: hashes of files, and the version of the measures.
+    """
+
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The identity as a result records it."""
+        return {"settings": dict(self.settings), "inputs": dict(self.inputs)}
+
+    @property
+    def sha256(self) -> str:
+        """The hash of `document`."""
+        return digest(self.document)
+
+    def decide(self, recorded: Any, where: Path, *, overwrite: bool = False) -> Decision:
+        """Decides whether a stored result is reused or made again.
+
+        Args:
+          recorded: the `document` of the stored result's identity; None if there is no readable result.
+          where: the file that records it, for the error.
+          overwrite: whether a result of other settings may be replaced.
+
+        Raises:
+          InputError: the result was made with other settings, or does not say with which, and `overwrite` is not set.
+        """
+        if recorded is None or overwrite:
+            return "redo"
+        settings = recorded.get("settings") if isinstance(recorded, dict) else None
+        if not isinstance(settings, dict):
+            found = "one that does not say what it was measured on"
+            raise unusable(where, "a result of this version, or `overwrite`", found)
+        if changed := [name for name, value in self.settings.items() if settings.get(name) != value]:
+            before, now = (
+                " ".join(_written(name, of.get(name)) for name in changed) for of in (settings, self.settings)
+            )
+            raise unusable(where, f"{before}, as it was measured, or `overwrite`", now)
+        return "reuse" if recorded.get("inputs") == self.inputs else "redo"
+
+
+def content_digest(document: Mapping[str, Any], field: str = "content_sha256") -> str:
+    """Hashes a manifest without the field that holds this hash."""
+    return digest({name: value for name, value in document.items() if name != field})
+
+
+def _written(name: str, value: Any) -> str:
+    """Writes a setting as an argument; a long hash by its first digits."""
+    if value is None:
+        return f"no `{name}`"
+    if isinstance(value, Mapping):
+        value = [f"{key}:{part}" for key, part in value.items()]
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"`{name}={text[:12] if len(text) == 64 else text}`"
