@@ -12,7 +12,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import json
 import shutil
 import threading
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import pydantic
 from absl import logging
 
-from kvjax.artifacts.files import HashedFile, read_json, replace_directory, write_json
+from kvjax.artifacts.files import HashedFile, digest, read_json, replace_directory, write_json
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
@@ -80,7 +79,7 @@ class StoredCheckpoint(_Schema):
     def computed_digest(self, params: Params) -> str:
         """Computes the digest of an entry with these parameters."""
         fields = self.model_dump(mode="json", exclude={"part", "index", "digest"})
-        return _digest([fields, tree_sha256(params)])
+        return digest([fields, tree_sha256(params)])
 
 
 class StoreManifest(_Schema):
@@ -93,7 +92,7 @@ class StoreManifest(_Schema):
 
     @pydantic.model_validator(mode="after")
     def _check_configs(self) -> StoreManifest:
-        if any(_digest(config) != name for name, config in self.recorded_configs.items()):
+        if any(digest(config) != name for name, config in self.recorded_configs.items()):
             raise ValueError("expected recorded configs named by their hash")
         return self
 
@@ -149,7 +148,7 @@ class ParameterStore:
 
     def _add(self, checkpoints: Sequence[Checkpoint]) -> None:
         new = [_entry(checkpoint, index) for index, checkpoint in enumerate(checkpoints)]
-        name = f"part_{_digest([stored.digest for stored in new])[:16]}"
+        name = f"part_{digest([stored.digest for stored in new])[:16]}"
         new = [stored.model_copy(update={"part": name}) for stored in new]
         with replace_directory(self.folder / name) as partial:
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
@@ -161,7 +160,7 @@ class ParameterStore:
         kept = [c for c in before.checkpoints if not {c.sha256, c.file} & replaced] if before else []
         entries = sorted([*kept, *new], key=lambda stored: (stored.step, stored.file))
         configs = dict(before.recorded_configs) if before else {}
-        configs |= {_digest(checkpoint.recorded_config): dict(checkpoint.recorded_config) for checkpoint in checkpoints}
+        configs |= {digest(checkpoint.recorded_config): dict(checkpoint.recorded_config) for checkpoint in checkpoints}
         manifest = StoreManifest(
             identity=self._identity,
             checkpoints=entries,
@@ -265,7 +264,7 @@ def _entry(checkpoint: Checkpoint, index: int) -> StoredCheckpoint:
         certificate=checkpoint.certificate,
         metrics=dict(checkpoint.recorded_metrics),
         notes=list(checkpoint.notes),
-        recorded_config=_digest(checkpoint.recorded_config),
+        recorded_config=digest(checkpoint.recorded_config),
         part="",
         index=index,
         digest="",
@@ -322,7 +321,3 @@ def _read_part(path: Path) -> Params | None:
         return load_tree(path / "params")
     except Exception:  # Orbax and TensorStore raise many kinds for a damaged store
         return None
-
-
-def _digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

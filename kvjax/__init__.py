@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "sweep": "kvjax.api",
     "open_run": "kvjax.opened_run",
+    "open_results": "kvjax.artifacts.results",
     "ablate": "kvjax.intervene.public",
     "patch": "kvjax.intervene.public",
     "path_patch": "kvjax.intervene.public",

@@ -1,18 +1,14 @@
-"""Reading a sweep's arrays back, and `birth_windows.json`: its schema, writing and reading."""
+"""Check, write and read `birth_windows.json`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 
 from kvjax.artifacts.files import read_json, write_json
-from kvjax.artifacts.tables import read_dataset
 from kvjax.errors import unusable
-
-if TYPE_CHECKING:
-    import xarray
 
 Interval = tuple[float | None, float | None]  # an end is None where it lies beyond the run
 StepInterval = tuple[int | None, int | None]
@@ -98,11 +94,15 @@ class WindowEntry(_Part):
 
 
 class MeasuredOn(_Part):
-    """The sweep that windows were found in: they are out of date once it differs."""
+    """The sweep that windows were found in; they are stale once it differs.
+
+    `sweep_sha256` is the hash of the sweep's settings and checkpoints; files of older versions lack it.
+    """
 
     probe_set_sha256: str
     steps: list[int]
     checkpoints_sha256: list[str]
+    sweep_sha256: str | None = None
 
 
 class BirthWindows(_Part):
@@ -137,14 +137,3 @@ def read_birth_windows(path: Path) -> BirthWindows:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the document"
         raise unusable(path, "birth windows (run kvjax birth-windows)", f"{where}: {problem['msg']}") from None
-
-
-def read_sweep_arrays(path: Path) -> tuple[xarray.Dataset, xarray.Dataset]:
-    """Returns the labelled means of a sweep's netCDF file and the per-sequence values they are made of.
-
-    Raises:
-      InputError: there is no such file, or it is not a sweep's.
-    """
-    expected = "the arrays of a sweep (run kvjax checkpoint-sweep)"
-    means, events = (read_dataset(path, group=group, expected=expected) for group in (None, "events"))
-    return means, events

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
 from kvjax.artifacts.layout import BenchmarkLayout, RunLayout
+from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.config.files import read_config
 from kvjax.config.run import RunConfig
 from kvjax.errors import InputError, bad_argument, unusable
@@ -98,10 +99,10 @@ class RunDir:
     def _swept_benchmark(self) -> Path | None:
         """Returns the benchmark that the run's sweep names, None where there is none or it has changed."""
         try:
-            named = read_json(self.layout.sweep)["benchmark"]
-            path = Path(named["path"])
-            return path if file_sha256(BenchmarkLayout(path).metadata) == named["sha256"] else None
-        except (InputError, KeyError, TypeError, ValueError):
+            named = read_sweep(self.layout.sweep).benchmark
+            path = Path(named.path)
+            return path if file_sha256(BenchmarkLayout(path).metadata) == named.sha256 else None
+        except InputError:
             return None
 
     def best_checkpoint(self) -> tuple[int, Path]:

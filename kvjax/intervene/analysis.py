@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
-from kvjax.artifacts.files import file_sha256, write_json, write_json_lines
+from kvjax.artifacts.files import FileHash, file_sha256, read_json, write_json, write_json_lines
+from kvjax.artifacts.identity import Identity
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.provenance import software_versions
+from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.tables import SCHEMA_VERSION, read_dataset, write_datasets
+from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
 from kvjax.devices import backend, device_count, device_description
 from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import RunInputs
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
-from kvjax.intervene.earlier import HASH_ATTRIBUTE, INTERVENTION_VERSION, MeasuredOn, find_earlier
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, InterventionInputs, Outcome
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.kinds.kind import Kind
@@ -31,6 +32,10 @@ from kvjax.model.decoder import DecoderConfig, stack_params
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import PairSet, own_pairs
+
+
+# Raised whenever a number of an intervention or a name in its files changes, so that older ones are measured anew.
+INTERVENTION_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Task:
     window: Window
     kind: str
     path: Path
-    measured_on: MeasuredOn
+    measured_on: Identity
     earlier: dict[str, Any] | None
 
 
@@ -116,12 +121,33 @@ def plan_interventions(work: RunInputs, windows: Sequence[Window], settings: Int
             "fit_sha256": work.probe.manifest.fit_sha256,
         }
         path = work.run.layout.intervention(kind, window.name)
-        measured_on = MeasuredOn(chosen, inputs)
-        return Task(window, kind, path, measured_on, None if settings.overwrite else find_earlier(path, measured_on))
+        measured_on = Identity(chosen, inputs)
+        return Task(window, kind, path, measured_on, _find_earlier(path, measured_on, settings))
 
     return InterventionPlan(
         work, pair_set, hashes, tuple(task(window, kind) for window in windows for kind in settings.kinds)
     )
+
+
+def _find_earlier(path: Path, wanted: Identity, settings: InterventionSettings) -> dict[str, Any] | None:
+    """Reads the summary at `path` if it and its arrays are current; returns None if they have to be measured.
+
+    Raises:
+      InputError: it was measured with other settings, or does not say with which, and may not be replaced.
+    """
+    try:
+        document = read_json(path)
+    except InputError:
+        return None  # missing or damaged
+    if not isinstance(document, dict):
+        return None
+    if wanted.decide(document.get("measured_on", {}), path, overwrite=settings.overwrite) == "redo":
+        return None
+    try:
+        Intervention.open(path).check_arrays()
+    except InputError:
+        return None
+    return document
 
 
 def intervene_in_run(
@@ -173,7 +199,7 @@ def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:
     path = run.layout.birth_windows
     if not path.is_file():
         raise unusable(path, "birth windows (run kvjax birth-windows, or name `steps`)", "no such file")
-    found = read_birth_windows(path)
+    found = read_birth_windows(path) if settings.force else RunResults(run).windows
     windows = []
     for entry in found.windows:
         if settings.window in ("all", str(entry.center_step)):
@@ -273,14 +299,15 @@ def _publish(
         **outcome.summary,
         "precision": settings.precision,
         "forced": settings.force,
-        "measured_on": task.measured_on.to_document(),
+        "measured_on": task.measured_on.document,
         "device": device_description(),
         "versions": software_versions(),
     }
     dataset = outcome.dataset
     dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed, "kind": kind}
-    dataset.attrs[HASH_ATTRIBUTE] = task.measured_on.sha256()
+    dataset.attrs["measured_on_sha256"] = task.measured_on.sha256
     write_datasets(arrays_beside(task.path), [(None, dataset)])
+    document["arrays"] = dataclasses.asdict(FileHash.of(arrays_beside(task.path)))
     write_json(task.path, document)
     return InterventionReport(run, kind, window.name, task.path, document)
 
@@ -288,13 +315,12 @@ def _publish(
 def _all_neuron_rows(run: RunDir, kind: Kind) -> list[dict[str, Any]]:
     """Collects the neurons of every window measured so far, each step once, by its newest measurement."""
     rows: dict[int, list[dict[str, Any]]] = {}
-    found = map(arrays_beside, run.layout.intervention(kind.name, "*").parent.glob("*.json"))
-    for path in sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(RunResults(run).intervention_files(kind.name), key=lambda path: path.stat().st_mtime_ns):
         own: dict[int, list[dict[str, Any]]] = {}
         try:
-            dataset = read_dataset(path, expected="measured neurons")
+            dataset = Intervention.open(path).dataset
         except InputError:
-            continue  # damaged: measured again when its window is asked for
+            continue  # damaged, or of an older version: measured again when its window is asked for
         for row in kind.neuron_rows(dataset):
             own.setdefault(row["step"], []).append(row)
         rows |= own

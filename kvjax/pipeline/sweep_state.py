@@ -1,17 +1,25 @@
-"""Whether a run's sweep is of the checkpoints, probe set and reference that the run has."""
+"""Whether a run's sweep is of the checkpoints, probe set and reference that the run has, and its files as it wrote them.
+
+Every checkpoint and table is hashed again, because a replaced or truncated file keeps its name.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 from typing import Any
 
-from kvjax.artifacts.files import read_json
+from kvjax.artifacts.checkpoint_sums import ResultStore
+from kvjax.artifacts.files import file_sha256
+from kvjax.artifacts.layout import step_name
+from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.sweep_schema import Sweep, read_sweep
 from kvjax.errors import InputError, command
 from kvjax.execution.inputs import result_file
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.probe_set import probe_set_is_current
+from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.probe_set import frozen_manifest
-from kvjax.windows.run import sweep_identity
 
 
 def sweep_is_current(run: RunDir) -> Current:
@@ -25,20 +33,19 @@ def sweep_is_current(run: RunDir) -> Current:
 def reference_is_fixed(run: RunDir) -> Current:
     """Says whether a run's sweep names a reference checkpoint that the run has and the sweep could use."""
     try:
-        sweep_identity(run)
-        record = read_json(run.layout.sweep)
+        sweep = read_sweep(run.layout.sweep)
     except InputError as error:
         return Current(False, str(error), _rerun(run))
-    name, last = record.get("reference"), max(run.checkpoints, default=None)
+    name, last = sweep.reference, max(run.checkpoints, default=None)
     if name is None:
         reason = f"no reference checkpoint is named, and the run is unfinished ({last} of {run.config.num_steps} steps)"
-        return Current(False, reason, _rerun(run, reference=last) if last is not None else None)
+        return Current(False, reason, _rerun(run, sweep, reference=last) if last is not None else None)
     try:
-        _, file = result_file(run, str(name))
+        _, file = result_file(run, name)
     except InputError:
         return Current(False, f"the reference {name} is no longer in the run's checkpoints")
-    if (why := _refused(record).get(file.name)) is not None:
-        return Current(False, f"the reference {name} could not be used: {why}", _rerun(run))
+    if (why := sweep.refused.get(file.name)) is not None:
+        return Current(False, f"the reference {name} could not be used: {why}", _rerun(run, sweep))
     return Current(True, f"the reference is {name}")
 
 
@@ -48,39 +55,77 @@ def probe_set_is_measured(run: RunDir) -> Current:
     if not state.holds:
         return state
     try:
-        measured = sweep_identity(run)["probe_set_sha256"]
+        sweep = read_sweep(run.layout.sweep)
     except InputError:
         return Current(False, "nothing has been measured on the probe set", _rerun(run))
-    content = frozen_manifest(run.layout.probe_set).content_sha256
+    content, measured = frozen_manifest(run.layout.probe_set).content_sha256, sweep.probe_set.content_sha256
     if content != measured:
         reason = f"the sweep was made on another probe set ({measured[:12]}) than the one installed ({content[:12]})"
-        return Current(False, reason, _rerun(run, overwrite=True))
+        return Current(False, reason, _rerun(run, sweep, overwrite=True))
     return state
 
 
 def checkpoints_are_measured(run: RunDir) -> Current:
-    """Says whether a run's sweep has measured the checkpoints that the run has."""
+    """Says whether a run's sweep has measured the checkpoints that the run has, and its files are as it wrote them."""
+    results = RunResults(run)
     try:
-        measured = set(sweep_identity(run)["steps"])
+        sweep = results.sweep
     except InputError as error:
         return Current(False, str(error), _rerun(run))
+    measured = {checkpoint.step for checkpoint in sweep.checkpoints}
     missing = [step for step in run.checkpoints if step not in measured]
     gone = sorted(measured - set(run.checkpoints))
     reached, end = max(run.checkpoints, default=0), run.config.num_steps
     training = "" if run.complete else f"; training itself has reached {reached} of {end} steps"
     if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-        reason = f"{len(missing)} of {len(run.checkpoints)} checkpoints are not measured (steps {shown}){training}"
-        return Current(False, reason, _rerun(run))
+        reason = f"{len(missing)} of {len(run.checkpoints)} checkpoints are not measured ({_listed(missing)}){training}"
+        return Current(False, reason, _rerun(run, sweep))
     if gone:
         return Current(False, f"{len(gone)} measured checkpoints are no longer in the run (from step {gone[0]})")
+    if (changed := _changed_since(results, sweep)) is not None:
+        return changed
     return Current(True, f"all {len(run.checkpoints)} checkpoints are measured{training}")
 
 
-def _rerun(run: RunDir, **flags: Any) -> str:
+def _changed_since(results: RunResults, sweep: Sweep) -> Current | None:
+    """Returns which file differs from what the sweep recorded; None if all are the same."""
+    run = results.run
+    recorded = {checkpoint.step: checkpoint.sha256 for checkpoint in sweep.checkpoints}
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            hashes = dict(zip(recorded, pool.map(file_sha256, map(run.checkpoints.get, recorded)), strict=True))
+        changed = [step for step, sha256 in hashes.items() if sha256 != recorded[step]]
+        if changed:
+            reason = f"{_counted(changed)} changed since being measured ({_listed(changed)})"
+            return Current(False, reason, _rerun(run, sweep))
+        sums = ResultStore(run.layout.measured, sweep.identity)
+        lost = [step for step, sha256 in hashes.items() if not sums.holds(step_name(step), sha256)]
+        if lost:
+            reason = f"{run.layout.measured} lacks the sums of {_counted(lost)} ({_listed(lost)})"
+            return Current(False, reason, _rerun(run, sweep))
+        results.check_tables()
+    except InputError as error:
+        return Current(False, str(error), _rerun(run, sweep))
+    if sweep.converted and not run.layout.converted.is_dir():
+        reason = f"the converted parameters are missing from {run.layout.converted}"
+        return Current(False, reason, command("convert", run_dirs=[run.path]))
+    return None
+
+
+def _rerun(run: RunDir, sweep: Sweep | None = None, **flags: Any) -> str:
+    """Writes the command that sweeps a run again, with the settings of its sweep where they are not the defaults."""
+    if sweep is not None:
+        chosen = {name: sweep.identity.get(name) for name in ("precision", "ablations", "resample_draws", "probe")}
+        defaults = SweepSettings()
+        as_chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+        flags |= {name: chosen[name] for name, value in as_chosen.items() if value != getattr(defaults, name)}
     return command("checkpoint-sweep", run_dirs=[run.path], **flags)
 
 
-def _refused(record: dict[str, Any]) -> dict[str, str]:
-    refused = record.get("refused")
-    return refused if isinstance(refused, dict) else {}
+def _counted(steps: list[int]) -> str:
+    return f"{len(steps)} checkpoint{'s' if len(steps) > 1 else ''}"
+
+
+def _listed(steps: list[int]) -> str:
+    """Writes the first five of some steps."""
+    return f"steps {', '.join(map(str, steps[:5]))}{', …' if len(steps) > 5 else ''}"

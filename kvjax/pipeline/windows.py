@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import InputError, command
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import Runs, WindowSettings
-from kvjax.windows.run import WindowsReport, sweep_identity, write_windows
+from kvjax.windows.run import WindowsReport, write_windows
 
 
 def find_birth_windows(runs: Runs, settings: WindowSettings) -> list[WindowsReport]:
@@ -26,7 +27,7 @@ def windows_are_current(run: RunDir) -> Current:
     """Says whether windows were looked for in the sweep that the run has, whatever the verdict."""
     rerun, path = command("birth-windows", run_dirs=[run.path]), run.layout.birth_windows
     try:
-        measured_on = sweep_identity(run)
+        measured_on = read_sweep(run.layout.sweep).measured_on
     except InputError:
         first = command("checkpoint-sweep", run_dirs=[run.path])
         return Current(False, "windows are found in a sweep, and there is none", first)
@@ -36,7 +37,7 @@ def windows_are_current(run: RunDir) -> Current:
         found = read_birth_windows(path)
     except InputError as error:
         return Current(False, str(error), rerun)
-    if found.measured_on.model_dump() != measured_on:
+    if found.measured_on != measured_on:
         return Current(False, "the sweep has changed since windows were looked for", rerun)
     return Current(True, f"windows were looked for in this sweep: {found.reason}")
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import software_versions
+from kvjax.artifacts.results import hash_tables
+from kvjax.artifacts.sweep_schema import Sweep, write_sweep
 from kvjax.artifacts.tables import SCHEMA_VERSION, row_schema, write_datasets, write_rows
 from kvjax.devices import device_description
 from kvjax.execution.inputs import RunInputs
@@ -78,8 +79,7 @@ def publish(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
             f"{run.config.num_steps} steps (name another with `reference`)"
         )
-    write_json(
-        run.layout.sweep,
+    document = Sweep.model_validate(
         {
             "schema_version": SCHEMA_VERSION,
             "run_name": run.config.run_name,
@@ -109,6 +109,9 @@ def publish(
                 "first_call_seconds": log.first_call_seconds,
                 "later_call_seconds": log.later_call_seconds,
             },
-        },
+            "tables": hash_tables(run),
+            "converted": run.layout.converted.is_dir(),
+        }
     )
+    write_sweep(run.layout.sweep, document)
     return SweepReport(run, rows, log, notes, dataset, intervals)

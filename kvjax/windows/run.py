@@ -8,8 +8,8 @@ from typing import Any
 
 import xarray as xr
 
-from kvjax.artifacts.birth_windows_schema import read_sweep_arrays, write_birth_windows
-from kvjax.artifacts.files import read_json
+from kvjax.artifacts.birth_windows_schema import MeasuredOn, write_birth_windows
+from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.config.windows import WindowConfig
@@ -39,7 +39,7 @@ class _Swept:
     run: RunDir
     means: xr.Dataset
     events: xr.Dataset
-    measured_on: dict[str, Any]
+    measured_on: MeasuredOn
 
 
 def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsReport]:
@@ -61,36 +61,14 @@ def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsR
     return reports
 
 
-def sweep_identity(run: RunDir) -> dict[str, Any]:
-    """Returns what a run's windows depend on: the probe set, the measured steps and their checkpoints' hashes.
-
-    Raises:
-      InputError: the run has no readable `sweep.json`.
-    """
-    path = run.layout.sweep
-    if not path.is_file():
-        raise unusable(path, "a sweep (run kvjax checkpoint-sweep first)", "no such file")
-    sweep = read_json(path)
-    try:
-        checkpoints = sorted((int(row["step"]), str(row["sha256"])) for row in sweep["checkpoints"])
-        return {
-            "probe_set_sha256": str(sweep["probe_set"]["content_sha256"]),
-            "steps": [step for step, _ in checkpoints],
-            "checkpoints_sha256": [sha256 for _, sha256 in checkpoints],
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise unusable(path, "the provenance of a sweep (run kvjax checkpoint-sweep again)", repr(error)) from None
-
-
 def _open(run: RunDir) -> _Swept:
-    measured_on = sweep_identity(run)
-    path = run.layout.arrays
-    means, events = read_sweep_arrays(path)
+    results = RunResults(run)
+    measured_on, means, events, path = results.sweep.measured_on, results.metrics, results.events, run.layout.arrays
     if missing := sorted(needed_events() - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):
         raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
     steps = means["step"].values.tolist()
-    if steps != measured_on["steps"]:
-        found = f"{len(steps)} steps in the one and {len(measured_on['steps'])} in the other"
+    if steps != measured_on.steps:
+        found = f"{len(steps)} steps in the one and {len(measured_on.steps)} in the other"
         raise unusable(path, "the steps of sweep.json (run kvjax checkpoint-sweep again)", found)
     return _Swept(run, means, events, measured_on)
 
@@ -103,7 +81,7 @@ def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[st
         "verdict": finding.verdict,
         "reason": verdict_sentence(finding, config, complete=one.run.complete),
         "complete": one.run.complete,
-        "measured_on": one.measured_on,
+        "measured_on": one.measured_on.model_dump(),
         "config": config.model_dump(mode="json"),
         "births": births(
             finding.trajectories,
@@ -121,7 +99,7 @@ def _thresholds(run: RunDir) -> Mapping[str, float]:
 
 def _notes(one: _Swept, finding: RunFinding) -> list[str]:
     notes = []
-    missing = [step for step in one.run.checkpoints if step not in set(one.measured_on["steps"])]
+    missing = [step for step in one.run.checkpoints if step not in set(one.measured_on.steps)]
     if missing:
         notes.append(f"{len(missing)} of the run's checkpoints are not measured yet: run kvjax checkpoint-sweep")
     if not one.run.complete:

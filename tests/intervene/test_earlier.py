@@ -116,7 +116,7 @@ def test_other_settings(intervened, folder):
     document = json.loads(older.read_text())
     del document["measured_on"]
     older.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="a summary of this version, or `overwrite`; found one that does not say"):
+    with pytest.raises(InputError, match="a result of this version, or `overwrite`; found one that does not say"):
         intervened()
     assert intervened(pairs_per_kind=3, overwrite=True) == KINDS
 

@@ -1,0 +1,104 @@
+"""Check, write and read `sweep.json`: what a sweep measured, on what, and the hashes of its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from kvjax.artifacts.birth_windows_schema import MeasuredOn
+from kvjax.artifacts.files import FileHash, digest, read_json, write_json
+from kvjax.errors import unusable
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SweptBenchmark(_Part):
+    """The benchmark of a sweep; `sha256` is its metadata's."""
+
+    name: str
+    sha256: str
+    path: str
+
+
+class SweptProbeSet(_Part):
+    """The probe set of a sweep: its file in the analysis folder, and the path it was given as."""
+
+    file: str
+    given_as: str
+    content_sha256: str
+    fit_sha256: str
+    num_records: int
+
+
+class SweptCheckpoint(pydantic.BaseModel):
+    """A measured checkpoint; `fingerprint` names the sums in `measured/` that its row is made of."""
+
+    model_config = pydantic.ConfigDict(extra="allow", frozen=True)
+
+    step: int
+    file: str
+    sha256: str
+    fingerprint: str
+    notes: list[str]
+
+
+class Sweep(_Part):
+    """`analysis/sweep.json` (docs/formats.md).
+
+    `tables` holds the hash of every table by its path in the analysis folder; it is empty in files of older versions.
+    `converted` says whether the parameters of all checkpoints were in the store when the sweep ended.
+    """
+
+    schema_version: int
+    run_name: str
+    identity: dict[str, Any]
+    benchmark: SweptBenchmark
+    probe_set: SweptProbeSet
+    precision: str
+    reference: str | None
+    checkpoints: list[SweptCheckpoint]
+    refused: dict[str, str]
+    notes: list[str]
+    versions: dict[str, str]
+    device: dict[str, Any]
+    timings: dict[str, Any]
+    tables: dict[str, FileHash] = {}
+    converted: bool = False
+
+    @property
+    def measured_on(self) -> MeasuredOn:
+        """What birth windows found in this sweep depend on."""
+        rows = sorted((checkpoint.step, checkpoint.sha256) for checkpoint in self.checkpoints)
+        return MeasuredOn(
+            probe_set_sha256=self.probe_set.content_sha256,
+            steps=[step for step, _ in rows],
+            checkpoints_sha256=[sha256 for _, sha256 in rows],
+            sweep_sha256=digest({"identity": self.identity, "checkpoints": rows}),
+        )
+
+
+def write_sweep(path: Path, sweep: Sweep) -> None:
+    """Writes the document atomically."""
+    write_json(path, sweep.model_dump(mode="json"))
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Reads a run's `sweep.json`.
+
+    Raises:
+      InputError: the file is missing, or does not fit the schema.
+    """
+    if not path.is_file():
+        raise unusable(path, "a sweep (run kvjax checkpoint-sweep first)", "no such file")
+    document = read_json(path)
+    try:
+        return Sweep.model_validate(document)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the document"
+        expected = "the provenance of a sweep (run kvjax checkpoint-sweep again)"
+        raise unusable(path, expected, f"{where}: {problem['msg']}") from None
