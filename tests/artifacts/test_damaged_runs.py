@@ -1,0 +1,83 @@
+"""`status` and `birth-windows` on runs whose files were damaged after the sweep."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from kvjax.commands.main import main
+from tests.helpers.sweeping import sweep
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+# What happens to a run and its twin -> what `status` says of the sweep, and whether another sweep repairs it.
+DAMAGE = {
+    "arrays cut": (lambda run, twin: cut(run / "analysis/checkpoint_metrics.nc"), "checkpoint_metrics.nc", True),
+    "arrays flipped": (lambda run, twin: flip(run / "analysis/checkpoint_metrics.nc"), "checkpoint_metrics.nc", True),
+    "no arrays": (lambda run, twin: (run / "analysis/checkpoint_metrics.nc").unlink(), "no such file", True),
+    "no rows": (lambda run, twin: (run / "analysis/checkpoint_metrics.jsonl").unlink(), "no such file", True),
+    "rows of the twin": (
+        lambda run, twin: shutil.copy(twin / "analysis/checkpoint_metrics.jsonl", run / "analysis"),
+        "checkpoint_metrics.jsonl",
+        True,
+    ),
+    "no sums": (lambda run, twin: shutil.rmtree(run / "analysis/measured"), "the sums of 3 checkpoints", True),
+    "sums cut": (lambda run, twin: cut(run / "analysis/measured/step_000200.npz"), "sums of 1 checkpoint", True),
+    "checkpoint of the twin": (
+        lambda run, twin: shutil.copy(twin / "checkpoints/step_000200.pt", run / "checkpoints"),
+        "changed since they were measured (steps 200)",
+        True,
+    ),
+    "checkpoint cut": (
+        lambda run, twin: cut(run / "checkpoints/step_000200.pt"),
+        "changed since they were measured (steps 200)",
+        False,
+    ),
+    "no store": (
+        lambda run, twin: shutil.rmtree(run / "analysis/converted"),
+        "converted parameters are missing",
+        False,
+    ),
+    "empty sweep.json": (lambda run, twin: (run / "analysis/sweep.json").write_text(""), "sweep.json", True),
+    "sweep.json {}": (lambda run, twin: (run / "analysis/sweep.json").write_text("{}"), "sweep.json", True),
+}
+
+
+def sweep_condition(run, capsys):
+    """Returns the line in which `status` says whether the sweep is complete."""
+    capsys.readouterr()
+    assert main(["status", f"--run_dirs={run}"]) == 0
+    (line,) = [line.strip() for line in capsys.readouterr().out.splitlines() if "sweep complete" in line]
+    return line
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_status_of_a_damaged_run(swept_runs, swept_run, capsys, name):
+    """A sweep is complete only while every file is as recorded; sweeping again repairs what a sweep writes."""
+    damage, reason, repaired = DAMAGE[name]
+    assert sweep_condition(swept_run, capsys).startswith("yes  sweep complete")
+    damage(swept_run, swept_runs[1])
+    line = sweep_condition(swept_run, capsys)
+    assert line.startswith("no   sweep complete: ") and reason in line
+    if repaired:
+        sweep(swept_run, ablations=("zero",), probe="none", event_drift=False)
+        assert sweep_condition(swept_run, capsys).startswith("yes  sweep complete")
+
+
+@pytest.mark.parametrize("name", ["arrays cut", "arrays flipped", "no arrays", "empty sweep.json"])
+def test_birth_windows_of_a_damaged_run(swept_runs, swept_run, capsys, name):
+    """`birth-windows` ends with one line and status 2, without opening the damaged file."""
+    DAMAGE[name][0](swept_run, swept_runs[1])
+    assert main(["birth-windows", f"--run_dirs={swept_run}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ("checkpoint_metrics.nc" in line and "run kvjax checkpoint-sweep" in line) or "sweep.json" in line
