@@ -10,7 +10,7 @@ import pydantic
 from kvjax.artifacts.files import read_json, write_json
 from kvjax.errors import unusable
 
-Interval = tuple[float | None, float | None]  # an end is None where it lies beyond the run
+Interval = tuple[float | None, float | None]  # an end is None if it lies beyond the run
 StepInterval = tuple[int | None, int | None]
 
 
@@ -19,7 +19,7 @@ class _Part(pydantic.BaseModel):
 
 
 class BirthEntry(_Part):
-    """When one metric was born on a split (docs/definitions.md, section 7).
+    """When one metric was born on a split (docs/birth_windows.md).
 
     `censored` says that the run ends before the birth can be seen; `reason` says how. Half-rises need the whole run and
     are null while it is unfinished.
@@ -67,7 +67,7 @@ class PrecedesEntry(_Part):
 
 
 class ComponentEntry(_Part):
-    """A head, or an MLP where `head` is null, by the accuracy its ablation costs."""
+    """A head, or an MLP if `head` is null, by the accuracy that its ablation costs."""
 
     layer: int
     head: int | None
@@ -120,12 +120,12 @@ class BirthWindows(_Part):
 
 
 def write_birth_windows(path: Path, document: dict[str, Any]) -> None:
-    """Writes the document atomically, checked against its schema first."""
+    """Checks the document against its schema and writes it atomically."""
     write_json(path, BirthWindows.model_validate(document).model_dump(mode="json"))
 
 
 def read_birth_windows(path: Path) -> BirthWindows:
-    """Returns a run's birth windows.
+    """Reads a run's birth windows.
 
     Raises:
       InputError: the file is missing or does not fit the schema.

@@ -1,4 +1,4 @@
-"""Measured arrays of one checkpoint each: written once, reused only for exactly what they were measured on."""
+"""Keep the measured sums of each checkpoint, and find them again if file, probe set and settings are the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INFO = "info"
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointResult:
-    """What was measured on one checkpoint.
+    """The measured sums of one checkpoint.
 
     Attributes:
       step: its training step.
@@ -34,26 +34,27 @@ class CheckpointResult:
 
 @dataclasses.dataclass(frozen=True)
 class ResultStore:
-    """A folder of measured checkpoints, one `.npz` each.
+    """A folder of measured sums, one `.npz` per checkpoint.
+
+    A stored result counts as missing if its identity or its checkpoint file differs, or if it is damaged.
 
     Attributes:
-      folder: where they lie.
-      identity: what, beside the checkpoint file, a result depends on: hashes and settings. A result of another
-        identity, of a file that has changed since, or that cannot be read is no result.
+      folder: the folder.
+      identity: everything but the checkpoint file that a result depends on: settings and hashes.
     """
 
     folder: Path
     identity: Mapping[str, Any]
 
     def find(self, name: str, key: str) -> CheckpointResult | None:
-        """Returns the result stored under a name, where it was measured on what `key` is the hash of, else None."""
+        """Reads the result of a name; None unless it was measured on the file whose hash is `key`."""
         try:
             with np.load(self._path(name), allow_pickle=False) as stored:
                 info = json.loads(str(stored[_INFO]))
                 if info["fingerprint"] != self._fingerprint(key):
                     return None
                 arrays = {key: stored[key] for key in stored.files if key != _INFO}
-        except Exception:  # whatever a missing or damaged file makes NumPy or zipfile raise, it is no result
+        except Exception:  # NumPy and zipfile raise many kinds for a missing or damaged file
             return None
         return CheckpointResult(int(info["step"]), arrays, info)
 
@@ -66,13 +67,13 @@ class ResultStore:
             return False
 
     def load(self, name: str, checkpoint: Path) -> CheckpointResult | None:
-        """Returns the stored result of a checkpoint file as it is now, or None where there is none to trust."""
+        """Hashes a checkpoint file and reads its stored result; None if there is no valid one."""
         if not self._path(name).is_file() or not checkpoint.is_file():
             return None
         return self.find(name, file_sha256(checkpoint))
 
     def save(self, name: str, key: str, step: int, arrays: Arrays, info: Mapping[str, Any]) -> CheckpointResult:
-        """Writes a result atomically and returns it; `key` is the hash of the checkpoint file it was measured on."""
+        """Writes a result atomically and returns it; `key` is the hash of the checkpoint file."""
         info = {**info, "step": step, "fingerprint": self._fingerprint(key)}
         with replace_file(self._path(name)) as partial, partial.open("wb") as file:
             np.savez(file, **{_INFO: np.array(json.dumps(info, sort_keys=True))}, **arrays)

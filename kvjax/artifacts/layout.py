@@ -6,6 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+PROBE_SET_FILE = "probe_set.jsonl"  # of a run's own; another may have any name
+
 
 @dataclasses.dataclass(frozen=True)
 class RunLayout:
@@ -69,7 +71,7 @@ class RunLayout:
     @property
     def probe_set(self) -> Path:
         """The run's own probe set; `ProbeSetLayout` names its other files."""
-        return self.analysis / "probe_set.jsonl"
+        return self.analysis / PROBE_SET_FILE
 
     @property
     def measured(self) -> Path:

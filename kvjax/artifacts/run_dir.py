@@ -1,4 +1,4 @@
-"""A training run's directory: what a trainer left there, and where the analysis of it goes."""
+"""Open training runs: find their checkpoints, their benchmark and the steps that a person names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Returns the run in a directory.
+        """Opens the run in a directory.
 
         Raises:
           InputError: there is no run, or its config cannot be read.
@@ -64,23 +64,23 @@ class RunDir:
 
     @property
     def complete(self) -> bool:
-        """Whether the checkpoint of the run's last step is there.
+        """Whether the checkpoint of the run's last step exists.
 
-        Of a trainer that saves every so many steps and no other, that is the last such step's, once it has written a
-        summary.
+        If the last step is no multiple of `checkpoint_every_steps`, the run also counts as complete once its last
+        periodic checkpoint and `summary.json` exist.
         """
         every, end = self.config.checkpoint_every_steps, self.config.num_steps
         reached = max(self.checkpoints, default=-1)
         return reached >= end or (reached >= end // every * every and self.layout.summary.is_file())
 
     def benchmark_dir(self, override: str | None = None) -> Path:
-        """Returns where the run's benchmark is.
+        """Finds the run's benchmark.
 
-        That is the override, or the path that its config records, tried from here and from the run, or the one that it
-        was swept on, if that is still the same.
+        Tries the override; then the path in the run's config, from here and from the run; then the benchmark of the
+        run's sweep, if it has not changed.
 
         Raises:
-          InputError: there is none in any of these places.
+          InputError: none of them exists.
         """
         if override:
             return Path(override)
@@ -97,7 +97,7 @@ class RunDir:
         )
 
     def _swept_benchmark(self) -> Path | None:
-        """Returns the benchmark that the run's sweep names, None where there is none or it has changed."""
+        """Returns the benchmark that the run's sweep names; None if there is none or it has changed."""
         try:
             named = read_sweep(self.layout.sweep).benchmark
             path = Path(named.path)
@@ -106,7 +106,7 @@ class RunDir:
             return None
 
     def best_checkpoint(self) -> tuple[int, Path]:
-        """Returns the step and file of the best checkpoint, found beside the others whatever path was recorded."""
+        """Finds the step and file of the best checkpoint, in `checkpoints/` whatever folder was recorded."""
         record_path = self.layout.best_record
         record = read_json(record_path)
         try:
@@ -120,7 +120,7 @@ class RunDir:
 
     @functools.cached_property
     def metrics(self) -> tuple[Mapping[str, Any], ...]:
-        """The rows of `metrics.jsonl`; none where the trainer wrote none."""
+        """The rows of `metrics.jsonl`; none if the trainer wrote none."""
         path = self.layout.metrics
         rows = read_json_lines(path) if path.is_file() else []
         for number, row in enumerate(rows, start=1):
@@ -129,7 +129,7 @@ class RunDir:
         return tuple(rows)
 
     def checkpoint_named(self, name: str) -> tuple[int, Path]:
-        """Returns the step and file of the checkpoint that `best`, `final` or a step number names.
+        """Finds the step and file of the checkpoint that `best`, `final` or a step number names.
 
         Raises:
           InputError: it is none of these, or there is no such checkpoint.
@@ -144,11 +144,11 @@ class RunDir:
         return step, self.checkpoints[step]
 
     def recorded_evaluations(self) -> list[Mapping[str, Any]]:
-        """Returns the rows of full-split evaluations that the run itself recorded."""
+        """Selects the rows of full-split evaluations that the run itself recorded."""
         return [row for row in self.metrics if row.get("phase") == "eval"]
 
     def select_steps(self, wanted: str | int | Sequence[int]) -> list[int]:
-        """Returns the checkpoint steps that are named: `all`, steps and ranges `a-b` with commas, or numbers.
+        """Selects checkpoint steps by `all`, by steps and ranges `a-b` with commas, or by numbers.
 
         Raises:
           InputError: the run has no step checkpoints, the flag cannot be read, or it names none of them.
@@ -176,7 +176,7 @@ class RunDir:
         return sorted(steps)
 
     def describe_steps(self) -> str:
-        """Returns the checkpoint steps in words: all of few, the ends of many."""
+        """Lists the checkpoint steps in words: all of up to eight, else their number and ends."""
         steps = list(self.checkpoints)
         if len(steps) <= 8:
             return "steps " + ", ".join(map(str, steps))
@@ -184,7 +184,7 @@ class RunDir:
 
 
 def find_run_dirs(patterns: Iterable[str]) -> list[RunDir]:
-    """Returns the runs that directories or globs name, in order, each once.
+    """Opens the runs that directories or globs name, in order, each once.
 
     Raises:
       InputError: a pattern matches nothing, or a directory is no run.

@@ -33,7 +33,6 @@ from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import PairSet, own_pairs
 
-
 # Raised whenever a number of an intervention or a name in its files changes, so that older ones are measured anew.
 INTERVENTION_VERSION = 2
 

@@ -1,4 +1,4 @@
-"""Whether a run's sweep is of the checkpoints, probe set and reference that the run has, and its files as it wrote them.
+"""Whether a run's sweep is of the checkpoints, probe set and reference that the run has, with its files unchanged.
 
 Every checkpoint and table is hashed again, because a replaced or truncated file keeps its name.
 """

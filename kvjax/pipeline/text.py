@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvjax.artifacts.layout import PROBE_SET_FILE
 from kvjax.errors import command
 from kvjax.report.text import say
 
@@ -29,7 +30,7 @@ def print_benchmark(drawn: GeneratedBenchmark) -> None:
     for split, facts in drawn.splits.items():
         say(f"{split:<16} {facts['num_samples']:>6} streams  {facts['num_query_events']:>6} reads")
     say(f"Benchmark in {drawn.path}.")
-    print_next("generate-probe-set", benchmark_dir=drawn.path, output="probe_set.jsonl")
+    print_next("generate-probe-set", benchmark_dir=drawn.path, output=PROBE_SET_FILE)
 
 
 def print_trained(runs: Sequence[TrainedRun]) -> None:

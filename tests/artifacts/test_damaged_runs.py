@@ -31,16 +31,20 @@ DAMAGE = {
         "checkpoint_metrics.jsonl",
         True,
     ),
-    "no sums": (lambda run, twin: shutil.rmtree(run / "analysis/measured"), "the sums of 3 checkpoints", True),
-    "sums cut": (lambda run, twin: cut(run / "analysis/measured/step_000200.npz"), "sums of 1 checkpoint", True),
+    "no sums": (lambda run, twin: shutil.rmtree(run / "analysis/measured"), "lacks the sums of 3 checkpoints", True),
+    "sums cut": (
+        lambda run, twin: cut(run / "analysis/measured/step_000200.npz"),
+        "sums of 1 checkpoint (steps 200)",
+        True,
+    ),
     "checkpoint of the twin": (
         lambda run, twin: shutil.copy(twin / "checkpoints/step_000200.pt", run / "checkpoints"),
-        "changed since they were measured (steps 200)",
+        "1 checkpoint changed since being measured (steps 200)",
         True,
     ),
     "checkpoint cut": (
         lambda run, twin: cut(run / "checkpoints/step_000200.pt"),
-        "changed since they were measured (steps 200)",
+        "1 checkpoint changed since being measured (steps 200)",
         False,
     ),
     "no store": (
