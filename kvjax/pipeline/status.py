@@ -34,7 +34,7 @@ class Readiness:
 
     @property
     def ready(self) -> bool:
-        """Whether all of them hold."""
+        """Checks whether all conditions hold."""
         return self.failing is None
 
     @property
