@@ -10,7 +10,7 @@ from kvjax.commands.flags import flags_of, read_settings
 from kvjax.commands.main import COMMANDS
 from kvjax.config.settings import declared
 from kvjax.errors import InputError
-from kvjax.intervene import analysis
+from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.settings import KINDS, InterventionSettings
 from kvjax.pipeline.settings import SelectSettings, TrainSettings
 from kvjax.sweeps.settings import SweepSettings
@@ -98,5 +98,5 @@ def test_settings_that_cannot_be(make, complaint):
 
 
 def test_kinds_of_intervention():
-    """The kinds that flags offer are the kinds that there are, in their order."""
-    assert tuple(analysis.KINDS) == KINDS
+    """Every kind that flags offer has a module, and goes by the same name there."""
+    assert tuple(find_kind(name).name for name in KINDS) == KINDS
