@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvjax.devices import CACHE_VARIABLE, use_compilation_cache
+from kvjax.sweeps.compiled_sweep import CompiledSweep
 from tests.helpers.building import write_run, write_small_benchmark
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,6 +24,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 if jax.config.jax_compilation_cache_dir is None:
     use_compilation_cache()
 torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost more than they do
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_lengths_to_pad_to():
+    """Sweeps under test pad to two lengths instead of three: each is a copy of the program to compile.
+
+    Two are several: records of a bucket differ in length, and results are put together from both. The reference run is
+    swept by a command of its own, as people run it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CompiledSweep.__init__.__kwdefaults__, "max_buckets", 2)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -168,7 +168,6 @@ class TestBest:
 
     @pytest.fixture
     def recorder(self, tmp_path, small_benchmark):
-
         run = run_directories(small_train_config(small_benchmark), None, str(tmp_path / "run"))
         train_runs(run, Benchmark.open(small_benchmark), resume=False, overwrite=False, advance=lambda n: None)
         return tmp_path / "run"
