@@ -59,7 +59,7 @@ class ResultStore:
         return CheckpointResult(int(info["step"]), arrays, info)
 
     def holds(self, name: str, key: str) -> bool:
-        """Whether `find` would return a result, as far as its provenance says; reads no arrays."""
+        """Checks by its provenance whether `find` would return a result; reads no arrays."""
         try:
             with np.load(self._path(name), allow_pickle=False) as stored:
                 return json.loads(str(stored[_INFO]))["fingerprint"] == self._fingerprint(key)

@@ -187,7 +187,7 @@ class RunResults:
 
 
 def table_name(run: RunDir, path: Path) -> str:
-    """Returns the name by which `sweep.json` records a table's hash."""
+    """Forms the name by which `sweep.json` records a table's hash."""
     return path.relative_to(run.layout.analysis).as_posix()
 
 

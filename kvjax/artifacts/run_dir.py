@@ -64,7 +64,7 @@ class RunDir:
 
     @property
     def complete(self) -> bool:
-        """Whether the checkpoint of the run's last step exists.
+        """Checks whether the checkpoint of the run's last step exists.
 
         If the last step is no multiple of `checkpoint_every_steps`, the run also counts as complete once its last
         periodic checkpoint and `summary.json` exist.
@@ -97,7 +97,7 @@ class RunDir:
         )
 
     def _swept_benchmark(self) -> Path | None:
-        """Returns the benchmark that the run's sweep names; None if there is none or it has changed."""
+        """Finds the benchmark that the run's sweep names; None if there is none or it has changed."""
         try:
             named = read_sweep(self.layout.sweep).benchmark
             path = Path(named.path)

@@ -71,7 +71,7 @@ class Sweep(_Part):
 
     @property
     def measured_on(self) -> MeasuredOn:
-        """What birth windows found in this sweep depend on."""
+        """Collects what birth windows found in this sweep depend on."""
         rows = sorted((checkpoint.step, checkpoint.sha256) for checkpoint in self.checkpoints)
         return MeasuredOn(
             probe_set_sha256=self.probe_set.content_sha256,

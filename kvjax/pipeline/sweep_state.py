@@ -88,7 +88,7 @@ def checkpoints_are_measured(run: RunDir) -> Current:
 
 
 def _changed_since(results: RunResults, sweep: Sweep) -> Current | None:
-    """Returns which file differs from what the sweep recorded; None if all are the same."""
+    """Finds which file differs from what the sweep recorded; None if all are the same."""
     run = results.run
     recorded = {checkpoint.step: checkpoint.sha256 for checkpoint in sweep.checkpoints}
     try:
