@@ -39,6 +39,11 @@ def computed(level: Level) -> list[Measure]:
     return [measure for measure in MEASURES if measure.level == level and measure.compute is not None]
 
 
+def computed_names() -> tuple[str, ...]:
+    """Names every measure that declares its own device function."""
+    return tuple(measure.name for measure in MEASURES if measure.compute is not None)
+
+
 def row_fields(table: Table) -> Iterator[tuple[Measure, RowField]]:
     """Yields every field of a table's rows with the measure it shows."""
     for measure in MEASURES:

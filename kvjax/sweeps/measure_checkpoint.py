@@ -16,6 +16,7 @@ import numpy as np
 from kvjax.devices import ONE_DEVICE, Lift, Placement
 from kvjax.execution.fit_set import component_means, fit_all_probes, probe_labels
 from kvjax.execution.states_at_reads import flatten_reads, spread_of_states
+from kvjax.measure import registry
 from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
 from kvjax.measure.registry import PROBE_TARGETS
 from kvjax.model.decoder import DecoderConfig, Params
@@ -45,6 +46,7 @@ class SweepSpec:
       states: whether the states at the reads are returned.
       interventions: how the heads of one layer are run, `map` (one by one) or `vmap`.
       placement: which devices share the checkpoints, and how each runs its part.
+      measures: names of the declared measures that the clean pass computes.
     """
 
     config: DecoderConfig
@@ -57,6 +59,7 @@ class SweepSpec:
     states: bool = False
     interventions: Lift = "map"
     placement: Placement = ONE_DEVICE
+    measures: tuple[str, ...] = dataclasses.field(default_factory=registry.computed_names)
 
 
 @jax.tree_util.register_dataclass
