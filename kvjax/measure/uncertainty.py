@@ -92,9 +92,7 @@ def interval(
     This is the percentile interval, with two corrections for rates (coverage in `benchmarks/README.md`):
 
     - If all resamples agree, as for rates of 0 and 1, it is Wilson's for 0 of `num_sequences`.
-    - It is widened to a Wilson interval with the effective sample size n_eff = p(1 - p) / Var(resamples): the "modified
-      Wilson" interval for clustered data (cf. Korn & Graubard 1998). If any resample contains only one outcome, a few
-      sequences hold the rarer one and percentiles are too narrow: n_eff is then at most `num_sequences`.
+    - It is widened to the interval of `modified_wilson_interval`.
 
     Args:
       values_X: the statistics.
@@ -109,21 +107,33 @@ def interval(
     if bounds is None:
         return low, high
     if bounds == RATE:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            trials = values_X * (1 - values_X) / _variance(samples_JxX)
-        # Too few sequences hold the rarer outcome to show whether reads of one agree: suppose they do.
-        few = (samples_JxX == bounds.low).any(axis=0) | (samples_JxX == bounds.high).any(axis=0)
-        trials = np.where(few, np.minimum(trials, num_sequences), trials)
-        rare_low, rare_high = wilson_interval(values_X * trials, trials)
-        low, high = (
-            np.fmin(low, rare_low),
-            np.fmax(high, rare_high),
-        )  # they ignore NaN: no spread
+        ends = modified_wilson_interval(values_X, samples_JxX, num_sequences)
+        low, high = np.fmin(low, ends[0]), np.fmax(high, ends[1])  # they ignore NaN: no spread
     margin = wilson_interval(np.zeros(1), np.array([num_sequences]))[1][0]
     agree = low == high
     low = np.where(agree, np.maximum(values_X - margin, bounds.low), low)
     high = np.where(agree, np.minimum(values_X + margin, bounds.high), high)
     return low, high
+
+
+def modified_wilson_interval(
+    rates_X: np.ndarray, samples_JxX: np.ndarray, num_sequences: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forms Wilson intervals of rates over clustered reads, with the effective sample size in place of the reads.
+
+    The effective sample size is n_eff = p(1 - p) / Var(resamples). If any resample contains only one outcome, too few
+    sequences hold the rarer one to show whether reads of one agree: n_eff is then at most `num_sequences`.
+
+    Returns:
+      The ends, [X] each; NaN if no resample has a value, or if they do not vary.
+      Source: Korn & Graubard, Confidence intervals for proportions with small expected number of positive counts
+      estimated from survey data (1998), which modifies an exact interval in this way; here it is Wilson's.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        effective = rates_X * (1 - rates_X) / _variance(samples_JxX)
+    few = (samples_JxX == RATE.low).any(axis=0) | (samples_JxX == RATE.high).any(axis=0)
+    effective = np.where(few, np.minimum(effective, num_sequences), effective)
+    return wilson_interval(rates_X * effective, effective)
 
 
 def percentile_interval(samples_JxX: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
