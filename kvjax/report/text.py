@@ -9,6 +9,8 @@ from kvjax.artifacts.layout import arrays_beside
 from kvjax.errors import visible
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.summary_text import cell
+from kvjax.measure.declaration import Column
+from kvjax.measure.registry import row_fields
 from kvjax.model.components import Component
 
 if TYPE_CHECKING:
@@ -36,15 +38,15 @@ def print_sweep_report(report: SweepReport) -> None:
     if not rows:
         return
     say(f"\n{config.run_name} (seed {config.seed})")
-    say("   step  accuracy  held-out    margin      r   loss  heads by accuracy drop")
+    columns = _printed_columns()
+    headings = " ".join(column.heading.rjust(_width(column.form)) for column in columns.values())
+    say(f"{'step':>7} {headings}  heads by accuracy drop")
     hidden = len(rows) - _SHOWN_ROWS
     for row in rows if hidden <= 0 else rows[: _SHOWN_ROWS // 2] + rows[-_SHOWN_ROWS // 2 :]:
         top = row["top_heads_by_ablation"][:3]
         heads = "  ".join(f"{Component(head['layer'], head['head'])} {head['value']:.3f}" for head in top)
-        say(
-            f"{row['step']:>7} {cell(row['answer_accuracy'], '9.3f')} {cell(row['heldout_answer_accuracy'], '9.3f')} "
-            f"{cell(row['answer_margin'], '9.2f')} {cell(row['r'], '6.3f')} {cell(row['loss'], '6.3f')}  {heads}"
-        )
+        numbers = " ".join(cell(row[field], column.form) for field, column in columns.items())
+        say(f"{row['step']:>7} {numbers}  {heads}")
     if hidden > 0:
         say(f"  ({hidden} checkpoints between are in the table)")
     for file, reason in report.log.refused.items():
@@ -54,6 +56,16 @@ def print_sweep_report(report: SweepReport) -> None:
     log, layout = report.log, report.run.layout
     say(f"{len(log.measured)} measured, {len(log.reused)} reused, {len(log.refused)} skipped.")
     say(f"Results in {layout.analysis}: rows in {layout.rows.name}, arrays in {layout.arrays.name}.")
+
+
+def _printed_columns() -> dict[str, Column]:
+    """Collects the declared columns of a printed checkpoint by field of the row, the widest first."""
+    declared = {field.name: field.column for _, field in row_fields("checkpoint") if field.column is not None}
+    return dict(sorted(declared.items(), key=lambda item: -_width(item[1].form)))
+
+
+def _width(form: str) -> int:
+    return int(form.partition(".")[0])
 
 
 def print_windows_reports(reports: Sequence[WindowsReport], *, show: int) -> None:
