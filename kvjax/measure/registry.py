@@ -39,6 +39,11 @@ def computed(level: Level) -> list[Measure]:
     return [measure for measure in MEASURES if measure.level == level and measure.compute is not None]
 
 
+def computed_sources() -> frozenset[str]:
+    """Names every array that a declared device function makes."""
+    return frozenset(source for measure in MEASURES if measure.compute is not None for source in measure.sources)
+
+
 def computed_names() -> tuple[str, ...]:
     """Names every measure that declares its own device function."""
     return tuple(measure.name for measure in MEASURES if measure.compute is not None)

@@ -19,6 +19,7 @@ from kvjax.errors import InputError, bad_argument
 from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
+from kvjax.measure import registry
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.compiled_sweep import CompiledSweep
@@ -150,11 +151,19 @@ class RunSweep:
         return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic)
 
     def _stored_results(self) -> dict[str, CheckpointResult]:
-        """Loads the stored results of checkpoint files that have not changed since, by name."""
+        """Loads the stored results of checkpoint files that have not changed since, by name.
+
+        A result that lacks an array of a measure, because it was declared later, is none.
+        """
         names = [name for name in self._files if name not in self._anew]
         with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
             stored = readers.map(lambda name: self._store.load(name, self._files[name][1]), names)
-            return {name: result for name, result in zip(names, stored, strict=True) if result is not None}
+            complete = registry.computed_sources()
+            return {
+                name: result
+                for name, result in zip(names, stored, strict=True)
+                if result is not None and complete <= result.arrays.keys()
+            }
 
     def _measure_pending(self, advance: Callable[[int], None], meanwhile: Callable[[], Any]) -> None:
         """Measures the checkpoints without a result, the reference first: later ones are compared with it as they come.

@@ -106,3 +106,15 @@ def test_new_measure_in_a_figure(run, by_hand):
     figure = trajectory_figure([arrays(run)])
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[2].get_lines()}
     np.testing.assert_allclose(lines["surprise of the answer (nats)"], by_hand["validation_iid"], rtol=1e-5)
+
+
+def test_results_from_before_a_measure(run):
+    """A stored result without the measure's array is measured again; complete ones are reused."""
+    stored = run / "analysis" / "measured" / "step_000200.npz"
+    with np.load(stored) as arrays_before:
+        kept = {name: arrays_before[name] for name in arrays_before.files if name != "read/surprise"}
+    assert "read/correct" in kept
+    np.savez(stored, **kept)
+    report = sweep(run, ablations=("zero",), probe="none", event_drift=False)
+    assert report.log.measured == [200] and sorted(report.log.reused) == [100, 300]
+    assert report.rows[1]["surprise"] is not None
