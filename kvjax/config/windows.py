@@ -43,7 +43,7 @@ class WindowConfig(Section):
     side_checkpoints: int = pydantic.Field(
         ge=1, description="Checkpoints averaged on each side of a gap (m); fewer at the run's edges."
     )
-    # Two at least, so that a window has a checkpoint inside also where a shift is in the run's last gap.
+    # Two at least, so that a window has a checkpoint inside even if a shift is in the run's last gap.
     min_side_checkpoints: int = pydantic.Field(
         ge=2, description="Fewest checkpoints on a side for a gap to be scored: a shift must be seen to hold."
     )

@@ -1,4 +1,4 @@
-"""Sums over sequences that a sweep's means are ratios of: the one place where they are formed.
+"""Forms the sums over sequences that a sweep's means are ratios of; no other module forms them.
 
 A mean, its interval, its trajectory over training and its value on a full split are made from the same sums.
 """
@@ -19,7 +19,7 @@ _BOUNDS = {"rate": RATE, "difference of rates": DIFFERENCE_OF_RATES}
 
 @dataclasses.dataclass(frozen=True)
 class Counting:
-    """What means over N sequences of at most Q reads are divided by, and how their axes are labelled.
+    """Denominators of means over N sequences of at most Q reads, and the labels of their axes.
 
     Attributes:
       is_read: bool [N, Q].

@@ -137,13 +137,13 @@ def _component_rows(dataset: xr.Dataset, table: Table, axes: tuple[str, ...]) ->
         ranks = {name: places(drop) for name, drop in drops.items()}
         for index in np.ndindex(*values["accuracy_drop"].shape[1:]):
             numbers = {name: None if x is None else _number(x[(c, *index)]) for name, x in values.items()}
-            told = [drop[index] for drop in drops.values()], [rank[index] for rank in ranks.values()]
+            kinds = [drop[index] for drop in drops.values()], [rank[index] for rank in ranks.values()]
             rows.append(
                 {
                     "step": step,
                     **dict(zip(axes, index, strict=True)),
                     **numbers,
-                    "ablations_disagree": _disagree(*told) if len(drops) > 1 else None,
+                    "ablations_disagree": _disagree(*kinds) if len(drops) > 1 else None,
                     "rank": int(ranks["accuracy_drop"][index]),
                 }
             )
