@@ -209,7 +209,7 @@ def _check_same_training(path: Path, config: TrainConfig) -> None:
     for name in names:
         if getattr(recorded, name) != getattr(config, name):
             ours, theirs = getattr(config, name), getattr(recorded, name)
-            raise unusable(file, f"the {name} of the config to resume with, {ours}", theirs)
+            raise unusable(file, f"the same {name} as the config to resume with, {ours}", theirs)
 
 
 def _resumable(path: Path) -> dict[int, Path]:
