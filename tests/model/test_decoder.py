@@ -11,6 +11,7 @@ import torch
 from kvjax.converters.to_flax import to_flax
 
 from kvjax.config.run import ModelConfig
+from kvjax.devices import Placement
 from kvjax.errors import InputError
 from kvjax.model.decoder import Decoder, DecoderConfig, gelu, stack_params
 from kvjax.model.interventions import CLEAN, Edit, ablate_head, ablate_mlp, compose
@@ -185,7 +186,7 @@ def test_lifts(both, tokens, lift):
     chex.assert_trees_all_close(lifted, jnp.stack([ablated(h) for h in range(MODEL.n_heads)]), rtol=1e-4, atol=1e-4)
     doubled = jax.tree.map(lambda x: 1.5 * x, params)
     stacked = stack_params([params, doubled])
-    lifted = over_checkpoints(lambda p, t: forward(p, t)[0], lift=lift)(stacked, tokens)
+    lifted = over_checkpoints(lambda p, t: forward(p, t)[0], Placement(lift=lift))(stacked, tokens)
     looped = jnp.stack([forward(p, tokens)[0] for p in (params, doubled)])
     chex.assert_trees_all_close(lifted, looped, rtol=1e-4, atol=1e-4)
 
