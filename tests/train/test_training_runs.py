@@ -225,7 +225,7 @@ def test_resuming_a_finished_run(tmp_path, trained, small_benchmark):
 def test_resuming_with_another_optimizer(tmp_path, trained, small_benchmark):
     """Resuming with another optimizer is refused."""
     optimization = small_train_config(small_benchmark).optimization.model_copy(update={"learning_rate": 1e-3})
-    with pytest.raises(InputError, match=r"expected the optimization of the config to resume with, .*; found "):
+    with pytest.raises(InputError, match=r"the same optimization as the config to resume with, .*; found "):
         train(small_benchmark, trained, resume=True, optimization=optimization.model_dump())
 
 
