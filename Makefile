@@ -34,7 +34,7 @@ format: setup
 # Pins all dependencies anew, resolved in an empty environment. pip downloads what it has to look into.
 constraints:
 	rm -rf build/resolver && $(PYTHON) -m venv build/resolver
-	build/resolver/bin/python tools/constraints.py $(TORCH) > build/constraints.txt
+	build/resolver/bin/python make_constraints.py $(TORCH) > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:

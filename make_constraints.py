@@ -4,7 +4,7 @@ All extras are resolved together, so that one version of each package serves the
 section that needs it: the core's dependencies, then each extra's. torch is pinned beforehand; without a pin, pip may
 choose a build for CUDA, gigabytes larger.
 
-    python tools/constraints.py 2.13.0 > constraints.txt
+    python make_constraints.py 2.13.0 > constraints.txt
 """
 
 from __future__ import annotations
