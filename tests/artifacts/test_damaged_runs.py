@@ -53,6 +53,7 @@ DAMAGE = {
         False,
     ),
     "empty sweep.json": (lambda run, twin: (run / "analysis/sweep.json").write_text(""), "sweep.json", True),
+    "sweep.json []": (lambda run, twin: (run / "analysis/sweep.json").write_text("[]"), "sweep.json", True),
     "sweep.json {}": (lambda run, twin: (run / "analysis/sweep.json").write_text("{}"), "sweep.json", True),
 }
 

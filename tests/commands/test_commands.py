@@ -126,7 +126,6 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("name", "content", "complaint"),
         [
-            ("analysis/sweep.json", "[]", "sweep.json: expected a sweep with the same settings"),
             ("best_checkpoint.json", '{"step": Infinity, "path": "x"}', "best_checkpoint.json"),
             ("run_config.json", "[" * 100000, "run_config.json"),
             ("checkpoints/step_100.pt", "", "one checkpoint of step 100"),
