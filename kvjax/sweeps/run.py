@@ -78,7 +78,7 @@ def sweep_runs(
                 _check_last(reports)
                 reports.append(beside.submit(tabulate, inputs, identity, measured, settings, sweep.log))
         except InputError:
-            _check_last(reports)  # what stopped an earlier run is told first
+            _check_last(reports)  # the error of an earlier run comes first
             raise
     return [report.result() for report in reports]
 
