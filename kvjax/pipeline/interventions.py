@@ -5,13 +5,8 @@ from __future__ import annotations
 from kvjax.artifacts.run_dir import RunDir, find_run_dirs
 from kvjax.errors import InputError, command
 from kvjax.execution.inputs import OpenedInputs, prepare_run
-from kvjax.intervene.analysis import (
-    InterventionPlan,
-    InterventionReport,
-    chosen_windows,
-    intervene_in_run,
-    plan_interventions,
-)
+from kvjax.intervene.analysis import InterventionReport, intervene_in_run
+from kvjax.intervene.plan import InterventionPlan, chosen_windows, plan_interventions
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
@@ -34,7 +29,7 @@ def intervene(
         return [
             report
             for planned in plans
-            for report in intervene_in_run(planned, checkpoint_source(planned.work), settings, advance=advance)
+            for report in intervene_in_run(planned, checkpoint_source(planned.inputs), settings, advance=advance)
         ]
 
 
@@ -49,7 +44,7 @@ def plan(runs: RunsOnBenchmark, source: PairSource, settings: InterventionSettin
         check_ready(run)
     opened, plans = OpenedInputs(), []
     for run, windows in [(run, chosen_windows(run, settings)) for run in found]:
-        work = prepare_run(
+        inputs = prepare_run(
             run,
             benchmark_dir=runs.benchmark_dir,
             probe_set=source.probe_set,
@@ -57,7 +52,7 @@ def plan(runs: RunsOnBenchmark, source: PairSource, settings: InterventionSettin
             reference=str(max(run.checkpoints)),
             opened=opened,
         )
-        plans.append(plan_interventions(work, windows, settings))
+        plans.append(plan_interventions(inputs, windows, settings))
     return plans
 
 
@@ -81,9 +76,9 @@ def interventions_are_current(run: RunDir, settings: InterventionSettings) -> Cu
     rerun = command("intervene", run_dirs=[run.path])
     try:
         (planned,) = plan(RunsOnBenchmark.of([run.path]), PairSource(), settings)
+        missing = planned.to_measure()
     except InputError as error:
         return Current(False, str(error), rerun)
-    missing = [task for task in planned.tasks if task.earlier is None]
     if missing:
         kinds = ", ".join(dict.fromkeys(task.kind for task in missing))
         return Current(False, f"{len(missing)} of {len(planned.tasks)} studies are not measured ({kinds})", rerun)

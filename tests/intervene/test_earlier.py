@@ -17,6 +17,7 @@ from kvjax.pipeline.interventions import intervene as intervene_in_runs
 from kvjax.pipeline.settings import PairSource, RunsOnBenchmark
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import generate_probe_set
+from tests.helpers.opened_files import OpenedFiles
 
 KINDS = ("path_patching", "necessity")
 
@@ -162,22 +163,22 @@ def test_arrays_of_another_call(intervened, folder):
     assert intervened(("necessity",)) == ("necessity",)
 
 
-def test_checkpoint_that_changes_meanwhile(intervened, small_run, monkeypatch):
-    """A checkpoint that changes between hashing and loading is refused."""
-    path = small_run / "checkpoints" / "step_000200.pt"
-    real = analysis.file_sha256
+def test_reads_of_checkpoint_files(intervened, small_run):
+    """Each `.pt` file of a window is read once, whether it is measured now or was before; others are not read."""
+    opened = OpenedFiles()
+    once = {f"step_{step:06d}.pt": 1 for step in (100, 200)}
+    assert intervened(("necessity",)) == ("necessity",) and opened.taken() == once, "nothing was measured"
+    assert intervened(("necessity",)) == () and opened.taken() == once, "everything was"
+    assert intervened() == ("path_patching",) and opened.taken() == once, "one kind was"
 
-    def then_changed(file):
-        digest = real(file)
-        if file == path:
-            document = torch.load(path, weights_only=True)
-            document["model_state"]["final_norm.bias"] += 1.0
-            torch.save(document, path)
-        return digest
 
-    monkeypatch.setattr(analysis, "file_sha256", then_changed)
-    with pytest.raises(InputError, match=r"step_000200.pt: expected a file that stays as it is"):
-        intervened()
+def test_checkpoint_that_changes_meanwhile(intervened, folder, monkeypatch):
+    """Once files are loaded, the hashes of the loaded bytes decide what is current, whatever they were before."""
+    intervened()
+    before = [json.loads(path.read_text())["measured_on"] for path in sorted(folder.rglob("*.json"))]
+    monkeypatch.setattr(analysis, "window_hashes", lambda run, window: dict.fromkeys(window.steps, "0" * 64))
+    assert intervened() == ("path_patching",), "necessity was measured on the bytes that loading it found"
+    assert before == [json.loads(path.read_text())["measured_on"] for path in sorted(folder.rglob("*.json"))]
 
 
 def test_another_probe_set(intervened, small_run, small_benchmark, tmp_path):
