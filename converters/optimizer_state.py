@@ -65,7 +65,7 @@ def to_torch_optimizer(moments: AdamMoments, optimization: OptimizationConfig, l
 def from_torch_optimizer(
     state: Mapping[str, Any], params: Params, model: ModelConfig, vocab_size: int, *, where: object
 ) -> AdamMoments:
-    """Converts a PyTorch AdamW state to the moments of the given parameters.
+    """Converts a PyTorch AdamW state, its tensors as NumPy arrays, to the moments of the given parameters.
 
     Raises:
       InputError: the state is no AdamW state of a model of this shape.
@@ -75,7 +75,7 @@ def from_torch_optimizer(
         numbered = [state["state"][index] for index in range(len(names))]
         counts = {int(entry["step"]) for entry in numbered}
         moments = {
-            kind: {name: entry[kind].float().numpy() for name, entry in zip(names, numbered, strict=True)}
+            kind: {name: np.asarray(entry[kind], np.float32) for name, entry in zip(names, numbered, strict=True)}
             for kind in ("exp_avg", "exp_avg_sq")
         }
         extra = len(state["state"]) - len(names)

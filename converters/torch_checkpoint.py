@@ -16,6 +16,8 @@ import torch
 from kvjax.artifacts.files import HashedFile, replace_file
 from kvjax.errors import InputError, unusable
 
+OPTIMIZER_NAMES = ("optimizer_state", "optimizer", "optimizer_state_dict")  # in a checkpoint's document
+
 
 @dataclasses.dataclass(frozen=True)
 class TorchCheckpoint:
@@ -26,7 +28,8 @@ class TorchCheckpoint:
       state: `model_state`, tensor name -> float32 array.
       config: `train_spec`, `benchmark_metadata`, … as the trainer recorded them; empty if it recorded none.
       metrics: the evaluation results stored with it, by split; often empty.
-      optimizer_state: the state that PyTorch's optimiser saved; empty if it saved none.
+      optimizer_state: what `optimizer.state_dict()` gave, with `state` and `param_groups` as they are and every tensor
+        as a NumPy array of its own precision (bfloat16 widened to float32); empty if the trainer saved none.
     """
 
     step: int
@@ -63,8 +66,28 @@ def parse_checkpoint(file: HashedFile) -> TorchCheckpoint:
         state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
         config=section(document, "config", path),
         metrics=section(document, "metrics", path),
-        optimizer_state=section(document, "optimizer_state", path),
+        optimizer_state=_optimizer_state(document, path),
     )
+
+
+def _optimizer_state(document: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Finds the optimiser's state under the names that trainers give it."""
+    for name in OPTIMIZER_NAMES:
+        if document.get(name) is not None:
+            return _with_arrays(section(document, name, path))
+    return {}
+
+
+def _with_arrays(value: Any) -> Any:
+    """Replaces the tensors of nested mappings and sequences by NumPy arrays."""
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if isinstance(value, dict):
+        return {key: _with_arrays(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_arrays(part) for part in value)
+    return value
 
 
 def section(document: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:

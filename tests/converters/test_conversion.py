@@ -115,6 +115,22 @@ def test_half_precision(tmp_path, module, dtype):
         assert torch.equal(torch.from_numpy(np.array(state[name])), tensor.float())
 
 
+@pytest.mark.parametrize("name", ["optimizer_state", "optimizer", "optimizer_state_dict"])
+def test_names_of_the_optimizer_state(tmp_path, module, name):
+    """The optimiser's state is found under each of its names: groups as they are, tensors as arrays."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.5, betas=(0.25, 0.75))
+    module(torch.ones(1, 3, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "file.pt"
+    torch.save({"step": 1, "model_state": module.state_dict(), name: optimizer.state_dict()}, path)
+    found, saved = read_checkpoint(path).optimizer_state, optimizer.state_dict()
+    assert found["param_groups"] == saved["param_groups"] and found["state"].keys() == saved["state"].keys()
+    for index, entry in saved["state"].items():
+        for kind, tensor in entry.items():
+            assert isinstance(found["state"][index][kind], np.ndarray)
+            assert np.array_equal(found["state"][index][kind], tensor.numpy())
+
+
 def test_file_of_the_format_before_zip(tmp_path, module):
     """Files of PyTorch's older format load."""
     path = tmp_path / "old.pt"
