@@ -33,7 +33,7 @@ from kvjax.intervene.kinds.activation_patching import patching_effects
 from kvjax.intervene.kinds.neurons import neuron_sums
 from kvjax.intervene.kinds.path_patching import path_edits, path_effects
 from kvjax.intervene.pair_runs import DENOISING, Effects, PairRuns, answer_effects, run_pairs
-from kvjax.intervene.paths import all_edges, all_senders, sender_changes
+from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import Place, stage_places
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.sites import take_positions
@@ -132,7 +132,7 @@ def _paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:
 def _plain_paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:
     """Patches every path by the whole model, one after another in a compiled loop, keeping only the two runs."""
     runs: PairRuns = run_pairs(params, config, batch.pairs, DENOISING, window=batch.window)
-    changes = sender_changes(params, config, runs)
+    changes = sender_changes(params, config, run_changes(runs))
     senders = all_senders(config.n_layers, config.n_heads)
     edges = all_edges(config.n_layers, config.n_heads)
     found = {}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kvjax.intervene.pair_runs import PairRuns
 from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.sites import SITES, Trace, take_positions
 from kvjax.model.weights import head_output_kernels
 
 HEAD_INPUTS = ("query_input", "key_input", "value_input")
@@ -81,16 +82,34 @@ def _edges(n_layers: int, n_heads: int) -> Iterator[Edge]:
         yield Edge(sender, Receiver("logits_input"))
 
 
-def sender_changes(params: Params, config: DecoderConfig, runs: PairRuns) -> jax.Array:
+def run_changes(runs: PairRuns, positions_BxW: jax.Array | None = None) -> Trace:
+    """Subtracts the base run's outputs from the source run's, at some positions or all.
+
+    Returns:
+      `embedding` [B, T, D], `head_z` [L, B, T, H, E] and `mlp_out` [L, B, T, D]; W positions instead of T if given.
+    """
+    changes = {name: runs.source.trace[name] - runs.base.trace[name] for name in ("embedding", "head_z", "mlp_out")}
+    if positions_BxW is None:
+        return changes
+
+    def within(name: str, x: jax.Array) -> jax.Array:
+        if SITES[name].per_layer:
+            return jax.vmap(lambda of_layer: take_positions(of_layer, positions_BxW, 1))(x)
+        return take_positions(x, positions_BxW, 1)
+
+    return {name: within(name, x) for name, x in changes.items()}
+
+
+def sender_changes(params: Params, config: DecoderConfig, changes: Trace) -> jax.Array:
     """Forms each sender's output in the source run minus that in the base run, [senders, B, T, D].
 
     A head's output is its z through its own part of the output projection, without the bias.
+
+    Args:
+      params, config: one checkpoint.
+      changes: from `run_changes`.
     """
-
-    def change(site: str) -> jax.Array:
-        return runs.source.trace[site] - runs.base.trace[site]
-
     kernel_LxHxExD = head_output_kernels(params, config.n_heads)
-    written = jnp.einsum("lbthe,lhed->lhbtd", change("head_z"), kernel_LxHxExD, precision=config.precision)
-    by_layer = jnp.concatenate([written, change("mlp_out")[:, None]], axis=1)  # [L, H + 1, B, T, D]
-    return jnp.concatenate([change("embedding")[None], by_layer.reshape(-1, *by_layer.shape[2:])])
+    written = jnp.einsum("lbthe,lhed->lhbtd", changes["head_z"], kernel_LxHxExD, precision=config.precision)
+    by_layer = jnp.concatenate([written, changes["mlp_out"][:, None]], axis=1)  # [L, H + 1, B, T, D]
+    return jnp.concatenate([changes["embedding"][None], by_layer.reshape(-1, *by_layer.shape[2:])])

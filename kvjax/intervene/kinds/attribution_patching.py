@@ -2,8 +2,8 @@
 
 A node's score is the change of its output between the runs times the metric's gradient there; a path's, the change of
 the sender's output times the gradient at the receiver's input. Gradients are taken in the base run, or averaged along
-the line between the two runs' embeddings (integrated gradients). The plain forward pass is differentiated: a restarted
-one has no gradient through its traced start.
+the line between the two runs' embeddings (integrated gradients). Nothing before the first changed token differs between
+the runs, so that only the positions from there on are differentiated, all nodes and inputs in one backward pass.
 
 Source: Nanda, Attribution patching (2023); Syed et al. (2023); Hanna et al., Have faith in faithfulness (2024).
 """
@@ -24,24 +24,22 @@ from kvjax.intervene.kinds import activation_patching, path_patching
 from kvjax.intervene.kinds.activation_patching import split_positions
 from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.pair_runs import DENOISING, PairRuns, answer_effects, run_pairs
-from kvjax.intervene.paths import all_edges, all_senders, sender_changes
+from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import component_places, stage_places
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure.statistics import spearman
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.interventions import Edit, Interventions
-from kvjax.model.restart import before_layer
-from kvjax.model.sites import SITES, Trace, take_positions
-from kvjax.model.transforms import plain_forward
+from kvjax.model.restart import window_gradients
+from kvjax.model.sites import Trace, take_positions
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
 METHODS = ("gradient", "integrated_gradients")
 INTEGRATION_STEPS = 4
 
-_LAYER_SITES = ("head_z", "mlp_out", "query_input", "key_input", "value_input", "mlp_input")
-_TRACE = ("embedding", "head_z", "mlp_out", "post_attn", "post_mlp")
+# Outputs of nodes, then inputs of receivers.
+_SITES = ("embedding", "head_z", "mlp_out", "query_input", "key_input", "value_input", "mlp_input", "logits_input")
 
 
 def attribution_scores(
@@ -54,8 +52,8 @@ def attribution_scores(
       `all_senders` and `all_edges`; in logits, summed over the affected reads of a pair.
     """
     runs = run_pairs(params, config, batch, direction, window=window)
-    changes = sender_changes(params, config, runs)  # [senders, B, T, D]
-    z_change = runs.source.trace["head_z"] - runs.base.trace["head_z"]
+    change = run_changes(runs, runs.window_BxW)
+    changes = sender_changes(params, config, change)  # [senders, B, W, D]
     middles = (jnp.arange(INTEGRATION_STEPS) + 0.5) / INTEGRATION_STEPS
     along = jax.lax.map(lambda share: _gradients(params, config, runs, share), middles)
     gradients = {
@@ -64,45 +62,22 @@ def attribution_scores(
     }
     scores = {}
     for method, found in gradients.items():
-        scores[f"nodes/{method}"] = _node_scores(config, changes, z_change, found)
+        scores[f"nodes/{method}"] = _node_scores(config, changes, change["head_z"], found)
         scores[f"edges/{method}"] = _edge_scores(config, changes, found)
     return scores
 
 
 def _gradients(params: Params, config: DecoderConfig, runs: PairRuns, share: jax.Array) -> Trace:
-    """Takes the metric's gradient at every output and input, in the run whose embedding lies `share` of the way.
+    """Takes the metric's gradient at every output and input, in the run whose embedding lies `share` of the way."""
+    batch, window_BxW = runs.batch, runs.window_BxW
+    own, other = (take_positions(run.trace["embedding"], window_BxW, 1) for run in (runs.base, runs.source))
+    rows_BxQ = jnp.clip(batch.prediction_positions - window_BxW[:, :1], 0, window_BxW.shape[1] - 1)
 
-    Each site's layers are differentiated one at a time: its activation there is replaced by itself, so that
-    every way to the answer through later layers counts.
-    """
-    batch, apply = runs.batch, plain_forward(config)
-    own, other = runs.base.trace["embedding"], runs.source.trace["embedding"]
-    start: Interventions = {"embedding": Edit(jnp.ones((1, 1, 1), bool), own + share * (other - own))}
-    _, trace = apply(params, runs.base.tokens, edits=start, capture=_TRACE)
+    def metric(logits_BxWxV: jax.Array) -> jax.Array:
+        return jnp.sum(answer_effects(take_positions(logits_BxWxV, rows_BxQ, 1), batch)["difference"])
 
-    def metric(site: str, mask: jax.Array, value: jax.Array) -> jax.Array:
-        logits, _ = apply(params, runs.base.tokens, edits=dict(start) | {site: Edit(mask, value)})
-        read = take_positions(logits, batch.prediction_positions, 1)
-        return jnp.sum(answer_effects(read, batch)["difference"])
-
-    def at_layer(site: str, layer: jax.Array) -> jax.Array:
-        rank = len(SITES[site].axes)
-        mask = (jnp.arange(config.n_layers) == layer).reshape(-1, *[1] * (rank - 1))
-        if site in ("head_z", "mlp_out"):
-            value = jax.lax.dynamic_index_in_dim(trace[site], layer, 0, keepdims=False)
-        elif site == "mlp_input":
-            value = jax.lax.dynamic_index_in_dim(trace["post_attn"], layer, 0, keepdims=False)
-        else:
-            resid = before_layer(trace, layer)[:, :, None]
-            value = jnp.broadcast_to(resid, (*resid.shape[:2], config.n_heads, config.d_model))
-        return jax.grad(lambda x: metric(site, mask, x[None]))(value)
-
-    layers = jnp.arange(config.n_layers)
-    gradients = {site: jax.lax.map(lambda layer, s=site: at_layer(s, layer), layers) for site in _LAYER_SITES}
-    everywhere = jnp.ones((1, 1, 1), bool)
-    gradients["logits_input"] = jax.grad(lambda x: metric("logits_input", everywhere, x))(trace["post_mlp"][-1])
-    gradients["embedding"] = jax.grad(lambda x: metric("embedding", everywhere, x))(start["embedding"].value)
-    return gradients
+    start = own + share * (other - own)
+    return window_gradients(params, config, runs.base, start, metric, sites=_SITES, window_BxW=window_BxW)
 
 
 def _node_scores(config: DecoderConfig, changes: jax.Array, z_change: jax.Array, gradients: Trace) -> jax.Array:

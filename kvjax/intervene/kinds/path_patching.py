@@ -32,7 +32,7 @@ from kvjax.intervene.pair_runs import (
     with_runs,
 )
 from kvjax.intervene.pair_tables import PAIR_METRIC, RECOVERY, each_direction, largest_recoveries, put_runs
-from kvjax.intervene.paths import all_edges, all_senders, sender_changes
+from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import over_places
 from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.intervene.summary_text import center_step, largest_by_pair_kind
@@ -72,7 +72,7 @@ def path_effects(
       Of each of `answer_effects`: `<name>` [B, edges] in the order of `all_edges`; `<name>_base`, `<name>_source` [B].
     """
     runs = run_pairs(params, config, batch, direction, window=window)
-    changes = sender_changes(params, config, runs)
+    changes = sender_changes(params, config, run_changes(runs))
 
     def along(site: str, layer: jax.Array | int, head: jax.Array, sender: jax.Array) -> Effects:
         edits = path_edits(runs, config, site, layer, head, changes[sender])
