@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvjax.config.json_text import parse_json, parse_json_lines, read_bytes
 from kvjax.errors import unusable
 
 
@@ -27,29 +28,12 @@ _UMASK = _read_umask()  # at once: reading it sets it, for all threads
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file; raises `InputError` if it is missing or no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise unusable(path, "a JSON file", "no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise unusable(path, "a JSON file", error) from None
+    return parse_json(read_bytes(path, "a JSON file"), path, "a JSON file")
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """Reads a JSON-lines file, a document per line; raises `InputError` naming the first bad line."""
-    documents = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    documents.append(json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    raise unusable(f"{path}:{number}", "a JSON object", error) from None
-    except FileNotFoundError:
-        raise unusable(path, "a JSON-lines file", "no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise unusable(path, "a JSON-lines file", error) from None
-    return documents
+    return parse_json_lines(read_bytes(path, "a JSON-lines file"), path)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import pydantic
 
-from kvjax.errors import InputError, unusable
+from kvjax.config.json_text import parse_json, read_bytes
+from kvjax.errors import InputError, one_line, unusable
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
@@ -25,12 +26,8 @@ def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> 
     Raises:
       InputError: the file is missing, is not JSON, or does not fit the schema.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise unusable(path, f"a {schema.__name__} JSON file", "no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise unusable(path, f"a {schema.__name__} JSON file", error) from None
+    expected = f"a {schema.__name__} JSON file"
+    document = parse_json(read_bytes(path, expected), path, expected)
     try:
         return schema.model_validate(document, extra="ignore" if recorded else "forbid")
     except pydantic.ValidationError as error:
@@ -66,10 +63,16 @@ def find_config(name: str, kind: str) -> Path:
 
 def _first_problem(error: pydantic.ValidationError) -> str:
     problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "the document"
+    field = one_line(".".join(str(part) for part in problem["loc"]) or "the document")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "missing":
         return f"expected a field {field}; found none{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        # Of several fields, which the message names with what it found.
+        return f"{field}: {message}{more}" if problem["loc"] else message
+    if problem["type"] == "model_type":
+        message = "expected an object with fields"
     shown = json.dumps(problem["input"], default=str)
     found = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{field}: {problem['msg']}; found {found}{more}"
+    return f"{field}: {message}; found {found}{more}"
