@@ -7,6 +7,11 @@ from typing import Literal
 import pydantic
 
 from kvjax.config.base import Section
+from kvjax.devices import machine_memory_bytes
+
+# What one token of a record, and one pair of a key and a value, take while a benchmark is drawn (about, from above).
+_BYTES_PER_TOKEN = 400
+_BYTES_PER_PAIR = 200
 
 
 class IntRange(Section):
@@ -45,6 +50,11 @@ class SplitConfig(Section):
                 raise ValueError(f"{name}.min is {getattr(self, name).min}; the least that works is {least}")
         return self
 
+    @property
+    def longest_stream(self) -> int:
+        """The most tokens a stream may have: three for every write and read, and both ends."""
+        return 3 * (self.active_keys.max + self.overwrite_count.max + self.num_queries.max) + 2
+
 
 class CounterfactualConfig(Section):
     """The split of `source_split` records with one supporting write's value changed."""
@@ -75,6 +85,29 @@ class BenchmarkConfig(Section):
     heldout_pairs: SplitConfig
     structural_ood: SplitConfig
     counterfactual: CounterfactualConfig
+
+    @pydantic.model_validator(mode="after")
+    def _can_be_drawn(self) -> BenchmarkConfig:
+        for name in GENERATED_SPLITS:
+            writes = self.split(name).active_keys.max + self.split(name).overwrite_count.max
+            if writes > self.num_values:
+                raise ValueError(
+                    f"{name}.overwrite_count: expected at most num_values {self.num_values} writes a stream, for each "
+                    f"writes another value; found up to {writes}"
+                )
+        memory = machine_memory_bytes()
+        sizes = {"num_keys times num_values": _BYTES_PER_PAIR * self.num_keys * self.num_values}
+        longest = {name: self.split(name).longest_stream for name in GENERATED_SPLITS}
+        longest[COUNTERFACTUAL_SPLIT] = longest[self.counterfactual.source_split]
+        for name, tokens in longest.items():
+            sizes[f"{name}.num_samples"] = _BYTES_PER_TOKEN * tokens * getattr(self, name).num_samples
+        for name, needed in sizes.items():
+            if needed > memory:
+                raise ValueError(
+                    f"{name}: expected a benchmark that fits into this machine's {memory / 1e9:.0f} GB; "
+                    f"found one of about {needed / 1e9:.0f} GB"
+                )
+        return self
 
     def split(self, name: str) -> SplitConfig:
         """Looks up the settings of one of `GENERATED_SPLITS`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pydantic
 
 from kvjax.config.base import Section
+from kvjax.devices import machine_memory_bytes
 
 
 class ModelConfig(Section):
@@ -24,6 +25,17 @@ class ModelConfig(Section):
     def _heads_fit(self) -> ModelConfig:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _fits_into_memory(self) -> ModelConfig:
+        block = self.d_model * (4 * self.d_model + 2 * self.d_ff)
+        needed, memory = 4 * (self.n_layers * block + self.max_seq_len * self.d_model), machine_memory_bytes()
+        if needed > memory:
+            raise ValueError(
+                f"expected parameters that fit into this machine's {memory / 1e9:.0f} GB; found {needed / 1e9:.0f} GB "
+                f"of n_layers {self.n_layers}, d_model {self.d_model}, d_ff {self.d_ff}, max_seq_len {self.max_seq_len}"
+            )
         return self
 
 

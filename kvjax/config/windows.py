@@ -41,7 +41,7 @@ class WindowConfig(Section):
     """How birth windows are found. docs/birth_windows.md says how the shipped values were calibrated."""
 
     side_checkpoints: int = pydantic.Field(
-        ge=1, description="Checkpoints averaged on each side of a gap (m); fewer at the run's edges."
+        ge=1, le=1_000_000, description="Checkpoints averaged on each side of a gap (m); fewer at the run's edges."
     )
     # Two at least, so that a window has a checkpoint inside even if a shift is in the run's last gap.
     min_side_checkpoints: int = pydantic.Field(
@@ -77,7 +77,7 @@ class WindowConfig(Section):
         ge=1,
         description="Number of (gap, metric) pairs the thresholds were calibrated for; larger runs raise them.",
     )
-    resamples: int = pydantic.Field(ge=50, description="Bootstrap resamples of sequences.")
+    resamples: int = pydantic.Field(ge=50, le=100_000, description="Bootstrap resamples of sequences.")
     resample_seed: int = pydantic.Field(ge=0, description="Seed of the resamples.")
     persistence: int = pydantic.Field(
         ge=1, description="Further checkpoints at or above its threshold that make a metric born."

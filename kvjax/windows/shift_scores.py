@@ -241,7 +241,7 @@ def _separates(level_CxM: jax.Array, size_GxM: jax.Array, settings: ShiftSetting
     n_before = jnp.matmul(before, there.astype(level_CxM.dtype), precision="highest")
     mean_before = jnp.matmul(before, filled, precision="highest") / jnp.maximum(n_before, 1)
     middle = mean_before + size_GxM / 2
-    for offset in range(settings.side):
+    for offset in range(min(settings.side, n)):
         for index, side in ((gaps - offset, -1), (gaps + 1 + offset, 1)):
             inside = ((index >= 0) & (index < n))[:, None]
             value = level_CxM[jnp.clip(index, 0, n - 1)]

@@ -10,6 +10,7 @@ from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark, check_diagnostics, check_record, generate_benchmark
+from kvjax.task.generator import draw_benchmark
 from tests.helpers.building import read_lines, small_benchmark_config, write_small_benchmark
 
 SPLITS = ("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood", "counterfactual")
@@ -208,3 +209,17 @@ def test_damaged_benchmark(tmp_path, damage, complaint):
     damage(folder)
     with pytest.raises(InputError, match=complaint):
         Benchmark.open(folder).read_split("train")
+
+
+def test_wide_ranges_of_sizes():
+    """Ranges of many sizes are checked at their ends, so that drawing starts at once."""
+    wide = small_benchmark_config()["train"] | {
+        "num_samples": 1,
+        "active_keys": {"min": 2, "max": 100},
+        "overwrite_count": {"min": 20, "max": 300},
+        "num_queries": {"min": 1, "max": 2},
+    }
+    splits = dict.fromkeys(("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood"), wide)
+    document = small_benchmark_config(num_keys=100, num_values=2000, **splits)
+    drawn = draw_benchmark(BenchmarkConfig.model_validate(document | {"counterfactual": {"num_samples": 1}}))[2]
+    assert all(len(records) == 1 for records in drawn.values())
