@@ -180,4 +180,6 @@ def wilson_interval(successes: np.ndarray, trials: np.ndarray, *, z: float = 1.9
         rate = successes / trials
         centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
         half = z / (1 + z**2 / trials) * np.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
+    # Equal by algebra, not by rounding: 0 of 7 would begin at 3e-17, and so exclude 0.
+    low, high = np.where(rate == 0, 0.0, centre - half), np.where(rate == 1, 1.0, centre + half)
+    return np.maximum(low, 0.0), np.minimum(high, 1.0)

@@ -75,6 +75,13 @@ def test_wilson_interval():
     assert np.isnan(wilson_interval(0, 0)[0])
 
 
+def test_wilson_interval_of_rates_0_and_1():
+    """An event that never happened leaves 0 in its interval exactly, and one that always did leaves 1."""
+    trials = np.arange(1, 2001)
+    assert not wilson_interval(np.zeros(len(trials)), trials)[0].any()
+    assert (wilson_interval(trials, trials)[1] == 1).all()
+
+
 def test_rates_without_spread():
     """A rate on which all resamples agree gets Wilson's bounds."""
     values = np.array([0.0, 1.0, 0.3, 0.0])
