@@ -155,7 +155,7 @@ class _MetricVerifier:
     def check(self, checkpoint: Checkpoint) -> Iterator[MetricCheck]:
         evaluation = self._run.config.evaluation
         limit = evaluation.max_eval_batches and evaluation.max_eval_batches * evaluation.batch_size
-        for row in self._run.recorded_evaluations():
+        for row in self._run.log.evaluations():
             if row.get("step") != checkpoint.step:
                 continue
             where = f"{self._run.layout.metrics} (step {checkpoint.step})"

@@ -1,8 +1,9 @@
-"""The one exception that says: this input cannot be used, and why."""
+"""The one exception that says: this input cannot be used, and why; and the one way to say what is odd but usable."""
 
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ class InputError(ValueError):
     def __init__(self, message: str, *, parameter: str | None = None):
         super().__init__(message)
         self.parameter = parameter
+
+
+class Note(UserWarning):
+    """A sentence about odd input that a call goes on with. Commands print it as a line on standard error."""
+
+
+def note(sentence: str) -> None:
+    """Warns about odd input that is usable, in one line that names it.
+
+    Notes about results go into the results (`sweep.json`, tables); these are about how a call was made.
+    """
+    warnings.warn(visible(sentence), Note, stacklevel=2)
 
 
 def unusable(where: str | Path, expected: str, found: object) -> InputError:

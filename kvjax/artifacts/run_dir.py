@@ -7,14 +7,15 @@ import functools
 import glob
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from kvjax.artifacts.files import file_sha256, read_json, read_json_lines
+from kvjax.artifacts.files import file_sha256, read_json
 from kvjax.artifacts.layout import BenchmarkLayout, RunLayout
 from kvjax.artifacts.sweep_schema import read_sweep
+from kvjax.artifacts.training_log import TrainingLog
 from kvjax.config.files import read_config
 from kvjax.config.run import RunConfig
 from kvjax.errors import InputError, bad_argument, unusable
@@ -62,14 +63,26 @@ class RunDir:
         """The folder of everything measured on this run."""
         return self.layout.analysis
 
+    @functools.cached_property
+    def planned_steps(self) -> int:
+        """The last step that is planned: the config's, or that of the latest resume if it is later.
+
+        A trainer that resumes a run for longer may leave the config as it was.
+        """
+        try:
+            resumed = self.log.planned_steps
+        except InputError:
+            resumed = None  # a damaged log is refused where its rows are used
+        return max(self.config.num_steps, resumed or 0)
+
     @property
     def complete(self) -> bool:
-        """Checks whether the checkpoint of the run's last step exists.
+        """Checks whether the checkpoint of the run's last planned step exists.
 
         If the last step is no multiple of `checkpoint_every_steps`, the run also counts as complete once its last
         periodic checkpoint and `summary.json` exist.
         """
-        every, end = self.config.checkpoint_every_steps, self.config.num_steps
+        every, end = self.config.checkpoint_every_steps, self.planned_steps
         reached = max(self.checkpoints, default=-1)
         return reached >= end or (reached >= end // every * every and self.layout.summary.is_file())
 
@@ -110,7 +123,7 @@ class RunDir:
         record_path = self.layout.best_record
         record = read_json(record_path)
         try:
-            step, name = int(record["step"]), Path(record["path"]).name
+            step, name = int(record["step"]), _name_in(record["path"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise unusable(record_path, "a best checkpoint with path and step", repr(error)) from None
         file = self.layout.checkpoints / name
@@ -119,14 +132,9 @@ class RunDir:
         return step, file
 
     @functools.cached_property
-    def metrics(self) -> tuple[Mapping[str, Any], ...]:
-        """The rows of `metrics.jsonl`; none if the trainer wrote none."""
-        path = self.layout.metrics
-        rows = read_json_lines(path) if path.is_file() else []
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise unusable(f"{path}:{number}", "a JSON object", type(row).__name__)
-        return tuple(rows)
+    def log(self) -> TrainingLog:
+        """What training logged in `metrics.jsonl`; empty if the trainer wrote none."""
+        return TrainingLog.read(self.layout.metrics)
 
     def checkpoint_named(self, name: str) -> tuple[int, Path]:
         """Finds the step and file of the checkpoint that `best`, `final` or a step number names.
@@ -142,10 +150,6 @@ class RunDir:
         if step not in self.checkpoints:
             raise unusable(self.layout.checkpoints, f"a checkpoint for `checkpoint={name}`", self.describe_steps())
         return step, self.checkpoints[step]
-
-    def recorded_evaluations(self) -> list[Mapping[str, Any]]:
-        """Selects the rows of full-split evaluations that the run itself recorded."""
-        return [row for row in self.metrics if row.get("phase") == "eval"]
 
     def select_steps(self, wanted: str | int | Sequence[int]) -> list[int]:
         """Selects checkpoint steps by `all`, by steps and ranges `a-b` with commas, or by numbers.
@@ -181,6 +185,11 @@ class RunDir:
         if len(steps) <= 8:
             return "steps " + ", ".join(map(str, steps))
         return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+def _name_in(path: str) -> str:
+    """Takes the file's name off a path that any system may have recorded, Windows included."""
+    return PureWindowsPath(path).name if "\\" in path and "/" not in path else PurePosixPath(path).name
 
 
 def find_run_dirs(patterns: Iterable[str]) -> list[RunDir]:

@@ -38,7 +38,7 @@ def reference_is_fixed(run: RunDir) -> Current:
         return Current(False, str(error), _rerun(run))
     name, last = sweep.reference, max(run.checkpoints, default=None)
     if name is None:
-        reason = f"no reference checkpoint is named, and the run is unfinished ({last} of {run.config.num_steps} steps)"
+        reason = f"no reference checkpoint is named, and the run is unfinished ({last} of {run.planned_steps} steps)"
         return Current(False, reason, _rerun(run, sweep, reference=last) if last is not None else None)
     try:
         _, file = result_file(run, name)
@@ -75,7 +75,7 @@ def checkpoints_are_measured(run: RunDir) -> Current:
     measured = {checkpoint.step for checkpoint in sweep.checkpoints}
     missing = [step for step in run.checkpoints if step not in measured]
     gone = sorted(measured - set(run.checkpoints))
-    reached, end = max(run.checkpoints, default=0), run.config.num_steps
+    reached, end = max(run.checkpoints, default=0), run.planned_steps
     training = "" if run.complete else f"; training itself has reached {reached} of {end} steps"
     if missing:
         reason = f"{len(missing)} of {len(run.checkpoints)} checkpoints are not measured ({_listed(missing)}){training}"

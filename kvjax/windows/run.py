@@ -103,7 +103,7 @@ def _notes(one: _Swept, finding: RunFinding) -> list[str]:
     if missing:
         notes.append(f"{len(missing)} of the run's checkpoints are not measured yet: run kvjax checkpoint-sweep")
     if not one.run.complete:
-        last, end = max(one.run.checkpoints, default=0), one.run.config.num_steps
+        last, end = max(one.run.checkpoints, default=0), one.run.planned_steps
         notes.append(
             f"the run is unfinished ({last} of {end} steps): half-rises are null, and windows may yet be added"
         )
