@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def sweep(
         names = [str(report.run.path) for report in reports if report.dataset is not None]
     runs = xr.DataArray(names, dims="run", name="run")
     joined = xr.concat(datasets, runs, join="outer", combine_attrs="drop_conflicts")
-    return joined.assign_coords(seed=("run", [dataset.attrs["seed"] for dataset in datasets]))
+    return joined.assign_coords(seed=("run", [dataset.attrs.get("seed", math.nan) for dataset in datasets]))
 
 
 def _as_text(steps: str | int | Sequence[int]) -> str:

@@ -154,7 +154,7 @@ class RunResults:
 
         groups = {"metrics": self.metrics, "intervals": self.intervals, "events": self.events}
         groups |= {f"interventions/{found.kind}/{found.window}": found.dataset for found in self.interventions()}
-        run = xr.Dataset(attrs={"run_name": self.run.config.run_name, "seed": self.run.config.seed})
+        run = xr.Dataset(attrs=self.run.config.attributes)
         return xr.DataTree.from_dict({"/": run, **groups})
 
     def check_tables(self) -> None:

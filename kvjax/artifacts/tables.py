@@ -64,7 +64,7 @@ class WriteNorm(_Row):
 _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "checkpoint": (
         "CheckpointRow",
-        {"schema_version": int, "run_name": str, "seed": int, "step": int},
+        {"schema_version": int, "run_name": str, "seed": int | None, "step": int},
         {
             "split_accuracy": dict[str, Number],
             "split_metrics": dict[str, dict[str, Number]],

@@ -40,12 +40,15 @@ class ModelConfig(Section):
 
 
 class BirthThresholds(Section):
-    """A metric is born at the checkpoint where its `validation_iid` value reaches its threshold."""
+    """A metric is born at the checkpoint where its `validation_iid` value reaches its threshold.
 
-    answer_accuracy: float
-    q: float
-    r: float
-    w: float
+    A metric without one, as other trainers record none, has no birth.
+    """
+
+    answer_accuracy: float | None = None
+    q: float | None = None
+    r: float | None = None
+    w: float | None = None
 
 
 class Stabilization(Section):
@@ -70,17 +73,32 @@ class EvaluationConfig(Section):
     batch_size: int = pydantic.Field(ge=1)
     max_eval_batches: int | None = pydantic.Field(default=None, ge=1)
     tracked_splits: tuple[str, ...] = ()
-    birth_thresholds: BirthThresholds
+    birth_thresholds: BirthThresholds = BirthThresholds()
     stabilization: Stabilization = Stabilization()
+
+    @pydantic.field_validator("birth_thresholds", mode="before")
+    @classmethod
+    def _none_are_none(cls, thresholds: object) -> object:
+        return {} if thresholds is None else thresholds
 
 
 class RunConfig(Section):
     """The part of a training run's `run_config.json` that an analysis reads."""
 
     run_name: str
-    seed: int = pydantic.Field(ge=0, lt=2**63)
+    seed: int | None = pydantic.Field(default=None, ge=0, lt=2**63)
     benchmark_dir: str
     num_steps: int = pydantic.Field(ge=1)
     checkpoint_every_steps: int = pydantic.Field(ge=1)
     model: ModelConfig
     evaluation: EvaluationConfig
+
+    @property
+    def title(self) -> str:
+        """The run's name and seed, as they are printed."""
+        return f"{self.run_name} ({'no seed recorded' if self.seed is None else f'seed {self.seed}'})"
+
+    @property
+    def attributes(self) -> dict[str, str | int]:
+        """The run's name and seed as attributes of a dataset, which cannot be null."""
+        return {"run_name": self.run_name} | ({} if self.seed is None else {"seed": self.seed})

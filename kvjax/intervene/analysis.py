@@ -152,7 +152,7 @@ def _publish(
         "versions": software_versions(),
     }
     dataset = outcome.dataset
-    dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed, "kind": kind}
+    dataset.attrs |= run.config.attributes | {"kind": kind}
     dataset.attrs["measured_on_sha256"] = measured_on.sha256
     write_datasets(arrays_beside(task.path), [(None, dataset)])
     document["arrays"] = dataclasses.asdict(FileHash.of(arrays_beside(task.path)))

@@ -98,8 +98,7 @@ def print_ranking(ranking: dict[str, Any], output: str | None) -> None:
 def print_readiness(states: Sequence[Readiness], *, reasons: bool) -> None:
     """Prints which conditions for circuit work each run meets, the next command, and how many runs are ready."""
     for state in states:
-        config = state.run.config
-        say(f"\n{config.run_name} (seed {config.seed}), {state.run.path}")
+        say(f"\n{state.run.config.title}, {state.run.path}")
         for name, condition in state.conditions.items():
             mark = "yes" if condition.holds else "no "
             say(f"  {mark}  {name}{f': {condition.reason}' if reasons else ''}")

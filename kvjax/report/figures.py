@@ -109,4 +109,4 @@ def _line(axis: Axes, values: xr.DataArray, label: str, colour: str) -> None:
 
 
 def _title(run: xr.Dataset) -> str:
-    return f"seed {run.attrs['seed']}"
+    return f"seed {run.attrs['seed']}" if "seed" in run.attrs else run.attrs["run_name"]

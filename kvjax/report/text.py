@@ -34,10 +34,10 @@ def print_sweep_reports(reports: Sequence[SweepReport]) -> None:
 
 def print_sweep_report(report: SweepReport) -> None:
     """Prints a run's table, what was skipped and noted, and where the results are."""
-    config, rows = report.run.config, report.rows
+    rows = report.rows
     if not rows:
         return
-    say(f"\n{config.run_name} (seed {config.seed})")
+    say(f"\n{report.run.config.title}")
     columns = _printed_columns()
     headings = " ".join(column.heading.rjust(_width(column.form)) for column in columns.values())
     say(f"{'step':>7} {headings}  heads by accuracy drop")
@@ -77,7 +77,7 @@ def print_windows_reports(reports: Sequence[WindowsReport], *, show: int) -> Non
 def print_windows_report(report: WindowsReport, *, show: int) -> None:
     """Prints a run's verdict and windows, each with its first `show` triggers, metrics in order and components."""
     document = report.document
-    say(f"\n{document['run_name']} (seed {report.run.config.seed}): {document['verdict']} ({document['reason']})")
+    say(f"\n{report.run.config.title}: {document['verdict']} ({document['reason']})")
     for window in document["windows"]:
         inside = ", ".join(map(str, window["steps"]))
         ends = f"from {window['start_step']} to {window['end_step']}"

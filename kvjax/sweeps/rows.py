@@ -34,7 +34,7 @@ def checkpoint_rows(
     dataset: xr.Dataset,
     *,
     run_name: str,
-    seed: int,
+    seed: int | None,
     thresholds: BirthThresholds,
     stabilization: Stabilization | None,
 ) -> list[Row]:
@@ -210,8 +210,12 @@ def _birth_flags(dataset: xr.Dataset, thresholds: BirthThresholds) -> list[dict[
     reached = {
         name: dataset[measure_of[name]].sel(split=BIRTH_SPLIT).values >= threshold
         for name, threshold in thresholds.model_dump().items()
+        if threshold is not None
     }
-    return [{name: bool(of[c]) for name, of in reached.items()} for c in range(dataset.sizes["step"])]
+    return [
+        {name: bool(reached[name][c]) if name in reached else None for name in BirthThresholds.model_fields}
+        for c in range(dataset.sizes["step"])
+    ]
 
 
 def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]]:

@@ -51,7 +51,7 @@ def publish(
         arrays, steps, index, reference=reference and reference.arrays, moved=measured.moved, logistic=measured.logistic
     )
     intervals = build_intervals(arrays, steps, index)
-    dataset.attrs |= {"run_name": run.config.run_name, "seed": run.config.seed}
+    dataset.attrs |= run.config.attributes
     rows = checkpoint_rows(
         dataset,
         run_name=run.config.run_name,
@@ -77,7 +77,7 @@ def publish(
     if inputs.reference is None:
         notes.append(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
-            f"{run.config.num_steps} steps (name another with `reference`)"
+            f"{run.planned_steps} steps (name another with `reference`)"
         )
     document = Sweep.model_validate(
         {
