@@ -86,7 +86,7 @@ class TrainingLog:
         return whole_number(resumes[-1].values.get("num_steps")) if resumes else None
 
     def evaluations(self) -> list[Mapping[str, Any]]:
-        """Selects the evaluations; of several of one split and step, the last, which replaced the others' checkpoint."""
+        """Selects the evaluations; of several of one split and step, the last: its checkpoint replaced the others."""
         latest = {(str(row.values.get("split")), row.step): row for row in self.rows if row.phase == "eval"}
         return [row.values for row in latest.values()]
 

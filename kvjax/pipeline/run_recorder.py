@@ -107,7 +107,7 @@ class FileRecorder:
         _drop_half_line(self._layout.metrics)
         checkpointing = self.config.checkpointing
         try:
-            rows = [row for row in RunDir.open(self.path).metrics if int(row["step"]) <= step]
+            rows = [row.values for row in RunDir.open(self.path).log.rows if int(row.values["step"]) <= step]
             for row in rows:
                 if row["phase"] == "eval":
                     self.last_evaluations[row["split"]] = row
@@ -116,7 +116,8 @@ class FileRecorder:
                         self._best = row
         except (KeyError, TypeError, ValueError) as error:
             raise unusable(self._layout.metrics, "rows with phase, step and their evaluations", repr(error)) from None
-        write_json_lines(self._layout.metrics, [*rows, {"phase": "resume", "step": step}])
+        resume = {"phase": "resume", "step": step, "num_steps": self.config.num_steps}
+        write_json_lines(self._layout.metrics, [*rows, resume])
         if self._best is not None and checkpointing.save_best_checkpoint:
             self._restore_best(int(self._best["step"]))
 
