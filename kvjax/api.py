@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.devices import start_jax
 from kvjax.errors import unusable
-from kvjax.pipeline.settings import RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.settings import ResultSettings, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep as sweep_stage
 from kvjax.sweeps.settings import SweepSettings
 
@@ -27,6 +27,7 @@ def sweep(
     benchmark_dir: str | Path | None = None,
     steps: str | int | Sequence[int] = "all",
     reference: str | int = "final",
+    wait: bool = False,
     **settings: Any,
 ) -> xr.Dataset:
     """Measures every checkpoint of runs and returns the means; the tables beside each run are written as well.
@@ -41,6 +42,7 @@ def sweep(
       steps: the checkpoints to measure: `all`, a step, several, or ranges such as `250,1000-4000`. Earlier measurements
         are returned as well.
       reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
+      wait: wait while another command writes results of a run, instead of raising.
       **settings: fields of `SweepSettings`, such as `ablations=("zero",)` or `probe="none"`.
 
     Returns:
@@ -50,7 +52,7 @@ def sweep(
       `<name>_low` and `<name>_high` are the ends of the 95 % intervals of the means that have one.
 
     Raises:
-      InputError: a run, its benchmark or the probe set cannot be used.
+      InputError: a run, its benchmark or the probe set cannot be used, or another command writes a run's results.
     """
     import xarray as xr  # imported here, because commands that only measure need not wait for it
 
@@ -60,6 +62,7 @@ def sweep(
         RunsOnBenchmark(run_dirs=tuple(map(str, given)), benchmark_dir=benchmark_dir and str(benchmark_dir)),
         SweepInputs(probe_set=probe_set and str(probe_set), steps=_as_text(steps), reference=str(reference)),
         SweepSettings(**settings),
+        results=ResultSettings(wait=wait),
     )
     datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
     if not datasets:

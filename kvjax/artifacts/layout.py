@@ -69,6 +69,17 @@ class RunLayout:
         return self.path / "analysis"
 
     @property
+    def analysis_lock(self) -> Path:
+        """The file whose lock a command holds while it writes the analysis folder."""
+        return self.analysis / "lock"
+
+    @property
+    def training_lock(self) -> Path:
+        """The file, beside the run directory, whose lock training holds: the directory itself may be replaced."""
+        path = self.path.resolve()
+        return path.parent / f".{path.name}.lock"
+
+    @property
     def probe_set(self) -> Path:
         """The run's own probe set; `ProbeSetLayout` names its other files."""
         return self.analysis / PROBE_SET_FILE

@@ -6,15 +6,15 @@ components that mattered before, inside and after, and the births of metrics. Ca
 
 from __future__ import annotations
 
-from kvjax.pipeline.settings import Runs, Shown, WindowSettings
+from kvjax.pipeline.settings import ResultSettings, Runs, Shown, WindowSettings
 
-SETTINGS = (Runs, WindowSettings, Shown)
+SETTINGS = (Runs, WindowSettings, ResultSettings, Shown)
 
 
-def run(runs: Runs, settings: WindowSettings, shown: Shown) -> None:
+def run(runs: Runs, settings: WindowSettings, results: ResultSettings, shown: Shown) -> None:
     from kvjax.pipeline.text import print_next
     from kvjax.pipeline.windows import find_birth_windows
     from kvjax.report.text import print_windows_reports
 
-    print_windows_reports(find_birth_windows(runs, settings), show=shown.show)
+    print_windows_reports(find_birth_windows(runs, settings, results), show=shown.show)
     print_next("status", run_dirs=runs.run_dirs)

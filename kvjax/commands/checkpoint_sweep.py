@@ -8,10 +8,18 @@ measured before are not measured again.
 from __future__ import annotations
 
 from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, FollowSettings, RunsOnBenchmark, Runtime, SweepInputs, check_logistic_steps
+from kvjax.pipeline.settings import (
+    Display,
+    FollowSettings,
+    ResultSettings,
+    RunsOnBenchmark,
+    Runtime,
+    SweepInputs,
+    check_logistic_steps,
+)
 from kvjax.sweeps.settings import SweepSettings
 
-SETTINGS = (RunsOnBenchmark, SweepInputs, SweepSettings, FollowSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, SweepInputs, SweepSettings, FollowSettings, ResultSettings, Display, Runtime)
 
 
 def run(
@@ -19,6 +27,7 @@ def run(
     inputs: SweepInputs,
     settings: SweepSettings,
     following: FollowSettings,
+    results: ResultSettings,
     display: Display,
     runtime: Runtime,
 ) -> None:
@@ -30,8 +39,8 @@ def run(
     from kvjax.report.text import print_sweep_reports
 
     start_jax(runtime)
-    progress = progress_of(display)
-    rounds = follow(runs, inputs, settings, progress) if following.follow else [sweep(runs, inputs, settings, progress)]
+    given = (runs, inputs, settings, progress_of(display), results)
+    rounds = follow(*given) if following.follow else [sweep(*given)]
     for reports in rounds:
         print_sweep_reports(reports)
     check_usable(reports)

@@ -7,18 +7,24 @@ in analysis/exported_torch that hold exactly the stored parameters.
 from __future__ import annotations
 
 from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import ConvertSettings, Display, RunsOnBenchmark, Runtime
+from kvjax.pipeline.settings import ConvertSettings, Display, ResultSettings, RunsOnBenchmark, Runtime
 
-SETTINGS = (RunsOnBenchmark, ConvertSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, ConvertSettings, ResultSettings, Display, Runtime)
 
 
-def run(runs: RunsOnBenchmark, settings: ConvertSettings, display: Display, runtime: Runtime) -> None:
+def run(
+    runs: RunsOnBenchmark,
+    settings: ConvertSettings,
+    results: ResultSettings,
+    display: Display,
+    runtime: Runtime,
+) -> None:
     from kvjax.pipeline.convert import convert
     from kvjax.pipeline.text import print_conversions, print_next
     from kvjax.report.text import say
 
     start_jax(runtime)
-    print_conversions(convert(runs, settings, progress_of(display)))
+    print_conversions(convert(runs, settings, progress_of(display), results))
     if settings.to == "flax":
         print_next("checkpoint-sweep", run_dirs=runs.run_dirs, benchmark_dir=runs.benchmark_dir)
     else:

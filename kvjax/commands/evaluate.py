@@ -6,14 +6,20 @@ Prints answer accuracy per split and writes everything to analysis/evaluation/<c
 from __future__ import annotations
 
 from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, EvaluateSettings, RunsOnBenchmark, Runtime
+from kvjax.pipeline.settings import Display, EvaluateSettings, ResultSettings, RunsOnBenchmark, Runtime
 
-SETTINGS = (RunsOnBenchmark, EvaluateSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, EvaluateSettings, ResultSettings, Display, Runtime)
 
 
-def run(runs: RunsOnBenchmark, settings: EvaluateSettings, display: Display, runtime: Runtime) -> None:
+def run(
+    runs: RunsOnBenchmark,
+    settings: EvaluateSettings,
+    results: ResultSettings,
+    display: Display,
+    runtime: Runtime,
+) -> None:
     from kvjax.pipeline.evaluate import evaluate
     from kvjax.pipeline.text import print_evaluations
 
     start_jax(runtime)
-    print_evaluations(evaluate(runs, settings, progress_of(display)))
+    print_evaluations(evaluate(runs, settings, progress_of(display), results))

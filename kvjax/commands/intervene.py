@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from kvjax.commands.runtime import progress_of, start_jax
 from kvjax.intervene.settings import InterventionSettings
-from kvjax.pipeline.settings import Display, PairSource, RunsOnBenchmark, Runtime
+from kvjax.pipeline.settings import Display, PairSource, ResultSettings, RunsOnBenchmark, Runtime
 
-SETTINGS = (RunsOnBenchmark, PairSource, InterventionSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, PairSource, InterventionSettings, ResultSettings, Display, Runtime)
 
 
 def run(
     runs: RunsOnBenchmark,
     source: PairSource,
     settings: InterventionSettings,
+    results: ResultSettings,
     display: Display,
     runtime: Runtime,
 ) -> None:
@@ -26,4 +27,4 @@ def run(
     from kvjax.report.text import print_intervention_reports
 
     start_jax(runtime)
-    print_intervention_reports(intervene(runs, source, settings, progress_of(display)))
+    print_intervention_reports(intervene(runs, source, settings, progress_of(display), results))

@@ -5,18 +5,22 @@ Nothing heavy is imported here or at the top of a command's module, so that help
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import sys
 import types
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from absl import flags
 
 from kvjax import __version__
-from kvjax.commands.flags import flags_of, help_of, message_of, read_settings
+from kvjax.commands.flags import flags_of, help_of, message_of, read_settings, with_flags
 from kvjax.config.settings import declared
-from kvjax.errors import InputError, one_line, visible
+from kvjax.errors import InputError, Note, one_line, visible
 
 # Command -> what it does, in the order a study runs them.
 COMMANDS = {
@@ -91,7 +95,27 @@ def _run(name: str, arguments: list[str], module: types.ModuleType) -> None:
         raise InputError(f"{one_line(error)} (see kvjax {name} --help)") from None
     if extra:
         raise InputError(f"expected flags only; found {extra[0]!r} (see kvjax {name} --help)")
-    module.run(*(read_settings(values, settings) for settings in module.SETTINGS))
+    given = [read_settings(values, settings) for settings in module.SETTINGS]
+    with _notes_as_lines(f"kvjax {name}", {field.name for one in module.SETTINGS for field in declared(one)}):
+        module.run(*given)
+
+
+@contextlib.contextmanager
+def _notes_as_lines(who: str, names: Collection[str]) -> Iterator[None]:
+    """Prints notes as lines on standard error, each once; other warnings stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        others, seen = warnings.showwarning, set()
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, Note):
+                others(message, category, *where, **more)
+            elif str(message) not in seen:
+                seen.add(str(message))
+                print(f"{who}: note: {with_flags(str(message), names)}", file=sys.stderr, flush=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def _discard_output() -> None:

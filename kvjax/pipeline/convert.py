@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from kvjax.artifacts.files import file_sha256
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.convert_run import ConversionReport, convert_run, export_run
 from kvjax.converters.parameter_store import stored_sha256s
 from kvjax.errors import command
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
-from kvjax.pipeline.settings import ConvertSettings, RunsOnBenchmark
+from kvjax.pipeline.settings import DEFAULT_RESULTS, ConvertSettings, ResultSettings, RunsOnBenchmark
+from kvjax.pipeline.written_runs import open_to_write
 from kvjax.task.benchmark import Benchmark
 
 
 def convert(
-    runs: RunsOnBenchmark, settings: ConvertSettings, progress: Progress = no_progress
+    runs: RunsOnBenchmark,
+    settings: ConvertSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
 ) -> list[ConversionReport]:
     """Converts every step checkpoint of runs into the parameter stores beside them, or the stored ones back.
 
     Raises:
       InputError: a run, its benchmark or a checkpoint cannot be used, or a conversion does not verify.
     """
-    found, reports = find_run_dirs(runs.run_dirs), []
-    with progress(sum(len(run.checkpoints) for run in found), "checkpoints") as advance:
+    reports = []
+    with (
+        open_to_write(runs, results) as found,
+        progress(sum(len(run.checkpoints) for run in found), "checkpoints") as advance,
+    ):
         for run in found:
             if settings.to == "torch":
                 reports.append(export_run(run, verify=settings.verify, advance=advance))

@@ -11,13 +11,14 @@ import numpy as np
 
 from kvjax.artifacts.files import file_sha256, read_json, write_json
 from kvjax.artifacts.provenance import software_versions
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.convert import convert_checkpoint
 from kvjax.errors import InputError, bad_argument, command
 from kvjax.model.decoder import DecoderConfig
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
-from kvjax.pipeline.settings import EvaluateSettings, RunsOnBenchmark
+from kvjax.pipeline.settings import DEFAULT_RESULTS, EvaluateSettings, ResultSettings, RunsOnBenchmark
+from kvjax.pipeline.written_runs import open_to_write
 from kvjax.sweeps.evaluation import SplitEvaluation, SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 
@@ -71,7 +72,10 @@ class CheckpointEvaluator:
 
 
 def evaluate(
-    runs: RunsOnBenchmark, settings: EvaluateSettings, progress: Progress = no_progress
+    runs: RunsOnBenchmark,
+    settings: EvaluateSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
 ) -> list[tuple[EvaluatedCheckpoint, Path]]:
     """Evaluates a checkpoint of each run, and writes `analysis/evaluation/<checkpoint>.json` beside it.
 
@@ -81,8 +85,8 @@ def evaluate(
     Raises:
       InputError: a run, its benchmark, a split or a checkpoint cannot be used.
     """
-    found, evaluator, evaluated = find_run_dirs(runs.run_dirs), CheckpointEvaluator(), []
-    with progress(len(found), "runs") as advance:
+    evaluator, evaluated = CheckpointEvaluator(), []
+    with open_to_write(runs, results) as found, progress(len(found), "runs") as advance:
         for run in found:
             benchmark = Benchmark.open(run.benchmark_dir(runs.benchmark_dir))
             result = evaluator.evaluate(run, benchmark, settings.checkpoint, settings.splits or _all_splits(benchmark))

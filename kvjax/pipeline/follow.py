@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvjax.pipeline.progress import Progress, no_progress
-from kvjax.pipeline.settings import RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep
 from kvjax.sweeps.settings import SweepSettings
 
@@ -19,7 +19,11 @@ _SECONDS_BETWEEN = 30
 
 
 def follow(
-    runs: RunsOnBenchmark, inputs: SweepInputs, settings: SweepSettings, progress: Progress = no_progress
+    runs: RunsOnBenchmark,
+    inputs: SweepInputs,
+    settings: SweepSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
 ) -> Iterator[list[SweepReport]]:
     """Sweeps runs again and again until all are complete, and yields what each round left.
 
@@ -27,8 +31,9 @@ def follow(
     is one in which the unusable files are the same as in the round before.
     """
     settings, refused = dataclasses.replace(settings, skip_bad=True), set()
+    results = dataclasses.replace(results, wait=True)  # another command may write between two rounds
     while True:
-        reports = sweep(runs, inputs, settings, progress)
+        reports = sweep(runs, inputs, settings, progress, results)
         yield reports
         before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
         if refused == before and all(report.run.complete for report in reports):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from collections.abc import Sequence
+
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, command
 from kvjax.execution.inputs import OpenedInputs, prepare_run
 from kvjax.intervene.analysis import InterventionReport, intervene_in_run
@@ -10,13 +12,18 @@ from kvjax.intervene.plan import InterventionPlan, chosen_windows, plan_interven
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
-from kvjax.pipeline.settings import PairSource, RunsOnBenchmark
+from kvjax.pipeline.settings import DEFAULT_RESULTS, PairSource, ResultSettings, RunsOnBenchmark
 from kvjax.pipeline.status import readiness
 from kvjax.pipeline.sweep import checkpoint_source
+from kvjax.pipeline.written_runs import open_to_write
 
 
 def intervene(
-    runs: RunsOnBenchmark, source: PairSource, settings: InterventionSettings, progress: Progress = no_progress
+    runs: RunsOnBenchmark,
+    source: PairSource,
+    settings: InterventionSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
 ) -> list[InterventionReport]:
     """Intervenes in the birth windows of runs and writes `analysis/interventions/` of each.
 
@@ -24,29 +31,31 @@ def intervene(
       InputError: a run is not ready for circuit work, something was measured before with other settings, or an input
         cannot be used.
     """
-    plans = plan(runs, source, settings)
-    with progress(sum(len(planned.tasks) for planned in plans), "studies") as advance:
-        return [
-            report
-            for planned in plans
-            for report in intervene_in_run(planned, checkpoint_source(planned.inputs), settings, advance=advance)
-        ]
+    with open_to_write(runs, results) as found:
+        plans = plan(found, runs.benchmark_dir, source, settings)
+        with progress(sum(len(planned.tasks) for planned in plans), "studies") as advance:
+            return [
+                report
+                for planned in plans
+                for report in intervene_in_run(planned, checkpoint_source(planned.inputs), settings, advance=advance)
+            ]
 
 
-def plan(runs: RunsOnBenchmark, source: PairSource, settings: InterventionSettings) -> list[InterventionPlan]:
+def plan(
+    found: Sequence[RunDir], benchmark_dir: str | None, source: PairSource, settings: InterventionSettings
+) -> list[InterventionPlan]:
     """Says what is to be done in runs, so that a refusal comes before anything is measured.
 
     Raises:
       InputError: as `intervene`, as far as it can be known.
     """
-    found = find_run_dirs(runs.run_dirs)
     for run in found if not settings.force else ():
         check_ready(run)
     opened, plans = OpenedInputs(), []
     for run, windows in [(run, chosen_windows(run, settings)) for run in found]:
         inputs = prepare_run(
             run,
-            benchmark_dir=runs.benchmark_dir,
+            benchmark_dir=benchmark_dir,
             probe_set=source.probe_set,
             steps="all",
             reference=str(max(run.checkpoints)),
@@ -75,7 +84,7 @@ def interventions_are_current(run: RunDir, settings: InterventionSettings) -> Cu
     """Says whether every kind of intervention is measured in every window, on the checkpoints and pairs there are."""
     rerun = command("intervene", run_dirs=[run.path])
     try:
-        (planned,) = plan(RunsOnBenchmark.of([run.path]), PairSource(), settings)
+        (planned,) = plan([run], None, PairSource(), settings)
         missing = planned.to_measure()
     except InputError as error:
         return Current(False, str(error), rerun)

@@ -35,6 +35,16 @@ class RunsOnBenchmark(Runs):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultSettings(Settings):
+    """How results of runs are written."""
+
+    wait: bool = setting(False, "Wait while another command writes results of a run, instead of being refused.")
+
+
+DEFAULT_RESULTS = ResultSettings()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Display(Settings):
     """What is shown while a command works."""
 

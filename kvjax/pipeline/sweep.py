@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvjax.artifacts.run_dir import find_run_dirs
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.errors import InputError
 from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.pipeline.progress import Progress, no_progress
-from kvjax.pipeline.settings import RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.written_runs import open_to_write
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    runs: RunsOnBenchmark, inputs: SweepInputs, settings: SweepSettings, progress: Progress = no_progress
+    runs: RunsOnBenchmark,
+    inputs: SweepInputs,
+    settings: SweepSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
 ) -> list[SweepReport]:
     """Measures checkpoints of runs, writes their tables and returns what each has.
 
@@ -28,19 +32,20 @@ def sweep(
         other settings.
     """
     opened = OpenedInputs()
-    prepared = [
-        prepare_run(
-            run,
-            benchmark_dir=runs.benchmark_dir,
-            probe_set=inputs.probe_set,
-            steps=inputs.steps,
-            reference=inputs.reference,
-            opened=opened,
-        )
-        for run in find_run_dirs(runs.run_dirs)
-    ]
-    with progress(sum(len(work.wanted) for work in prepared), "checkpoints") as advance:
-        return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
+    with open_to_write(runs, results) as found:
+        prepared = [
+            prepare_run(
+                run,
+                benchmark_dir=runs.benchmark_dir,
+                probe_set=inputs.probe_set,
+                steps=inputs.steps,
+                reference=inputs.reference,
+                opened=opened,
+            )
+            for run in found
+        ]
+        with progress(sum(len(work.wanted) for work in prepared), "checkpoints") as advance:
+            return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
 
 
 def checkpoint_source(work: RunInputs) -> CheckpointSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from kvjax.artifacts.files import read_json, replace_directory, write_json
 from kvjax.artifacts.layout import RunLayout
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.run_lock import hold
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
 from kvjax.converters.convert import check_recorded_config
@@ -95,8 +97,22 @@ def train_runs(
       advance: called with the number of steps done.
 
     Raises:
-      InputError: a directory is taken, or cannot be resumed.
+      InputError: a directory is taken, cannot be resumed, or is written by another command.
     """
+    with contextlib.ExitStack() as held:
+        for path in sorted(runs, key=Path.resolve):
+            held.enter_context(hold(RunLayout(path).training_lock, path))
+        return _train_runs(runs, benchmark, resume=resume, overwrite=overwrite, advance=advance)
+
+
+def _train_runs(
+    runs: Mapping[Path, TrainConfig],
+    benchmark: Benchmark,
+    *,
+    resume: bool,
+    overwrite: bool,
+    advance: Callable[[int], None],
+) -> list[TrainedRun]:
     config = next(iter(runs.values()))
     training = Training(config, benchmark, [run.seed for run in runs.values()])
     if resume:
@@ -105,13 +121,15 @@ def train_runs(
         step, states = _resumed_states(runs, training, benchmark)
         advance(step)
     else:
-        step, states = 0, training.initial_states()
-        for path in runs:
-            _check_free(path, overwrite)
-        for path, run in runs.items():
-            with replace_directory(path) as fresh:
-                (begun := RunLayout(fresh)).checkpoints.mkdir()
-                write_json(begun.config, run.model_dump(mode="json"))
+        with contextlib.ExitStack() as held:
+            for path in sorted(runs, key=Path.resolve):
+                held.enter_context(_results_held(path))
+                _check_free(path, overwrite)
+            step, states = 0, training.initial_states()
+            for path, run in runs.items():
+                with replace_directory(path) as fresh:
+                    (begun := RunLayout(fresh)).checkpoints.mkdir()
+                    write_json(begun.config, run.model_dump(mode="json"))
     metadata = read_json(benchmark.layout.metadata)
     num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(states[0].params))
     recorders = [FileRecorder(path, run, num_parameters, metadata, step) for path, run in runs.items()]
@@ -186,6 +204,12 @@ def _differences(recorded: TrainConfig, config: TrainConfig) -> str:
 
 def _times(runs: int, advance: Callable[[int], None]) -> Callable[[int], None]:
     return lambda steps: advance(runs * steps)
+
+
+def _results_held(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps commands from writing results into a directory while it is replaced."""
+    layout = RunLayout(path)
+    return hold(layout.analysis_lock, path) if layout.analysis.is_dir() else contextlib.nullcontext()
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import InputError, command
 from kvjax.pipeline.current import Current
-from kvjax.pipeline.settings import Runs, WindowSettings
+from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, Runs, WindowSettings
+from kvjax.pipeline.written_runs import open_to_write
 from kvjax.windows.run import WindowsReport, write_windows
 
 
-def find_birth_windows(runs: Runs, settings: WindowSettings) -> list[WindowsReport]:
+def find_birth_windows(
+    runs: Runs, settings: WindowSettings, results: ResultSettings = DEFAULT_RESULTS
+) -> list[WindowsReport]:
     """Finds the birth windows of runs and writes each run's file.
 
     Raises:
       InputError: the config cannot be used, or a run has no sweep that can be read.
     """
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
-    return write_windows(find_run_dirs(runs.run_dirs), config)
+    with open_to_write(runs, results) as found:
+        return write_windows(found, config)
 
 
 def windows_are_current(run: RunDir) -> Current:

@@ -1,0 +1,88 @@
+"""Let one command at a time write a run: a second one is refused, or waits.
+
+The operating system holds the lock and drops it when a process ends, however it ends. Readers take no lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from kvjax.errors import note, unusable
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[None]:
+    """Holds a lock of a run until the block ends. A thread may hold one several times.
+
+    Args:
+      lock_file: the file that stands for what is written.
+      run: the run directory, for messages.
+      wait: whether to wait for another command that writes there; None if whoever calls offers no choice.
+
+    Raises:
+      InputError: another command writes there, or the folder of the lock cannot be written.
+    """
+    lock = filelock.FileLock(lock_file, is_singleton=True, fallback_to_soft=False, on_acquired=_describe_holder)
+    with contextlib.ExitStack() as held:
+        try:
+            lock_file.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_acquired(lock, lock_file, run, wait=wait))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise unusable(lock_file.parent, "a folder that can be written", error) from None
+            note(f"{run}: its file system has no locks ({error.strerror}); let no other command write there meanwhile")
+        try:
+            yield
+        finally:
+            if lock.lock_counter == 1:  # the next to go
+                with contextlib.suppress(OSError):
+                    os.truncate(lock_file, 0)  # at rest the file says nothing
+
+
+def _acquired(
+    lock: filelock.BaseFileLock, lock_file: Path, run: Path, *, wait: bool | None
+) -> contextlib.AbstractContextManager:
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = _holder(lock_file)
+    if not wait:
+        choice = "" if wait is None else " (or `wait`)"
+        raise unusable(run, f"no other command that writes there{choice}", holder)
+    note(f"{run}: waiting for {holder}")
+    return lock.acquire(timeout=-1)
+
+
+def _describe_holder(descriptor: int) -> None:
+    """Writes into the lock's file who holds it, for the message that a second command gets."""
+    document = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+    }
+    with contextlib.suppress(OSError):  # a full disk keeps no lock from being held
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(document).encode(), 0)
+
+
+def _holder(lock_file: Path) -> str:
+    """Describes who holds a lock, as far as its file can be read."""
+    try:
+        holder = json.loads(lock_file.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}: {holder['command']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
