@@ -130,7 +130,7 @@ class Attention(nn.Module):
             own = projection.variables["params"]
             kernel_DxHxE = own["kernel"].reshape(config.d_model, config.n_heads, config.d_head)
             bias_HxE = own["bias"].reshape(config.n_heads, config.d_head)
-            return jnp.einsum("bthd,dhe->bhte", x, kernel_DxHxE, precision=config.precision) + bias_HxE[:, None]
+            return jnp.einsum("bthd,dhe->bhte", x, kernel_DxHxE, precision=config.precision) + bias_HxE[None, :, None]
         return projection(x).reshape(*x.shape[:2], config.n_heads, config.d_head).swapaxes(1, 2)
 
     def head_outputs(
