@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.config.json_text import parse_json, parse_json_lines, read_bytes
-from kvjax.errors import unusable
+from kvjax.errors import InputError, unusable
 
 
 def _read_umask() -> int:
@@ -50,38 +51,68 @@ def write_json_lines(path: Path, documents: Iterable[Any]) -> None:
             lines.write(json.dumps(document, allow_nan=False) + "\n")
 
 
+# What writing fails with, whatever is written: no room, a quota, a limit of size, a broken disk, no permission.
+_WRITING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def _blaming(path: Path, partial: Path, expected: str) -> Iterator[None]:
+    """Turns errors of writing `partial` into the `InputError` that names `path`, which people know."""
+    try:
+        yield
+    except InputError as error:  # of a file within a directory
+        raise InputError(str(error).replace(str(partial), str(path)), parameter=error.parameter) from None
+    except OSError as error:
+        own = error.filename is None or Path(str(error.filename)).is_relative_to(partial)
+        if not own or error.errno not in _WRITING_ERRORS:
+            raise
+        raise unusable(path, expected, error.strerror) from None
+
+
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; replaces `path` with it if the block ends without an error."""
+    """Yields a path beside `path` to write to; replaces `path` with it if the block ends without an error.
+
+    Raises:
+      InputError: the disk is full, or the file cannot be written for another reason that the system gives.
+    """
+    expected = "a file that can be written"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise unusable(path, "a file that can be written", error) from None
+        raise unusable(path, expected, error) from None
     os.close(handle)
     partial = Path(name)
     try:
-        yield partial
-        partial.chmod(0o666 & ~_UMASK)  # mkstemp makes it private; results are for sharing
+        with _blaming(path, partial, expected):
+            yield partial
         try:
+            partial.chmod(0o666 & ~_UMASK)  # mkstemp makes it private; results are for sharing
             partial.replace(path)
         except OSError as error:
-            raise unusable(path, "a file that can be written", error) from None
+            raise unusable(path, expected, error.strerror) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty directory to fill; replaces `path` with it if the block ends without an error."""
+    """Yields an empty directory to fill; replaces `path` with it if the block ends without an error.
+
+    Raises:
+      InputError: the disk is full, or the directory cannot be written for another reason that the system gives.
+    """
+    expected = "a directory that can be written"
     path = path.resolve()  # `.` has no name to put another directory beside
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise unusable(path, "a directory that can be written", error) from None
+        raise unusable(path, expected, error) from None
     try:
-        yield partial
+        with _blaming(path, partial, expected):
+            yield partial
         partial.chmod(0o777 & ~_UMASK)
         if path.exists():
             # The old one goes only after the new one stands in its place.

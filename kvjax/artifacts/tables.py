@@ -128,7 +128,10 @@ def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset
             mode = "a" if index else "w"
             try:
                 dataset.to_netcdf(partial, mode=mode, group=group, engine=_NETCDF, encoding=compressed)
-            except RuntimeError as error:  # netCDF4's kind of error, also for a full disk
+            except RuntimeError as error:  # netCDF4's kind of error
+                # It says nothing of a full disk. The system does, if as much is written once more.
+                with partial.open("ab") as file:
+                    file.write(bytes(2**20 + dataset.nbytes))
                 raise unusable(path, "a file that can be written", error) from None
 
 
