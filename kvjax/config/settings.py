@@ -9,12 +9,15 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
 from kvjax.errors import bad_argument, visible
+
+_LONG_NUMBER = re.compile(r"\d{256}")  # no file's name is that long, and Python reads no number of 4300 digits
 
 
 def setting(
@@ -126,15 +129,24 @@ def _checked_one(field: Declared, value: Any) -> Any:
     if field.choices and value not in field.choices:
         expected = f"{field.name} among" if field.many else "one of"
         raise bad_argument(field.name, f"{expected} {', '.join(field.choices)}", value)
+    if isinstance(value, str) and _LONG_NUMBER.search(value):
+        raise bad_argument(field.name, "numbers of fewer than 256 digits", value)
     if isinstance(value, str) and (parse := getattr(field.kind, "parse", None)):
         return parse(value, field.name)
     if field.kind not in (int, float):
         return value
     whole = field.kind is int
     right = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-    if not (right and math.isfinite(value) and _within(field, value)):
+    if not (right and _is_finite(value, field.kind) and _within(field, value)):
         raise bad_argument(field.name, _in_words(field), value)
     return field.kind(value)
+
+
+def _is_finite(value: float, kind: type) -> bool:
+    try:
+        return kind is int or math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def _within(field: Declared, value: float) -> bool:

@@ -13,6 +13,7 @@ CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measure
 # if a run's number of checkpoints is not a multiple.
 MOST_PER_ACCELERATOR = 16
 _FEWEST_TOKENS_PER_BATCH = 256
+_LARGEST_BATCH = 10_000  # a chunk is padded to this many checkpoints, however few there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,10 @@ def plan_chunks(
       keeps_runs: whether the clean runs of all records are kept at once, for resampling.
 
     Raises:
-      InputError: `requested` is neither `auto` nor a positive number.
+      InputError: `requested` is neither `auto` nor a positive number, or far too large.
     """
-    if requested != "auto" and not (str(requested).isdecimal() and int(requested) > 0):
-        raise bad_argument("checkpoint_batch", "auto or a positive number", requested)
+    if requested != "auto" and not (str(requested).isdecimal() and 0 < int(requested) <= _LARGEST_BATCH):
+        raise bad_argument("checkpoint_batch", f"auto or a positive number up to {_LARGEST_BATCH}", requested)
 
     def needed(tokens_per_batch: int, at_once: int) -> float:
         kept = num_tokens if keeps_runs else tokens_per_batch

@@ -23,7 +23,9 @@ class SweepSettings(Settings):
         "Kinds of head and MLP ablation: zero (always), mean, resample, and random, a step as long, for scale.",
         choices=ABLATIONS,
     )
-    resample_draws: int = setting(1, "Draws per resample ablation; drops are means over them.", minimum=1)
+    resample_draws: int = setting(
+        1, "Draws per resample ablation; drops are means over them.", minimum=1, maximum=10_000
+    )
     probe: str = setting(
         "ridge",
         "Trained linear probes to fit; logistic adds multinomial logistic ones at the steps that `steps` names.",

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from kvjax.commands.flags import flags_of, read_settings
-from kvjax.commands.main import COMMANDS
+from kvjax.commands.main import COMMANDS, main
 from kvjax.config.settings import declared
 from kvjax.errors import InputError
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.settings import KINDS, InterventionSettings
-from kvjax.pipeline.settings import SelectSettings, TrainSettings
+from kvjax.pipeline.settings import ProbeSetSettings, SelectSettings, TrainSettings
 from kvjax.sweeps.settings import SweepSettings
 
 HEAVY = ("jax", "torch", "numpy", "scipy", "xarray", "pydantic", "orbax")
@@ -95,6 +95,36 @@ def test_settings_that_cannot_be(make, complaint):
     """Python refuses what the command line refuses, and names the parameter."""
     with pytest.raises(InputError, match=complaint):
         make()
+
+
+LONG_NUMBERS = ("9" * 5000, "9" * 400, "-" + "9" * 400, "nan", "inf", "1e400")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_numbers_beyond_any_use(command, capsys, monkeypatch):
+    """Every flag with a number refuses NaN, infinity and thousands of digits in one line; texts refuse the digits."""
+    module = importlib.import_module(f"kvjax.commands.{command.replace('-', '_')}")
+    monkeypatch.setattr(module, "run", lambda *settings: None)
+    fields = [field for settings in module.SETTINGS for field in declared(settings) if field.kind is not bool]
+    for field in fields:
+        for text in LONG_NUMBERS[: None if field.kind in (int, float) else 3]:
+            needed = [f"--{other.name}={(other.choices or ['1'])[0]}" for other in fields if other.required]
+            status = main([command, *needed, f"--{field.name}={text}"])
+            error = capsys.readouterr().err
+            if status == 0:
+                assert field.kind is int and len(text) < 4300 and field.maximum is None, (field.name, text)
+            else:
+                assert status == 2 and len(error.splitlines()) == 1 and len(error) < 800, (field.name, error)
+                assert field.name in error, error
+
+
+def test_whole_numbers_of_any_size():
+    """A whole number without an upper limit may be of any size; a number that is none is refused in words."""
+    assert ProbeSetSettings(benchmark_dir="b", output="o", seed=10**5000).seed == 10**5000
+    with pytest.raises(InputError, match=r"memory_gb: expected a number above 0; found 10+"):
+        SweepSettings(memory_gb=10**400)
+    with pytest.raises(InputError, match=r"from 1 to 10000; found a number of thousands of digits"):
+        SweepSettings(resample_draws=10**5000)
 
 
 def test_kinds_of_intervention():

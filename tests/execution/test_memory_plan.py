@@ -100,9 +100,9 @@ def test_invalid_numbers(requested):
         ({"memory_gb": float("inf")}, "memory_gb: expected a number above 0; found inf"),
         ({"memory_gb": float("nan")}, "memory_gb: expected a number above 0; found nan"),
         ({"memory_gb": "8"}, "memory_gb: expected a number above 0; found 8"),
-        ({"resample_draws": True}, "resample_draws: expected a whole number of at least 1; found True"),
-        ({"resample_draws": 0}, "resample_draws: expected a whole number of at least 1; found 0"),
-        ({"resample_draws": 1.5}, "resample_draws: expected a whole number of at least 1; found 1.5"),
+        ({"resample_draws": True}, "resample_draws: expected a whole number from 1 to 10000; found True"),
+        ({"resample_draws": 0}, "resample_draws: expected a whole number from 1 to 10000; found 0"),
+        ({"resample_draws": 1.5}, "resample_draws: expected a whole number from 1 to 10000; found 1.5"),
     ],
 )
 def test_invalid_settings(settings, complaint):
