@@ -69,8 +69,21 @@ def command(name: str, **flags: Any) -> str:
 
 def one_line(text: object) -> str:
     """Folds a text into a single line of at most 300 characters, control characters made visible."""
-    folded = visible(" ".join(str(text).split()))
-    return folded if len(folded) <= 300 else folded[:297] + "..."
+    try:
+        folded = visible(" ".join(str(text).split()))
+    except ValueError:
+        return "a number of thousands of digits"  # which Python does not write
+    return shortened(folded, 300)
+
+
+def short_name(name: str) -> str:
+    """Folds and shortens a name from a file, which may be anything, to what a line has room for."""
+    return shortened(one_line(name), 100)
+
+
+def shortened(text: str, longest: int) -> str:
+    """Cuts a text to its first `longest` characters, the last three dots if any are missing."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def visible(text: str) -> str:

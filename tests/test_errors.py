@@ -39,4 +39,5 @@ def test_control_characters_of_a_file():
     """Escape sequences and lone surrogates are printed as text; letters of any script stay."""
     assert visible("\x1b[31mRED é … ∞") == r"\x1b[31mRED é … ∞"
     assert visible("\ud800") == r"\ud800"
+    assert one_line(300 * "x") == 300 * "x" and one_line(301 * "x") == 297 * "x" + "..."
     assert one_line("two\nlines\x07") == r"two lines\x07"

@@ -20,7 +20,9 @@ from absl import flags
 from kvjax import __version__
 from kvjax.commands.flags import flags_of, help_of, message_of, read_settings, with_flags
 from kvjax.config.settings import declared
-from kvjax.errors import InputError, Note, one_line, visible
+from kvjax.errors import InputError, Note, one_line, shortened, visible
+
+_LONGEST_MESSAGE = 2000  # characters: enough for two paths of the greatest length that people have
 
 # Command -> what it does, in the order a study runs them.
 COMMANDS = {
@@ -40,6 +42,10 @@ COMMANDS = {
 
 def run_process() -> None:
     """Runs the command of this process's arguments and ends the process with its status."""
+    if sys.stdout is None:  # closed by whoever started the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    # A terminal that cannot show a character gets its escape, instead of an error in place of the result.
+    sys.stdout.reconfigure(errors="backslashreplace")
     status = main()
     gc.freeze()  # else Python looks for garbage among a million objects before it ends, for 0.4 s
     sys.exit(status)
@@ -67,14 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except InputError as error:
-        return _fail(who, " ".join(visible(message_of(error, names)).split()))
+        return _fail(who, message_of(error, names))
     except BrokenPipeError:
         _discard_output()
         return 0  # whoever read the output has read enough
     except (OSError, UnicodeError, RecursionError) as error:
         # What no reader or writer foresaw of a file or its content: still one line.
         _discard_output()
-        return _fail(who, one_line(error))
+        return _fail(who, str(error))
     except KeyboardInterrupt:
         return _fail(who, "interrupted; what was written is kept", status=130)
 
@@ -112,7 +118,7 @@ def _notes_as_lines(who: str, names: Collection[str]) -> Iterator[None]:
                 others(message, category, *where, **more)
             elif str(message) not in seen:
                 seen.add(str(message))
-                print(f"{who}: note: {with_flags(str(message), names)}", file=sys.stderr, flush=True)
+                _tell(who, f"note: {with_flags(str(message), names)}")
 
         warnings.showwarning = show
         yield
@@ -137,8 +143,15 @@ def _overview() -> str:
 
 
 def _fail(who: str, message: str, status: int = 2) -> int:
-    print(f"{who}: {message}", file=sys.stderr)
+    _tell(who, message)
     return status
+
+
+def _tell(who: str, message: str) -> None:
+    """Prints one line on standard error; control characters in it are made visible, for some may come from files."""
+    folded = visible(" ".join(message.split()))
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"{who}: {shortened(folded, _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

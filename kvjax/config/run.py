@@ -9,6 +9,7 @@ import pydantic
 
 from kvjax.config.base import Section
 from kvjax.devices import machine_memory_bytes
+from kvjax.errors import short_name
 
 
 class ModelConfig(Section):
@@ -96,7 +97,7 @@ class RunConfig(Section):
     @property
     def title(self) -> str:
         """The run's name and seed, as they are printed."""
-        return f"{self.run_name} ({'no seed recorded' if self.seed is None else f'seed {self.seed}'})"
+        return f"{short_name(self.run_name)} ({'no seed recorded' if self.seed is None else f'seed {self.seed}'})"
 
     @property
     def attributes(self) -> dict[str, str | int]:

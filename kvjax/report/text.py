@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.layout import arrays_beside
-from kvjax.errors import visible
+from kvjax.errors import short_name, visible
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.summary_text import cell
 from kvjax.measure.declaration import Column
@@ -22,8 +22,12 @@ _SHOWN_ROWS = 24
 
 
 def say(text: str) -> None:
-    """Prints a text at once; control characters in it are made visible, for some of it may come from files."""
-    print("\n".join(visible(line) for line in text.split("\n")), flush=True)
+    """Prints a line at once; control characters in it are made visible, for some of it may come from files.
+
+    Empty lines come before it if the text starts with newlines.
+    """
+    line = text.lstrip("\n")
+    print("\n" * (len(text) - len(line)) + visible(line), flush=True)
 
 
 def print_sweep_reports(reports: Sequence[SweepReport]) -> None:
@@ -129,7 +133,8 @@ def print_intervention_report(report: InterventionReport) -> None:
     """Prints the largest effects of one kind of intervention in one window, and where every number is."""
     document = report.document
     say(
-        f"\n{document['run_name']}, {report.window}, {report.kind.replace('_', ' ')} (steps {_list(document['steps'])})"
+        f"\n{short_name(document['run_name'])}, {report.window}, {report.kind.replace('_', ' ')} "
+        f"(steps {_list(document['steps'])})"
     )
     for line in find_kind(report.kind).summary_lines(document):
         say(f"  {line}")

@@ -211,8 +211,10 @@ class TestBadInput:
             ({"steps": "150"}, "--steps=150"),
             ({"steps": "soon"}, "250,1000-4000; found soon"),
             ({"reference": "150"}, "--reference=150"),
+            ({"steps": "9" * 250}, "a checkpoint for --steps=999"),
+            ({"reference": "9" * 250}, "a checkpoint for --reference=999"),
             ({"reference": "last"}, "final, best or a step; found last"),
-            ({"checkpoint_batch": "0"}, "auto or a positive number; found 0"),
+            ({"checkpoint_batch": "0"}, "auto or a positive number up to 10000; found 0"),
             ({"precision": "high"}, "precision"),
             ({"no_such_flag": "1"}, "no_such_flag"),
             ({"probe_set": "none.jsonl"}, "none.jsonl: expected a probe set"),
@@ -294,7 +296,22 @@ def test_full_disk_behind_the_output():
 def test_escape_sequences_of_a_file(small_run, capsys):
     """A run's name cannot steer the terminal."""
     path = small_run / "run_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_name": "\x1b[31mRED"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_name": "\x1b[31mRED\n1 of 1 ready" + 10**5 * "x"}))
     assert main(["status", f"--run_dirs={small_run}"]) == 0
     printed = capsys.readouterr().out
-    assert "\x1b" not in printed and r"\x1b[31mRED" in printed
+    assert "\x1b" not in printed and r"\x1b[31mRED 1 of 1 ready" in printed and 200 * "x" not in printed
+
+
+def test_lone_surrogate_in_a_name(small_run, capsys):
+    """A name that no file can hold is refused before anything is measured, with the file's name."""
+    path = small_run / "run_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_name": "\ud800"}))
+    line = refused(capsys, *sweep_arguments(small_run))
+    assert str(path) in line and "half of a surrogate pair" in line
+
+
+def test_closed_output(tmp_path):
+    """A process without any output works, and reports what is wrong by its status."""
+    command = f"{sys.executable} -m kvjax.commands.main"
+    assert subprocess.run(f"{command} --version >&-", shell=True, stderr=subprocess.PIPE).stderr == b""
+    assert subprocess.run(f"{command} nonsense >&- 2>&-", shell=True).returncode == 2
