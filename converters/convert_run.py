@@ -52,6 +52,7 @@ class ConversionReport:
       largest_difference: the largest `Certificate.relative_difference`; None if no certificate was made.
       near_ties: how many positions have another argmax; all of them are near-ties.
       metric_checks: the run's recorded accuracies, reproduced.
+      notes: what a reader should know about the files, each once.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class ConversionReport:
     largest_difference: float | None
     near_ties: int
     metric_checks: list[MetricCheck]
+    notes: list[str]
 
 
 def convert_run(
@@ -84,8 +86,10 @@ def convert_run(
     loader = CachedLoader(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
+    notes: dict[str, None] = {}
     for step in steps:
         checkpoint = loader.load(run.checkpoints[step], step)
+        notes.update(dict.fromkeys(checkpoint.notes))
         if checkpoint.certificate is not None:
             certificates.append(checkpoint.certificate)
         if checks is not None:
@@ -104,6 +108,7 @@ def convert_run(
         largest_difference=max((c.relative_difference for c in certificates), default=None),
         near_ties=sum(c.argmax_near_ties for c in certificates),
         metric_checks=metric_checks,
+        notes=list(notes),
     )
 
 
@@ -132,7 +137,7 @@ def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -
                 raise unusable(path, "exactly the stored parameters", "other values (is something else writing there?)")
         steps.append(stored.step)
         advance(1)
-    return ConversionReport(folder, steps, None, 0, [])
+    return ConversionReport(folder, steps, None, 0, [], [])
 
 
 def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np.ndarray | None:

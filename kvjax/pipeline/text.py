@@ -68,6 +68,8 @@ def print_conversions(reports: Sequence[ConversionReport]) -> None:
                 f"  step {check.step} {check.split}: recorded {check.recorded:.6f}, measured {check.measured:.6f} "
                 f"({check.num_events} reads)"
             )
+        for note in report.notes:
+            say(f"  note: {note}")
 
 
 def print_evaluations(evaluated: Sequence[tuple[EvaluatedCheckpoint, Path]]) -> None:
