@@ -154,6 +154,10 @@ class HashedFile:
     @classmethod
     def read(cls, path: Path, kind: str) -> HashedFile:
         """Reads a file; raises `InputError` if it cannot be read. `kind` names it in the message, as "a checkpoint"."""
+        if path.is_symlink() and not path.exists():
+            raise unusable(path, kind, f"a link to {path.readlink()}, which does not exist")
+        if path.is_dir():
+            raise unusable(path, kind, "a directory")
         if not path.is_file():
             raise unusable(path, kind, "no such file")
         try:
