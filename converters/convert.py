@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from kvjax.converters.certificate import certify
 from kvjax.converters.parameter_names import modern_name
+from kvjax.converters.plain_values import section
 from kvjax.converters.to_flax import to_flax
-from kvjax.converters.torch_checkpoint import TorchCheckpoint, parse_checkpoint, section
+from kvjax.converters.torch_checkpoint import TorchCheckpoint, parse_checkpoint
 
 from kvjax.artifacts.files import HashedFile
 from kvjax.config.run import RunConfig
@@ -44,21 +44,15 @@ def convert_checkpoint(
       InputError: the file is unusable, or not of this run, step or benchmark.
     """
     file = file or HashedFile.read(path, "a PyTorch checkpoint")
-    checkpoint = parse_checkpoint(file)
-    if expected_step is not None and checkpoint.step != expected_step:
-        raise unusable(path, f"the checkpoint of step {expected_step}", f"step {checkpoint.step}")
-    notes = check_recorded_config(checkpoint, run, benchmark, path)
+    checkpoint = parse_checkpoint(file, expected_step)
+    notes = checkpoint.notes + check_recorded_config(checkpoint, run, benchmark, path)
     vocab_size = len(benchmark.vocabulary.tokens)
     params = to_flax(checkpoint.state, run.model, vocab_size, where=path)
     certificate = None
     if certify_on is not None:
-        state = {modern_name(name): array for name, array in checkpoint.state.items()}
+        # Copies, because PyTorch takes no read-only arrays.
+        state = {modern_name(name): np.array(tensor, np.float32) for name, tensor in checkpoint.state.items()}
         certificate = certify(state, params, run.model, certify_on, where=path)
-    try:
-        document = {"config": dict(checkpoint.config), "metrics": dict(checkpoint.metrics)}
-        recorded = json.loads(json.dumps(document, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise unusable(path, "config and metrics that JSON can hold", error) from None
     return Checkpoint(
         step=checkpoint.step,
         params=params,
@@ -66,8 +60,8 @@ def convert_checkpoint(
         path=path,
         sha256=file.sha256,
         certificate=certificate,
-        recorded_config=recorded["config"],
-        recorded_metrics=recorded["metrics"],
+        recorded_config=checkpoint.config,
+        recorded_metrics=checkpoint.metrics,
         notes=notes,
     )
 
@@ -82,12 +76,12 @@ def check_recorded_config(
     Raises:
       InputError: the file is of another model or vocabulary.
     """
-    spec = section(section(checkpoint.config, "train_spec", path), "model", path)
+    spec = section(section(checkpoint.config, "train_spec"), "model")
     ours = run.model.model_dump(include={"d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"})
     for name, value in ours.items():
-        if spec and spec.get(name) != value:
-            raise unusable(path, f"{name} {value} as in run_config.json", f"{name} {spec.get(name)}")
-    trained_on = section(checkpoint.config, "benchmark_metadata", path)
+        if spec.get(name, value) != value:
+            raise unusable(path, f"{name} {value} as in run_config.json", f"{name} {spec[name]}")
+    trained_on = section(checkpoint.config, "benchmark_metadata")
     if "vocabulary" not in trained_on:
         return ()
     recorded = Vocabulary.from_metadata(trained_on["vocabulary"], path)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from kvjax.converters.parameter_names import LEGACY_MLP, TOKEN_EMBEDDING, UNEMBEDDING, modern_name, torch_names
+from kvjax.converters.weights import Saved
 
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
@@ -13,12 +14,12 @@ from kvjax.model.decoder import DecoderConfig, Params
 
 
 def to_flax(
-    state: Mapping[str, np.ndarray], model: ModelConfig | DecoderConfig, vocab_size: int, *, where: object
+    state: Mapping[str, Saved], model: ModelConfig | DecoderConfig, vocab_size: int, *, where: object
 ) -> Params:
     """Converts a PyTorch state to Flax parameters; a tied unembedding is left out of them.
 
     Args:
-      state: tensor name -> float32 array, current or legacy MLP names.
+      state: tensor name -> array, or tensor of a file, of any floating-point type; current or legacy MLP names.
       model: the model's sizes.
       vocab_size: number of tokens of the benchmark.
       where: the file, for messages.
@@ -38,27 +39,38 @@ def to_flax(
         shape = parameter.torch_shape(model, vocab_size)
         if state[name].shape != shape:
             raise unusable(where, f"{name} of shape {list(shape)}", list(state[name].shape))
-        if not np.isfinite(state[name]).all():
-            bad = int(np.size(state[name]) - np.isfinite(state[name]).sum())
-            raise unusable(where, f"finite values in {name}", f"{bad} NaN or infinite")
+    # Only now, all shapes being right, do values take memory.
+    arrays = {name: _as_float32(state[name], name, where) for name in expected}
 
-    tied = np.array_equal(state[UNEMBEDDING.torch], state[TOKEN_EMBEDDING.torch])
+    tied = np.array_equal(arrays[UNEMBEDDING.torch], arrays[TOKEN_EMBEDDING.torch])
     stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
     params: Params = {}
     for name, (parameter, _) in expected.items():
         if parameter is UNEMBEDDING and tied:
             continue
-        leaf = state[name].T if parameter.transposed else state[name]
+        leaf = arrays[name].T if parameter.transposed else arrays[name]
         if parameter.per_layer:
             stacks.setdefault(parameter.flax, []).append(leaf)
         else:
-            _put(params, parameter.flax, np.ascontiguousarray(leaf))
+            _put(params, parameter.flax, np.array(leaf, order="C"))  # a copy: views keep the whole file in memory
     for path, leaves in stacks.items():
         _put(params, path, np.stack(leaves))
     return params
 
 
-def _with_modern_names(state: Mapping[str, np.ndarray], where: object) -> dict[str, np.ndarray]:
+def _as_float32(tensor: Saved, name: str, where: object) -> np.ndarray:
+    """Reads a tensor's values; raises `InputError` if they are not there, or not finite."""
+    try:
+        array = np.asarray(tensor, np.float32)
+    except ValueError as error:
+        raise unusable(where, f"the values of {name}", error) from None
+    if not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        raise unusable(where, f"finite values in {name}", f"{bad} NaN or infinite")
+    return array
+
+
+def _with_modern_names(state: Mapping[str, Saved], where: object) -> dict[str, Saved]:
     legacy = [name for name in state if modern_name(name) != name]
     modern = [name for name in state if any(part in name for part in LEGACY_MLP.values())]
     if legacy and modern:

@@ -1,22 +1,24 @@
-"""Reads and writes `.pt` checkpoints, without ever executing their content."""
+"""Reads and writes `.pt` checkpoints, without ever executing their content (docs/formats.md, "Checkpoint files")."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import pickle
-import warnings
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from kvjax.converters.envelope import find_optimizer_state, find_step, open_envelope, usable_weights
+from kvjax.converters.plain_values import PlainValues, section
+from kvjax.converters.saved_tensors import with_arrays
+from kvjax.converters.torch_archive import damaged, open_archive
+from kvjax.converters.weights import Saved
 
 from kvjax.artifacts.files import HashedFile, replace_file
-from kvjax.errors import InputError, unusable
+from kvjax.errors import unusable
 
-OPTIMIZER_NAMES = ("optimizer_state", "optimizer", "optimizer_state_dict")  # in a checkpoint's document
+_SHOWN_PLACES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,80 +26,91 @@ class TorchCheckpoint:
     """The content of a `.pt` file.
 
     Attributes:
+      path: the file.
       step: the training step it was saved at.
-      state: `model_state`, tensor name -> float32 array.
-      config: `train_spec`, `benchmark_metadata`, … as the trainer recorded them; empty if it recorded none.
-      metrics: the evaluation results stored with it, by split; often empty.
-      optimizer_state: what `optimizer.state_dict()` gave, with `state` and `param_groups` as they are and every tensor
-        as a NumPy array of its own precision (bfloat16 widened to float32); empty if the trainer saved none.
+      state: tensor name -> weights in the file's own precision, without the names that wrappers add. They are views of
+        the file's bytes: `np.asarray(tensor, np.float32)` reads one, once its `shape` is known to be right.
+      config: `train_spec`, `benchmark_metadata`, … as the trainer recorded them, in JSON values; empty if it did not.
+      metrics: the evaluation results stored with it, by split, in JSON values; often empty.
+      notes: what a reader should know about the file.
+      saved_optimizer: the optimiser's state as it was saved.
     """
 
+    path: Path
     step: int
-    state: Mapping[str, np.ndarray]
+    state: Mapping[str, Saved]
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
-    optimizer_state: Mapping[str, Any]
+    notes: tuple[str, ...]
+    saved_optimizer: Mapping[Any, Any] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def optimizer_state(self) -> Mapping[Any, Any]:
+        """What `optimizer.state_dict()` gave, every tensor as a NumPy array; empty if the trainer saved none.
+
+        `state` and `param_groups` are as they were saved. Arrays have the file's precision, bfloat16 that of float32.
+
+        Raises:
+          InputError: a tensor's values are not in the file.
+        """
+        try:
+            return with_arrays(self.saved_optimizer)
+        except (ValueError, RecursionError) as error:
+            raise unusable(self.path, "optimizer state of plain tensors", error) from None
 
 
-def read_checkpoint(path: Path) -> TorchCheckpoint:
-    """Reads a checkpoint file; half precision is widened to float32.
+def read_checkpoint(path: Path, expected_step: int | None = None) -> TorchCheckpoint:
+    """Reads a checkpoint file.
 
     Raises:
       InputError: there is no such file, or it cannot be used (see `parse_checkpoint`).
     """
-    return parse_checkpoint(HashedFile.read(path, "a PyTorch checkpoint"))
+    return parse_checkpoint(HashedFile.read(path, "a PyTorch checkpoint"), expected_step)
 
 
-def parse_checkpoint(file: HashedFile) -> TorchCheckpoint:
-    """Parses the bytes of a checkpoint file; half precision is widened to float32.
+def parse_checkpoint(file: HashedFile, expected_step: int | None = None) -> TorchCheckpoint:
+    """Parses the bytes of a checkpoint file; nothing in it is executed.
+
+    Args:
+      file: the file's bytes.
+      expected_step: the step that its name states; None if there is none.
 
     Raises:
-      InputError: the file is damaged, is no checkpoint, or would need arbitrary unpickling. Nothing in it is executed.
+      InputError: the file is damaged, is no checkpoint, is one of another step, or holds weights that cannot be used.
     """
-    path, document = file.path, _load(file)
-    if not isinstance(document, dict) or not isinstance(document.get("model_state"), dict):
-        found = sorted(map(str, document))[:6] if isinstance(document, dict) else type(document).__name__
-        raise unusable(path, "a checkpoint with step and model_state", found)
-    step = document.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise unusable(path, "a step that is a whole number", step)
+    archive = open_archive(file)
+    try:
+        envelope = open_envelope(archive.document, file.path)
+        plain = PlainValues()
+        recorded = {name: plain.convert(envelope.beside.get(name), name) for name in ("config", "metrics")}
+    except RecursionError:
+        raise damaged(file, "values inside values without end") from None
+    weights = usable_weights(envelope, section(recorded, "config"), file.path)
+    step, notes = find_step(envelope.beside, expected_step, file.path)
     return TorchCheckpoint(
+        path=file.path,
         step=step,
-        state={str(name): _as_float32(path, name, t) for name, t in document["model_state"].items()},
-        config=section(document, "config", path),
-        metrics=section(document, "metrics", path),
-        optimizer_state=_optimizer_state(document, path),
+        state=weights.state,
+        config=_mapping(recorded, "config"),
+        metrics=_mapping(recorded, "metrics"),
+        notes=(*archive.notes, *envelope.notes, *weights.notes, *notes, *_note(plain.changed)),
+        saved_optimizer=find_optimizer_state(envelope.beside, file.path),
     )
 
 
-def _optimizer_state(document: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """Finds the optimiser's state under the names that trainers give it."""
-    for name in OPTIMIZER_NAMES:
-        if document.get(name) is not None:
-            return _with_arrays(section(document, name, path))
-    return {}
+def _mapping(recorded: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Reads the mapping under a name; any other value is kept under its name."""
+    part = recorded[name]
+    return part if isinstance(part, dict) else {} if part is None else {name: part}
 
 
-def _with_arrays(value: Any) -> Any:
-    """Replaces the tensors of nested mappings and sequences by NumPy arrays."""
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    if isinstance(value, dict):
-        return {key: _with_arrays(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_arrays(part) for part in value)
-    return value
-
-
-def section(document: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:
-    """Reads the mapping under a name of a document, empty if absent; raises `InputError` for any other value."""
-    part = document.get(name)
-    if part is None:
-        return {}
-    if not isinstance(part, dict):
-        raise unusable(where, f"{name} to be a mapping", type(part).__name__)
-    return part
+def _note(changed: list[str]) -> tuple[str, ...]:
+    """Names values beside the weights of which JSON holds less than the file."""
+    if not changed:
+        return ()
+    more = f" and {len(changed) - _SHOWN_PLACES} more" if len(changed) > _SHOWN_PLACES else ""
+    listed = ", ".join(changed[:_SHOWN_PLACES])
+    return (f"its file records values that are kept as text, mapping, list or null: {listed}{more}",)
 
 
 def write_checkpoint(
@@ -121,29 +134,3 @@ def write_checkpoint(
             },
             partial,
         )
-
-
-def _load(file: HashedFile) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below says what is wrong with a file
-            return torch.load(io.BytesIO(file.content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # One line names the global that the pickle asked for; the rest is advice to load it anyway.
-        detail = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
-        expected = "a checkpoint of plain tensors that loads without executing anything"
-        raise unusable(file.path, expected, detail) from None
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise unusable(file.path, "a whole PyTorch checkpoint", f"a damaged file ({reason})") from None
-
-
-def _as_float32(path: Path, name: object, tensor: object) -> np.ndarray:
-    if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{path}: expected a tensor for {name}; found {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"{path}: expected float32 or half precision for {name}; found {tensor.dtype}")
-    try:
-        return tensor.detach().to(torch.float32).numpy()
-    except (TypeError, RuntimeError) as error:  # sparse, or without storage
-        raise unusable(path, f"a dense tensor for {name}", error) from None

@@ -111,8 +111,8 @@ def test_half_precision(tmp_path, module, dtype):
     torch.save({"step": 3, "model_state": half}, path)
     state = read_checkpoint(path).state
     for name, tensor in half.items():
-        assert state[name].dtype == np.float32
-        assert torch.equal(torch.from_numpy(np.array(state[name])), tensor.float())
+        widened = np.array(state[name], np.float32)
+        assert torch.equal(torch.from_numpy(widened), tensor.float())
 
 
 @pytest.mark.parametrize("name", ["optimizer_state", "optimizer", "optimizer_state_dict"])
@@ -149,7 +149,7 @@ def test_malicious_file(tmp_path, kind):
     with pytest.raises(InputError, match=re.escape(str(path))) as caught:
         read_checkpoint(path)
     assert not target.exists()
-    assert "\n" not in str(caught.value) and "without executing anything" in str(caught.value)
+    assert "\n" not in str(caught.value) and "nothing in it was executed" in str(caught.value)
     pickle.loads(pickle.dumps(Bomb(target)))
     assert target.exists(), "the bomb itself works"
 
@@ -157,7 +157,7 @@ def test_malicious_file(tmp_path, kind):
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (lambda p: p.write_bytes(b""), "a whole PyTorch checkpoint"),
+        (lambda p: p.write_bytes(b""), "an empty file"),
         (lambda p: p.write_bytes(b"not a checkpoint"), "expected a"),
         (lambda p: torch.save([1, 2], p), "with step and model_state; found list"),
         (lambda p: torch.save({"step": 1}, p), "with step and model_state"),
@@ -167,8 +167,8 @@ def test_malicious_file(tmp_path, kind):
         ),
         (lambda p: torch.save({"step": 1, "model_state": {"a": 3}}, p), "expected a tensor for a; found int"),
         (
-            lambda p: torch.save({"step": 1, "model_state": {"a": torch.zeros(2, dtype=torch.int64)}}, p),
-            "half precision for a; found torch.int64",
+            lambda p: torch.save({"step": 1, "model_state": {"lm_head.weight": torch.zeros(2, dtype=torch.int64)}}, p),
+            "half precision for lm_head.weight; found torch.int64",
         ),
     ],
 )
