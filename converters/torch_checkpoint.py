@@ -122,15 +122,19 @@ def write_checkpoint(
     metrics: Mapping[str, Any],
     optimizer_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint file in the reference trainer's layout, atomically."""
+    """Writes a checkpoint file in the reference trainer's layout, atomically.
+
+    Raises:
+      InputError: the file cannot be written, as on a full disk.
+    """
+    document = {
+        "step": step,
+        "model_state": dict(state),
+        "optimizer_state": dict(optimizer_state or {}),
+        "metrics": dict(metrics),
+        "config": dict(config),
+    }
+    content = io.BytesIO()  # PyTorch's own writer turns a full disk into a RuntimeError without the file's name
+    torch.save(document, content)
     with replace_file(path) as partial:
-        torch.save(
-            {
-                "step": step,
-                "model_state": dict(state),
-                "optimizer_state": dict(optimizer_state or {}),
-                "metrics": dict(metrics),
-                "config": dict(config),
-            },
-            partial,
-        )
+        partial.write_bytes(content.getbuffer())
