@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -128,12 +129,21 @@ def fillable_memory_gb() -> float:
     On an accelerator that is most of the memory JAX may allocate. On a CPU it is half of the memory of the machine or
     its container, because the process itself and compiling take about 2 GB.
     """
-    import jax
-
     if backend() == "cpu":
         return machine_memory_bytes() * _MACHINE_SHARE / 1e9
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = _accelerator_limit()
     return (limit * _ACCELERATOR_SHARE if limit else _DEFAULT_ACCELERATOR_BYTES) / 1e9
+
+
+def available_memory_bytes() -> float:
+    """Measures the memory that there is: of each accelerator, infinite if it does not say, or of the machine."""
+    return machine_memory_bytes() if backend() == "cpu" else _accelerator_limit() or math.inf
+
+
+def _accelerator_limit() -> int | None:
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def machine_memory_bytes() -> int:

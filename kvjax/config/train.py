@@ -40,6 +40,7 @@ class OptimizationConfig(Section):
     weight_decay: float = pydantic.Field(ge=0.0)
     beta1: float = pydantic.Field(ge=0.0, lt=1.0)
     beta2: float = pydantic.Field(ge=0.0, lt=1.0)
+    eps: float = pydantic.Field(default=1e-8, gt=0.0)
     grad_clip_norm: float | None = pydantic.Field(default=None, gt=0.0)
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     schedule: ScheduleConfig = ScheduleConfig()

@@ -3,55 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
-from kvjax.artifacts.files import replace_file, write_json, write_json_lines
+from kvjax.artifacts.files import replace_directory, replace_file, write_json
 from kvjax.artifacts.layout import RunLayout
 from kvjax.artifacts.provenance import software_versions
-from kvjax.artifacts.run_dir import RunDir
-from kvjax.config.train import CheckpointingConfig, TrainConfig
+from kvjax.config.train import TrainConfig
+from kvjax.converters.optimizer_groups import ParameterGroup
 from kvjax.converters.optimizer_state import AdamMoments, to_torch_optimizer
 from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.devices import device_description
-from kvjax.errors import unusable
+from kvjax.errors import InputError, note, unusable
 from kvjax.model.decoder import Params
+from kvjax.pipeline.run_history import RunHistory, is_better
 from kvjax.train.loop import Row
 from kvjax.train.schedule import learning_rate
 
 
-def _drop_half_line(path: Path) -> None:
-    """Removes a last line that an interruption left without its end."""
-    text = path.read_bytes() if path.is_file() else b""
-    if text and not text.endswith(b"\n"):
-        with replace_file(path) as partial:
-            partial.write_bytes(text[: text.rfind(b"\n") + 1])
-
-
-def is_better(candidate: Row, best: Row | None, checkpointing: CheckpointingConfig) -> bool:
-    """Says whether a later evaluation beats the best so far; ties go to the lower loss, then to the earlier step."""
-    if best is None:
-        return True
-    sign = 1.0 if checkpointing.best_checkpoint_maximize else -1.0
-    metric = checkpointing.best_checkpoint_metric
-    ahead, behind = sign * candidate[metric], sign * best[metric]
-    return ahead > behind or (ahead == behind and candidate["loss"] < best["loss"])
-
-
 class FileRecorder:
-    """Writes one run directory while its seed trains.
+    """Writes one run directory while its seed trains. `begin` or `go_on` comes first, `finish` last.
 
     Args:
-      path: the run directory, with its `checkpoints` folder.
+      path: the run directory.
       config: of the run.
       num_parameters: of the model.
       metadata: of the benchmark, for the checkpoint files.
-      done_steps: steps that an earlier call trained, which are gone on from.
+      groups: the optimiser's parameter groups, as in `AdamMoments`.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, num_parameters: int, metadata: Any, done_steps: int):
+    def __init__(
+        self,
+        path: Path,
+        config: TrainConfig,
+        num_parameters: int,
+        metadata: Any,
+        groups: tuple[ParameterGroup, ...] = (),
+    ):
         self.path = path
         self.config = config
         self.last_evaluations: dict[str, Row] = {}
@@ -59,30 +50,65 @@ class FileRecorder:
         self._metadata = metadata
         self._best: Row | None = None
         self._num_parameters = num_parameters
+        self._groups = groups
         self._layout = RunLayout(path)
-        if done_steps:
-            self._rewind(done_steps)
-            write_json(self._layout.config, self._spec)  # it may have been prolonged
+
+    def begin(self) -> None:
+        """Starts a run: removes what an earlier training wrote there, and writes the config.
+
+        The earlier run's analysis goes as well, with a note. Other files stay.
+        """
+        layout = self._layout
+        if not layout.config.is_file():
+            with replace_directory(self.path) as fresh:
+                (begun := RunLayout(fresh)).checkpoints.mkdir()
+                write_json(begun.config, self._spec)
+            return
+        layout.summary.unlink(missing_ok=True)  # first: without it, an interrupted run counts as unfinished
+        if layout.analysis.is_dir():
+            note(f"{layout.analysis} was removed: it measured the run that is overwritten")
+            shutil.rmtree(layout.analysis)
+        written = [layout.best_record, layout.metrics, layout.best, layout.last]
+        for file in (*written, *(path for _, path in layout.step_checkpoints())):
+            file.unlink(missing_ok=True)
+        layout.checkpoints.mkdir(exist_ok=True)
+        write_json(layout.config, self._spec)
+
+    def go_on(self, history: RunHistory) -> None:
+        """Takes a run back to the step it goes on from: its log, its best checkpoint, its config."""
+        layout = self._layout
+        self.last_evaluations, self._best = dict(history.evaluations), history.best
+        resume = {"phase": "resume", "step": history.step, "num_steps": self.config.num_steps}
+        with replace_file(layout.metrics) as partial:
+            partial.write_bytes(b"".join(line + b"\n" for line in (*history.lines, json.dumps(resume).encode())))
+        layout.summary.unlink(missing_ok=True)  # the run is unfinished again
+        if self._best is not None and self.config.checkpointing.save_best_checkpoint:
+            self._restore_best(int(self._best["step"]))
+        write_json(layout.config, self._spec)  # it may have been prolonged
 
     def log(self, row: Row) -> None:
         """Appends a row to `metrics.jsonl`."""
-        with self._layout.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            with self._layout.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise unusable(self._layout.metrics, "a file that can be written", error) from None
 
     def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
         """Writes the checkpoints that are due at a step, and the best one if this is it."""
         checkpointing = self.config.checkpointing
         self.last_evaluations = evaluations or self.last_evaluations
+        moments = AdamMoments(step, mu, nu, self._groups)
         if step % self.config.checkpoint_every_steps == 0 or step == self.config.num_steps:
             keeps_steps = checkpointing.save_step_checkpoints
             # If no step checkpoints are saved, the last one is what the run is resumed from.
             file = self._layout.step_checkpoint(step) if keeps_steps else self._layout.last
-            self._write(file, step, params, AdamMoments(step, mu, nu), evaluations)
+            self._write(file, step, params, moments, evaluations)
         if checkpointing.save_best_checkpoint and evaluations:
             candidate = evaluations[checkpointing.best_checkpoint_split]
             if is_better(candidate, self._best, checkpointing):
                 self._best = candidate
-                self._write(self._layout.best, step, params, AdamMoments(step, mu, nu), evaluations)
+                self._write(self._layout.best, step, params, moments, evaluations)
                 write_json(self._layout.best_record, self._best_record())
 
     def finish(self) -> None:
@@ -94,32 +120,12 @@ class FileRecorder:
                 "seed": self.config.seed,
                 "num_steps": self.config.num_steps,
                 "model_parameter_count": self._num_parameters,
-                "final": self.last_evaluations,
+                "final": _finite(self.last_evaluations),
                 "best_checkpoint": self._best_record() if self._best else None,
                 "versions": software_versions(),
                 "device": device_description(),
             },
         )
-
-    def _rewind(self, step: int) -> None:
-        """Drops what was logged after the step training goes on from, and finds the best checkpoint up to it."""
-        self._layout.summary.unlink(missing_ok=True)  # the run is unfinished again
-        _drop_half_line(self._layout.metrics)
-        checkpointing = self.config.checkpointing
-        try:
-            rows = [row.values for row in RunDir.open(self.path).log.rows if int(row.values["step"]) <= step]
-            for row in rows:
-                if row["phase"] == "eval":
-                    self.last_evaluations[row["split"]] = row
-                    is_tracked = row["split"] == checkpointing.best_checkpoint_split
-                    if is_tracked and is_better(row, self._best, checkpointing):
-                        self._best = row
-        except (KeyError, TypeError, ValueError) as error:
-            raise unusable(self._layout.metrics, "rows with phase, step and their evaluations", repr(error)) from None
-        resume = {"phase": "resume", "step": step, "num_steps": self.config.num_steps}
-        write_json_lines(self._layout.metrics, [*rows, resume])
-        if self._best is not None and checkpointing.save_best_checkpoint:
-            self._restore_best(int(self._best["step"]))
 
     def _restore_best(self, step: int) -> None:
         """Makes `best.pt` the best checkpoint of the rows that were kept; without its weights there is none."""
@@ -127,7 +133,8 @@ class FileRecorder:
         if same.is_file():
             with replace_file(best) as partial:
                 shutil.copyfile(same, partial)
-        elif not (best.is_file() and read_checkpoint(best).step == step):
+        elif not _is_of_step(best, step):
+            note(f"{best}: removed, for it is not of step {step}, the best so far; training finds another")
             self._best = None
             best.unlink(missing_ok=True)
             self._layout.best_record.unlink(missing_ok=True)
@@ -161,3 +168,19 @@ class FileRecorder:
                 "model_parameter_count": self._num_parameters,
             },
         )
+
+
+def _is_of_step(path: Path, step: int) -> bool:
+    try:
+        return read_checkpoint(path).step == step
+    except InputError:
+        return False
+
+
+def _finite(value: Any) -> Any:
+    """Replaces numbers that JSON cannot hold, which another trainer may have logged, by null."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

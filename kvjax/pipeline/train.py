@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from kvjax.artifacts.files import read_json, replace_directory, write_json
+from kvjax.artifacts.files import read_json
 from kvjax.artifacts.layout import RunLayout
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.run_lock import hold
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
-from kvjax.converters.convert import check_recorded_config
-from kvjax.converters.optimizer_state import from_torch_optimizer
-from kvjax.converters.to_flax import to_flax
-from kvjax.converters.torch_checkpoint import read_checkpoint
 from kvjax.errors import InputError, unusable
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.resume import ResumedRun, read_resumed, resumable
 from kvjax.pipeline.run_recorder import FileRecorder
 from kvjax.pipeline.settings import TrainSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Row, Training
+from kvjax.train.memory import checkpoint_file_bytes, parameter_count
 from kvjax.train.schedule import restore_adam
 from kvjax.train.trainer import TrainState
 
@@ -93,7 +89,7 @@ def train_runs(
       runs: run directory -> config.
       benchmark: what they are trained on.
       resume: continue from the latest step that all runs have a checkpoint of.
-      overwrite: replace existing run directories.
+      overwrite: replace what training wrote in existing run directories.
       advance: called with the number of steps done.
 
     Raises:
@@ -113,26 +109,36 @@ def _train_runs(
     overwrite: bool,
     advance: Callable[[int], None],
 ) -> list[TrainedRun]:
-    config = next(iter(runs.values()))
-    training = Training(config, benchmark, [run.seed for run in runs.values()])
+    config, seeds = next(iter(runs.values())), [run.seed for run in runs.values()]
+    # Everything is read and checked before the first file is touched.
+    metadata = read_json(benchmark.layout.metadata)
     if resume:
-        for path, run in runs.items():
-            _check_same_training(path, run)
-        step, states = _resumed_states(runs, training, benchmark)
+        resumed = read_resumed(runs, benchmark)
+        training = Training(config, benchmark, seeds, undecayed=resumed.undecayed)
+        step, states = resumed.step, [_state(training, run) for run in resumed.runs]
+        groups = [run.moments.groups for run in resumed.runs]
+    else:
+        for path in runs:
+            _check_free(path, overwrite)
+        training = Training(config, benchmark, seeds)
+        step, states, groups = 0, training.initial_states(), [()] * len(runs)
+    for path in runs:
+        _check_space(path, checkpoint_file_bytes(training.decoder) * len(runs))
+    num_parameters = parameter_count(training.decoder)
+    recorders = [
+        FileRecorder(path, run, num_parameters, metadata, of_run)
+        for (path, run), of_run in zip(runs.items(), groups, strict=True)
+    ]
+    if resume:
+        for recorder, run in zip(recorders, resumed.runs, strict=True):
+            recorder.go_on(run.history)
         advance(step)
     else:
         with contextlib.ExitStack() as held:
             for path in sorted(runs, key=Path.resolve):
                 held.enter_context(_results_held(path))
-                _check_free(path, overwrite)
-            step, states = 0, training.initial_states()
-            for path, run in runs.items():
-                with replace_directory(path) as fresh:
-                    (begun := RunLayout(fresh)).checkpoints.mkdir()
-                    write_json(begun.config, run.model_dump(mode="json"))
-    metadata = read_json(benchmark.layout.metadata)
-    num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(states[0].params))
-    recorders = [FileRecorder(path, run, num_parameters, metadata, step) for path, run in runs.items()]
+            for recorder in recorders:
+                recorder.begin()
     training.run(states, recorders, done_steps=step, advance=advance)
     for recorder in recorders:
         recorder.finish()
@@ -162,7 +168,7 @@ def train_missing_runs(
                 raise unusable(path, "a run of this config (or another `output_dir`)", found)
         if layout.summary.is_file():
             advance(config.num_steps)
-        elif layout.config.is_file() and _resumable(path):
+        elif layout.config.is_file() and resumable(path):
             begun[path] = config
         else:
             fresh[path] = config
@@ -222,60 +228,15 @@ def _check_free(path: Path, overwrite: bool) -> None:
             raise unusable(path, "an earlier run to overwrite", f"a path without {config.name}")
 
 
-def _check_same_training(path: Path, config: TrainConfig) -> None:
-    """Refuses a config that would give other steps than the recorded run; how long the run is may change."""
-    file = RunLayout(path).config
-    recorded = read_config(file, TrainConfig, recorded=True)
-    names = ["seed", "batch_size", "model", "optimization"]
-    schedule = config.optimization.schedule
-    if schedule.kind == "cosine_decay" and schedule.decay_end_step is None:
-        names.append("num_steps")  # the decay ends there: another end is another schedule from the start
-    for name in names:
-        if getattr(recorded, name) != getattr(config, name):
-            ours, theirs = getattr(config, name), getattr(recorded, name)
-            raise unusable(file, f"the same {name} as the config to resume with, {ours}", theirs)
+def _check_space(path: Path, needed: int) -> None:
+    """Refuses a disk without room for a checkpoint of each run; training would end at the first."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise unusable(path, f"{needed / 1e6:,.1f} MB of free disk for checkpoints", f"{free / 1e6:,.1f} MB")
 
 
-def _resumable(path: Path) -> dict[int, Path]:
-    """Maps each step that training can go on from to its checkpoint file.
-
-    These are the step checkpoints if the run keeps them, otherwise the last one, otherwise the best.
-    """
-    run = RunDir.open(path)
-    if run.checkpoints:
-        return dict(run.checkpoints)
-    for file in (run.layout.last, run.layout.best):
-        if file.is_file():
-            return {read_checkpoint(file).step: file}
-    return {}
-
-
-def _resumed_states(
-    runs: Mapping[Path, TrainConfig], training: Training, benchmark: Benchmark
-) -> tuple[int, list[TrainState]]:
-    available = {path: _resumable(path) for path in runs}
-    common = set.intersection(*(set(files) for files in available.values()))
-    if not common:
-        where = ", ".join(map(str, runs))
-        raise unusable(where, "a checkpoint to resume from, of one step in all runs", "none")
-    step = max(common)
-    return step, [_read_state(available[path][step], step, run, training, benchmark) for path, run in runs.items()]
-
-
-def _read_state(path: Path, step: int, config: TrainConfig, training: Training, benchmark: Benchmark) -> TrainState:
-    checkpoint = read_checkpoint(path)
-    if checkpoint.step != step:
-        raise unusable(path, f"the checkpoint of step {step}", f"step {checkpoint.step}")
-    if check_recorded_config(checkpoint, config, benchmark, path):
-        raise unusable(path, f"a checkpoint trained on the benchmark in {benchmark.path}", "one trained on another")
-    model, vocab_size = training.config.model, training.decoder.vocab_size
-    params = to_flax(checkpoint.state, model, vocab_size, where=path)
-    if "unembedding" in params:
-        raise unusable(path, "a tied unembedding, as this trainer trains", "one of its own")
-    if not checkpoint.optimizer_state:
-        raise unusable(path, "optimizer state to resume from", "none")
-    moments = from_torch_optimizer(checkpoint.optimizer_state, params, model, vocab_size, where=path)
-    if moments.count != checkpoint.step:
-        raise unusable(path, f"optimizer state of step {checkpoint.step}", f"of step {moments.count}")
-    mu, nu = moments.mu, moments.nu
-    return TrainState(params, restore_adam(training.program.optimizer, params, count=moments.count, mu=mu, nu=nu))
+def _state(training: Training, run: ResumedRun) -> TrainState:
+    moments, optimizer = run.moments, training.program.optimizer
+    return TrainState(
+        run.params, restore_adam(optimizer, run.params, count=moments.count, mu=moments.mu, nu=moments.nu)
+    )

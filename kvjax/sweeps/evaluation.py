@@ -60,6 +60,10 @@ class SplitEvaluator:
         self._config = config
         self._benchmark = benchmark
 
+    def prepare(self, split: str, *, max_records: int | None = None) -> None:
+        """Reads and encodes a split, so that what is wrong with it shows before anything is measured."""
+        self._prepared(split, max_records)
+
     def evaluate(self, params: Params, split: str, *, max_records: int | None = None) -> SplitEvaluation:
         """Evaluates one checkpoint on a split, or on its first `max_records` records."""
         program, index = self._prepared(split, max_records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
+from kvjax.train.memory import check_memory
 from kvjax.train.schedule import adam_moments
 from kvjax.train.trainer import (
     StepMetrics,
@@ -45,13 +47,27 @@ class RunRecorder(Protocol):
 
 
 class Training:
-    """Several seeds of one config on one benchmark, trained together.
+    """Several seeds of one config on one benchmark, trained together. Every split it needs is read at once.
+
+    Args:
+      config: the config; its own seed is not used.
+      benchmark: the benchmark to train on.
+      seeds: the seeds.
+      undecayed: paths of the parameters without weight decay, as in `make_optimizer`.
 
     Raises:
-      InputError: the benchmark lacks a tracked split, or its records are longer than the model.
+      InputError: the benchmark lacks a tracked split, its records are damaged or longer than the model, or the training
+        does not fit into memory.
     """
 
-    def __init__(self, config: TrainConfig, benchmark: Benchmark, seeds: Sequence[int]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        benchmark: Benchmark,
+        seeds: Sequence[int],
+        *,
+        undecayed: frozenset[tuple[str, ...]] = frozenset(),
+    ):
         missing = [split for split in config.evaluation.tracked_splits if split not in benchmark.split_sizes]
         if missing:
             raise InputError(f"{benchmark.path}: expected the tracked split {missing[0]}; found none")
@@ -65,7 +81,7 @@ class Training:
             max_seq_len=config.model.max_seq_len,
         )
         self._tokens = encoded.tokens
-        self.program: TrainProgram = plan_training(
+        program = plan_training(
             self.decoder,
             config.optimization,
             num_steps=config.num_steps,
@@ -75,7 +91,22 @@ class Training:
             num_seeds=len(self.seeds),
             num_devices=device_count(),
         )
+        self.program: TrainProgram = dataclasses.replace(program, undecayed=undecayed)
+        # Every segment has the same length, so that one program serves all but a last, odd one.
+        self._segment = math.gcd(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
+        check_memory(
+            self.program,
+            num_seeds=len(self.seeds),
+            batch_size=config.batch_size,
+            length=encoded.tokens.shape[1],
+            segment=min(self._segment, config.num_steps),
+            on_cpu=backend() == "cpu",
+        )
+        limit = config.evaluation.max_eval_batches
+        self._max_records = limit and limit * config.evaluation.batch_size
         self._evaluator = SplitEvaluator(self.decoder, benchmark)
+        for split in config.evaluation.tracked_splits:
+            self._evaluator.prepare(split, max_records=self._max_records)
 
     def initial_states(self) -> list[TrainState]:
         """Draws each seed's state before its first step."""
@@ -103,8 +134,7 @@ class Training:
         """
         config = self.config
         stacked, tokens = start_training(self.program, states, self._tokens)
-        # Every segment has the same length, so that one program serves all but a last, odd one.
-        segment = math.gcd(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
+        segment = self._segment
         while done_steps < config.num_steps:
             steps = min(segment - done_steps % segment, config.num_steps - done_steps)
             indices = self._batches(done_steps + 1, steps)
@@ -153,13 +183,12 @@ class Training:
         saves = step % config.checkpoint_every_steps == 0 or step == config.num_steps
         if not (evaluates or saves):
             return
-        limit = config.evaluation.max_eval_batches and config.evaluation.max_eval_batches * config.evaluation.batch_size
         for index, recorder in enumerate(recorders):
             state = jax.device_get(jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
             evaluations = {}
             if evaluates:
                 for split in config.evaluation.tracked_splits:
-                    evaluation = self._evaluator.evaluate(state.params, split, max_records=limit)
+                    evaluation = self._evaluator.evaluate(state.params, split, max_records=self._max_records)
                     evaluations[split] = {"phase": "eval", "split": split, "step": step, **evaluation.to_row()}
                     recorder.log(evaluations[split])
             recorder.save(step, state.params, *adam_moments(state.optimizer), evaluations)

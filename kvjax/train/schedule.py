@@ -40,16 +40,29 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimizationConfig, num_steps: int) -> optax.GradientTransformation:
-    """Builds AdamW with decoupled decay on every parameter, eps 1e-8, after clipping."""
+def make_optimizer(
+    config: OptimizationConfig, num_steps: int, undecayed: frozenset[tuple[str, ...]] = frozenset()
+) -> optax.GradientTransformation:
+    """Builds AdamW with decoupled decay, after clipping.
+
+    Args:
+      config: the optimisation settings.
+      num_steps: of the whole run.
+      undecayed: paths of the parameters without weight decay.
+    """
+
+    def decays(params: optax.Params) -> optax.Params:
+        return jax.tree.map_with_path(lambda path, _: tuple(part.key for part in path) not in undecayed, params)
+
     clip = clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm is not None else optax.identity()
     adamw = optax.adamw(
         # optax counts from 0, the schedule from 1.
         learning_rate=lambda count: learning_rate(config, count + 1, num_steps),
         b1=config.beta1,
         b2=config.beta2,
-        eps=1e-8,
+        eps=config.eps,
         weight_decay=config.weight_decay,
+        mask=decays if undecayed else None,
     )
     return optax.chain(clip, adamw)
 

@@ -64,6 +64,7 @@ class TrainProgram:
       lift: how the seeds of a device are run, `map` (one after another) or `vmap`.
       devices: how many devices share the work.
       shared: what they share: `seeds`, which are independent, or each step's `batch`, whose gradients are summed.
+      undecayed: paths of the parameters without weight decay.
     """
 
     config: DecoderConfig
@@ -73,10 +74,11 @@ class TrainProgram:
     lift: Lift
     devices: int = 1
     shared: Literal["seeds", "batch"] = "seeds"
+    undecayed: frozenset[tuple[str, ...]] = frozenset()
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimization, self.num_steps)
+        return make_optimizer(self.optimization, self.num_steps, self.undecayed)
 
     @property
     def mesh(self) -> Mesh:
@@ -115,7 +117,8 @@ def plan_training(
     microbatches, share = 1, batch_size // (devices if shared == "batch" else 1)
     if backend == "cpu":
         wanted = max(1, round(share * length / CPU_TOKENS_PER_MICROBATCH))
-        divisors = [parts for parts in range(1, share + 1) if share % parts == 0]
+        small = [parts for parts in range(1, math.isqrt(share) + 1) if share % parts == 0]
+        divisors = sorted({*small, *(share // parts for parts in small)})
         microbatches = min(divisors, key=lambda parts: abs(math.log(parts / wanted)))
     lift = "map" if backend == "cpu" else "vmap"
     return TrainProgram(config, optimization, num_steps, microbatches, lift, devices, shared)

@@ -1,0 +1,291 @@
+"""Reads `param_groups` of a PyTorch optimiser: which one it is, its settings, and which parameter each number is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from kvjax.converters.parameter_names import modern_name
+
+from kvjax.config.train import OptimizationConfig
+from kvjax.errors import InputError, note, unusable
+
+Key = int | str  # by which `state` holds a parameter's entry: its number, or its name
+
+# What only one optimiser's groups or states have; Adam's and AdamW's have none of it. ASGD has an alpha as well.
+_OTHER_GROUPS = {
+    "momentum_decay": "NAdam",
+    "ns_steps": "Muon",
+    "dampening": "SGD",
+    "lambd": "ASGD",
+    "etas": "Rprop",
+    "rho": "Adadelta",
+    "lr_decay": "Adagrad",
+    "beta2_decay": "Adafactor",
+    "alpha": "RMSprop",
+    "correct_bias": "the AdamW of transformers, which decays after the update",
+    "bias_correction": "a fused Adam of apex or DeepSpeed",
+}
+_OTHER_STATES = {
+    "mu_product": "NAdam",
+    "exp_inf": "Adamax",
+    "momentum_buffer": "SGD or Muon",
+    "acc_delta": "Adadelta",
+    "square_avg": "RMSprop",
+    "row_var": "Adafactor",
+    "max_exp_avg_sq": "AdamW with amsgrad",
+}
+_ENTRY = {"step", "exp_avg", "exp_avg_sq"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that an optimiser treats alike.
+
+    Attributes:
+      names: their PyTorch names, in the order in which the optimiser numbers them.
+      decays: whether the config's weight decay applies to them.
+    """
+
+    names: tuple[str, ...]
+    decays: bool = True
+
+
+def check_optimizer(
+    groups: object,
+    entries: Mapping[Key, Mapping[str, Any]],
+    optimization: OptimizationConfig,
+    learning_rates: Sequence[float],
+    *,
+    where: object,
+) -> list[bool]:
+    """Checks that groups are AdamW's, with the settings of a config.
+
+    A learning rate that differs is noted: the config's schedule goes on.
+
+    Args:
+      groups: `param_groups`.
+      entries: `state`.
+      optimization: the config's settings.
+      learning_rates: those that a file of this step may hold, before and after its scheduler's step.
+      where: the file, for messages.
+
+    Returns:
+      For each group, whether it decays.
+
+    Raises:
+      InputError: it is another optimiser, or one with other settings.
+    """
+    if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
+        raise unusable(where, "param_groups of an optimizer", "none" if not groups else type(groups).__name__)
+    if other := _other_optimizer(groups, entries):
+        raise unusable(where, "the state of AdamW, which is what training goes on with", other)
+    for group in groups:
+        _check_settings(group, optimization, where)
+    rates = [_number(group, "lr", where) for group in groups]
+    if any(not math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates):
+        raise unusable(where, "one learning rate for all parameters", f"lr {', '.join(f'{r:g}' for r in rates)}")
+    if not any(math.isclose(rates[0], rate, rel_tol=1e-3, abs_tol=1e-12) for rate in learning_rates):
+        note(f"{where}: its lr is {rates[0]:g}; training goes on with the config's {learning_rates[-1]:g}")
+    if optimization.weight_decay and any("decoupled_weight_decay" not in group for group in groups):
+        note(f"{where}: older PyTorch does not record if weight decay is AdamW's or Adam's L2; taken as AdamW's")
+    return [_decays(group, optimization, where) for group in groups]
+
+
+def name_parameters(
+    groups: Sequence[Mapping[str, Any]],
+    decays: Sequence[bool],
+    order: Sequence[str],
+    shapes: Mapping[Key, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    where: object,
+) -> dict[Key, str]:
+    """Finds which parameter each entry of an optimiser's state belongs to.
+
+    Names in the groups decide. Without any, PyTorch numbers parameters in the order of `Module.parameters()`, which is
+    that of `model_state`. Several groups are numbered one after the other. If one group decays and another does not,
+    the shapes say which of the usual rules made them.
+
+    Args:
+      groups: `param_groups`.
+      decays: whether each decays.
+      order: names of the parameters as in `model_state`, each once.
+      shapes: of the first moments, by their key in `state`.
+      expected: the shape of each parameter, by current name.
+      where: the file, for messages.
+
+    Raises:
+      InputError: numbers and parameters do not fit, or fit in several ways.
+    """
+    keys = [[as_key(key) for key in _listed(group, "params", where)] for group in groups]
+    every = list(itertools.chain.from_iterable(keys))
+    if len(set(every)) < len(every) or set(every) != set(shapes) or len(every) != len(expected):
+        found = f"{len(every)} in param_groups, {len(shapes)} in state"
+        raise unusable(where, f"an optimizer state of {len(expected)} parameters", found)
+    names = _recorded_names(groups, keys, where)
+    if names is not None:
+        resolved = [_known(name, expected, where) for name in names]
+        if len(set(resolved)) < len(resolved):
+            raise unusable(where, "each parameter once in param_names", f"{len(set(resolved))} different ones")
+        return dict(zip(every, resolved, strict=True))
+    candidates = {tuple(modern_name(name) for name in names): None for names in _numberings(keys, decays, order)}
+    found = [shapes[key] for key in every]
+    fitting = [names for names in candidates if [expected[name] for name in names] == found]
+    if not fitting:
+        _refuse_shapes(every, found, next(iter(candidates), ()), expected, where)
+    if len(fitting) > 1:
+        told = "param_names that tell its groups' parameters apart (give the optimizer named_parameters())"
+        raise unusable(where, told, f"{len(fitting)} ways in which the shapes fit")
+    if len(groups) > 1:
+        note(f"{where}: the parameters of its {len(groups)} groups are told by their shapes, as it records no names")
+    return dict(zip(every, fitting[0], strict=True))
+
+
+def as_key(key: object) -> Key:
+    """Converts a key of `state` to a number, also from text; a parameter's name stays as it is."""
+    text = str(key)
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 10 else text
+
+
+def as_number(value: object) -> float | None:
+    """Converts a plain number, or an array of one real number, to a float; None if it is neither."""
+    if isinstance(value, np.ndarray):
+        value = value.reshape(-1)[0] if value.size == 1 else None
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _other_optimizer(groups: Sequence[Mapping[str, Any]], entries: Mapping[Key, Mapping[str, Any]]) -> str | None:
+    """Names the optimiser if it is not AdamW, or does other things than this project's."""
+    for group in groups:
+        if marks := [name for mark, name in _OTHER_GROUPS.items() if mark in group]:
+            return marks[0]
+        if "betas" not in group:
+            return f"an optimizer without betas ({', '.join(sorted(map(str, group))[:6])})"
+        if "amsgrad" not in group:
+            return "RAdam, or another optimizer whose param_groups have no amsgrad"
+        for option in ("amsgrad", "maximize"):
+            if group.get(option):
+                return f"AdamW with {option}"
+        if group.get("decoupled_weight_decay") is False and as_number(group.get("weight_decay")) != 0.0:
+            return f"Adam with weight decay {group.get('weight_decay')} as L2, which is not AdamW's"
+    for entry in entries.values():
+        if marks := [name for mark, name in _OTHER_STATES.items() if mark in entry]:
+            return marks[0]
+        if unknown := sorted(map(str, set(entry) - _ENTRY)):
+            return f"an optimizer that also keeps {', '.join(unknown[:3])}"
+    return None
+
+
+def _check_settings(group: Mapping[str, Any], optimization: OptimizationConfig, where: object) -> None:
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise unusable(where, "two betas", betas)
+    for name, ours, theirs in (
+        ("beta1", optimization.beta1, as_number(betas[0])),
+        ("beta2", optimization.beta2, as_number(betas[1])),
+        ("eps", optimization.eps, _number(group, "eps", where)),
+    ):
+        if theirs is None or not math.isclose(ours, theirs, rel_tol=1e-6):
+            raise unusable(where, f"{name} {ours:g} as in the config (or set optimization.{name})", theirs)
+
+
+def _decays(group: Mapping[str, Any], optimization: OptimizationConfig, where: object) -> bool:
+    ours, theirs = optimization.weight_decay, _number(group, "weight_decay", where)
+    if math.isclose(ours, theirs, rel_tol=1e-6):
+        return True
+    if theirs != 0.0:
+        raise unusable(where, f"weight_decay {ours:g} as in the config (or set optimization.weight_decay)", theirs)
+    return False
+
+
+def _number(group: Mapping[str, Any], name: str, where: object) -> float:
+    value = as_number(group.get(name))
+    if value is None or not math.isfinite(value):
+        raise unusable(where, f"a number as {name} of an optimizer's group", repr(group.get(name)))
+    return value
+
+
+def _listed(group: Mapping[str, Any], name: str, where: object) -> list[Any]:
+    if not isinstance(group.get(name), list | tuple):
+        raise unusable(where, f"a list of {name} in each of an optimizer's groups", type(group.get(name)).__name__)
+    return list(group[name])
+
+
+def _recorded_names(
+    groups: Sequence[Mapping[str, Any]], keys: Sequence[Sequence[Key]], where: object
+) -> list[str] | None:
+    """Lists the parameters' names, if the groups have them; None if not."""
+    if all(isinstance(key, str) for of_group in keys for key in of_group):
+        return [str(key) for of_group in keys for key in of_group]
+    if not all("param_names" in group for group in groups):
+        return None
+    names = [_listed(group, "param_names", where) for group in groups]
+    if list(map(len, names)) != list(map(len, keys)):
+        raise unusable(where, "as many param_names as params in each group", list(map(len, names)))
+    return [str(name) for of_group in names for name in of_group]
+
+
+def _known(name: str, expected: Mapping[str, Any], where: object) -> str:
+    """Finds the parameter that a name means, whatever wraps the model."""
+    plain = modern_name(".".join(part for part in name.split(".") if part not in ("module", "_orig_mod")))
+    for known in expected:
+        if plain == known or plain.endswith(f".{known}"):
+            return known
+    if plain.endswith("lm_head.weight"):
+        return "token_embedding.weight"  # the same tensor, if they are tied
+    raise unusable(where, "param_names of this model", name)
+
+
+def _numberings(keys: Sequence[Sequence[Key]], decays: Sequence[bool], order: Sequence[str]) -> list[list[str]]:
+    """Lists the orders in which trainers number parameters: as they stand, or as a rule of decay sorts them."""
+    sizes, numberings, sorted_by = list(map(len, keys)), [], [decays]
+    if len(set(decays)) == 1:
+        numberings.append(list(order))
+        # Without any decay in the config, the groups of a rule look alike.
+        sorted_by = [(True, False), (False, True)] if len(keys) == 2 else []
+    rules: list[Callable[[str], bool]] = [
+        lambda name: name.endswith(".weight") and not _of_norm(name),  # matrices, embeddings included
+        lambda name: name.endswith(".weight") and not _of_norm(name) and not _of_embedding(name),
+        lambda name: not name.endswith(".bias"),
+        lambda name: not _of_norm(name),
+        lambda name: not _of_embedding(name),
+    ]
+    for rule, listed, of_group in itertools.product(rules, (list(order), sorted(order)), sorted_by):
+        sides = {side: iter([name for name in listed if rule(name) is side]) for side in (True, False)}
+        taken = [list(itertools.islice(sides[side], size)) for side, size in zip(of_group, sizes, strict=True)]
+        if list(map(len, taken)) == sizes and all(next(rest, None) is None for rest in sides.values()):
+            numberings.append(list(itertools.chain.from_iterable(taken)))
+    return numberings
+
+
+def _of_norm(name: str) -> bool:
+    return ".ln_" in name or "norm" in name
+
+
+def _of_embedding(name: str) -> bool:
+    return "embedding" in name
+
+
+def _refuse_shapes(
+    keys: Sequence[Key],
+    found: Sequence[tuple[int, ...]],
+    names: Sequence[str],
+    expected: Mapping[str, tuple[int, ...]],
+    where: object,
+) -> None:
+    """Raises the error about moments of no known numbering; it names the first that differs from the likeliest."""
+    for key, shape, name in zip(keys, found, names, strict=False):
+        if expected[name] != shape:
+            raise unusable(where, f"moments of shape {list(expected[name])} for {name}", f"{list(shape)} (entry {key})")
+    told = "groups that decay matrices alone, or param_names (give the optimizer named_parameters())"
+    raise InputError(f"{where}: expected {told}; found groups of {len(keys)} parameters of no known rule")

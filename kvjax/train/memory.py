@@ -1,0 +1,68 @@
+"""Estimates what training takes before any of it is taken: memory for states and activations, disk for checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.devices import available_memory_bytes
+from kvjax.errors import InputError
+from kvjax.model.decoder import Decoder, DecoderConfig
+from kvjax.train.trainer import TrainProgram
+
+_STATE_COPIES = 4  # parameters, two moments, the gradient
+_SAVED_COPIES = 3  # a checkpoint holds no gradient
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Counts the parameters of a model without making any."""
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def checkpoint_file_bytes(config: DecoderConfig) -> int:
+    """Estimates the size of a checkpoint file: parameters and both moments in float32."""
+    return 4 * _SAVED_COPIES * parameter_count(config)
+
+
+def check_memory(
+    program: TrainProgram, *, num_seeds: int, batch_size: int, length: int, segment: int, on_cpu: bool
+) -> None:
+    """Refuses a training that cannot fit into the memory of the machine, or of an accelerator.
+
+    The estimate is from below: it counts states, gradients, the activations of a microbatch, and the numbers of a
+    segment's records.
+
+    Args:
+      program: what is trained.
+      num_seeds: how many seeds train together.
+      batch_size: records per step.
+      length: tokens of the longest record.
+      segment: steps that are dispatched together.
+      on_cpu: whether all devices share one memory.
+
+    Raises:
+      InputError: it does not fit; the message has the numbers.
+    """
+    config, devices = program.config, program.devices
+    by_seed = program.shared == "seeds"
+    rows = batch_size // (1 if by_seed else devices) // program.microbatches
+    at_once = devices if program.lift == "map" or not by_seed else num_seeds
+    kept = config.n_layers * (4 * config.d_model + config.d_ff + config.n_heads * length) + 2 * config.vocab_size
+    states = 4 * _STATE_COPIES * parameter_count(config) * num_seeds * (devices if on_cpu and not by_seed else 1)
+    activations = 4 * kept * rows * length * at_once
+    batches = 4 * batch_size * segment * num_seeds
+    parts = 1 if on_cpu else devices
+    needed, there = states / (parts if by_seed else 1) + activations / parts + batches / parts, available_memory_bytes()
+    if needed > there:
+        raise InputError(
+            f"expected a training that fits into {_gb(there)} of memory; found {_gb(states)} for parameters and "
+            f"optimizer of {num_seeds} seeds, {_gb(activations)} for activations and {_gb(batches)} for the batches of "
+            f"{segment} steps (lower the model's sizes, batch_size {batch_size}, or the number of seeds)"
+        )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
