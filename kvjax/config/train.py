@@ -86,7 +86,7 @@ class TrainConfig(RunConfig):
     seed: int = pydantic.Field(ge=0, lt=2**32)  # JAX keys hold no more
     device: str = "auto"
     output_dir: str
-    batch_size: int = pydantic.Field(ge=1)
+    batch_size: int = pydantic.Field(ge=1, le=1_000_000)
     log_every_steps: int = pydantic.Field(ge=1)
     eval_every_steps: int = pydantic.Field(ge=1)
     num_workers: int = 0

@@ -54,9 +54,9 @@ def check_memory(
     states = 4 * _STATE_COPIES * parameter_count(config) * num_seeds * (devices if on_cpu and not by_seed else 1)
     activations = 4 * kept * rows * length * at_once
     batches = 4 * batch_size * segment * num_seeds
-    parts = 1 if on_cpu else devices
-    needed, there = states / (parts if by_seed else 1) + activations / parts + batches / parts, available_memory_bytes()
-    if needed > there:
+    parts = 1 if on_cpu else devices  # accelerators have a memory each
+    needed = states / (parts if by_seed else 1) + (activations + batches) / parts
+    if needed > (there := available_memory_bytes()):
         raise InputError(
             f"expected a training that fits into {_gb(there)} of memory; found {_gb(states)} for parameters and "
             f"optimizer of {num_seeds} seeds, {_gb(activations)} for activations and {_gb(batches)} for the batches of "
@@ -65,4 +65,4 @@ def check_memory(
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e9:.3g} GB"
