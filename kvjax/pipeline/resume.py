@@ -14,7 +14,7 @@ from kvjax.converters.convert import check_recorded_config
 from kvjax.converters.optimizer_state import AdamMoments, from_torch_optimizer, undecayed_paths
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.torch_checkpoint import read_checkpoint
-from kvjax.errors import unusable
+from kvjax.errors import note, unusable
 from kvjax.model.decoder import Params
 from kvjax.pipeline.run_history import RunHistory
 from kvjax.task.benchmark import Benchmark
@@ -136,6 +136,6 @@ def _read_run(folder: Path, file: Path, step: int, config: TrainConfig, benchmar
         where=file,
     )
     if moments.count != step:
-        raise unusable(file, f"optimizer state of step {step}", f"of step {moments.count}")
+        note(f"{file}: its optimizer has taken {moments.count} steps, not {step}; bias correction goes on from there")
     history = RunHistory.of(RunDir.open(folder).log, step, config.checkpointing)
     return ResumedRun(params, moments, history)

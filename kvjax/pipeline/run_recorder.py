@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,6 +25,19 @@ from kvjax.train.loop import Row
 from kvjax.train.schedule import learning_rate
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimizerStart:
+    """How the optimiser of a run is written, if another trainer began it.
+
+    Attributes:
+      groups: its parameter groups, as in `AdamMoments`.
+      more_updates: how many updates it has taken beyond the run's steps.
+    """
+
+    groups: tuple[ParameterGroup, ...] = ()
+    more_updates: int = 0
+
+
 class FileRecorder:
     """Writes one run directory while its seed trains. `begin` or `go_on` comes first, `finish` last.
 
@@ -32,7 +46,7 @@ class FileRecorder:
       config: of the run.
       num_parameters: of the model.
       metadata: of the benchmark, for the checkpoint files.
-      groups: the optimiser's parameter groups, as in `AdamMoments`.
+      start: how the optimiser began.
     """
 
     def __init__(
@@ -41,7 +55,7 @@ class FileRecorder:
         config: TrainConfig,
         num_parameters: int,
         metadata: Any,
-        groups: tuple[ParameterGroup, ...] = (),
+        start: OptimizerStart = OptimizerStart(),
     ):
         self.path = path
         self.config = config
@@ -50,7 +64,7 @@ class FileRecorder:
         self._metadata = metadata
         self._best: Row | None = None
         self._num_parameters = num_parameters
-        self._groups = groups
+        self._start = start
         self._layout = RunLayout(path)
 
     def begin(self) -> None:
@@ -98,7 +112,7 @@ class FileRecorder:
         """Writes the checkpoints that are due at a step, and the best one if this is it."""
         checkpointing = self.config.checkpointing
         self.last_evaluations = evaluations or self.last_evaluations
-        moments = AdamMoments(step, mu, nu, self._groups)
+        moments = AdamMoments(step + self._start.more_updates, mu, nu, self._start.groups)
         if step % self.config.checkpoint_every_steps == 0 or step == self.config.num_steps:
             keeps_steps = checkpointing.save_step_checkpoints
             # If no step checkpoints are saved, the last one is what the run is resumed from.

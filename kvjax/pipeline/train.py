@@ -18,7 +18,7 @@ from kvjax.errors import InputError, unusable
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.resume import ResumedRun, read_resumed, resumable
-from kvjax.pipeline.run_recorder import FileRecorder
+from kvjax.pipeline.run_recorder import FileRecorder, OptimizerStart
 from kvjax.pipeline.settings import TrainSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Row, Training
@@ -116,18 +116,18 @@ def _train_runs(
         resumed = read_resumed(runs, benchmark)
         training = Training(config, benchmark, seeds, undecayed=resumed.undecayed)
         step, states = resumed.step, [_state(training, run) for run in resumed.runs]
-        groups = [run.moments.groups for run in resumed.runs]
+        starts = [OptimizerStart(run.moments.groups, run.moments.count - step) for run in resumed.runs]
     else:
         for path in runs:
             _check_free(path, overwrite)
         training = Training(config, benchmark, seeds)
-        step, states, groups = 0, training.initial_states(), [()] * len(runs)
+        step, states, starts = 0, training.initial_states(), [OptimizerStart()] * len(runs)
     for path in runs:
         _check_space(path, checkpoint_file_bytes(training.decoder) * len(runs))
     num_parameters = parameter_count(training.decoder)
     recorders = [
-        FileRecorder(path, run, num_parameters, metadata, of_run)
-        for (path, run), of_run in zip(runs.items(), groups, strict=True)
+        FileRecorder(path, run, num_parameters, metadata, start)
+        for (path, run), start in zip(runs.items(), starts, strict=True)
     ]
     if resume:
         for recorder, run in zip(recorders, resumed.runs, strict=True):
@@ -236,7 +236,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _state(training: Training, run: ResumedRun) -> TrainState:
-    moments, optimizer = run.moments, training.program.optimizer
-    return TrainState(
-        run.params, restore_adam(optimizer, run.params, count=moments.count, mu=moments.mu, nu=moments.nu)
-    )
+    params, moments, step = run.params, run.moments, run.history.step
+    optimizer = training.program.optimizer
+    restored = restore_adam(optimizer, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=step)
+    return TrainState(params, restored)

@@ -68,15 +68,29 @@ def make_optimizer(
 
 
 def restore_adam(
-    optimizer: optax.GradientTransformation, params: optax.Params, *, count: int, mu: optax.Params, nu: optax.Params
+    optimizer: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    count: int,
+    mu: optax.Params,
+    nu: optax.Params,
+    step: int | None = None,
 ) -> optax.OptState:
-    """Builds the optimiser state after `count` steps from its first and second moments."""
+    """Builds an optimiser's state from its moments.
+
+    Args:
+      optimizer: the optimiser.
+      params: its parameters.
+      count: how many updates it has taken, for the bias correction.
+      mu, nu: first and second moments.
+      step: steps of the run, for the schedule; by default `count`. Other trainers may skip updates.
+    """
 
     def replace(part):
         if isinstance(part, optax.ScaleByAdamState):
             return optax.ScaleByAdamState(count=jnp.asarray(count, jnp.int32), mu=mu, nu=nu)
         if isinstance(part, optax.ScaleByScheduleState):
-            return optax.ScaleByScheduleState(count=jnp.asarray(count, jnp.int32))
+            return optax.ScaleByScheduleState(count=jnp.asarray(count if step is None else step, jnp.int32))
         return part
 
     return jax.tree.map(replace, optimizer.init(params), is_leaf=_is_counted)

@@ -179,13 +179,20 @@ def test_module_of_another_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("groups", "options"),
-    [("one", {}), ("matrices decay", {}), ("one", {"betas": (0.8, 0.9), "eps": 1e-3})],
-    ids=["one group", "two groups", "other betas and eps"],
+    ("groups", "options", "updates"),
+    [
+        ("one", {}, STEPS),
+        ("matrices decay", {}, STEPS),
+        ("one", {"betas": (0.8, 0.9), "eps": 1e-3}, STEPS),
+        ("one", {}, 1),
+    ],
+    ids=["one group", "two groups", "other betas and eps", "fewer updates"],
 )
-def test_next_step(tmp_path, groups, options):
+def test_next_step(tmp_path, groups, options, updates):
     """The next parameters are those of PyTorch going on from the same file."""
     module, optimizer = trained(GROUPS[groups], **options)
+    for entry in optimizer.state.values():
+        entry["step"].fill_(updates)
     betas = options.get("betas", ADAMW["betas"])
     settings = {"beta1": betas[0], "beta2": betas[1], "eps": options.get("eps", 1e-8)}
     config = CONFIG.model_copy(update=settings)
@@ -194,7 +201,7 @@ def test_next_step(tmp_path, groups, options):
         params, moments = read(tmp_path, module, optimizer.state_dict(), config)
     undecayed = undecayed_paths(moments.groups, MODEL.n_layers, where="here")
     ours = make_optimizer(config, 100, undecayed)
-    state = restore_adam(ours, params, count=moments.count, mu=moments.mu, nu=moments.nu)
+    state = restore_adam(ours, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=STEPS)
     gradients = step(module, optimizer)
     gradients["lm_head.weight"] = gradients["token_embedding.weight"]
     gradients = to_flax({n: g.numpy() for n, g in gradients.items()}, MODEL, VOCAB, where="here")

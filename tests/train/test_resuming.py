@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import optax
 import pytest
 import torch
 from kvjax.converters.torch_checkpoint import write_checkpoint
@@ -22,6 +24,7 @@ from kvjax.pipeline.train import train_runs
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.memory import parameter_count
+from kvjax.train.schedule import adam_moments
 from tests.helpers.building import SMALL_MODEL, read_lines
 from tests.helpers.training import small_train_config
 
@@ -116,10 +119,6 @@ REFUSED = {
     ),
     "list state": (edit_state(lambda state: state.update(state=[1, 2, 3])), "a mapping of parameters; found list"),
     "amsgrad": (edit_state(lambda state: state["param_groups"][0].update(amsgrad=True)), "found AdamW with amsgrad"),
-    "earlier optimizer": (
-        edit_state(lambda state: [entry.update(step=15) for entry in state["state"].values()]),
-        "expected optimizer state of step 16; found of step 15",
-    ),
     "config": (lambda run: (run / "run_config.json").write_text("{}"), "run_config.json: expected a field"),
 }
 
@@ -180,6 +179,32 @@ def test_rows_kept(run, small_benchmark):
     assert json.loads(after[len(before) :]) == {"phase": "resume", "step": END, "num_steps": END}
     final = json.loads((run / "summary.json").read_text())["final"]
     assert final["heldout_pairs"]["answer_margin"] is None and final["validation_iid"]["answer_accuracy"] == 0.16
+
+
+def test_optimizer_of_other_steps(run, small_benchmark, monkeypatch):
+    """An optimizer that has taken fewer steps goes on with its own count, and so in the next file; that is noted."""
+    edit_state(lambda state: [entry.update(step=15) for entry in state["state"].values()])(run)
+    taken = []
+
+    def one_step(training, states, recorders, **_):
+        """Stands in for training: saves the state of step 17 as it was read, which is all that matters here."""
+        (state,), (recorder,) = states, recorders
+        taken.append(state.optimizer)
+        recorder.save(17, state.params, *adam_moments(state.optimizer), {})
+
+    monkeypatch.setattr(Training, "run", one_step)
+    with pytest.warns(Note, match=r"step_000016.pt: its optimizer has taken 15 steps, not 16"):
+        resume(run, small_benchmark, num_steps=17)
+    counts = {
+        type(part).__name__: int(part.count) for part in jax.tree.leaves(taken, is_leaf=has_count) if has_count(part)
+    }
+    assert counts == {"ScaleByAdamState": 15, "ScaleByScheduleState": 16}
+    written = torch.load(run / "checkpoints" / "step_000017.pt", weights_only=True)["optimizer_state"]["state"]
+    assert {float(entry["step"]) for entry in written.values()} == {16.0}
+
+
+def has_count(part):
+    return isinstance(part, optax.ScaleByAdamState | optax.ScaleByScheduleState)
 
 
 def test_rows_of_a_rewind(run, small_benchmark):
