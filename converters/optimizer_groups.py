@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from kvjax.converters.inert_pickle import InertArray
 from kvjax.converters.parameter_names import modern_name
 
 from kvjax.config.train import OptimizationConfig
@@ -154,6 +155,7 @@ def as_key(key: object) -> Key:
 
 def as_number(value: object) -> float | None:
     """Converts a plain number, or an array of one real number, to a float; None if it is neither."""
+    value = value.array if isinstance(value, InertArray) else value
     if isinstance(value, np.ndarray):
         value = value.reshape(-1)[0] if value.size == 1 else None
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):

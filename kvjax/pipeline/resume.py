@@ -14,6 +14,7 @@ from kvjax.converters.convert import check_recorded_config
 from kvjax.converters.optimizer_state import AdamMoments, from_torch_optimizer, undecayed_paths
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.torch_checkpoint import read_checkpoint
+from kvjax.converters.weights import AVERAGED
 from kvjax.errors import note, unusable
 from kvjax.model.decoder import Params
 from kvjax.pipeline.run_history import RunHistory
@@ -112,9 +113,11 @@ def _check_same_training(path: Path, config: TrainConfig) -> None:
 
 
 def _read_run(folder: Path, file: Path, step: int, config: TrainConfig, benchmark: Benchmark) -> ResumedRun:
-    checkpoint = read_checkpoint(file)
-    if checkpoint.step != step:
-        raise unusable(file, f"the checkpoint of step {step}", f"step {checkpoint.step}")
+    checkpoint = read_checkpoint(file, step)
+    if AVERAGED in checkpoint.notes:
+        raise unusable(file, "the trained weights, to go on from", "their average alone")
+    for sentence in checkpoint.notes:
+        note(f"{file}: {sentence}")
     if check_recorded_config(checkpoint, config, benchmark, file):
         raise unusable(file, f"a checkpoint trained on the benchmark in {benchmark.path}", "one trained on another")
     model, vocab_size = config.model, len(benchmark.vocabulary.tokens)
