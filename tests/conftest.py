@@ -14,7 +14,9 @@ import torch
 from kvjax.devices import CACHE_VARIABLE, use_compilation_cache
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from tests.helpers.building import write_run, write_small_benchmark
+from tests.helpers.commands import compile_quickly
 
+compile_quickly()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # so that every sweep in the tests is shared among devices
 # One cache of compiled programs for the run: its workers and the commands they start share it. It goes with the run.

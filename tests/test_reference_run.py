@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ import pytest
 import xarray as xr
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
+from tests.helpers.commands import optimised_environment
 from tests.helpers.reference import golden, unpack_reference_run
 
 ROLE_COUNTS_PER_EVENT = {
@@ -35,7 +35,7 @@ def swept(tmp_path_factory):
         *("--run_dirs=reference_run/run", "--benchmark_dir=reference_run/benchmark"),
         *("--probe_set=reference_run/probe_set.jsonl", "--noprogress"),
     ]
-    done = subprocess.run(command, cwd=root.parent, capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(command, cwd=root.parent, capture_output=True, text=True, env=optimised_environment())
     assert done.returncode == 0, done.stderr
     analysis = root / "run" / "analysis"
 
@@ -239,7 +239,7 @@ def test_birth_windows(swept):
     """Birth windows lie at the steps between which the reference's metrics move."""
     run = swept["root"] / "run"
     command = [sys.executable, "-m", "kvjax.commands.main", "birth-windows", f"--run_dirs={run}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, env=optimised_environment())
     assert done.returncode == 0, done.stderr
     found = read_birth_windows(run / "analysis" / "birth_windows.json")
     first, second = found.windows
@@ -256,5 +256,5 @@ def test_birth_windows(swept):
     assert "window around step 1750" in done.stdout and "window around step 4000" in done.stdout
     assert not found.complete and all(birth.half_rise_step is None for birth in found.births.values())
     status = [sys.executable, "-m", "kvjax.commands.main", "status", f"--run_dirs={run}"]
-    told = subprocess.run(status, capture_output=True, text=True, env=dict(os.environ)).stdout
+    told = subprocess.run(status, capture_output=True, text=True, env=optimised_environment()).stdout
     assert "no   reference fixed" in told and "yes  sweep complete" in told and "yes  windows identified" in told
