@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from kvjax.converters.inert_pickle import InertArray
 from kvjax.converters.parameter_names import modern_name
+from kvjax.converters.weights import WRAPPERS
 
 from kvjax.config.train import OptimizationConfig
 from kvjax.errors import InputError, note, unusable
@@ -239,7 +240,7 @@ def _recorded_names(
 
 def _known(name: str, expected: Mapping[str, Any], where: object) -> str:
     """Finds the parameter that a name means, whatever wraps the model."""
-    plain = modern_name(".".join(part for part in name.split(".") if part not in ("module", "_orig_mod")))
+    plain = modern_name(".".join(part for part in name.split(".") if part not in WRAPPERS))
     for known in expected:
         if plain == known or plain.endswith(f".{known}"):
             return known

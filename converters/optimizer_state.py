@@ -182,7 +182,9 @@ def _count(entries: Mapping[Key, Mapping[str, Any]], where: object) -> int:
     for key, entry in entries.items():
         count = as_number(entry.get("step"))
         if count is None or not math.isfinite(count) or count < 0 or count != int(count):
-            raise unusable(where, f"a whole number of steps of parameter {key} in the optimizer", entry.get("step"))
+            raise unusable(
+                where, f"a whole number of steps of parameter {key} in the optimizer", repr(entry.get("step"))
+            )
         counts.add(int(count))
     if len(counts) != 1:
         found = ", ".join(map(str, sorted(counts)[:3]))

@@ -26,7 +26,7 @@ NARROWED = "its float64 weights are narrowed to float32"
 
 # Parts of a name that PyTorch's wrappers add: DataParallel, DDP and AveragedModel; torch.compile; FSDP; activation
 # checkpointing; Lightning Fabric.
-_WRAPPERS = frozenset(
+WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"},
 )
 _COUNT = "n_averaged"  # in the state of torch.optim.swa_utils.AveragedModel
@@ -92,7 +92,7 @@ def find_weights(entries: Mapping[Any, Any], where: object) -> Weights:
     counts: dict[str, int] = {}
     for saved_name, value in entries.items():
         saved_name = str(saved_name)
-        parts = [part for part in saved_name.split(".") if part not in _WRAPPERS]
+        parts = [part for part in saved_name.split(".") if part not in WRAPPERS]
         at = next((index for index, part in enumerate(parts) if part in _ROOTS), len(parts) - 1)
         prefix, name = ".".join(parts[:at]), ".".join(parts[at:])
         tensor = _dense(value, saved_name, where)

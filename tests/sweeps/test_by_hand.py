@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kvjax.artifacts.tables import row_schema
 from kvjax.config.run import BirthThresholds, Stabilization
 from kvjax.measure import registry
 from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
@@ -120,6 +121,17 @@ def test_behaviour(rows):
     assert last["birth_flags"] == {"answer_accuracy": True, "q": False, "r": True, "w": True}
     assert first["birth_flags"] == {"answer_accuracy": False, "q": False, "r": False, "w": False}
     assert first["delta_answer_accuracy"] is None and last["delta_answer_accuracy"] == pytest.approx(4 / 7)
+
+
+def test_run_without_seed_and_thresholds(dataset):
+    """A run that records neither has null for its seed, and flags of the thresholds it has alone."""
+    made = checkpoint_rows(
+        dataset, run_name="by_hand", seed=None, thresholds=BirthThresholds(q=0.3), stabilization=None
+    )
+    for row in made:
+        reached = row["split_metrics"]["validation_iid"]["q"] >= 0.3
+        assert row["birth_flags"] == {"answer_accuracy": None, "q": reached, "r": None, "w": None}
+        assert row_schema("checkpoint").model_validate(row).seed is None
 
 
 def test_slices(rows, probe):
