@@ -122,8 +122,9 @@ def _train_runs(
             _check_free(path, overwrite)
         training = Training(config, benchmark, seeds)
         step, states, starts = 0, training.initial_states(), [OptimizerStart()] * len(runs)
+    files = (1 + config.checkpointing.save_best_checkpoint) * len(runs)
     for path in runs:
-        _check_space(path, checkpoint_file_bytes(training.decoder) * len(runs))
+        _check_space(path, checkpoint_file_bytes(training.decoder) * files)
     num_parameters = parameter_count(training.decoder)
     recorders = [
         FileRecorder(path, run, num_parameters, metadata, start)
@@ -229,7 +230,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _check_space(path: Path, needed: int) -> None:
-    """Refuses a disk without room for a checkpoint of each run; training would end at the first."""
+    """Refuses a disk without room for a checkpoint of each run, and the best; training would end at the first."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise unusable(path, f"{needed / 1e6:,.1f} MB of free disk for checkpoints", f"{free / 1e6:,.1f} MB")

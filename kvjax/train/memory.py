@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ _STATE_COPIES = 4  # parameters, two moments, the gradient
 _SAVED_COPIES = 3  # a checkpoint holds no gradient
 
 
+@functools.cache
 def parameter_count(config: DecoderConfig) -> int:
     """Counts the parameters of a model without making any."""
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

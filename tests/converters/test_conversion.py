@@ -292,6 +292,17 @@ def test_recorded_accuracy_that_differs(small_run, benchmark):
     assert not (small_run / "analysis" / "converted").exists()
 
 
+def test_recorded_accuracies_before_a_resume(small_run, benchmark):
+    """Accuracies that a resume took back are not compared: their checkpoints were replaced."""
+    path = small_run / "metrics.jsonl"
+    first, *later = [json.loads(line) for line in path.read_text().splitlines()]
+    taken_back = [row | {"answer_accuracy": 1 - row["answer_accuracy"]} for row in later]
+    rows = [first, *taken_back, {"phase": "resume", "step": STEPS[0], "num_steps": STEPS[-1]}, *later]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = convert_run(RunDir.open(small_run), benchmark, verify="metrics", advance=lambda n: None)
+    assert [check.step for check in report.metric_checks] == list(STEPS)
+
+
 def test_verification_by_metrics_without_a_record(small_run, benchmark):
     """A run without recorded evaluations cannot be verified by them."""
     (small_run / "metrics.jsonl").unlink()
