@@ -83,7 +83,8 @@ def check_optimizer(
       InputError: it is another optimiser, or one with other settings.
     """
     if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
-        raise unusable(where, "param_groups of an optimizer", "none" if not groups else type(groups).__name__)
+        found = "none" if groups is None or (isinstance(groups, list) and not groups) else type(groups).__name__
+        raise unusable(where, "param_groups of an optimizer", found)
     if other := _other_optimizer(groups, entries):
         raise unusable(where, "the state of AdamW, which is what training goes on with", other)
     for group in groups:
@@ -177,7 +178,7 @@ def _other_optimizer(groups: Sequence[Mapping[str, Any]], entries: Mapping[Key, 
         if "amsgrad" not in group:
             return "RAdam, or another optimizer whose param_groups have no amsgrad"
         for option in ("amsgrad", "maximize"):
-            if group.get(option):
+            if not (group.get(option) is None or group.get(option) is False):
                 return f"AdamW with {option}"
         if group.get("decoupled_weight_decay") is False and as_number(group.get("weight_decay")) != 0.0:
             return f"Adam with weight decay {group.get('weight_decay')} as L2, which is not AdamW's"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from kvjax.artifacts.training_log import LoggedRow, TrainingLog
 from kvjax.config.train import CheckpointingConfig
 from kvjax.errors import unusable
 from kvjax.train.loop import Row
+
+_LARGEST = sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,7 @@ def _evaluation(row: LoggedRow, checkpointing: CheckpointingConfig, where: str |
     if evaluation["split"] == checkpointing.best_checkpoint_split:
         for name in ("loss", checkpointing.best_checkpoint_metric):
             value = evaluation.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            whole = isinstance(value, int) and abs(value) > _LARGEST  # which is no float
+            if whole or isinstance(value, bool) or not isinstance(value, int | float):
                 raise unusable(where, f"an evaluation with a number as {name}", repr(value))
     return evaluation

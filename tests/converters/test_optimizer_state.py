@@ -330,6 +330,8 @@ DAMAGE = {
     "no entries": ("state", {}, "an optimizer state of 36 parameters; found 36 in param_groups, 0 in state"),
     "list entry": ("state", {0: [1]}, "a mapping as the optimizer's state of parameter 0; found list"),
     "no groups": ("param_groups", [], "param_groups of an optimizer; found none"),
+    "array groups": ("param_groups", torch.ones(2), "param_groups of an optimizer; found ndarray"),
+    "amsgrad of several": ("amsgrad", torch.ones(2), "AdamW with amsgrad"),
     "number groups": ("param_groups", [1], "param_groups of an optimizer; found list"),
     "text rate": ("lr", "fast", "a number as lr of an optimizer's group; found 'fast'"),
     "NaN rate": ("lr", float("nan"), "a number as lr"),

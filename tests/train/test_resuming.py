@@ -111,6 +111,7 @@ REFUSED = {
     "infinite step": (edit_row(3, step=float("inf")), r"metrics.jsonl:3: expected a row with a phase, and a step"),
     "no loss": (edit_row(9, loss=None), r"metrics.jsonl:9: expected an evaluation with a number as loss; found None"),
     "text accuracy": (edit_row(9, answer_accuracy="1"), "an evaluation with a number as answer_accuracy; found '1'"),
+    "number beyond floats": (edit_row(9, loss=10**400), "an evaluation with a number as loss; found 1000"),
     "no split": (edit_row(9, split=None), "metrics.jsonl:9: expected an evaluation of a split"),
     "torn line": (lambda run: (run / "metrics.jsonl").write_text('{"ph\n{}\n'), "metrics.jsonl:1: expected a JSON"),
     "infinite optimizer step": (
