@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.errors import note, unusable
+from kvjax.errors import InputError, note, unusable
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -45,16 +45,18 @@ class TrainingLog:
     Attributes:
       path: of `metrics.jsonl`.
       rows: the rows that no resume took back, `resume` rows included.
+      torn: number of the last line if it is unfinished and was ignored.
     """
 
     path: Path
     rows: tuple[LoggedRow, ...] = ()
+    torn: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:
         """Reads a log; it is empty if there is no such file.
 
-        An unfinished last line is ignored with a note, since an interrupted write leaves one.
+        An unfinished last line is ignored: an interrupted write leaves one, and so does one that goes on.
 
         Raises:
           InputError: the file cannot be read, or another line is no JSON object.
@@ -67,6 +69,7 @@ class TrainingLog:
             raise unusable(path, "a JSON-lines file", error) from None
         *lines, last = content.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
         rows: list[LoggedRow] = []
+        torn = None
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -75,9 +78,9 @@ class TrainingLog:
             number = len(lines) + 1
             try:
                 _append(rows, LoggedRow(_parsed(last, path), last, number))
-            except ValueError:
-                note(f"{path}: line {number}, the last, is cut off and was ignored")
-        return cls(path, tuple(rows))
+            except InputError:
+                torn = number
+        return cls(path, tuple(rows), torn)
 
     @property
     def planned_steps(self) -> int | None:
@@ -85,8 +88,14 @@ class TrainingLog:
         resumes = [row for row in self.rows if row.phase == "resume"]
         return whole_number(resumes[-1].values.get("num_steps")) if resumes else None
 
+    def note_torn_line(self) -> None:
+        """Notes that a line was ignored, for those to whom it may matter what it said."""
+        if self.torn is not None:
+            note(f"{self.path}: line {self.torn}, the last, is cut off and was ignored")
+
     def evaluations(self) -> list[Mapping[str, Any]]:
         """Selects the evaluations; of several of one split and step, the last: its checkpoint replaced the others."""
+        self.note_torn_line()
         latest = {(str(row.values.get("split")), row.step): row for row in self.rows if row.phase == "eval"}
         return [row.values for row in latest.values()]
 

@@ -39,6 +39,7 @@ class RunHistory:
         Raises:
           InputError: a row has no phase or step, or an evaluation lacks what the best checkpoint is chosen by.
         """
+        log.note_torn_line()
         lines, evaluations, best = [], {}, None
         for row in log.rows:
             where = f"{log.path}:{row.number}"

@@ -212,7 +212,10 @@ def test_rows_of_a_rewind(run, small_benchmark):
     """Going on from an earlier step drops the rows beyond it, and the best checkpoint is one of those left."""
     (run / "checkpoints" / "step_000016.pt").unlink()
     recorder = FileRecorder(run, small_train_config(small_benchmark, num_steps=24), 0, {})
+    for path in partials(run):
+        path.write_bytes(b"x")
     recorder.go_on(RunHistory.of(RunDir.open(run).log, 8, recorder.config.checkpointing))
+    assert not any(path.exists() for path in partials(run))
     opened = RunDir.open(run)
     assert max(row.step for row in opened.log.rows) == 8 and (opened.planned_steps, opened.complete) == (24, False)
     assert not (run / "summary.json").exists() and opened.best_checkpoint()[0] == 8
@@ -231,10 +234,15 @@ def test_evaluation_that_is_never_the_best(tmp_path, small_benchmark, name, valu
     assert not is_better(rows[0], None, checkpointing)
 
 
+def partials(run):
+    """Names what trainings leave that are killed while they write a checkpoint."""
+    return [run / "checkpoints" / f".{name}.pt.abcd1234" for name in ("step_000008", "best", "last")]
+
+
 def test_starting_over(run, small_benchmark, tmp_path):
     """Starting over removes what training wrote, and the analysis with a note; other files stay."""
     kept = [run / "my_notes.txt", run / "checkpoints" / "mine.pt", run / "plots" / "loss.png"]
-    gone = [run / "analysis" / "sweep.json", run / "checkpoints" / "last.pt"]
+    gone = [run / "analysis" / "sweep.json", run / "checkpoints" / "last.pt", *partials(run)]
     for path in (*kept, *gone):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
