@@ -13,11 +13,13 @@ from kvjax.converters.torch_checkpoint import TorchCheckpoint, parse_checkpoint
 
 from kvjax.artifacts.files import HashedFile
 from kvjax.config.run import RunConfig
-from kvjax.errors import unusable
+from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.decoder import DecoderConfig
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.vocabulary import Vocabulary
+
+UNREADABLE_VOCABULARY = "the vocabulary that its file records cannot be read, and is not compared with the benchmark's"
 
 
 def convert_checkpoint(
@@ -84,7 +86,10 @@ def check_recorded_config(
     trained_on = section(checkpoint.config, "benchmark_metadata")
     if "vocabulary" not in trained_on:
         return ()
-    recorded = Vocabulary.from_metadata(trained_on["vocabulary"], path)
+    try:
+        recorded = Vocabulary.from_metadata(trained_on["vocabulary"], path)
+    except InputError:  # it stands beside the weights, which it does not make unusable
+        return (UNREADABLE_VOCABULARY,)
     if recorded != benchmark.vocabulary:
         raise unusable(
             path,

@@ -98,7 +98,10 @@ class _Records:
     def __init__(self, content: bytes):
         self._content = memoryview(content)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            self._infos = {info.filename: info for info in archive.infolist()}
+            infos = archive.infolist()
+        self._infos = {info.filename: info for info in infos}
+        if len(self._infos) < len(infos):  # PyTorch reads the first of them, Python's zipfile the last
+            raise ValueError("several records of one name")
         self.has_checksums = any(info.CRC for info in self._infos.values())
         for name, info in self._infos.items():
             # A compressed record is checked when it is read: what nothing needs takes no memory.

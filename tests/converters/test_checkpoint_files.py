@@ -89,6 +89,15 @@ def test_damaged_record_by_name():
         parse(bytes(content))
 
 
+def test_two_records_of_one_name():
+    """A file with two records of one name is refused: PyTorch reads the first, other tools the last."""
+    buffer = io.BytesIO(saved(envelope()))
+    with zipfile.ZipFile(buffer, "a") as out, pytest.warns(UserWarning, match="Duplicate name"):
+        out.writestr("archive/data/0", bytes(STATE["token_embedding.weight"].nbytes))
+    with pytest.raises(InputError, match="several records of one name"):
+        parse(buffer.getvalue())
+
+
 def test_file_saved_without_checksums():
     """A file that torch saved without checksums opens, with a note that nothing vouches for it."""
     set_crc32_options(False)

@@ -265,6 +265,31 @@ def test_checkpoint_of_another_run(small_run, benchmark):
         convert_checkpoint(path, run.config, benchmark)
 
 
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda d: d.update(config=[1]), None),
+        (lambda d: d.update(metrics=torch.zeros(2)), "metrics (float32 [2])"),
+        (lambda d: d["config"].update(train_spec="x"), None),
+        (lambda d: d["config"].update(benchmark_metadata=[1]), None),
+        (lambda d: d["config"]["benchmark_metadata"]["vocabulary"].update(key_tokens=[]), "vocabulary that its file"),
+        (lambda d: d["config"]["benchmark_metadata"].update(vocabulary=None), "vocabulary that its file"),
+        (lambda d: d["metrics"].update(loss=float("nan")), "metrics.loss (nan)"),
+    ],
+)
+def test_odd_records_of_a_run(small_run, benchmark, change, note):
+    """What stands beside a run's weights never makes them unusable; a note names what is not kept or compared."""
+    run = RunDir.open(small_run)
+    path = run.checkpoints[100]
+    before = convert_checkpoint(path, run.config, benchmark)
+    document = torch.load(path, weights_only=True)
+    change(document)
+    torch.save(document, path)
+    after = convert_checkpoint(path, run.config, benchmark)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before.params, after.params))
+    assert [note in found for found in after.notes] == ([True] if note else [])
+
+
 @pytest.mark.parametrize("verify", ["sample", "all", "metrics", "none"])
 def test_round_trip_of_a_run(small_run, benchmark, verify):
     """A run converted to the store and exported again has its own tensors, configs and steps."""
