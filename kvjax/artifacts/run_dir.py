@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,7 +15,7 @@ import numpy as np
 from kvjax.artifacts.files import file_sha256, read_json
 from kvjax.artifacts.layout import BenchmarkLayout, RunLayout
 from kvjax.artifacts.sweep_schema import read_sweep
-from kvjax.artifacts.training_log import TrainingLog
+from kvjax.artifacts.training_log import TrainingLog, whole_number
 from kvjax.config.files import read_config
 from kvjax.config.run import RunConfig
 from kvjax.errors import InputError, bad_argument, unusable
@@ -98,7 +99,7 @@ class RunDir:
             return Path(override)
         recorded = Path(self.config.benchmark_dir)
         for base in (Path(), self.path, *self.path.resolve().parents):
-            if BenchmarkLayout(base / recorded).metadata.is_file():
+            if os.path.isfile(BenchmarkLayout(base / recorded).metadata):  # also if no file can have the name
                 return base / recorded
         if (swept_on := self._swept_benchmark()) is not None:
             return swept_on
@@ -122,12 +123,14 @@ class RunDir:
         record_path = self.layout.best_record
         record = read_json(record_path)
         try:
-            step, name = int(record["step"]), _name_in(record["path"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            step, name = whole_number(record["step"]), _name_in(record["path"])
+        except (KeyError, TypeError) as error:
             raise unusable(record_path, "a best checkpoint with path and step", repr(error)) from None
+        if step is None:
+            raise unusable(record_path, "a step that is a whole number", record["step"])
         file = self.layout.checkpoints / name
-        if not file.is_file():
-            raise unusable(record_path, f"its checkpoint at {file}", "no such file")
+        if not os.path.isfile(file):  # unlike Path's, it takes names that no file can have
+            raise unusable(record_path, f"its checkpoint in {self.layout.checkpoints}", f"no {name}")
         return step, file
 
     @functools.cached_property

@@ -1,10 +1,11 @@
-"""Run directories: whether a run is finished."""
+"""Run directories: whether a run is finished, and which of its checkpoints is the best."""
 
 import json
 
 import pytest
 
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,30 @@ def test_finished_run(small_run, num_steps, last, summary, complete):
     if summary:
         (small_run / "summary.json").write_text("{}")
     assert RunDir.open(small_run).complete == complete
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"path": "y" * 3000, "step": 300},
+        {"path": "\0", "step": 300},
+        {"path": "best.pt", "step": "300"},
+        {"path": "best.pt", "step": 300.5},
+        {"path": "best.pt", "step": None},
+        ["best.pt", 300],
+    ],
+)
+def test_unusable_record_of_the_best(small_run, record):
+    """A record that names no possible file, or no whole step, is refused in a printable line that names it."""
+    (small_run / "best_checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"best_checkpoint\.json: expected") as refusal:
+        RunDir.open(small_run).best_checkpoint()
+    assert str(refusal.value).isprintable()
+
+
+def test_benchmark_named_too_long(small_run):
+    """A benchmark's path that no system can have is refused like any other that does not exist."""
+    document = json.loads((small_run / "run_config.json").read_text()) | {"benchmark_dir": "y" * 3000}
+    (small_run / "run_config.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"run_config\.json: expected benchmark_dir to exist"):
+        RunDir.open(small_run).benchmark_dir()
