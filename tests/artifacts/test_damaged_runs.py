@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from kvjax.commands.main import main
+from tests.helpers.fuzzing import check_fuzzed
 from tests.helpers.sweeping import sweep
 
 
@@ -86,3 +87,9 @@ def test_birth_windows_of_a_damaged_run(swept_runs, swept_run, capsys, name):
     assert main(["birth-windows", f"--run_dirs={swept_run}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ("checkpoint_metrics.nc" in line and "run kvjax checkpoint-sweep" in line) or "sweep.json" in line
+
+
+def test_fuzzed_results_of_a_sweep(tmp_path, swept_runs, small_benchmark):
+    """Damaged tables, provenance, sums and converted parameters are refused, or made again."""
+    names = ["tables", "netCDF of a sweep", "sweep.json", "measured sums", "store's manifest"]
+    check_fuzzed(tmp_path, swept_runs[0], small_benchmark, step=300, names=names, inputs=10)
