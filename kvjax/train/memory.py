@@ -6,12 +6,11 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 
 from kvjax.devices import available_memory_bytes
 from kvjax.errors import InputError
-from kvjax.model.decoder import Decoder, DecoderConfig
-from kvjax.train.trainer import TrainProgram
+from kvjax.model.decoder import DecoderConfig
+from kvjax.train.trainer import TrainProgram, parameter_shapes
 
 _STATE_COPIES = 4  # parameters, two moments, the gradient
 _SAVED_COPIES = 3  # a checkpoint holds no gradient
@@ -20,8 +19,7 @@ _SAVED_COPIES = 3  # a checkpoint holds no gradient
 @functools.cache
 def parameter_count(config: DecoderConfig) -> int:
     """Counts the parameters of a model without making any."""
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
 
 
 def checkpoint_file_bytes(config: DecoderConfig) -> int:

@@ -124,13 +124,18 @@ def plan_training(
     return TrainProgram(config, optimization, num_steps, microbatches, lift, devices, shared)
 
 
+@functools.lru_cache
+def parameter_shapes(config: DecoderConfig) -> Params:
+    """Returns the shapes of a model's parameters without making any. They are found by a trace, so once per model."""
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def initial_params(model: InitializedModelConfig, config: DecoderConfig, seed: int) -> Params:
     """Draws parameters from PyTorch's default distributions, times `init_scale`.
 
     Embeddings are N(0, 1), linear weights and biases U(±1/√fan_in); LayerNorms start at 1 and 0, unscaled.
     """
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    flat, structure = jax.tree.flatten_with_path(shapes)
+    flat, structure = jax.tree.flatten_with_path(parameter_shapes(config))
     keys = jax.random.split(jax.random.key(seed), len(flat))
     fan_in = {
         "/".join(part.key for part in path[:-1]): leaf.shape[-2] for path, leaf in flat if path[-1].key == "kernel"
