@@ -10,7 +10,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.execution.states_at_reads import ReadStates, counted_reads, spread_of_states
+from kvjax.execution.states_at_reads import ReadStates, counted_reads
 from kvjax.measure.residual import linear_cka
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.sites import stage_names
@@ -24,6 +24,7 @@ from tests.helpers.building import SMALL_MODEL, STEPS
 from tests.helpers.sweeping import sweep
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
+cka = jax.jit(linear_cka)
 ROLES = {"prediction": "state", "support": "support_state"}
 
 
@@ -183,9 +184,11 @@ def reads(request, small_benchmark):
     )
     asked = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=request.param)
     program = CompiledSweep(config, benchmark.vocabulary, encoded, 1, asked)
-    num_reads = sum(bucket.batches.is_read.size for bucket in program.buckets)
-    rng = np.random.default_rng(0)
-    return program, {f"step_{i}": rng.normal(size=(8, num_reads, 8)).astype(np.float32) for i in range(7)}
+    batches = tuple(bucket.batches for bucket in program.buckets)
+    num_reads = sum(batch.is_read.size for batch in batches)
+    rng, of = np.random.default_rng(0), jax.jit(ReadStates.of)  # one program for all
+    drawn = {f"step_{i}": rng.normal(size=(8, num_reads, 8)).astype(np.float32) for i in range(7)}
+    return program, {name: jax.device_get(of(x, batches)) for name, x in drawn.items()}, counted_reads(batches)
 
 
 @settings(max_examples=25, deadline=None)
@@ -195,17 +198,17 @@ def test_pairs_of_arriving_checkpoints(reads, order, number, reference, data):
 
     Checkpoints arrive in any order, some never, in chunks of any size.
     """
-    sweep, states = reads
-    names, batches = list(states), tuple(bucket.batches for bucket in sweep.buckets)
+    sweep, states, counted = reads
+    names = list(states)
     order = [names[i] for i in order[:number]]
     arriving = ArrivingStates(sweep, reference if reference is None else names[reference])
     waiting, rest = [], order
     while rest:
         size = data.draw(st.integers(1, min(sweep.chunk, len(rest))))
         chunk, rest = rest[:size], rest[size:]
-        padded = np.stack([states[name] for name in [*chunk, *[chunk[-1]] * (sweep.chunk - size)]])
-        spreads = np.stack([spread_of_states(x, batches) for x in padded])
-        on_devices = jax.device_put(ReadStates(padded, spreads), sweep.spec.placement.split)
+        padded = [states[name] for name in [*chunk, *[chunk[-1]] * (sweep.chunk - size)]]
+        stacked = jax.tree.map(lambda *each: np.stack(each), *padded)
+        on_devices = jax.device_put(stacked, sweep.spec.placement.split)
         waiting.append((chunk, arriving.dispatch(chunk[0], on_devices)))
     found = {}
     for chunk, compared in waiting:
@@ -216,8 +219,8 @@ def test_pairs_of_arriving_checkpoints(reads, order, number, reference, data):
         expected |= {frozenset({name, order[0]}) for name in order}
     assert found.keys() == expected
     for pair, arrays in found.items():
-        one, other = (states[name] for name in (*pair, *pair)[:2])
-        theirs = linear_cka(one, other, counted_reads(batches))
+        one, other = (states[name].values for name in (*pair, *pair)[:2])
+        theirs = cka(one, other, counted)
         np.testing.assert_allclose(arrays["cka"], theirs, rtol=1e-4)
 
 
