@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +54,16 @@ def bad_argument(parameter: str, expected: str, found: object) -> InputError:
 def command(name: str, **flags: Any) -> str:
     """Writes a command as a shell takes it: paths are quoted, lists joined by commas, True is a bare flag.
 
-    Flags that are None or False are left out.
+    Flags that are None or False are left out. If a member of a list has a comma, the flag is repeated for each.
     """
     words = ["kvjax", name]
     for flag, value in flags.items():
         if value is True:
             words.append(f"--{flag}")
         elif value is not None and value is not False:
-            joined = ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            words.append(f"--{flag}={shlex.quote(str(joined))}")
+            members = [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
+            joined = [",".join(members)] if not any("," in member for member in members) else members
+            words += [f"--{flag}={shlex.quote(text)}" for text in joined]
     return " ".join(words)
 
 

@@ -15,9 +15,11 @@ class RunLayout:
 
     Attributes:
       path: the run directory.
+      results: the folder that holds `analysis`; None for the run directory.
     """
 
     path: Path
+    results: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -38,6 +40,11 @@ class RunLayout:
     def best_record(self) -> Path:
         """Which checkpoint is the best, and by which metric."""
         return self.path / "best_checkpoint.json"
+
+    @property
+    def source_run(self) -> Path:
+        """In a folder of results: which run directory they belong to."""
+        return (self.results or self.path) / "source_run.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -66,7 +73,7 @@ class RunLayout:
     @property
     def analysis(self) -> Path:
         """The folder of everything measured on the run."""
-        return self.path / "analysis"
+        return (self.results or self.path) / "analysis"
 
     @property
     def analysis_lock(self) -> Path:

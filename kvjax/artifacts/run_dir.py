@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
 from kvjax.artifacts.files import file_sha256, read_json
 from kvjax.artifacts.layout import BenchmarkLayout, RunLayout
+from kvjax.artifacts.source_run import layout_of
 from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.artifacts.training_log import TrainingLog, whole_number
 from kvjax.config.files import read_config
 from kvjax.config.run import RunConfig
-from kvjax.errors import InputError, bad_argument, unusable
+from kvjax.errors import InputError, bad_argument, note, unusable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,37 +26,29 @@ class RunDir:
     """A run directory, opened.
 
     Attributes:
-      path: the directory.
+      path: the directory that was named: the run's, or one with its results (`source_run.json`).
+      layout: the names of all its files.
       config: the part of `run_config.json` that an analysis reads.
       checkpoints: step -> checkpoint file, in step order.
     """
 
     path: Path
+    layout: RunLayout
     config: RunConfig
     checkpoints: Mapping[int, Path]
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Opens the run in a directory.
+        """Opens the run in a directory, or the one whose results are there.
 
         Raises:
-          InputError: there is no run, or its config cannot be read.
+          InputError: there is no run, its config cannot be read, or two different files are of one step.
         """
         if not path.is_dir():
-            raise unusable(path, "a run directory", "none")
-        layout = RunLayout(path)
+            raise unusable(path, "a run directory", _what_is(path))
+        layout = layout_of(path)
         config = read_config(layout.config, RunConfig, recorded=True)
-        found: dict[int, Path] = {}
-        for step, file in layout.step_checkpoints():
-            if step in found:
-                raise unusable(file, f"one checkpoint of step {step}", f"{found[step].name} as well")
-            found[step] = file
-        return cls(path, config, dict(sorted(found.items())))
-
-    @property
-    def layout(self) -> RunLayout:
-        """The names of all its files."""
-        return RunLayout(self.path)
+        return cls(path, layout, config, _step_checkpoints(layout))
 
     @property
     def analysis(self) -> Path:
@@ -98,7 +90,7 @@ class RunDir:
         if override:
             return Path(override)
         recorded = Path(self.config.benchmark_dir)
-        for base in (Path(), self.path, *self.path.resolve().parents):
+        for base in (Path(), self.layout.path, *self.layout.path.resolve().parents):
             if os.path.isfile(BenchmarkLayout(base / recorded).metadata):  # also if no file can have the name
                 return base / recorded
         if (swept_on := self._swept_benchmark()) is not None:
@@ -194,18 +186,28 @@ def _name_in(path: str) -> str:
     return PureWindowsPath(path).name if "\\" in path and "/" not in path else PurePosixPath(path).name
 
 
-def find_run_dirs(patterns: Iterable[str]) -> list[RunDir]:
-    """Opens the runs that directories or globs name, in order, each once.
+def _what_is(path: Path) -> str:
+    """Says what stands in place of a directory."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which does not exist"
+    return "a file" if path.exists() else "none"
+
+
+def _step_checkpoints(layout: RunLayout) -> dict[int, Path]:
+    """Finds the checkpoint file of each step, in step order; of two equal files of a step, the usual name's.
 
     Raises:
-      InputError: a pattern matches nothing, or a directory is no run.
+      InputError: two files of one step, as `step_100.pt` and `step_000100.pt`, differ.
     """
-    paths: dict[Path, None] = {}
-    for pattern in filter(None, patterns):
-        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        if not matches:
-            raise bad_argument("run_dirs", f"run directories matching {pattern}", "none")
-        paths.update(dict.fromkeys(Path(match) for match in matches))
-    if not paths:
-        raise bad_argument("run_dirs", "one or more run directories", "none")
-    return [RunDir.open(path) for path in paths]
+    found: dict[int, Path] = {}
+    for step, file in sorted(layout.step_checkpoints()):
+        if step in found:
+            usual = layout.step_checkpoint(step)
+            first, second = sorted((found[step], file), key=lambda path: path != usual)
+            if file_sha256(first) != file_sha256(second):
+                expected = f"one checkpoint of step {step} (remove or rename the wrong one)"
+                raise unusable(second, expected, f"{first.name} as well, with other content")
+            note(f"{second} is a copy of {first.name}, which counts for step {step}")
+            file = first
+        found[step] = file
+    return found

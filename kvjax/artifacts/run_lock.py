@@ -21,6 +21,7 @@ import filelock
 from kvjax.errors import note, unusable
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextlib.contextmanager
@@ -30,7 +31,8 @@ def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[No
     Args:
       lock_file: the file that stands for what is written.
       run: the run directory, for messages.
-      wait: whether to wait for another command that writes there; None if whoever calls offers no choice.
+      wait: whether to wait for another command that writes there. None is for a lock that lies outside of what is
+        written: nobody waits for it, and if its folder cannot be written, a note says so.
 
     Raises:
       InputError: another command writes there, or the folder of the lock cannot be written.
@@ -41,9 +43,10 @@ def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[No
             lock_file.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(_acquired(lock, lock_file, run, wait=wait))
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise unusable(lock_file.parent, "a folder that can be written", error) from None
-            note(f"{run}: its file system has no locks ({error.strerror}); let no other command write there meanwhile")
+            if error.errno not in (_NO_LOCKS if wait is not None else _NO_LOCKS | _NO_WRITING):
+                expected = "a folder that can be written (or `output_dir`)"
+                raise unusable(lock_file.parent, expected, error.strerror) from None
+            note(f"{run}: no lock can be had there ({error.strerror}); let no other command write it meanwhile")
         try:
             yield
         finally:

@@ -12,9 +12,10 @@ SETTINGS = (Runs, WindowSettings, ResultSettings, Shown)
 
 
 def run(runs: Runs, settings: WindowSettings, results: ResultSettings, shown: Shown) -> None:
+    from kvjax.artifacts.find_runs import names_of_results
     from kvjax.pipeline.text import print_next
     from kvjax.pipeline.windows import find_birth_windows
     from kvjax.report.text import print_windows_reports
 
     print_windows_reports(find_birth_windows(runs, settings, results), show=shown.show)
-    print_next("status", run_dirs=runs.run_dirs)
+    print_next("status", run_dirs=names_of_results(runs.run_dirs, results.output_dir))

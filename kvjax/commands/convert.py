@@ -19,6 +19,7 @@ def run(
     display: Display,
     runtime: Runtime,
 ) -> None:
+    from kvjax.artifacts.find_runs import names_of_results
     from kvjax.pipeline.convert import convert
     from kvjax.pipeline.text import print_conversions, print_next
     from kvjax.report.text import say
@@ -26,6 +27,7 @@ def run(
     start_jax(runtime)
     print_conversions(convert(runs, settings, progress_of(display), results))
     if settings.to == "flax":
-        print_next("checkpoint-sweep", run_dirs=runs.run_dirs, benchmark_dir=runs.benchmark_dir)
+        following = names_of_results(runs.run_dirs, results.output_dir)
+        print_next("checkpoint-sweep", run_dirs=following, benchmark_dir=runs.benchmark_dir)
     else:
         say("Next: torch.load any of them.")

@@ -57,7 +57,9 @@ def message_of(error: InputError, names: Collection[str]) -> str:
 
 def _define(field: Declared, values: flags.FlagValues) -> None:
     default = field.default
-    if field.many:
+    if field.repeated:
+        flags.DEFINE_multi_string(field.name, field.default, field.help, flag_values=values)
+    elif field.many:
         listed = None if default is None else [str(member) for member in default]
         flags.DEFINE_list(field.name, listed, field.help, flag_values=values)
     elif field.kind is bool:

@@ -28,6 +28,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    repeated: bool = False,
 ) -> Any:
     """Declares a field of settings with a default.
 
@@ -36,14 +37,18 @@ def setting(
       help: one line for `--help`.
       choices: the values it may have, or its members for a tuple.
       minimum, maximum, above: limits of a number; NaN and infinities are refused as well.
+      repeated: whether a flag of several texts is repeated; each is taken as it is, with its commas.
     """
     limits = {"minimum": minimum, "maximum": maximum, "above": above}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), **limits})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": tuple(choices), "repeated": repeated, **limits}
+    )
 
 
-def required(help: str) -> Any:
-    """Declares a field of settings that has no default."""
-    return dataclasses.field(metadata={"help": help, "choices": (), "minimum": None, "maximum": None, "above": None})
+def required(help: str, *, repeated: bool = False) -> Any:
+    """Declares a field of settings that has no default; `repeated` as for `setting`."""
+    limits = dict.fromkeys(("minimum", "maximum", "above"))
+    return dataclasses.field(metadata={"help": help, "choices": (), "repeated": repeated, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Declared:
       many: whether it is a tuple.
       default: None if it has none.
       required: whether a value has to be given.
-      help, choices, minimum, maximum, above: see `setting`.
+      help, choices, minimum, maximum, above, repeated: see `setting`.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Declared:
     minimum: float | None
     maximum: float | None
     above: float | None
+    repeated: bool
 
 
 @functools.cache
@@ -108,8 +114,8 @@ def _kind(hint: Any) -> tuple[type, bool]:
 
 def _checked(field: Declared, value: Any) -> Any:
     if field.many:
-        value = value.split(",") if isinstance(value, str) else value
-        value = None if value is None else tuple(value)
+        value = ([value] if field.repeated else value.split(",")) if isinstance(value, str) else value
+        value = None if value is None else tuple(member for member in value if not field.repeated or member)
     empty = value is None or (isinstance(value, str | tuple) and not value)
     if empty and field.required:
         raise bad_argument(field.name, "a value", f"none ({field.help})")

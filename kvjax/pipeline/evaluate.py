@@ -86,7 +86,7 @@ def evaluate(
       InputError: a run, its benchmark, a split or a checkpoint cannot be used.
     """
     evaluator, evaluated = CheckpointEvaluator(), []
-    with open_to_write(runs, results) as found, progress(len(found), "runs") as advance:
+    with open_to_write(runs, results, needs="checkpoints") as found, progress(len(found), "runs") as advance:
         for run in found:
             benchmark = Benchmark.open(run.benchmark_dir(runs.benchmark_dir))
             result = evaluator.evaluate(run, benchmark, settings.checkpoint, settings.splits or _all_splits(benchmark))

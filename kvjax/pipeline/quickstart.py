@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from kvjax.config.benchmark import BenchmarkConfig
@@ -61,7 +62,7 @@ def study_of(settings: QuickstartSettings) -> Study:
 
 def run_globs(settings: QuickstartSettings) -> list[str]:
     """Names the runs of a quickstart's study, as `run_dirs` takes them."""
-    return [f"{settings.output_dir}/runs/*"]
+    return [f"{glob.escape(settings.output_dir)}/runs/*"]
 
 
 def draw_figures(reports: list[SweepReport], folder: Path) -> list[list[Path]]:

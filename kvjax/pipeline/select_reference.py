@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.files import read_json, write_json
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.find_runs import find_run_dirs
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
 from kvjax.errors import InputError, unusable
 from kvjax.pipeline.current import Current
@@ -25,7 +26,7 @@ def rank_runs(runs: RunsOnBenchmark, settings: SelectSettings, progress: Progres
     Raises:
       InputError: a run, its benchmark or its best checkpoint cannot be used, or the runs are of several benchmarks.
     """
-    found, evaluator, candidates = find_run_dirs(runs.run_dirs), CheckpointEvaluator(), []
+    found, evaluator, candidates = find_run_dirs(runs.run_dirs, needs="checkpoints"), CheckpointEvaluator(), []
     with progress(len(found), "runs") as advance:
         first = None
         for run in found:

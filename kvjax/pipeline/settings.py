@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -17,12 +16,14 @@ from kvjax.sweeps.settings import SweepSettings
 class Runs(Settings):
     """Run directories."""
 
-    run_dirs: tuple[str, ...] = required("Run directories: a comma list, globs allowed.")
+    run_dirs: tuple[str, ...] = required(
+        "Run directories, or folders of their results: a comma list, globs allowed; may be repeated.", repeated=True
+    )
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Self:
-        """Names directories as they are, whatever characters they have."""
-        return cls(run_dirs=tuple(glob.escape(str(path)) for path in paths))
+        """Names existing directories, whatever characters they have."""
+        return cls(run_dirs=tuple(map(str, paths)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class RunsOnBenchmark(Runs):
 class ResultSettings(Settings):
     """How results of runs are written."""
 
+    output_dir: str | None = setting(
+        None,
+        "Where results go instead of the run directory; for several runs, a folder in it each. Afterwards, name that "
+        "in place of the run.",
+    )
     wait: bool = setting(False, "Wait while another command writes results of a run, instead of being refused.")
 
 
@@ -144,7 +150,8 @@ class FollowSettings(Settings):
 
     follow: bool = setting(
         False,
-        "Go on while the runs still train: look for new checkpoints twice a minute, until every run is complete.",
+        "Go on while the runs still train: look for new checkpoints twice a minute, until every run is complete. Waits "
+        "for runs that have not begun.",
     )
 
 

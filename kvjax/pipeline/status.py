@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.find_runs import find_run_dirs
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import unusable
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import Runs

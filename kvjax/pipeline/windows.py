@@ -23,7 +23,7 @@ def find_birth_windows(
       InputError: the config cannot be used, or a run has no sweep that can be read.
     """
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
-    with open_to_write(runs, results) as found:
+    with open_to_write(runs, results, needs="checkpoints") as found:
         return write_windows(found, config)
 
 

@@ -159,7 +159,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     went_on = False
-    with pytest.warns(Note, match=f"{tmp_path}: its file system has no locks"), hold(tmp_path / ".lock", tmp_path):
+    with pytest.warns(Note, match=f"{tmp_path}: no lock can be had there"), hold(tmp_path / ".lock", tmp_path):
         went_on = True
     assert went_on
 
@@ -168,7 +168,7 @@ def test_folder_that_cannot_be_written(tmp_path):
     """A folder that cannot be made is one line."""
     (tmp_path / "analysis").write_text("a file of that name")
     found = refusal(tmp_path / "analysis" / "lock", tmp_path)
-    assert found.startswith(f"{tmp_path}/analysis: expected a folder that can be written; found ")
+    assert found.startswith(f"{tmp_path}/analysis: expected a folder that can be written (or `output_dir`); found ")
 
 
 def test_notes_of_commands(capsys, monkeypatch, swept_run):
@@ -181,4 +181,4 @@ def test_notes_of_commands(capsys, monkeypatch, swept_run):
     monkeypatch.setattr("kvjax.pipeline.windows.write_windows", lambda runs, config: [])
     assert main(["birth-windows", f"--run_dirs={swept_run}"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"kvjax birth-windows: note: {swept_run}: its file system has no locks")
+    assert line.startswith(f"kvjax birth-windows: note: {swept_run}: no lock can be had there")
