@@ -1,12 +1,17 @@
-"""A sweep that goes on while its runs train."""
+"""A sweep that goes on while its runs train, and waits for those that have not begun."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvjax.artifacts.find_runs import named_paths
+from kvjax.artifacts.layout import RunLayout
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.errors import InputError, note
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep
@@ -27,19 +32,52 @@ def follow(
 ) -> Iterator[list[SweepReport]]:
     """Sweeps runs again and again until all are complete, and yields what each round left.
 
+    A run without a checkpoint is waited for, even if its directory does not exist yet; a note says so.
+
     A checkpoint that is still being written cannot be used yet. It is measured once it stays as it is: the last round
     is one in which the unusable files are the same as in the round before.
     """
     settings, refused = dataclasses.replace(settings, skip_bad=True), set()
     results = dataclasses.replace(results, wait=True)  # another command may write between two rounds
     while True:
-        reports = sweep(runs, inputs, settings, progress, results)
-        yield reports
-        before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
-        if refused == before and all(report.run.complete for report in reports):
-            return
-        settings = dataclasses.replace(settings, overwrite=False)  # once; later rounds measure what is new
+        begun, waited_for = _begun(runs.run_dirs)
+        for name in waited_for:
+            note(f"{name}: waiting for its first checkpoint")
+        if begun:
+            reports = sweep(dataclasses.replace(runs, run_dirs=begun), inputs, settings, progress, results)
+            yield reports
+            before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
+            if not waited_for and refused == before and all(report.run.complete for report in reports):
+                return
+            settings = dataclasses.replace(settings, overwrite=False)  # once; later rounds measure what is new
         time.sleep(_SECONDS_BETWEEN)
+
+
+def _begun(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Divides runs into those with a checkpoint and those without.
+
+    Raises:
+      InputError: a run cannot be opened.
+    """
+    begun, waited_for = [], []
+    for name in names:
+        try:
+            paths = list(named_paths([name]))
+        except InputError:  # a glob that finds no run yet
+            waited_for.append(name)
+            continue
+        for path in paths:
+            (begun if _has_begun(path) else waited_for).append(str(path))
+    return begun, waited_for
+
+
+def _has_begun(path: Path) -> bool:
+    exists = path.exists() and not (path.is_dir() and not _is_run(path))
+    return exists and bool(RunDir.open(path).checkpoints)
+
+
+def _is_run(path: Path) -> bool:
+    return RunLayout(path).config.is_file() or RunLayout(path).source_run.is_file()
 
 
 def _refused_files(report: SweepReport) -> list[tuple]:
