@@ -17,13 +17,14 @@ class Candidate:
 
     Attributes:
       run_dir: its directory.
-      step: of the evaluated checkpoint.
+      step, checkpoint_sha256: of the evaluated checkpoint; the hash is its file's.
       accuracies: split -> answer accuracy on the full split.
       parameter_count: number of parameters.
     """
 
     run_dir: str
     step: int
+    checkpoint_sha256: str
     accuracies: Mapping[str, float]
     parameter_count: int
 
@@ -41,7 +42,7 @@ def select_reference(candidates: Sequence[Candidate], *, min_validation_answer_a
 
     Returns:
       {selected (run directory or None), reason, min_validation_answer_accuracy, ranked_by, candidates [{rank or None,
-      run_dir, step, accuracies, parameter_count, eligible, reason}]}, eligible ones first.
+      run_dir, step, checkpoint_sha256, accuracies, parameter_count, eligible, reason}]}, eligible ones first.
     """
     floor = min_validation_answer_accuracy
     eligible = sorted((c for c in candidates if c.accuracies[VALIDATION_SPLIT] >= floor), key=Candidate.sort_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvjax.artifacts.files import read_json, write_json
+from kvjax.artifacts.files import file_sha256, read_json, write_json
 from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
@@ -37,10 +37,11 @@ def rank_runs(runs: RunsOnBenchmark, settings: SelectSettings, progress: Progres
                 raise unusable(run.path, expected, f"one of {benchmark.path}")
             result = evaluator.evaluate(run, benchmark, "best", RANKED_SPLITS)
             accuracies = {split: evaluation.answer_accuracy for split, evaluation in result.splits.items()}
-            candidates.append(Candidate(str(run.path), result.step, accuracies, result.parameter_count))
+            candidates.append(Candidate(str(run.path), result.step, result.sha256, accuracies, result.parameter_count))
             advance(1)
     floor = settings.min_validation_answer_accuracy
     ranking = select_reference(candidates, min_validation_answer_accuracy=floor)
+    ranking["benchmark"] = {"name": first.name, "sha256": first.sha256}
     if settings.output:
         write_json(Path(settings.output), ranking)
     return ranking
@@ -51,15 +52,22 @@ def ranking_is_current(runs: list[RunDir], output: Path) -> Current:
     if not output.is_file():
         return Current(False, f"{output} does not exist")
     try:
-        ranked = {row["run_dir"]: row["step"] for row in read_json(output)["candidates"]}
-        best = {str(run.path): run.best_checkpoint()[0] for run in runs}
+        ranking = read_json(output)
+        ranked = {row["run_dir"]: (row["step"], row["checkpoint_sha256"]) for row in ranking["candidates"]}
+        measured_on = ranking["benchmark"]["sha256"]
+        best = {str(run.path): (step, file_sha256(path)) for run in runs for step, path in [run.best_checkpoint()]}
+        benchmarks = {run.path: Benchmark.open(run.benchmark_dir()).sha256 for run in runs}
     except InputError as error:
         return Current(False, str(error))
     except (KeyError, TypeError):
         return Current(False, f"{output} is no ranking")
     if ranked.keys() != best.keys():
         return Current(False, f"{output} ranks {len(ranked)} runs, and not the {len(best)} that there are")
-    for path, step in best.items():
-        if ranked[path] != step:
-            return Current(False, f"the best checkpoint of {path} is of step {step}, and was of {ranked[path]}")
+    for path, found in best.items():
+        if ranked[path] != found:
+            reason = f"the best checkpoint of {path}, of step {found[0]}, is another than the ranked one"
+            return Current(False, f"{reason}, of step {ranked[path][0]}")
+    for path, sha256 in benchmarks.items():
+        if sha256 != measured_on:
+            return Current(False, f"{output} was measured on another benchmark than that of {path}")
     return Current(True, f"{output} ranks these runs")

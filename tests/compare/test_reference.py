@@ -5,7 +5,7 @@ from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
 
 def candidate(name, *, parameters=100, **accuracies):
     filled = dict.fromkeys(RANKED_SPLITS, 0.95) | accuracies
-    return Candidate(name, 1000, filled, parameters)
+    return Candidate(name, 1000, "5a", filled, parameters)
 
 
 def select(*candidates, floor=0.9):

@@ -120,7 +120,7 @@ def test_longer_run(folder):
 
 
 def test_replaced_checkpoint(folder):
-    """A checkpoint of other bytes is converted again, and the best one evaluated again."""
+    """A checkpoint of other bytes is converted again, and the best one evaluated and ranked again."""
     for name in ("step_000008.pt", "best.pt"):
         path = folder / "run" / "checkpoints" / name
         document = torch.load(path, weights_only=True)
@@ -129,7 +129,7 @@ def test_replaced_checkpoint(folder):
     converted = CONVERT.current(study)
     assert not converted.holds and converted.reason.startswith("1 of 2 checkpoints are not in")
     assert converted.command == f"kvjax convert --run_dirs={folder / 'run'}"
-    assert not EVALUATE.current(study).holds
+    assert not EVALUATE.current(study).holds and not SELECT.current(study).holds
 
 
 def test_another_best_checkpoint(folder):
