@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pydantic
 
 from kvjax.artifacts.files import read_json, write_json
+from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import unusable
 
 Interval = tuple[float | None, float | None]  # an end is None if it lies beyond the run
@@ -106,7 +107,7 @@ class MeasuredOn(_Part):
 
 
 class BirthWindows(_Part):
-    """`analysis/birth_windows.json` (docs/formats.md)."""
+    """`analysis/birth_windows.json` (docs/formats.md); `content_sha256` is the hash of all else."""
 
     schema_version: int
     run_name: str
@@ -117,23 +118,28 @@ class BirthWindows(_Part):
     config: dict[str, Any]
     births: dict[str, BirthEntry]
     windows: list[WindowEntry]
+    content_sha256: str = ""
 
 
 def write_birth_windows(path: Path, document: dict[str, Any]) -> None:
     """Checks the document against its schema and writes it atomically."""
-    write_json(path, BirthWindows.model_validate(document).model_dump(mode="json"))
+    checked = BirthWindows.model_validate(document)
+    write_json(path, sealed(checked.model_dump(mode="json", exclude={"content_sha256"})))
 
 
 def read_birth_windows(path: Path) -> BirthWindows:
     """Reads a run's birth windows.
 
     Raises:
-      InputError: the file is missing or does not fit the schema.
+      InputError: the file is missing, does not fit the schema, or was edited.
     """
     document = read_json(path)
     try:
-        return BirthWindows.model_validate(document)
+        found = BirthWindows.model_validate(document)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the document"
         raise unusable(path, "birth windows (run kvjax birth-windows)", f"{where}: {problem['msg']}") from None
+    if found.content_sha256:
+        check_seal(document, path, "run kvjax birth-windows again")
+    return found

@@ -7,6 +7,7 @@ settings make it another result, which may have cost hours: it is replaced only 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +68,30 @@ class Identity:
 def content_digest(document: Mapping[str, Any], field: str = "content_sha256") -> str:
     """Hashes a manifest without the field that holds this hash."""
     return digest({name: value for name, value in document.items() if name != field})
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the hash of its content to a document, by which `check_seal` finds out whether it was edited."""
+    as_read = json.loads(json.dumps(dict(document)))  # keys that JSON makes texts are sorted as texts
+    return {**document, "content_sha256": content_digest(as_read)}
+
+
+def check_seal(document: Mapping[str, Any], where: Path, remedy: str) -> None:
+    """Checks that a document is as it was sealed.
+
+    Args:
+      document: as JSON gives it.
+      where: its file, for the error.
+      remedy: what makes the file again, for the error.
+
+    Raises:
+      InputError: it was edited or damaged, or has no seal.
+    """
+    recorded = document.get("content_sha256")
+    if not recorded:
+        raise unusable(where, f"the hash of its own content ({remedy})", "none")
+    if recorded != content_digest(document):
+        raise unusable(where, f"the content that its own hash names ({remedy})", "an edited file")
 
 
 def _written(name: str, value: Any) -> str:

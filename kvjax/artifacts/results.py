@@ -6,6 +6,7 @@ tables, an intervention's summary that of its arrays.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.birth_windows_schema import BirthWindows, read_birth_windows
-from kvjax.artifacts.files import FileHash, read_json, read_json_lines
+from kvjax.artifacts.files import FileHash, file_sha256, read_json, read_json_lines
+from kvjax.artifacts.identity import check_seal
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import Sweep, read_sweep
@@ -54,7 +56,7 @@ class Intervention:
         """Reads a summary.
 
         Raises:
-          InputError: it is missing, or no summary of this version.
+          InputError: it is missing, edited, or no summary of this version.
         """
         document = read_json(path)
         expected = "the summary of an intervention (run kvjax intervene)"
@@ -62,6 +64,8 @@ class Intervention:
             raise unusable(path, expected, type(document).__name__)
         if missing := [name for name in ("kind", "steps", "measured_on", "arrays") if name not in document]:
             raise unusable(path, expected, f"no {missing[0]}")
+        if "content_sha256" in document:  # summaries of older versions have none
+            check_seal(document, path, "run kvjax intervene again")
         return cls(path.parent.name, path.stem, path, document)
 
     def check_arrays(self) -> None:
@@ -156,6 +160,22 @@ class RunResults:
         groups |= {f"interventions/{found.kind}/{found.window}": found.dataset for found in self.interventions()}
         run = xr.Dataset(attrs=self.run.config.attributes)
         return xr.DataTree.from_dict({"/": run, **groups})
+
+    def checkpoint_hashes(self) -> dict[int, str]:
+        """Hashes the files that measured checkpoints have now: step -> SHA-256; a step without a file is left out.
+
+        Raises:
+          InputError: there is no sweep, or a file cannot be read.
+        """
+        files = self.run.checkpoints
+        steps = [checkpoint.step for checkpoint in self.sweep.checkpoints if checkpoint.step in files]
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            return dict(zip(steps, pool.map(file_sha256, map(files.get, steps)), strict=True))
+
+    def changed_checkpoints(self) -> list[int]:
+        """Lists the measured steps whose checkpoint file is another now, in step order."""
+        recorded = {checkpoint.step: checkpoint.sha256 for checkpoint in self.sweep.checkpoints}
+        return sorted(step for step, sha256 in self.checkpoint_hashes().items() if sha256 != recorded[step])
 
     def check_tables(self) -> None:
         """Checks every table of the sweep against its recorded hash; raises `InputError` for the first that differs."""

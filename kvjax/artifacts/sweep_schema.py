@@ -9,6 +9,7 @@ import pydantic
 
 from kvjax.artifacts.birth_windows_schema import MeasuredOn
 from kvjax.artifacts.files import FileHash, digest, read_json, write_json
+from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import unusable
 
 
@@ -50,7 +51,9 @@ class Sweep(_Part):
     """`analysis/sweep.json` (docs/formats.md).
 
     `tables` holds the hash of every table by its path in the analysis folder; it is empty in files of older versions.
+    `reference` is the result name of the reference checkpoint, `reference_given` what `--reference` said.
     `converted` says whether the parameters of all checkpoints were in the store when the sweep ended.
+    `content_sha256` is the hash of all else; files of older versions have none.
     """
 
     schema_version: int
@@ -60,6 +63,7 @@ class Sweep(_Part):
     probe_set: SweptProbeSet
     precision: str
     reference: str | None
+    reference_given: str = "final"
     checkpoints: list[SweptCheckpoint]
     refused: dict[str, str]
     notes: list[str]
@@ -68,37 +72,46 @@ class Sweep(_Part):
     timings: dict[str, Any]
     tables: dict[str, FileHash] = {}
     converted: bool = False
+    content_sha256: str = ""
 
     @property
     def measured_on(self) -> MeasuredOn:
-        """Collects what birth windows found in this sweep depend on."""
+        """Collects what birth windows found in this sweep depend on: its settings, checkpoints and rows."""
         rows = sorted((checkpoint.step, checkpoint.sha256) for checkpoint in self.checkpoints)
         return MeasuredOn(
             probe_set_sha256=self.probe_set.content_sha256,
             steps=[step for step, _ in rows],
             checkpoints_sha256=[sha256 for _, sha256 in rows],
-            sweep_sha256=digest({"identity": self.identity, "checkpoints": rows}),
+            sweep_sha256=digest({"identity": self.identity, "checkpoints": rows, "rows": self._rows_sha256}),
         )
+
+    @property
+    def _rows_sha256(self) -> dict[str, str]:
+        """Collects the hashes of the tables of rows: equal numbers give equal ones, which netCDF does not promise."""
+        return {name: table.sha256 for name, table in sorted(self.tables.items()) if name.endswith(".jsonl")}
 
 
 def write_sweep(path: Path, sweep: Sweep) -> None:
     """Writes the document atomically."""
-    write_json(path, sweep.model_dump(mode="json"))
+    write_json(path, sealed(sweep.model_dump(mode="json", exclude={"content_sha256"})))
 
 
 def read_sweep(path: Path) -> Sweep:
     """Reads a run's `sweep.json`.
 
     Raises:
-      InputError: the file is missing, or does not fit the schema.
+      InputError: the file is missing, does not fit the schema, or was edited.
     """
     if not path.is_file():
         raise unusable(path, "a sweep (run kvjax checkpoint-sweep first)", "no such file")
     document = read_json(path)
     try:
-        return Sweep.model_validate(document)
+        sweep = Sweep.model_validate(document)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the document"
         expected = "the provenance of a sweep (run kvjax checkpoint-sweep again)"
         raise unusable(path, expected, f"{where}: {problem['msg']}") from None
+    if sweep.content_sha256:
+        check_seal(document, path, "run kvjax checkpoint-sweep again")
+    return sweep

@@ -33,6 +33,7 @@ class RunInputs:
       wanted: result name -> (step that the file's name states or None, file) of the checkpoints to measure.
       named: the wanted checkpoints that `steps` names; the reference is measured as well.
       reference: result name of the checkpoint that drift is measured to; None if the run has none yet.
+      reference_given: what it was named by: `final`, `best` or a step.
     """
 
     run: RunDir
@@ -43,6 +44,7 @@ class RunInputs:
     wanted: Mapping[str, tuple[int | None, Path]]
     named: frozenset[str]
     reference: str | None
+    reference_given: str
 
     def reference_first(self) -> dict[str, tuple[int | None, Path]]:
         """Orders the wanted files for measuring: the reference first, so that later ones are compared at once."""
@@ -115,7 +117,7 @@ def prepare_run(
     given = Path(probe_set) if probe_set else None
     probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.layout.probe_set, benchmark)
     encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
-    return RunInputs(run, benchmark, probe, encoded, fit, wanted, named, reference_name)
+    return RunInputs(run, benchmark, probe, encoded, fit, wanted, named, reference_name, reference)
 
 
 def step_files(run: RunDir) -> dict[str, tuple[int | None, Path]]:

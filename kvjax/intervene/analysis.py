@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.files import FileHash, write_json, write_json_lines
+from kvjax.artifacts.identity import sealed
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import Intervention, RunResults
@@ -156,6 +157,7 @@ def _publish(
     dataset.attrs["measured_on_sha256"] = measured_on.sha256
     write_datasets(arrays_beside(task.path), [(None, dataset)])
     document["arrays"] = dataclasses.asdict(FileHash.of(arrays_beside(task.path)))
+    document = sealed(document)
     write_json(task.path, document)
     return InterventionReport(run, kind, window.name, task.path, document)
 

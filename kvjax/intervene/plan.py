@@ -11,7 +11,7 @@ from typing import Any
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
 from kvjax.artifacts.files import file_sha256, read_json
-from kvjax.artifacts.identity import Identity
+from kvjax.artifacts.identity import Identity, check_seal
 from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, bad_argument, unusable
@@ -125,7 +125,7 @@ def plan_interventions(
         if earlier is not None:
             wanted = Identity(chosen, _measured_inputs(inputs, pair_set, window, _recorded_hashes(earlier)))
             decision = wanted.decide(earlier.get("measured_on", {}), path, overwrite=settings.overwrite)
-            if decision == "redo" or not _has_its_arrays(path):
+            if decision == "redo" or not _is_as_written(path):
                 earlier = None
         return Task(window, kind, path, chosen, earlier)
 
@@ -175,10 +175,12 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _has_its_arrays(path: Path) -> bool:
-    """Checks whether the arrays beside a summary are the ones that it records."""
+def _is_as_written(path: Path) -> bool:
+    """Checks whether a summary and the arrays beside it have the hashes that the summary records."""
     try:
-        Intervention.open(path).check_arrays()
+        found = Intervention.open(path)
+        check_seal(found.document, path, "")
+        found.check_arrays()
     except InputError:
         return False
     return True

@@ -5,11 +5,9 @@ Every checkpoint and table is hashed again, because a replaced or truncated file
 
 from __future__ import annotations
 
-import concurrent.futures
 from typing import Any
 
 from kvjax.artifacts.checkpoint_sums import ResultStore
-from kvjax.artifacts.files import file_sha256
 from kvjax.artifacts.layout import step_name
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
@@ -92,8 +90,7 @@ def _changed_since(results: RunResults, sweep: Sweep) -> Current | None:
     run = results.run
     recorded = {checkpoint.step: checkpoint.sha256 for checkpoint in sweep.checkpoints}
     try:
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            hashes = dict(zip(recorded, pool.map(file_sha256, map(run.checkpoints.get, recorded)), strict=True))
+        hashes = results.checkpoint_hashes()
         changed = [step for step, sha256 in hashes.items() if sha256 != recorded[step]]
         if changed:
             reason = f"{_counted(changed)} changed since being measured ({_listed(changed)})"
@@ -115,6 +112,8 @@ def _changed_since(results: RunResults, sweep: Sweep) -> Current | None:
 def _rerun(run: RunDir, sweep: Sweep | None = None, **flags: Any) -> str:
     """Writes the command that sweeps a run again, with the settings of its sweep where they are not the defaults."""
     if sweep is not None:
+        if sweep.reference_given != "final":
+            flags.setdefault("reference", sweep.reference_given)
         chosen = {name: sweep.identity.get(name) for name in ("precision", "ablations", "resample_draws", "probe")}
         defaults = SweepSettings()
         as_chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}

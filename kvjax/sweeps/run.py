@@ -11,7 +11,7 @@ from typing import Any
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.identity import Identity
+from kvjax.artifacts.identity import Identity, check_seal
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import device_description
@@ -146,9 +146,14 @@ class RunSweep:
         if self._settings.event_drift and tabled:
             moved = compare_consecutive(tabled, reference, self._similarities, **shared)
         if self._settings.probe != "none" and tabled:
-            asked = self._inputs.named if self._settings.probe == "logistic" else frozenset()
+            asked = self._inputs.named if self._settings.probe == "logistic" else self._measured_before(tabled)
             logistic = measure_logistic(tabled, asked, store=self._store, anew=self._settings.overwrite, **shared)
         return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic)
+
+    def _measured_before(self, tabled: list[tuple[str, CheckpointResult]]) -> set[str]:
+        """Names the checkpoints measured anew that had logistic probes, so that all of it is measured again."""
+        anew = [(name, result.info["sha256"]) for name, result in tabled if name in self._anew]
+        return {name for name, sha256 in anew if self._store.holds(f"logistic_{name}", sha256)}
 
     def _stored_results(self) -> dict[str, CheckpointResult]:
         """Loads the stored results of checkpoint files that have not changed since, by name.
@@ -277,10 +282,12 @@ def _open_store(run: RunDir, identity: Mapping[str, Any], settings: SweepSetting
 def _recorded_identity(sweep: Path) -> dict[str, Any] | None:
     """Reads the identity in a `sweep.json`.
 
-    A file that is damaged or names none protects nothing: the sums of each checkpoint carry their own identity.
+    A file that is damaged, edited or names none protects nothing: the sums of each checkpoint carry their own identity.
     """
     try:
         document = read_json(sweep)
+        if isinstance(document, dict) and "content_sha256" in document:
+            check_seal(document, sweep, "")
     except InputError:
         return None
     identity = document.get("identity") if isinstance(document, dict) else None

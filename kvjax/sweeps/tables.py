@@ -52,6 +52,10 @@ def publish(
     )
     intervals = build_intervals(arrays, steps, index)
     dataset.attrs |= run.config.attributes
+    dataset.attrs |= {
+        "benchmark_sha256": inputs.benchmark.sha256,
+        "probe_set_sha256": inputs.probe.manifest.content_sha256,
+    }
     rows = checkpoint_rows(
         dataset,
         run_name=run.config.run_name,
@@ -98,6 +102,7 @@ def publish(
             },
             "precision": settings.precision,
             "reference": inputs.reference,
+            "reference_given": inputs.reference_given,
             "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],
             "refused": log.refused,
             "notes": notes,

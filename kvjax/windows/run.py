@@ -97,11 +97,21 @@ def _thresholds(run: RunDir) -> Mapping[str, float]:
     return run.config.evaluation.birth_thresholds.model_dump()
 
 
+def notes_on_changes(run: RunDir) -> list[str]:
+    """Says which checkpoint files are others than those that the run's sweep measured."""
+    changed = RunResults(run).changed_checkpoints()
+    listed = f"{', '.join(map(str, changed[:5]))}{', …' if changed[5:] else ''}"
+    windows = "these are windows of the older files; run kvjax checkpoint-sweep and this again"
+    counted = f"{len(changed)} checkpoint{'s' if len(changed) > 1 else ''}"
+    return [f"{counted} changed since being measured (steps {listed}): {windows}"] if changed else []
+
+
 def _notes(one: _Swept, finding: RunFinding) -> list[str]:
     notes = []
     missing = [step for step in one.run.checkpoints if step not in set(one.measured_on.steps)]
     if missing:
         notes.append(f"{len(missing)} of the run's checkpoints are not measured yet: run kvjax checkpoint-sweep")
+    notes += notes_on_changes(one.run)
     if not one.run.complete:
         last, end = max(one.run.checkpoints, default=0), one.run.planned_steps
         notes.append(

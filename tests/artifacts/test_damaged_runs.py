@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
+from kvjax.windows.run import notes_on_changes
 from tests.helpers.fuzzing import check_fuzzed
 from tests.helpers.sweeping import sweep
 
@@ -19,6 +21,12 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
+
+
+def replace(path, old, new, count):
+    content = path.read_text()
+    assert content.count(old) >= count
+    path.write_text(content.replace(old, new))
 
 
 # What happens to a run and its twin -> what `status` says of the sweep, and whether another sweep repairs it.
@@ -55,6 +63,17 @@ DAMAGE = {
     ),
     "empty sweep.json": (lambda run, twin: (run / "analysis/sweep.json").write_text(""), "sweep.json", True),
     "sweep.json []": (lambda run, twin: (run / "analysis/sweep.json").write_text("[]"), "sweep.json", True),
+    "sweep.json null": (lambda run, twin: (run / "analysis/sweep.json").write_text("null"), "sweep.json", True),
+    "sweep.json edited": (
+        lambda run, twin: replace(run / "analysis/sweep.json", '"precision": "highest"', '"precision": "default"', 2),
+        "sweep.json",
+        True,
+    ),
+    "sweep.json with an infinite step": (
+        lambda run, twin: replace(run / "analysis/sweep.json", '"step": 200', '"step": Infinity', 1),
+        "sweep.json",
+        True,
+    ),
     "sweep.json {}": (lambda run, twin: (run / "analysis/sweep.json").write_text("{}"), "sweep.json", True),
 }
 
@@ -78,6 +97,15 @@ def test_status_of_a_damaged_run(swept_runs, swept_run, capsys, name):
     if repaired:
         sweep(swept_run, ablations=("zero",), probe="none", event_drift=False)
         assert sweep_condition(swept_run, capsys).startswith("yes  sweep complete")
+
+
+def test_birth_windows_of_changed_checkpoints(swept_runs, swept_run):
+    """Windows that are found after a checkpoint file was replaced are noted to be of the older one."""
+    run = RunDir.open(swept_run)
+    assert notes_on_changes(run) == []
+    DAMAGE["checkpoint of the twin"][0](swept_run, swept_runs[1])
+    (note,) = notes_on_changes(run)
+    assert note.startswith("1 checkpoint changed since being measured (steps 200): these are windows of the older")
 
 
 @pytest.mark.parametrize("name", ["arrays cut", "arrays flipped", "no arrays", "empty sweep.json"])

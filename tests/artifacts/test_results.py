@@ -11,9 +11,13 @@ import xarray as xr
 
 import kvjax
 from kvjax.artifacts import results as results_module
+from kvjax.artifacts.birth_windows_schema import write_birth_windows
 from kvjax.artifacts.files import FileHash
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.sweep_schema import read_sweep, write_sweep
 from kvjax.artifacts.tables import write_datasets
 from kvjax.errors import InputError
+from kvjax.pipeline.windows import windows_are_current
 from tests.helpers.building import STEPS, read_lines
 from tests.helpers.sweeping import sweep
 
@@ -152,7 +156,7 @@ def test_sweep_of_an_older_version(swept_run):
     """A sweep without hashes is refused with the command that adds them, and this measures nothing again."""
     path = swept_run / "analysis" / "sweep.json"
     document = json.loads(path.read_text())
-    del document["tables"], document["converted"]
+    del document["tables"], document["converted"], document["content_sha256"]
     path.write_text(json.dumps(document))
     results = kvjax.open_results(swept_run)
     assert len(results.sweep.checkpoints) == len(STEPS)
@@ -171,6 +175,59 @@ def test_sweep_again_over_damaged_provenance(swept_run, content):
     (swept_run / "analysis" / "sweep.json").write_text(content)
     assert sweep(swept_run, ablations=("zero",), probe="none", event_drift=False).log.measured == []
     assert np.isfinite(kvjax.open_results(swept_run).metrics["answer_accuracy"]).all()
+
+
+def edited(path, **changes):
+    """Changes fields of a JSON file, as by an editor."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_edited_provenance(swept_run):
+    """A `sweep.json` of which one word was changed is refused with the command that writes it again."""
+    path = swept_run / "analysis" / "sweep.json"
+    edited(path, precision="default")
+    expected = r"sweep.json: expected the content that its own hash names \(run kvjax checkpoint-sweep again\)"
+    with pytest.raises(InputError, match=expected):
+        _ = kvjax.open_results(swept_run).metrics
+
+
+def no_windows(measured_on):
+    """Returns the document of a run in which nothing formed."""
+    found = {"verdict": "no transition", "reason": "no shift", "complete": True, "births": {}, "windows": []}
+    return {"schema_version": 1, "run_name": "small_run", "measured_on": measured_on, "config": {}, **found}
+
+
+def test_windows_of_another_sweep(swept_run):
+    """Windows are of exactly the sweep they were found in: its settings, checkpoints and numbers, not its timings."""
+    run = RunDir.open(swept_run)
+    sweep = read_sweep(run.layout.sweep)
+    write_birth_windows(run.layout.birth_windows, no_windows(sweep.measured_on.model_dump()))
+    assert windows_are_current(run).holds and kvjax.open_results(swept_run).windows.verdict == "no transition"
+    write_sweep(run.layout.sweep, sweep.model_copy(update={"timings": {}, "notes": ["another"], "device": {}}))
+    assert windows_are_current(run).holds
+    rows = "checkpoint_metrics.jsonl"
+    for change in (
+        {"identity": sweep.identity | {"probe": "ridge"}},
+        {"identity": sweep.identity | {"ablations": ["zero", "mean"]}},
+        {"checkpoints": [sweep.checkpoints[0].model_copy(update={"sha256": "0" * 64}), *sweep.checkpoints[1:]]},
+        {"tables": sweep.tables | {rows: FileHash("0" * 64, sweep.tables[rows].bytes)}},
+    ):
+        write_sweep(run.layout.sweep, sweep.model_copy(update=change))
+        state = windows_are_current(run)
+        assert not state.holds and state.reason == "the sweep has changed since windows were looked for", change
+        with pytest.raises(InputError, match="found those of a sweep that has changed since"):
+            _ = kvjax.open_results(swept_run).windows
+
+
+def test_edited_windows(swept_run):
+    """A `birth_windows.json` that was edited is refused with the command that writes it again."""
+    run = RunDir.open(swept_run)
+    measured_on = read_sweep(run.layout.sweep).measured_on.model_dump()
+    write_birth_windows(run.layout.birth_windows, no_windows(measured_on))
+    edited(run.layout.birth_windows, verdict="windows")
+    state = windows_are_current(run)
+    assert not state.holds and "the content that its own hash names (run kvjax birth-windows again)" in state.reason
+    assert state.command == f"kvjax birth-windows --run_dirs={swept_run}"
 
 
 @pytest.mark.parametrize("document", [[], {}, {"kind": "neurons"}])

@@ -145,7 +145,25 @@ def arrays_of_another_summary(summary):
     summary.write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("damage", [arrays_cut, no_arrays, no_json, other_document, arrays_of_another_summary])
+def other_effects(summary):
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"effects": [{"recovery": 1}]}))
+
+
+def malformed_effects(summary):
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"effects": "none"}))
+
+
+def no_hash_of_its_own(summary):
+    document = json.loads(summary.read_text())
+    del document["content_sha256"]
+    summary.write_text(json.dumps(document))
+
+
+DAMAGE = [arrays_cut, no_arrays, no_json, other_document, arrays_of_another_summary]
+DAMAGE += [other_effects, malformed_effects, no_hash_of_its_own]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_results(intervened, folder, damage):
     """A damaged summary, or damaged arrays, are measured again."""
     intervened()

@@ -137,7 +137,7 @@ def test_a_reference_in_the_middle(small_run, means):
 
 
 def test_overwrite(small_run):
-    """`--overwrite` takes neither stored comparisons nor stored logistic probes."""
+    """`--overwrite` takes neither stored comparisons nor stored logistic probes, whether it asks for these or not."""
     asked = {"steps": "200,300", "ablations": ("zero",), "probe": "logistic"}
     sweep(small_run, **asked)
     folder = small_run / "analysis" / "measured"
@@ -146,7 +146,7 @@ def test_overwrite(small_run):
     written = {path: path.stat().st_mtime_ns for path in stored}
     sweep(small_run, **asked)
     assert written == {path: path.stat().st_mtime_ns for path in stored}
-    sweep(small_run, **asked, overwrite=True)
+    sweep(small_run, **(asked | {"probe": "ridge"}), overwrite=True)
     assert all(path.stat().st_mtime_ns > before for path, before in written.items())
 
 
