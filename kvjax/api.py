@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvjax.devices import start_jax
-from kvjax.errors import unusable
+from kvjax.errors import bad_argument, note, unusable
 from kvjax.pipeline.settings import ResultSettings, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep as sweep_stage
 from kvjax.sweeps.settings import SweepSettings
@@ -27,7 +27,10 @@ def sweep(
     benchmark_dir: str | Path | None = None,
     steps: str | int | Sequence[int] = "all",
     reference: str | int = "final",
+    output_dir: str | Path | None = None,
     wait: bool = False,
+    mixed: str = "refuse",
+    join: str = "outer",
     **settings: Any,
 ) -> xr.Dataset:
     """Measures every checkpoint of runs and returns the means; the tables beside each run are written as well.
@@ -42,13 +45,19 @@ def sweep(
       steps: the checkpoints to measure: `all`, a step, several, or ranges such as `250,1000-4000`. Earlier measurements
         are returned as well.
       reference: the checkpoint that drift is also measured to: `final`, `best` or a step.
+      output_dir: where results go, instead of into the run directory; for several runs, a folder in it each. It can be
+        named in place of the run directory from then on.
       wait: wait while another command writes results of a run, instead of raising.
+      mixed: what becomes of runs that would be measured on several benchmarks or probe sets: `refuse` raises before
+        anything is measured, `join` puts them into one result with a note.
+      join: the steps of several runs: `outer` has NaN wherever a run lacks a step, with a note that names it, `inner`
+        the steps that all have, `exact` raises if they differ.
       **settings: fields of `SweepSettings`, such as `ablations=("zero",)` or `probe="none"`.
 
     Returns:
       Every mean of docs/definitions.md with named dimensions (`step`, `split`, `stage`, `layer`, `head`, …) and the
       attributes `units` and `long_name`; for several runs with a first dimension `run` (names, or paths where names
-      repeat) and a coordinate `seed`, NaN where one lacks a step.
+      repeat) and the coordinates `seed`, `benchmark_sha256` and `probe_set_sha256`.
       `<name>_low` and `<name>_high` are the ends of the 95 % intervals of the means that have one.
 
     Raises:
@@ -57,13 +66,19 @@ def sweep(
     import xarray as xr  # imported here, because commands that only measure need not wait for it
 
     start_jax()
+    _check_choice("mixed", mixed, ("refuse", "join"))
+    _check_choice("join", join, ("outer", "inner", "exact"))
     given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     reports = sweep_stage(
         RunsOnBenchmark(run_dirs=tuple(map(str, given)), benchmark_dir=benchmark_dir and str(benchmark_dir)),
         SweepInputs(probe_set=probe_set and str(probe_set), steps=_as_text(steps), reference=str(reference)),
         SweepSettings(**settings),
-        results=ResultSettings(wait=wait),
+        results=ResultSettings(output_dir=output_dir and str(output_dir), wait=wait),
+        mixed=mixed,
     )
+    for report in reports:
+        if report.dataset is None:
+            note(f"{report.run.path}: left out, for it has no usable checkpoint")
     datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
     if not datasets:
         raise unusable(", ".join(map(str, given)), "a run with a usable checkpoint", "none")
@@ -73,8 +88,37 @@ def sweep(
     if len(set(names)) < len(names):
         names = [str(report.run.path) for report in reports if report.dataset is not None]
     runs = xr.DataArray(names, dims="run", name="run")
+    datasets = _with_steps_joined(datasets, names, join)
+    # What else differs, such as the layers of two shapes, is joined with NaN as well.
     joined = xr.concat(datasets, runs, join="outer", combine_attrs="drop_conflicts")
-    return joined.assign_coords(seed=("run", [dataset.attrs.get("seed", math.nan) for dataset in datasets]))
+    of_runs = {"seed": math.nan, "benchmark_sha256": "", "probe_set_sha256": ""}
+    return joined.assign_coords(
+        {name: ("run", [dataset.attrs.get(name, absent) for dataset in datasets]) for name, absent in of_runs.items()}
+    )
+
+
+def _check_choice(parameter: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise bad_argument(parameter, f"one of {', '.join(choices)}", value)
+
+
+def _with_steps_joined(datasets: list[xr.Dataset], names: Sequence[str], join: str) -> list[xr.Dataset]:
+    """Cuts runs to the steps that all have if asked for, refuses runs whose steps differ, or notes what each lacks."""
+    steps = [set(dataset["step"].values.tolist()) for dataset in datasets]
+    for name, own in zip(names, steps, strict=True):
+        lacks = sorted(set.union(*steps) - own)
+        if not lacks or join == "inner":
+            continue
+        listed = f"step{'s' if len(lacks) > 1 else ''} {', '.join(map(str, lacks[:5]))}{', …' if lacks[5:] else ''}"
+        if join == "exact":
+            raise unusable(name, "the steps of the other runs (or another `join`)", f"no {listed}")
+        note(f"{name} lacks {listed}, which other runs have: NaN in the joined result")
+    if join == "inner":
+        common = sorted(set.intersection(*steps))
+        if not common:
+            raise bad_argument("join", "a step that all runs have, to join them by `inner`", "none")
+        datasets = [dataset.sel(step=common) for dataset in datasets]
+    return datasets
 
 
 def _as_text(steps: str | int | Sequence[int]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvjax.converters.cached_loader import CachedLoader
-from kvjax.errors import InputError
+from kvjax.errors import InputError, note, unusable
 from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.pipeline.progress import Progress, no_progress
@@ -17,6 +17,8 @@ from kvjax.sweeps.settings import SweepSettings
 if TYPE_CHECKING:
     from kvjax.sweeps.results import SweepReport
 
+Mixed = Literal["separate", "join", "refuse"]
+
 
 def sweep(
     runs: RunsOnBenchmark,
@@ -24,12 +26,23 @@ def sweep(
     settings: SweepSettings,
     progress: Progress = no_progress,
     results: ResultSettings = DEFAULT_RESULTS,
+    *,
+    mixed: Mixed = "separate",
 ) -> list[SweepReport]:
     """Measures checkpoints of runs, writes their tables and returns what each has.
 
+    Args:
+      runs: the runs.
+      inputs: what is measured.
+      settings: how.
+      progress: shows how far it is.
+      results: where tables go.
+      mixed: whether the results are put into one (`join`, `refuse`), and what becomes of runs that would be measured
+        on several benchmarks or probe sets then.
+
     Raises:
-      InputError: a run, its benchmark, the probe set or a checkpoint cannot be used, or a run was measured before with
-        other settings.
+      InputError: a run, its benchmark, the probe set or a checkpoint cannot be used, a run was measured before with
+        other settings, or `mixed` refuses the runs.
     """
     opened = OpenedInputs()
     with open_to_write(runs, results) as found:
@@ -44,8 +57,25 @@ def sweep(
             )
             for run in found
         ]
+        _check_same_records(prepared, mixed)
         with progress(sum(len(work.wanted) for work in prepared), "checkpoints") as advance:
             return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
+
+
+def _check_same_records(prepared: list[RunInputs], mixed: Mixed) -> None:
+    """Compares the benchmarks and probe sets of runs before any of them is measured."""
+    first = prepared[0]
+    for other in prepared[1:] if mixed != "separate" else ():
+        for what, theirs, ours in (
+            ("benchmark", other.benchmark.sha256, first.benchmark.sha256),
+            ("probe set", other.probe.manifest.content_sha256, first.probe.manifest.content_sha256),
+        ):
+            if theirs == ours:
+                continue
+            if mixed == "refuse":
+                expected = f"the {what} of {first.run.path}, {ours[:12]} (or one `probe_set` for all, or `mixed=join`)"
+                raise unusable(other.run.path, expected, theirs[:12])
+            note(f"{other.run.path}: measured on another {what} than {first.run.path}, {theirs[:12]} and {ours[:12]}")
 
 
 def checkpoint_source(work: RunInputs) -> CheckpointSource:
