@@ -76,12 +76,12 @@ def sweep(
         results=ResultSettings(output_dir=output_dir and str(output_dir), wait=wait),
         mixed=mixed,
     )
-    for report in reports:
-        if report.dataset is None:
-            note(f"{report.run.path}: left out, for it has no usable checkpoint")
     datasets = [_with_intervals(report) for report in reports if report.dataset is not None]
     if not datasets:
         raise unusable(", ".join(map(str, given)), "a run with a usable checkpoint", "none")
+    for report in reports:
+        if report.dataset is None:
+            note(f"{report.run.path}: left out, for it has no usable checkpoint")
     if len(datasets) == 1:
         return datasets[0]
     names = [dataset.attrs["run_name"] for dataset in datasets]
