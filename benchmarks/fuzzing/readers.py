@@ -25,9 +25,10 @@ from benchmarks.fuzzing.material import BENCHMARK, CONFIGS, RANKING, RUN, STEPS
 from benchmarks.fuzzing.mutations import damage_bytes, damage_checkpoint, damage_json, damage_json_lines
 from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.artifacts.files import HashedFile, read_json
+from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.layout import step_name, step_of
 from kvjax.artifacts.results import Intervention, open_results
-from kvjax.artifacts.run_dir import RunDir, find_run_dirs
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import read_config
 from kvjax.config.train import TrainConfig
