@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pydantic
 
 
 class InputError(ValueError):
@@ -44,6 +48,32 @@ def unusable(where: str | Path, expected: str, found: object) -> InputError:
       found: what it holds; newlines are folded so that the message stays one line.
     """
     return InputError(f"{where}: expected {expected}; found {one_line(found)}")
+
+
+def misfit(where: str | Path, error: pydantic.ValidationError, expected: str | None = None) -> InputError:
+    """Makes the `InputError` about a document that does not fit its schema: the first field that does not, and why.
+
+    Args:
+      where: the file, or the place in it.
+      error: what validation found.
+      expected: what the file should be, with the remedy; None if a person wrote the file and can mend the field.
+    """
+    problem = error.errors()[0]
+    field = one_line(".".join(map(str, problem["loc"])) or "the document")
+    missing, message = problem["type"] == "missing", one_line(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = "expected an object with fields"
+    if expected is not None:
+        return unusable(where, expected, f"no field {field}" if missing else f"{field}: {message}")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if missing:
+        return unusable(where, f"a field {field}", f"none{more}")
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        # Of several fields, which the message names with what it found.
+        return InputError(f"{where}: {field}: {message}{more}" if problem["loc"] else f"{where}: {message}")
+    shown = json.dumps(problem["input"], default=str)
+    found = shown if len(shown) <= 80 else shown[:77] + "..."
+    return InputError(f"{where}: {field}: {message}; found {visible(found)}{more}")
 
 
 def bad_argument(parameter: str, expected: str, found: object) -> InputError:

@@ -1,11 +1,13 @@
 """Errors and the texts in them: parameters and flags, quoted commands, control characters."""
 
+import re
 import shlex
 
+import pydantic
 import pytest
 
 from kvjax.commands.flags import message_of, with_flags
-from kvjax.errors import bad_argument, command, one_line, unusable, visible
+from kvjax.errors import bad_argument, command, misfit, one_line, unusable, visible
 
 
 def test_parameter_of_an_error_from_python():
@@ -41,3 +43,32 @@ def test_control_characters_of_a_file():
     assert visible("\ud800") == r"\ud800"
     assert one_line(300 * "x") == 300 * "x" and one_line(301 * "x") == 297 * "x" + "..."
     assert one_line("two\nlines\x07") == r"two lines\x07"
+
+
+class Shape(pydantic.BaseModel):
+    """A schema of two fields, one of them nested."""
+
+    sizes: dict[str, int]
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("document", "of_a_config", "of_a_result"),
+    [
+        (
+            {"sizes": {"heads": "x"}, "name": "a"},
+            'sizes.heads: .* valid integer.*; found "x"',
+            "heads: ",
+        ),
+        ({"sizes": {}}, "expected a field name; found none", "found no field name"),
+        ({"name": 3}, r"expected a field sizes; found none \(and 1 more\)", "found no field sizes"),
+        ([], r"the document: .*; found \[\]", "the document: "),
+    ],
+)
+def test_document_of_another_schema(document, of_a_config, of_a_result):
+    """The message names the first field that does not fit; that of a result says what the file should be."""
+    with pytest.raises(pydantic.ValidationError) as error:
+        Shape.model_validate(document)
+    config, result = misfit("a.json", error.value), misfit("a.json", error.value, "a sweep")
+    assert re.match("a.json: " + of_a_config, str(config))
+    assert re.match("a.json: expected a sweep; found .*" + of_a_result.removeprefix("found "), str(result))

@@ -9,7 +9,7 @@ import pydantic
 
 from kvjax.artifacts.files import read_json, write_json
 from kvjax.artifacts.identity import check_seal, sealed
-from kvjax.errors import unusable
+from kvjax.errors import misfit
 
 Interval = tuple[float | None, float | None]  # an end is None if it lies beyond the run
 StepInterval = tuple[int | None, int | None]
@@ -137,9 +137,7 @@ def read_birth_windows(path: Path) -> BirthWindows:
     try:
         found = BirthWindows.model_validate(document)
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the document"
-        raise unusable(path, "birth windows (run kvjax birth-windows)", f"{where}: {problem['msg']}") from None
+        raise misfit(path, error, "birth windows (run kvjax birth-windows)") from None
     if found.content_sha256:
         check_seal(document, path, "run kvjax birth-windows again")
     return found

@@ -10,7 +10,7 @@ import pydantic
 from kvjax.artifacts.birth_windows_schema import MeasuredOn
 from kvjax.artifacts.files import FileHash, digest, read_json, write_json
 from kvjax.artifacts.identity import check_seal, sealed
-from kvjax.errors import unusable
+from kvjax.errors import misfit, unusable
 
 
 class _Part(pydantic.BaseModel):
@@ -108,10 +108,7 @@ def read_sweep(path: Path) -> Sweep:
     try:
         sweep = Sweep.model_validate(document)
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the document"
-        expected = "the provenance of a sweep (run kvjax checkpoint-sweep again)"
-        raise unusable(path, expected, f"{where}: {problem['msg']}") from None
+        raise misfit(path, error, "the provenance of a sweep (run kvjax checkpoint-sweep again)") from None
     if sweep.content_sha256:
         check_seal(document, path, "run kvjax checkpoint-sweep again")
     return sweep

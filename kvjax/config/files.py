@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 import pydantic
 
 from kvjax.config.json_text import parse_json, read_bytes
-from kvjax.errors import InputError, one_line, unusable
+from kvjax.errors import misfit, unusable
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
@@ -31,7 +30,7 @@ def read_config(path: Path, schema: type[Config], *, recorded: bool = False) -> 
     try:
         return schema.model_validate(document, extra="ignore" if recorded else "forbid")
     except pydantic.ValidationError as error:
-        raise InputError(f"{path}: {_first_problem(error)}") from None
+        raise misfit(path, error) from None
 
 
 def find_config(name: str, kind: str) -> Path:
@@ -59,20 +58,3 @@ def find_config(name: str, kind: str) -> Path:
         return candidate
     names = ", ".join(sorted(path.stem for path in shipped.glob("*.json"))) or "none"
     raise unusable(name, f"a {kind} config file, or the name of a shipped one ({names})", "no such file")
-
-
-def _first_problem(error: pydantic.ValidationError) -> str:
-    problem = error.errors()[0]
-    field = one_line(".".join(str(part) for part in problem["loc"]) or "the document")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] == "missing":
-        return f"expected a field {field}; found none{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        # Of several fields, which the message names with what it found.
-        return f"{field}: {message}{more}" if problem["loc"] else message
-    if problem["type"] == "model_type":
-        message = "expected an object with fields"
-    shown = json.dumps(problem["input"], default=str)
-    found = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{field}: {message}; found {found}{more}"

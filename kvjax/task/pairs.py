@@ -24,7 +24,7 @@ import pydantic
 from kvjax.artifacts.files import file_sha256, read_json, read_json_lines, write_json, write_json_lines
 from kvjax.artifacts.identity import content_digest
 from kvjax.artifacts.layout import ProbeSetLayout
-from kvjax.errors import InputError, one_line, unusable
+from kvjax.errors import InputError, misfit, one_line, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, corrupt, difference
 from kvjax.task.probe_set import ProbeSet
@@ -188,7 +188,7 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
     try:
         manifest = PairManifest.model_validate(read_json(manifest_path))
     except pydantic.ValidationError as error:
-        raise unusable(manifest_path, "the manifest of a pair set", error.errors()[0]["msg"]) from None
+        raise misfit(manifest_path, error, "the manifest of a pair set") from None
     if not path.is_file():
         raise unusable(path, "the pairs of the probe set", "no such file")
     if file_sha256(path) != manifest.pairs_sha256:
@@ -203,7 +203,7 @@ def open_pairs(probe: ProbeSet, benchmark: Benchmark) -> PairSet:
         try:
             pairs.append(StreamPair.model_validate(document))
         except pydantic.ValidationError as error:
-            raise unusable(f"{path}:{number}", "a pair of streams", error.errors()[0]["msg"]) from None
+            raise misfit(f"{path}:{number}", error, "a pair of streams") from None
         check_pair(pairs[-1], benchmark.vocabulary, f"{path}:{number}")
     return PairSet(path, manifest, tuple(pairs))
 

@@ -34,7 +34,7 @@ from kvjax.artifacts.files import (
 from kvjax.artifacts.identity import content_digest
 from kvjax.artifacts.layout import ProbeSetLayout
 from kvjax.config.benchmark import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
-from kvjax.errors import unusable
+from kvjax.errors import misfit, unusable
 from kvjax.task.benchmark import Benchmark, check_record, check_record_fields
 from kvjax.task.selection import DIFFICULTY_RULE, Difficulty, assign_difficulty, choose_examples, coverage_counts
 from kvjax.task.stream import Record
@@ -183,7 +183,7 @@ def frozen_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(metadata)
     except pydantic.ValidationError as error:
-        raise unusable(manifest_file, "the manifest of a probe set", error.errors()[0]["msg"]) from None
+        raise misfit(manifest_file, error, "the manifest of a probe set") from None
     for file, recorded in (
         (path, manifest.records_sha256),
         (names.fit, manifest.fit_sha256),
