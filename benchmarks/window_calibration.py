@@ -21,13 +21,17 @@ import numpy as np
 from benchmarks.reporting import machine, write_result
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
+from kvjax.measure import registry
 from kvjax.measure.uncertainty import resample_counts
 from kvjax.model.components import Component, all_components
 from kvjax.windows.score_runs import RunFinding, find_in_runs
 from kvjax.windows.trajectories import Metric, Trajectories
 
 SPLITS = ("validation_iid", "heldout_pairs", "structural_ood", "counterfactual")
-BEHAVIOUR = ("answer_accuracy", "q", "r", "w", "key_selectivity", "recency_selectivity")
+# Fields of rows that windows watch on every split.
+BEHAVIOUR = tuple(
+    field.name for measure, field in registry.triggers() if measure.level == "read" and "split" not in field.where
+)
 LAYERS, HEADS = 3, 4
 SEQUENCES = 96  # per split
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.execution.states_at_reads import flatten_reads, states_at_reads
+from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import NO_LABEL, RidgeProbes, RidgeSystem, fit_probes, ridge_system
-from kvjax.measure.registry import PROBE_TARGETS
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.restart import run_clean
 from kvjax.model.sites import STAGE_SITES, Trace

@@ -9,10 +9,6 @@ from kvjax.model.decoder import LAYER_NORM_EPS, Params
 from kvjax.model.sites import Trace
 from kvjax.model.weights import head_output_kernels, unembedding
 
-# Components outside layers, and those inside.
-WHOLE_TERMS = ("embedding", "final_norm_bias")
-LAYER_TERMS = ("head", "attn_bias", "mlp")
-
 
 def direct_logit_attribution(
     params: Params, trace_at_reads: Trace, answers_BxQ: jax.Array, value_ids: jax.Array
@@ -21,7 +17,7 @@ def direct_logit_attribution(
 
     The component's output at p_e, centred over its D entries, is divided by the clean final LayerNorm's scale there,
     multiplied by its gain, and dotted with (unembedding of the answer - mean unembedding of the value tokens). The
-    terms of `WHOLE_TERMS` and `LAYER_TERMS` sum to that logit difference.
+    terms of all components sum to that logit difference.
 
     Args:
       params: of the checkpoint.
@@ -30,7 +26,7 @@ def direct_logit_attribution(
       value_ids: [values] token ids.
 
     Returns:
-      `embedding`, `final_norm_bias` [B, Q]; `attn_bias`, `mlp` [L, B, Q]; `head` [L, B, Q, H]; in logits.
+      `embedding`, `final_norm_bias` [B, Q]; `attn_bias`, `mlp` [L, B, Q]; `head` [L, B, H, Q]; in logits.
       Source: Elhage et al., A mathematical framework for transformer circuits (2021).
     """
     target_BxQxD = _target(params, answers_BxQ, value_ids)
@@ -45,7 +41,7 @@ def direct_logit_attribution(
     z_direction = jnp.einsum("lhed,bqd->lbqhe", kernel_LxHxExD, direction_BxQxD, precision="highest")
     return {
         "embedding": along(trace_at_reads["embedding"]),
-        "head": jnp.sum(z * z_direction, axis=-1),
+        "head": jnp.sum(z * z_direction, axis=-1).swapaxes(2, 3),
         "attn_bias": along(params["blocks"]["attn"]["out_proj"]["bias"][:, None, None]),
         "mlp": along(trace_at_reads["mlp_out"]),
         "final_norm_bias": jnp.sum(target_BxQxD * params["final_norm"]["bias"][None, None], axis=-1),

@@ -23,10 +23,12 @@ Counted = Literal["reads", "present", "stale", "targets", "role targets"]
 
 Table = Literal["checkpoint", "heads", "mlps"]
 
-LEVEL_AXES: Mapping[str, tuple[str, ...]] = {
+LEVEL_AXES: dict[str, tuple[str, ...]] = {
     **{"read": (), "token": (), "model": ()},
     **{"stage": ("stage",), "head": ("layer", "head"), "mlp": ("layer",), "layer": ("layer",)},
 }
+
+HELDOUT_SPLIT = "heldout_pairs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Measure:
       counted: what the mean is divided by; one entry per label of the first axis if they differ.
       groups: the axis whose labels group the reads (difficulties, values of the benchmark's axes).
       interval: whether its 95 % interval is made.
-      compute: takes a microbatch's `Reads` on the device and makes the array that `sources` names, before sums over
-        reads: [B, Q] (level read) or [L, B, H, Q] (level head).
+      compute: takes a microbatch's `Reads` on the device and makes the array that `sources` names, or a tuple of them.
+        Reads stand last and are summed over later: [B, Q] (levels read and model), [S, B, Q] (stage), [L, B, Q] (mlp,
+        layer), [L, B, H, Q] (head). Level token is summed over a sequence's targets already: [B] or [B, roles].
       fields: of the rows that show it.
       split_metric: whether `split_metrics` of the row has it for every split.
       label: of its line or axis in figures.
@@ -97,7 +100,7 @@ class Measure:
     counted: Counted | tuple[Counted, ...] = "reads"
     groups: str | None = None
     interval: bool = True
-    compute: Callable[[Any], jax.Array] | None = None
+    compute: Callable[[Any], jax.Array | tuple[jax.Array, ...]] | None = None
     fields: tuple[RowField, ...] = ()
     split_metric: bool = False
     label: str | None = None

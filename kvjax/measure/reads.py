@@ -4,28 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
-from kvjax.measure import behaviour
+from kvjax.measure import attribution, behaviour, heads, residual
+from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.sites import Trace, take_positions
 
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """The reads of one microbatch in a clean run; a measure's `compute` takes it.
+    """The reads of one microbatch in a clean run, and all that a measure may look at; its `compute` takes this.
 
     Attributes:
-      logits_BxQxV: at p_e.
-      answers_BxQ: token ids y_e.
-      value_ids: [values] token ids of all values.
-      attention: by name, [L, B, H, Q] each, as `attention_per_read` returns it.
+      params, config: of the checkpoint.
+      trace: activations by site, at all positions.
+      logits_BxTxV: at all positions.
+      states_GxBxQxD: residual states, G = 2 S: every stage at p_e, then at s_e.
+      tokens_BxT, token_roles_BxT: token ids, and the role of each; negative if it is no target.
+      num_roles: how many roles there are.
+      positions_BxQ, support_positions_BxQ: p_e and s_e.
+      answers_BxQ, keys_BxQ: token ids of the answer and of the key read.
+      relations_BxQxT: the relation of each position to each read.
+      relation_groups: the relations in each of the groups `current`, `stale`, `key` and `value`.
+      value_ids, key_ids: token ids of all values and of all keys.
     """
 
-    logits_BxQxV: jax.Array
+    params: Params
+    config: DecoderConfig
+    trace: Trace
+    logits_BxTxV: jax.Array
+    states_GxBxQxD: jax.Array
+    tokens_BxT: jax.Array
+    token_roles_BxT: jax.Array
+    num_roles: int
+    positions_BxQ: jax.Array
+    support_positions_BxQ: jax.Array
     answers_BxQ: jax.Array
+    keys_BxQ: jax.Array
+    relations_BxQxT: jax.Array
+    relation_groups: Mapping[str, Sequence[int]]
     value_ids: jax.Array
-    attention: Mapping[str, jax.Array]
+    key_ids: jax.Array
+
+    @functools.cached_property
+    def logits_BxQxV(self) -> jax.Array:
+        """The logits at p_e."""
+        return take_positions(self.logits_BxTxV, self.positions_BxQ, 1)
+
+    def at_prediction(self, site: str) -> jax.Array:
+        """Takes the activations of a per-layer site at p_e, [L, B, Q, ...]."""
+        return self._at(site, self.positions_BxQ)
+
+    def at_support(self, site: str) -> jax.Array:
+        """Takes the activations of a per-layer site at s_e, [L, B, Q, ...]."""
+        return self._at(site, self.support_positions_BxQ)
+
+    def _at(self, site: str, positions_BxQ: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x: take_positions(x, positions_BxQ, 1))(self.trace[site])
 
     @property
     def correct(self) -> jax.Array:
@@ -43,8 +81,60 @@ class Reads:
         return behaviour.answer_distribution(self.logits_BxQxV, self.answers_BxQ)
 
     @functools.cached_property
+    def next_token(self) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy in nats [B] and right predictions by role [B, roles], summed over a sequence's targets."""
+        return behaviour.next_token_sums(
+            self.logits_BxTxV, self.tokens_BxT, self.token_roles_BxT, num_roles=self.num_roles
+        )
+
+    @functools.cached_property
+    def attention(self) -> Mapping[str, jax.Array]:
+        """Where heads attend at the reads, [L, B, H, Q] each, as `attention_per_read` returns it."""
+        return heads.attention_per_read(
+            self.trace["pattern"],
+            self.positions_BxQ,
+            self.support_positions_BxQ,
+            self.relations_BxQxT,
+            self.relation_groups,
+        )
+
+    @functools.cached_property
     def selectivities(self) -> tuple[jax.Array, jax.Array]:
         """Key and recency selectivity, [B, Q] each; NaN if undefined."""
         return behaviour.selectivities(
             self.attention["current_value_attention"], self.attention["key"], self.attention["value"]
         )
+
+    @functools.cached_property
+    def lens(self) -> Mapping[str, jax.Array]:
+        """The logit lens at every stage, [S, B, Q] each, as `lens_per_read` returns it."""
+
+        def logits(states_SxBxQxD: jax.Array) -> jax.Array:
+            # The last stage is the final LayerNorm's output already.
+            model, variables = Decoder(self.config), {"params": self.params}
+            before = model.apply(variables, states_SxBxQxD[:-1], method=Decoder.read_out)
+            after = model.apply(variables, states_SxBxQxD[-1:], method=Decoder.unembed)
+            return jnp.concatenate([before, after])
+
+        at_prediction, at_support = jnp.split(self.states_GxBxQxD, 2)
+        return residual.lens_per_read(
+            logits(at_prediction),
+            logits(at_support),
+            self.answers_BxQ,
+            self.keys_BxQ,
+            value_ids=self.value_ids,
+            key_ids=self.key_ids,
+        )
+
+    @functools.cached_property
+    def attribution(self) -> Mapping[str, jax.Array]:
+        """Direct logit attribution of every component, as `direct_logit_attribution` returns it."""
+        at_reads = {site: self.at_prediction(site) for site in ("head_z", "mlp_out", "post_mlp")}
+        at_reads["embedding"] = take_positions(self.trace["embedding"], self.positions_BxQ, 1)
+        return attribution.direct_logit_attribution(self.params, at_reads, self.answers_BxQ, self.value_ids)
+
+    @property
+    def write_norms(self) -> tuple[jax.Array, jax.Array]:
+        """The L2 norm of each MLP's output at p_e and at s_e, [L, B, Q] each."""
+        outputs = self.at_prediction("mlp_out"), self.at_support("mlp_out")
+        return tuple(jnp.linalg.norm(x, axis=-1) for x in outputs)

@@ -9,23 +9,21 @@ import numpy as np
 from kvjax.measure.behaviour import answer_margin, wins_among
 
 
-def lens_sums(
+def lens_per_read(
     prediction_logits_SxBxQxV: jax.Array,
     support_logits_SxBxQxV: jax.Array,
     answers_BxQ: jax.Array,
     keys_BxQ: jax.Array,
-    is_read_BxQ: jax.Array,
     *,
     value_ids: jax.Array,
     key_ids: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Sums the logit lens over the reads of a sequence at every stage, [S, B] each.
+    """Reads every stage of each read through the logit lens, [S, B, Q] each.
 
     Args:
       prediction_logits_SxBxQxV: every stage at p_e (= k_e), through final LayerNorm and unembedding.
       support_logits_SxBxQxV: every stage at s_e, likewise.
       answers_BxQ, keys_BxQ: token ids.
-      is_read_BxQ: which reads exist.
       value_ids, key_ids: the tokens each accuracy is restricted to.
 
     Returns:
@@ -34,13 +32,12 @@ def lens_sums(
     """
     stages = len(prediction_logits_SxBxQxV)
     answers_SxBxQ, keys_SxBxQ = (jnp.broadcast_to(x, (stages, *x.shape)) for x in (answers_BxQ, keys_BxQ))
-    per_read = {
+    return {
         "answer_correct": wins_among(prediction_logits_SxBxQxV, answers_SxBxQ, value_ids),
         "query_key_correct": wins_among(prediction_logits_SxBxQxV, keys_SxBxQ, key_ids),
         "support_value_correct": wins_among(support_logits_SxBxQxV, answers_SxBxQ, value_ids),
         "answer_margin": answer_margin(prediction_logits_SxBxQxV, answers_SxBxQ, value_ids),
     }
-    return {name: jnp.sum(jnp.where(is_read_BxQ[None], x, 0), axis=-1) for name, x in per_read.items()}
 
 
 def state_sums(states_SxBxQxD: jax.Array, is_read_BxQ: jax.Array, split_weights_BxZ: jax.Array) -> jax.Array:

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.execution.states_at_reads import states_at_reads
-from kvjax.measure import attribution, behaviour, heads, mlps, registry, residual
+from kvjax.measure import registry, residual
+from kvjax.measure.declaration import LEVEL_AXES, Measure
 from kvjax.measure.reads import Reads
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
-from kvjax.model.sites import STAGE_SITES, Trace, take_positions
+from kvjax.model.sites import STAGE_SITES
 from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES, EncodedRecords
 
 Sums = dict[str, jax.Array]
@@ -31,89 +32,49 @@ def measure_clean(
     """Measures one checkpoint on one microbatch without an intervention.
 
     Returns:
-      Sums. Per read, [B, Q]: `read/…` of every measure that declares it. Per sequence, over its reads or tokens:
-      `token/loss` [B] (nats), `token/role_correct` [B, roles], `lens/…` [B, S], `head/…` [B, L, H],
-      `mlp/write_norm`, `mlp/write_norm_support` [B, L], `attribution/…` [B], [B, L] or [B, L, H] (logits). Summed over
-      the batch, by split: `state/prediction`, `state/support` [splits, S, D].
+      Sums, of every measure that declares how it is computed. Per read: [B, Q]. Per sequence, over its reads or tokens:
+      [B], with the axes of the measure's level behind. Beside them `state/prediction`, `state/support`
+      [splits, S, D], sums of states over the batch.
       The clean run, with what restarts need.
       States [2 S, B, Q, D], see `states_at_reads`.
     """
     logits, clean = run_clean(params, config, batch.tokens, CLEAN_CAPTURE)
-    trace, positions = clean.trace, batch.prediction_positions
-    logits_BxQxV = take_positions(logits, positions, 1)
-    attention = heads.attention_per_read(
-        trace["pattern"], positions, batch.support_positions, batch.relations, RELATION_GROUPS
-    )
-    reads = Reads(logits_BxQxV, batch.answers, value_ids, attention)
-    loss, role_correct = behaviour.next_token_sums(logits, batch.tokens, batch.token_roles, num_roles=len(TOKEN_ROLES))
-    states = states_at_reads(trace, batch)
-    sums: Sums = {"token/loss": loss, "token/role_correct": role_correct}
-    for measure in registry.computed("read"):
-        sums[measure.sources[0]] = measure.compute(reads)
-    for measure in registry.computed("head"):
-        per_read = measure.compute(reads)  # [L, B, H, Q]
-        per_sequence = jnp.sum(jnp.where(batch.is_read[None, :, None], per_read, 0.0), axis=-1)
-        sums[measure.sources[0]] = per_sequence.swapaxes(0, 1)
-    sums |= _stage_sums(params, config, states, batch, value_ids=value_ids, key_ids=key_ids, num_splits=num_splits)
-    sums |= _component_sums(params, trace, batch, value_ids)
-    return sums, CleanRun(clean.tokens, {name: trace[name] for name in KEPT}), states
-
-
-def _stage_sums(
-    params: Params,
-    config: DecoderConfig,
-    states_GxBxQxD: jax.Array,
-    batch: EncodedRecords,
-    *,
-    value_ids: jax.Array,
-    key_ids: jax.Array,
-    num_splits: int,
-) -> Sums:
-    """Sums the logit lens and the states."""
-
-    def lens_logits(states_SxBxQxD: jax.Array) -> jax.Array:
-        # The last stage is the final LayerNorm's output already.
-        model, variables = Decoder(config), {"params": params}
-        before = model.apply(variables, states_SxBxQxD[:-1], method=Decoder.read_out)
-        after = model.apply(variables, states_SxBxQxD[-1:], method=Decoder.unembed)
-        return jnp.concatenate([before, after])
-
-    at_prediction, at_support = jnp.split(states_GxBxQxD, 2)
-    lens = residual.lens_sums(
-        lens_logits(at_prediction),
-        lens_logits(at_support),
-        batch.answers,
-        batch.keys,
-        batch.is_read,
+    states = states_at_reads(clean.trace, batch)
+    reads = Reads(
+        params=params,
+        config=config,
+        trace=clean.trace,
+        logits_BxTxV=logits,
+        states_GxBxQxD=states,
+        tokens_BxT=batch.tokens,
+        token_roles_BxT=batch.token_roles,
+        num_roles=len(TOKEN_ROLES),
+        positions_BxQ=batch.prediction_positions,
+        support_positions_BxQ=batch.support_positions,
+        answers_BxQ=batch.answers,
+        keys_BxQ=batch.keys,
+        relations_BxQxT=batch.relations,
+        relation_groups=RELATION_GROUPS,
         value_ids=value_ids,
         key_ids=key_ids,
     )
-    in_split = (batch.splits[:, None] == jnp.arange(num_splits)[None]) * batch.weights[:, None]
-    return {
-        **{f"lens/{name}": x.T for name, x in lens.items()},
-        "state/prediction": residual.state_sums(at_prediction, batch.is_read, in_split),
-        "state/support": residual.state_sums(at_support, batch.is_read, in_split),
-    }
+    sums: Sums = {}
+    for measure in registry.computed():
+        found = measure.compute(reads)
+        for source, values in zip(measure.sources, found if isinstance(found, tuple) else (found,), strict=True):
+            sums[source] = _per_sequence(measure, values, batch.is_read)
+    in_split_BxZ = (batch.splits[:, None] == jnp.arange(num_splits)[None]) * batch.weights[:, None]
+    for where, at_reads in zip(("prediction", "support"), jnp.split(states, 2), strict=True):
+        sums[f"state/{where}"] = residual.state_sums(at_reads, batch.is_read, in_split_BxZ)
+    return sums, CleanRun(clean.tokens, {name: clean.trace[name] for name in KEPT}), states
 
 
-def _component_sums(params: Params, trace: Trace, batch: EncodedRecords, value_ids: jax.Array) -> Sums:
-    """Sums the MLPs' write norms and every component's direct logit attribution."""
-
-    def at(name: str, positions_BxQ: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x: take_positions(x, positions_BxQ, 1))(trace[name])
-
-    def over_reads(x: jax.Array, read_axis: int) -> jax.Array:
-        shape = [1] * x.ndim
-        shape[read_axis - 1 : read_axis + 1] = batch.is_read.shape
-        summed = jnp.sum(jnp.where(batch.is_read.reshape(shape), x, 0.0), axis=read_axis)
-        return jnp.moveaxis(summed, read_axis - 1, 0)
-
-    at_reads = {name: at(name, batch.prediction_positions) for name in ("head_z", "mlp_out", "post_mlp")}
-    at_reads["embedding"] = take_positions(trace["embedding"], batch.prediction_positions, 1)
-    terms = attribution.direct_logit_attribution(params, at_reads, batch.answers, value_ids)
-    return {
-        "mlp/write_norm": mlps.write_norm_sums(at_reads["mlp_out"], batch.is_read).T,
-        "mlp/write_norm_support": mlps.write_norm_sums(at("mlp_out", batch.support_positions), batch.is_read).T,
-        **{f"attribution/{name}": over_reads(terms[name], 1) for name in attribution.WHOLE_TERMS},
-        **{f"attribution/{name}": over_reads(terms[name], 2) for name in attribution.LAYER_TERMS},
-    }
+def _per_sequence(measure: Measure, values: jax.Array, is_read_BxQ: jax.Array) -> jax.Array:
+    """Sums the values of a measure over each sequence's reads, [B, ...]; those of reads and tokens stay as they are."""
+    if measure.level in ("read", "token"):
+        return values
+    batch_axis = 1 if LEVEL_AXES[measure.level] else 0
+    shape = [1] * values.ndim
+    shape[batch_axis], shape[-1] = is_read_BxQ.shape
+    summed = jnp.sum(jnp.where(is_read_BxQ.reshape(shape), values, 0), axis=-1)
+    return jnp.moveaxis(summed, batch_axis, 0)

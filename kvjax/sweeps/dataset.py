@@ -108,15 +108,8 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
     """
     per_sequence = ("step", "sequence")
     stages = list(stage_names(arrays["mlp/write_norm"].shape[-1]))
-    dims = {
-        "read": (*per_sequence, "read"),
-        "token": (*per_sequence, "token_role"),
-        "lens": (*per_sequence, "stage"),
-        "head": (*per_sequence, "layer", "head"),
-        "mlp": (*per_sequence, "layer"),
-        "attribution": (*per_sequence, "layer", "head"),
-        "probe": (*per_sequence, "position_role", "stage"),
-    }
+    axes = registry.axes_of_sources()
+    of_ablations = {"head": ("layer", "head"), "mlp": ("layer",)}
     dataset = xr.Dataset(coords={"step": list(steps), "sequence": list(probe.sample_ids), "stage": stages})
     dataset["split"] = (("sequence",), np.array(probe.splits)[probe.encoded.splits])
     dataset["is_read"] = (("sequence", "read"), probe.encoded.is_read)
@@ -125,17 +118,17 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
         dataset[axis] = (("sequence", "read"), values, {"long_name": f"{axis} of each read, -1 for none", "units": "1"})
     for name, values in arrays.items():
         kind = name.partition("/")[0]
-        if kind == "read" and values.dtype != bool:
-            values = np.where(probe.encoded.is_read, values, np.nan)  # positions that are no read hold no value
+        if kind == "read":  # positions that are no read hold no value
+            values = np.where(probe.encoded.is_read, values.astype(np.float32), np.float32(np.nan))
         if kind == "probe":
             both = values.reshape(*values.shape[:2], -1, len(stages))  # p_e alone, or p_e and s_e
-            own = dims[kind] if both.shape[2] > 1 else (*per_sequence, "stage")
+            own = ("position_role", "stage") if both.shape[2] > 1 else ("stage",)
             values = both if both.shape[2] > 1 else both[:, :, 0]
-        elif kind in dims:
-            own = dims[kind][: values.ndim]
+        elif name in axes or kind in of_ablations:
+            own = axes.get(name, of_ablations.get(kind))
         else:
             continue
-        dataset[name.replace("/", "_")] = (own, values, _event_attrs(kind, name))
+        dataset[name.replace("/", "_")] = ((*per_sequence, *own), values, _event_attrs(kind, name))
     sizes = {"token_role": list(TOKEN_ROLES), "position_role": list(POSITION_ROLES)}
     sizes |= {axis: range(dataset.sizes[axis]) for axis in ("layer", "head")}
     return dataset.assign_coords({axis: list(labels) for axis, labels in sizes.items() if axis in dataset.sizes})

@@ -17,8 +17,8 @@ from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.errors import unusable
 from kvjax.execution.fit_set import probe_labels
 from kvjax.execution.states_at_reads import form_states
+from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import NO_LABEL, fit_logistic, label_wins, probe_scores, ridge_system, standardise
-from kvjax.measure.registry import PROBE_TARGETS
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.compiled_sweep import CompiledSweep

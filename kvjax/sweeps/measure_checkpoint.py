@@ -17,8 +17,8 @@ from kvjax.devices import ONE_DEVICE, Lift, Placement
 from kvjax.execution.fit_set import component_means, fit_all_probes, probe_labels
 from kvjax.execution.states_at_reads import flatten_reads, spread_of_states
 from kvjax.measure import registry
+from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
-from kvjax.measure.registry import PROBE_TARGETS
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.restart import CleanRun

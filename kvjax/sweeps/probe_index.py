@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvjax.measure.registry import ALL_SPLITS, PROBE_TARGETS
+from kvjax.measure.declarations.residual import PROBE_TARGETS
+from kvjax.measure.registry import ALL_SPLITS
 from kvjax.measure.sequence_sums import Counting
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.settings import ABLATIONS

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvjax.measure.registry import PROBE_TARGETS
+from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.residual import cosine_drift
 from kvjax.measure.sequence_sums import Counting
 from kvjax.sweeps.probe_index import POSITION_ROLES

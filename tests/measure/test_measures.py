@@ -14,8 +14,7 @@ from kvjax.measure.behaviour import (
 )
 from kvjax.measure.between_checkpoints import stays_stable
 from kvjax.measure.heads import attention_per_read
-from kvjax.measure.mlps import write_norm_sums
-from kvjax.measure.residual import cosine_drift, event_drift, lens_sums, linear_cka
+from kvjax.measure.residual import cosine_drift, event_drift, lens_per_read, linear_cka
 from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES
 
 VALUES = jnp.array([2, 3, 4])
@@ -93,24 +92,18 @@ def test_drift():
     assert np.isnan(drift[2])
 
 
-def test_write_norms():
-    """Write norms count real reads only."""
-    out = jnp.array([[[[3.0, 4.0], [6.0, 8.0]]]])  # one layer, one sequence, two reads
-    assert write_norm_sums(out, jnp.array([[True, False]])).tolist() == [[5.0]]
-
-
-def test_lens_sums_by_hand():
-    """Logit lens sums of two sequences, by hand."""
+def test_lens_by_hand():
+    """Logit lens values of three reads in two sequences, by hand."""
     # One stage, two sequences of two reads, the last of which is none; tokens 2-4 are values, 0-1 keys.
     at_prediction = jnp.array([[[[0, 9, 1, 2, 0], [9, 0, 5, 1, 1]], [[1, 0, 0, 0, 7], [0, 0, 0, 9, 0]]]], jnp.float32)
     at_support = jnp.array([[[[0, 0, 0, 3, 1], [0, 0, 1, 0, 0]], [[0, 0, 2, 1, 1], [0, 0, 0, 0, 1]]]], jnp.float32)
     answers, keys = jnp.array([[3, 2], [4, 3]]), jnp.array([[1, 1], [0, 1]])
-    is_read = jnp.array([[True, True], [True, False]])
-    sums = lens_sums(at_prediction, at_support, answers, keys, is_read, value_ids=VALUES, key_ids=jnp.array([0, 1]))
-    assert sums["answer_correct"].tolist() == [[2, 1]]  # among values 3 and 2 win, then 4
-    assert sums["query_key_correct"].tolist() == [[1, 1]]  # key 1 wins the first read only, key 0 the third
-    assert sums["support_value_correct"].tolist() == [[2, 0]]
-    assert sums["answer_margin"].tolist() == [[1.0 + 4.0, 7.0]]
+    found = lens_per_read(at_prediction, at_support, answers, keys, value_ids=VALUES, key_ids=jnp.array([0, 1]))
+    reads = {name: x[0].ravel()[:3].tolist() for name, x in found.items()}
+    assert reads["answer_correct"] == [True, True, True]  # among values 3 and 2 win, then 4
+    assert reads["query_key_correct"] == [True, False, True]  # key 1 wins the first read only, key 0 the third
+    assert reads["support_value_correct"] == [True, True, False]
+    assert reads["answer_margin"] == [1.0, 4.0, 7.0]
 
 
 def test_attention_measures_by_hand():

@@ -6,7 +6,6 @@ import pytest
 from kvjax.artifacts.tables import row_schema
 from kvjax.config.run import BirthThresholds, Stabilization
 from kvjax.measure import registry
-from kvjax.measure.attribution import LAYER_TERMS, WHOLE_TERMS
 from kvjax.sweeps.dataset import build_dataset
 from kvjax.sweeps.intervals import build_intervals
 from kvjax.sweeps.probe_index import ProbeIndex
@@ -71,11 +70,12 @@ def arrays(probe):
     lens = [m.sources[0] for m in registry.MEASURES if m.name.startswith("lens_")]
     for index, source in enumerate(lens):
         arrays[source] = np.stack([np.tile(stages, (2, 1)), np.tile(stages + index, (2, 1))]).astype(np.float32)
-    for measure in registry.computed("head"):
-        arrays[measure.sources[0]] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
-    for term in WHOLE_TERMS:
+    for measure in registry.MEASURES:
+        if measure.level == "head" and measure.name.startswith("head_") and "ablation" not in measure.own_axes:
+            arrays[measure.sources[0]] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
+    for term in ("embedding", "final_norm_bias"):
         arrays[f"attribution/{term}"] = both([[3, 4], [6, 8]])
-    for term in LAYER_TERMS:
+    for term in ("head", "attn_bias", "mlp"):
         shape = (1, 2) if term == "head" else (1,)
         arrays[f"attribution/{term}"] = np.full((2, 2, *shape), 7.0, np.float32)
     return arrays

@@ -1,4 +1,4 @@
-"""A measure declared in one place: the sweep computes it, and every output has it."""
+"""Measures declared in one place: the sweep computes them, and every output has them."""
 
 import shutil
 
@@ -27,13 +27,35 @@ SURPRISE = Measure(
     label="surprise of the answer",
     panel="attention",
 )
+STATE_NORM = Measure(
+    "state_norm",
+    "stage",
+    "1",
+    "L2 norm of the state at p_e",
+    sources=("stage/norm",),
+    compute=lambda reads: jnp.linalg.norm(jnp.split(reads.states_GxBxQxD, 2)[0], axis=-1),
+    fields=(RowField("state_norm_by_layer"),),
+)
+WRITE_POWER = Measure(
+    "mlp_write_power",
+    "mlp",
+    "1",
+    "squared L2 norm of an MLP's output at p_e",
+    sources=("mlp/write_power",),
+    compute=lambda reads: jnp.sum(reads.at_prediction("mlp_out") ** 2, axis=-1),
+    fields=(RowField("write_power"),),
+)
+MEASURES = (SURPRISE, STATE_NORM, WRITE_POWER)
 
 
 @pytest.fixture(scope="module")
-def run(untied_run, tmp_path_factory):
-    """A run swept while one more measure is declared; declarations stay until the module's tests are done."""
+def run(untied_run, truth, tmp_path_factory):
+    """A run swept while three more measures are declared, until the module's tests are done.
+
+    The run of `truth` is swept before, without them.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "MEASURES", (*registry.MEASURES, SURPRISE))
+        patch.setattr(registry, "MEASURES", (*registry.MEASURES, *MEASURES))
         folder = shutil.copytree(untied_run, tmp_path_factory.mktemp("new_measure") / "run")
         sweep(folder, ablations=("zero",), probe="none", event_drift=False)
         yield folder
@@ -84,6 +106,29 @@ def test_new_measure_in_the_rows(run, by_hand):
     np.testing.assert_allclose([row["surprise"] for row in rows], by_hand["all"], rtol=1e-5)
     assert rows[0]["delta_surprise"] is None
     assert rows[1]["delta_surprise"] == pytest.approx(rows[1]["surprise"] - rows[0]["surprise"], abs=1e-9)
+
+
+def test_new_measure_of_stages(run, truth):
+    """A measure of stages has the mean over reads at each stage: in the means, with an interval, and in the rows."""
+    means, intervals = arrays(run)["state_norm"].sel(split="all"), arrays(run, "intervals")["state_norm"]
+    for step, row in zip(STEPS, read_lines(run / "analysis" / "checkpoint_metrics.jsonl"), strict=True):
+        for stage in means["stage"].values:
+            expected = np.mean([np.linalg.norm(read["state"][stage]) for read in truth[step]["reads"]])
+            assert row["state_norm_by_layer"][stage] == pytest.approx(expected, rel=1e-4)
+            at = {"step": step, "stage": stage}
+            assert float(means.sel(at)) == pytest.approx(expected, rel=1e-4)
+            low, high = (float(intervals.sel(at | {"split": "all", "statistic": end})) for end in ("low", "high"))
+            assert low < expected < high
+    assert arrays(run, "events")["stage_norm"].dims == ("step", "sequence", "stage")
+
+
+def test_new_measure_of_mlps(run, truth):
+    """A measure of MLPs stands in their table, beside the declared ones."""
+    for row in read_lines(run / "analysis" / "component_candidates" / "mlps.jsonl"):
+        expected = np.mean([read["write_norm"][row["layer"]] ** 2 for read in truth[row["step"]]["reads"]])
+        assert row["write_power"] == pytest.approx(expected, rel=1e-4)
+    assert {"mlp_write_power", "mlp_write_power_change"} <= set(arrays(run)) & set(arrays(run, "intervals"))
+    assert arrays(run, "events")["mlp_write_power"].dims == ("step", "sequence", "layer")
 
 
 def test_new_measure_as_trajectories(run, by_hand):

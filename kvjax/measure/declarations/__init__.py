@@ -1,0 +1,1 @@
+"""The declared measures, a module per subject; `kvjax.measure.registry` collects them."""

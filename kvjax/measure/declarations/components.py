@@ -1,0 +1,120 @@
+"""Measures of heads, MLPs and the other components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from kvjax.measure.declaration import LEVEL_AXES, Counted, Level, Measure, RowField
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def _at_both_positions(prediction: np.ndarray, support: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.stack([prediction, support], axis=2)
+
+
+def _added_by_mlps(margin_CxNxS: np.ndarray) -> np.ndarray:
+    """Subtracts each layer's lens margin before the MLP from that after it; stages alternate after the embedding."""
+    return margin_CxNxS[..., 2:-1:2] - margin_CxNxS[..., 1:-1:2]
+
+
+def _attention(name: str, field: str, *, units: str = "1", counted: Counted = "reads") -> Measure:
+    return Measure(
+        f"head_{name}",
+        "head",
+        units,
+        f"mean {name} of a head",
+        sources=(f"head/{name}",),
+        counted=counted,
+        compute=lambda reads: reads.attention[name],
+        fields=(RowField(field),),
+    )
+
+
+def _drops(component: Literal["head", "mlp"]) -> Iterator[Measure]:
+    """Declares the cost of ablating components; rows show zero ablation without a suffix, and no random control."""
+    for quantity, units, kind, source in (
+        ("accuracy", "1", "difference of rates", "correct"),
+        ("margin", "logits", "mean", "margin"),
+    ):
+        watched = quantity == "accuracy"
+        yield Measure(
+            f"{component}_{quantity}_drop",
+            component,
+            units,
+            f"clean minus ablated answer {quantity}",
+            kind,
+            axes=("ablation", *LEVEL_AXES[component]),
+            sources=(f"{component}/{{ablation}}/{source}",),
+            lost_from=f"answer_{quantity}",
+            fields=(
+                RowField(
+                    f"{quantity}_drop",
+                    {"ablation": "zero"},
+                    delta=watched,
+                    trigger=f"{component}_accuracy_drop" if watched else None,
+                ),
+                RowField(f"{quantity}_drop_mean", {"ablation": "mean"}),
+                RowField(f"{quantity}_drop_resample", {"ablation": "resample"}),
+            ),
+        )
+
+
+def _attribution(term: str, level: Level) -> Measure:
+    return Measure(
+        f"{term}_direct_logit_attribution",
+        level,
+        "logits",
+        f"what the {term} adds to logit(answer) - mean logit over values",
+        sources=(f"attribution/{term}",),
+        compute=lambda reads: reads.attribution[term],
+        interval=False,
+        fields=(RowField("direct_logit_attribution"),) if level in ("head", "mlp") else (),
+    )
+
+
+MEASURES: tuple[Measure, ...] = (
+    _attention("query_attention", "query_attention_mean"),
+    _attention("support_attention", "support_attention_mean"),
+    _attention("current_value_attention", "current_value_attention_mean"),
+    # A read whose support overwrote nothing has no stale value to attend to.
+    _attention("stale_attention", "stale_attention_mean", counted="stale"),
+    _attention("binding_attention", "binding_attention_mean"),
+    _attention("attention_entropy", "attention_entropy", units="nats"),
+    *_drops("head"),
+    *_drops("mlp"),
+    Measure(
+        "mlp_write_norm",
+        "mlp",
+        "1",
+        "L2 norm of an MLP's output",
+        axes=("position_role", "layer"),
+        sources=("mlp/write_norm", "mlp/write_norm_support"),
+        compute=lambda reads: reads.write_norms,
+        combine=_at_both_positions,
+        interval=False,
+        fields=(
+            RowField("write_norm_mean", {"position_role": "prediction"}),
+            RowField("write_norm_support_mean", {"position_role": "support"}),
+        ),
+    ),
+    Measure(
+        "mlp_answer_margin_delta",
+        "mlp",
+        "logits",
+        "lens margin an MLP adds",
+        sources=("lens/answer_margin",),
+        combine=_added_by_mlps,
+        interval=False,
+        fields=(RowField("answer_margin_delta_mean"),),
+    ),
+    _attribution("embedding", "model"),
+    _attribution("final_norm_bias", "model"),
+    _attribution("head", "head"),
+    _attribution("attn_bias", "layer"),
+    _attribution("mlp", "mlp"),
+)
