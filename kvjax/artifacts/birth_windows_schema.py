@@ -22,8 +22,9 @@ class _Part(pydantic.BaseModel):
 class BirthEntry(_Part):
     """When one metric was born on a split (docs/birth_windows.md).
 
-    `censored` says that the run ends before the birth can be seen; `reason` says how. Half-rises need the whole run and
-    are null while it is unfinished.
+    `censored` says that the run ends before the birth can be seen; `reason` says how. `left_censored` says that the
+    first measured checkpoint is past it already: it came at `step` or before. An end of an interval is null if it lies
+    beyond the measured checkpoints. Half-rises need the whole run and are null while it is unfinished.
     """
 
     split: str
@@ -31,6 +32,7 @@ class BirthEntry(_Part):
     step: int | None
     interval: StepInterval | None
     censored: bool
+    left_censored: bool
     half_rise_step: int | None
     half_rise_interval: StepInterval | None
     reason: str
@@ -68,7 +70,10 @@ class PrecedesEntry(_Part):
 
 
 class ComponentEntry(_Part):
-    """A head, or an MLP if `head` is null, by the accuracy that its ablation costs."""
+    """A head, or an MLP if `head` is null, by the accuracy that its ablation costs.
+
+    `left_censored` says that `first_step_above_null` is the first measured checkpoint: it came there or before.
+    """
 
     layer: int
     head: int | None
@@ -79,6 +84,7 @@ class ComponentEntry(_Part):
     rank_inside: int
     rank_after: int
     first_step_above_null: int | None
+    left_censored: bool
 
 
 class WindowEntry(_Part):

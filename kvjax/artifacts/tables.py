@@ -20,6 +20,9 @@ SCHEMA_VERSION = 1
 
 _NETCDF = "netcdf4"  # the library that writes and reads netCDF
 
+# Arguments of xarray's `sel` and `isel`: `.sel(method=…)` could not choose along a dimension of such a name.
+_TAKEN = frozenset({"indexers", "method", "tolerance", "drop", "missing_dims"})
+
 Number = float | None  # None if the value does not exist
 
 
@@ -120,6 +123,7 @@ def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset
     """
     with replace_file(path) as partial:
         for index, (group, dataset) in enumerate(groups):
+            assert not _TAKEN & set(dataset.dims), f"dimensions that sel cannot choose along: {set(dataset.dims)}"
             compressed = {
                 name: {"zlib": True, "complevel": 1}
                 for name, variable in dataset.data_vars.items()

@@ -61,7 +61,8 @@ def recoveries(
       base_CxN, source_CxN: of the two runs without intervention.
 
     Returns:
-      [3, kinds, C, *X]: estimate, low, high; NaN if the interval of the denominator includes 0.
+      [3, kinds, C, *X]: estimate, low, high; NaN if the interval of the denominator includes 0. Ends are NaN if a kind
+      has a single pair.
     """
     extra = (1,) * (patched_CxNxX.ndim - 2)
     moved = patched_CxNxX - base_CxN.reshape(*base_CxN.shape, *extra)
@@ -80,7 +81,8 @@ def recoveries(
 
 
 def _ratio(groups: PairGroups, own: np.ndarray, sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Divides sums over some pairs, with the interval of the ratio: [3, C, *X]."""
+    """Divides sums over some pairs, with the interval of the ratio: [3, C, *X]; a single pair has no resamples."""
     values, samples = resampled_ratios(groups.counts_KxN[:, own], sums[:, own], totals[:, own])
     ends = (end.reshape(values.shape) for end in percentile_interval(samples.reshape(len(samples), -1)))
-    return np.stack([values, *(np.where(np.isnan(values), np.nan, end) for end in ends)])
+    unknown = np.isnan(values) | (len(own) < 2)
+    return np.stack([values, *(np.where(unknown, np.nan, end) for end in ends)])

@@ -101,11 +101,12 @@ def interval(
       bounds: of a rate or a difference of rates; None for other statistics.
 
     Returns:
-      The ends, [X] each; NaN if no resample has a value.
+      The ends, [X] each; NaN if no resample has a value, or if a single sequence, which every resample repeats, is to
+      bound a statistic that is no rate.
     """
     low, high = percentile_interval(samples_JxX)
     if bounds is None:
-        return low, high
+        return (low, high) if num_sequences > 1 else (np.full_like(low, np.nan), np.full_like(high, np.nan))
     if bounds == RATE:
         ends = modified_wilson_interval(values_X, samples_JxX, num_sequences)
         low, high = np.fmin(low, ends[0]), np.fmax(high, ends[1])  # they ignore NaN: no spread

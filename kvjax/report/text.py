@@ -101,9 +101,10 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
         say("    accuracy an ablation costs, before, inside and after:")
         for part in window["components"][:show]:
             costs = "  ".join(f"{part[f'importance_{when}']:.3f}" for when in ("before", "inside", "after"))
-            first = part["first_step_above_null"]
+            first, before = part["first_step_above_null"], " or before" if part["left_censored"] else ""
+            above = f"above the null from {first}{before}" if first is not None else ""
             name = str(Component(part["layer"], part["head"]))
-            say(f"      {name:<30} {costs}  {f'above the null from {first}' if first is not None else ''}".rstrip())
+            say(f"      {name:<30} {costs}  {above}".rstrip())
     births = [f"{name} {_birth(entry)}" for name, entry in document["births"].items()]
     if births:
         say(f"  births: {'; '.join(births)}")
@@ -115,7 +116,7 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
 def _birth(entry: dict[str, Any]) -> str:
     parts = []
     if entry["step"] is not None:
-        parts.append(f"at {entry['step']}")
+        parts.append(f"at {entry['step']}{' or before' if entry['left_censored'] else ''}")
     elif entry["censored"]:
         parts.append("not yet")
     if entry["half_rise_step"] is not None:

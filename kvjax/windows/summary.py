@@ -110,29 +110,40 @@ def _index_of(metrics: Sequence[Metric], measure: str, split: str) -> int | None
 def _birth_entry(
     steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
 ) -> dict[str, Any]:
+    nothing = {"step": None, "interval": None, "censored": False, "left_censored": False}
     if threshold is None:
-        return {"step": None, "interval": None, "censored": False, "reason": "the run's config has no threshold for it"}
+        return nothing | {"reason": "the run's config has no threshold for it"}
     born = birth(values, threshold, persistence=persistence)
     if born.index is not None:
         interval = _step_interval(birth_indices(samples, threshold, persistence=persistence), steps)
         reason = f"at or above {threshold:g} and so at {persistence} further checkpoints"
-        return {"step": int(steps[born.index]), "interval": interval, "censored": False, "reason": reason}
+        if before_first := born.index == 0:
+            reason += f"; step {int(steps[0])} is the first measured checkpoint, so that it may have been born before"
+        return nothing | {
+            "step": int(steps[born.index]),
+            "interval": interval,
+            "left_censored": before_first,
+            "reason": reason,
+        }
     if born.first_reached is None:
         reason = f"stays below {threshold:g} until the last measured checkpoint, {int(steps[-1])}"
     elif born.open_ended:
         reason = f"at or above {threshold:g} at the last measured checkpoint, with too few further ones to call it born"
     else:
         reason = f"reaches {threshold:g} first at step {int(steps[born.first_reached])}, but does not stay there"
-    return {"step": None, "interval": None, "censored": True, "reason": reason}
+    return nothing | {"censored": True, "reason": reason}
 
 
 def _step_interval(indices_J: np.ndarray, steps: np.ndarray) -> tuple[int | None, int | None]:
-    """Computes the percentile interval of checkpoint indices, as steps; None for an end beyond the run."""
+    """Computes the percentile interval of checkpoint indices, as steps; None for an end beyond the run.
+
+    A low end at the first checkpoint lies beyond the run too: what was there already came before.
+    """
     ordered = np.sort(indices_J)
     tail = (1 - LEVEL) / 2
     ends = [ordered[int(np.floor(tail * (len(ordered) - 1)))], ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))]]
     low, high = (int(steps[end]) if end < len(steps) else None for end in ends)
-    return low, high
+    return None if ends[0] == 0 else low, high
 
 
 def _trigger(run: Trajectories, shift: Shift) -> dict[str, Any]:
@@ -162,7 +173,8 @@ def _order(
         midpoints = samples[:, i, 1]
         known = midpoints[np.isfinite(midpoints)]
         tail = 50 * (1 - LEVEL)
-        interval = tuple(np.percentile(known, [tail, 100 - tail]).tolist()) if len(known) else None
+        varies = metric.resampled and len(known) > 0
+        interval = tuple(np.percentile(known, [tail, 100 - tail]).tolist()) if varies else None
         onset, midpoint, completion = (float(x) if np.isfinite(x) else None for x in point[i])
         entries.append(
             {
@@ -178,6 +190,8 @@ def _order(
     precedes = []
     for a, i in enumerate(ranked):
         for j in ranked[a + 1 :]:
+            if not any(run.metrics[shifts[k].metric].resampled for k in (i, j)):
+                continue  # no resample says how sure their order is
             probability = probability_of_preceding(samples[:, i, 1], samples[:, j, 1], run.steps)
             if probability is not None:
                 names = [run.metrics[shifts[k].metric].measure for k in (i, j)]
@@ -237,6 +251,7 @@ def _components(
                 "rank_inside": int(ranks[1][x]),
                 "rank_after": int(ranks[2][x]),
                 "first_step_above_null": int(steps[above[x]]) if above[x] < len(steps) else None,
+                "left_censored": bool(above[x] == 0),
             }
         )
     return entries

@@ -37,6 +37,7 @@ class Metric:
       split: the split it is measured on.
       layer: of a component, else None.
       head: of a head, else None.
+      resampled: whether it varies with the sequences that are drawn. If not, its dates have no interval.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Metric:
     split: str
     layer: int | None = None
     head: int | None = None
+    resampled: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _drift_series(means: xr.Dataset, split: str, *, resamples: int) -> Iterator[
     for stage in drift["stage"].values.tolist()[1:]:  # the embedding of p_e's own token says little
         per_step = np.full(len(steps), np.nan)
         per_step[1:] = np.log10(np.maximum(drift.sel(stage=stage).values[1:], _SMALLEST_DRIFT) / np.diff(steps))
-        metric = Metric("residual_drift", f"residual_drift.{stage}", split)
+        metric = Metric("residual_drift", f"residual_drift.{stage}", split, resampled=False)
         yield _Series(metric, per_step, np.broadcast_to(per_step, (resamples, len(steps))))
 
 

@@ -65,3 +65,9 @@ except InputError as error:
     assert done.stdout.startswith(f"{path}: expected a file that can be written; found ")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_dimension_that_sel_cannot_choose_along(tmp_path):
+    """A dimension named as an argument of xarray's `sel` is a mistake of ours, and is never written."""
+    with pytest.raises(AssertionError, match="method"):
+        write_datasets(tmp_path / "a.nc", [(None, xr.Dataset({"score": ("method", [1.0])}))])

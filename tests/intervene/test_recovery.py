@@ -28,6 +28,14 @@ def test_two_pairs_by_hand():
     np.testing.assert_allclose(means[0, 0, 0], [-1.5, 2.5, 0.5], atol=1e-6)
 
 
+def test_single_pair():
+    """One pair has an estimate, but nothing to resample: no interval."""
+    patched, base, source = np.array([[[1.0]]]), np.array([[-4.0]]), np.array([[6.0]])
+    groups = groups_of([2])
+    for found, expected in ((means_per_read(groups, patched), 0.5), (recoveries(groups, patched, base, source), 0.5)):
+        assert found[0, 0, 0, 0] == expected and np.isnan(found[1:]).all()
+
+
 def test_recovery_in_both_directions():
     """Both directions give one number, and its interval encloses the truth."""
     rng = np.random.default_rng(0)

@@ -137,6 +137,14 @@ def test_percentiles():
     np.testing.assert_allclose(percentile_interval(samples), expected, rtol=1e-12)
 
 
+def test_mean_of_a_single_sequence():
+    """Every resample of one sequence is that sequence: a mean has no interval, a rate Wilson's for one trial."""
+    samples = np.full((20, 1), 0.25)
+    assert np.isnan(interval(np.array([0.25]), samples, 1)).all()
+    low, high = interval(np.array([1.0]), np.ones((20, 1)), 1, bounds=RATE)
+    np.testing.assert_allclose([low, high], [[1 - score_interval(0, 1)[1]], [1.0]], rtol=1e-5)
+
+
 def test_rate_without_reads():
     """A rate without any read has no interval, and gives no warning."""
     with warnings.catch_warnings():

@@ -138,6 +138,7 @@ def test_ranks_of_components(formed):
     # 0.5 times 0.1 at step 500 is above 0.01 times the quantile for 30 tests (2.94), and stays so.
     assert grows["first_step_above_null"] == 500 and shrinks["first_step_above_null"] == 100
     assert idle["first_step_above_null"] is None
+    assert [part["left_censored"] for part in (grows, shrinks, idle)] == [False, True, False]
     inside = [part["importance_inside"] for part in window["components"]]
     assert inside == sorted(inside, reverse=True)
 
@@ -160,6 +161,20 @@ def test_births_of_a_run(config):
     assert unfinished["r"]["step"] == 400
 
 
+def test_birth_before_the_first_checkpoint(config):
+    """A metric above its threshold at the first checkpoint was born there or before: its interval has no lower end."""
+    run = hand_made({"r": [0.5] * 10, "q": [0.39, 0.5] + [0.6] * 8}, steps=STEPS, wobble=0.0)
+    run.samples_JxCxM[:10, 0] = 0.5  # q at the first checkpoint, in a fifth of the resamples
+    found = births(run, thresholds={"r": 0.4, "q": 0.4}, config=config, complete=True)
+    assert (found["r"]["step"], found["r"]["interval"]) == (100, (None, 100))
+    assert (
+        found["r"]["left_censored"]
+        and not found["r"]["censored"]
+        and "may have been born before" in found["r"]["reason"]
+    )
+    assert (found["q"]["step"], found["q"]["interval"], found["q"]["left_censored"]) == (200, (None, 200), False)
+
+
 def test_birth_missed_by_some_resamples(config):
     """A birth that some resamples miss has an interval without an upper end."""
     run = hand_made({"r": [0] * 7 + [0.5, 0.5, 0.5]}, steps=STEPS)
@@ -172,7 +187,7 @@ def test_residual_drift_alone(config):
     """Shifts of residual drift alone make no window."""
     stages = [f"residual_drift.layer_{i}_post_mlp" for i in range(4)]
     metrics = tuple(
-        [Metric("residual_drift", stage, "validation_iid") for stage in stages]
+        [Metric("residual_drift", stage, "validation_iid", resampled=False) for stage in stages]
         + [Metric("answer_accuracy", "answer_accuracy", "validation_iid")]
     )
     falls = np.where(np.arange(10) < 5, 0.0, -2.0)
@@ -182,4 +197,9 @@ def test_residual_drift_alone(config):
     assert found.verdict == "no transition" and len(found.joining) == 4
     drift = config.triggers.residual_drift.model_copy(update={"opens_window": True})
     opened = config.model_copy(update={"triggers": config.triggers.model_copy(update={"residual_drift": drift})})
-    assert find_in_runs([run], opened)[0].verdict == "windows"
+    (found,) = find_in_runs([run], opened)
+    assert found.verdict == "windows"
+    nothing = ComponentDrops((Component(0, 0),), np.zeros((10, 1)), np.ones((10, 1)))
+    (window,) = window_entries(found, nothing, opened)
+    assert [entry["interval"] for entry in window["order"]] == [None] * 4, "drift has no value per sequence"
+    assert window["precedes"] == [] and all(entry["midpoint"] is not None for entry in window["order"])

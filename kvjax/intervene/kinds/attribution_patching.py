@@ -35,7 +35,7 @@ from kvjax.model.sites import Trace, take_positions
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
-METHODS = ("gradient", "integrated_gradients")
+ESTIMATORS = ("gradient", "integrated_gradients")
 INTEGRATION_STEPS = 4
 
 # Outputs of nodes, then inputs of receivers.
@@ -48,7 +48,7 @@ def attribution_scores(
     """Scores the first-order effect on the metric of patching each node and each direct path.
 
     Returns:
-      For each of `METHODS`: `nodes/<method>` [B, senders] and `edges/<method>` [B, edges], in the order of
+      For each of `ESTIMATORS`: `nodes/<estimator>` [B, senders] and `edges/<estimator>` [B, edges], in the order of
       `all_senders` and `all_edges`; in logits, summed over the affected reads of a pair.
     """
     runs = run_pairs(params, config, batch, direction, window=window)
@@ -61,9 +61,9 @@ def attribution_scores(
         "integrated_gradients": jax.tree.map(lambda x: jnp.mean(x, axis=0), along),
     }
     scores = {}
-    for method, found in gradients.items():
-        scores[f"nodes/{method}"] = _node_scores(config, changes, change["head_z"], found)
-        scores[f"edges/{method}"] = _edge_scores(config, changes, found)
+    for estimator, found in gradients.items():
+        scores[f"nodes/{estimator}"] = _node_scores(config, changes, change["head_z"], found)
+        scores[f"edges/{estimator}"] = _edge_scores(config, changes, found)
     return scores
 
 
@@ -128,7 +128,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     senders = all_senders(inputs.config.n_layers, inputs.config.n_heads)
     edges = all_edges(inputs.config.n_layers, inputs.config.n_heads)
     dataset = inputs.dataset(
-        method=METHODS,
+        estimator=ESTIMATORS,
         node=[sender.name for sender in senders],
         path=[f"{edge.sender.name}->{edge.receiver.name}" for edge in edges],
         pair=inputs.pair_ids,
@@ -143,25 +143,25 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         measured = means_per_read(inputs.groups, exact[what])
         meaning = "change of the metric when patched, mean over reads"
         dataset[f"{dim}_exact"] = (dims, measured, {"long_name": meaning, "units": "logits"})
-        screened = np.stack([means_per_read(inputs.groups, scores[f"{what}/{m}"]) for m in METHODS], axis=1)
+        screened = np.stack([means_per_read(inputs.groups, scores[f"{what}/{m}"]) for m in ESTIMATORS], axis=1)
         meaning = "first-order estimate of that change, mean over reads"
         dataset[f"{dim}_score"] = (
-            ("statistic", "method", *dims[1:]),
+            ("statistic", "estimator", *dims[1:]),
             screened,
             {"long_name": meaning, "units": "logits"},
         )
         dataset[f"{dim}_score_by_pair"] = (
-            ("method", "step", "pair", dim),
-            np.stack([scores[f"{what}/{m}"] for m in METHODS]).astype(np.float32),
+            ("estimator", "step", "pair", dim),
+            np.stack([scores[f"{what}/{m}"] for m in ESTIMATORS]).astype(np.float32),
             {"long_name": f"{meaning}, summed over a pair's reads", "units": "logits"},
         )
-        for m, method in enumerate(METHODS):
+        for m, estimator in enumerate(ESTIMATORS):
             for k, kind in enumerate(inputs.groups.kinds):
                 for c, step in enumerate(inputs.steps):
                     correlations.append(
                         {
                             "of": what,
-                            "method": method,
+                            "estimator": estimator,
                             "pair_kind": kind,
                             "step": step,
                             "rank_correlation": number(spearman(screened[0, m, k, c], measured[0, k, c])),
@@ -175,7 +175,7 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     lines = ["rank correlation of first-order scores with exact effects:"]
     for e in document["effects"]["rank_correlation_with_exact"]:
         if e["step"] == center_step(document):
-            lines.append(f"{e['of']:<6} {e['method']:<21} {e['pair_kind']:<6} {cell(e['rank_correlation'], '5.2f')}")
+            lines.append(f"{e['of']:<6} {e['estimator']:<21} {e['pair_kind']:<6} {cell(e['rank_correlation'], '5.2f')}")
     return lines
 
 
