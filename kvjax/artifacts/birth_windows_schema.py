@@ -19,6 +19,19 @@ class _Part(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class TrajectoryBreak(_Part):
+    """Two checkpoints that cannot be neighbours in one training run (docs/definitions.md, "Breaks in a trajectory").
+
+    `copy`: both have the same parameters. `jump`: their embeddings are unrelated. `resumed`: training was interrupted
+    between them.
+    """
+
+    kind: Literal["copy", "jump", "resumed"]
+    before: int
+    after: int
+    reason: str
+
+
 class BirthEntry(_Part):
     """When one metric was born on a split (docs/birth_windows.md).
 
@@ -124,6 +137,7 @@ class BirthWindows(_Part):
     config: dict[str, Any]
     births: dict[str, BirthEntry]
     windows: list[WindowEntry]
+    breaks: list[TrajectoryBreak]
     content_sha256: str = ""
 
 

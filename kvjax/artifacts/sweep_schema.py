@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 
-from kvjax.artifacts.birth_windows_schema import MeasuredOn
+from kvjax.artifacts.birth_windows_schema import MeasuredOn, TrajectoryBreak
 from kvjax.artifacts.files import FileHash, digest, read_json, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import misfit, unusable
@@ -52,6 +52,7 @@ class Sweep(_Part):
 
     `tables` holds the hash of every table by its path in the analysis folder; it is empty in files of older versions.
     `reference` is the result name of the reference checkpoint, `reference_given` what `--reference` said.
+    `breaks` holds the pairs of checkpoints that cannot be neighbours in one training run.
     `converted` says whether the parameters of all checkpoints were in the store when the sweep ended.
     `content_sha256` is the hash of all else; files of older versions have none.
     """
@@ -70,6 +71,7 @@ class Sweep(_Part):
     versions: dict[str, str]
     device: dict[str, Any]
     timings: dict[str, Any]
+    breaks: list[TrajectoryBreak] = []
     tables: dict[str, FileHash] = {}
     converted: bool = False
     content_sha256: str = ""

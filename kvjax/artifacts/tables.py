@@ -75,6 +75,7 @@ _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "slice_count": dict[str, dict[str, int]],
             "birth_flags": dict[str, bool | None],
             "stabilized": dict[str, bool | None],
+            "trajectory_breaks": list[str],
             "top_heads_by_ablation": list[AblatedHead],
             "top_heads_by_localization": list[LocalizedHead],
             "top_mlps_by_ablation": list[AblatedMlp],

@@ -82,7 +82,8 @@ def checkpoints_are_measured(run: RunDir) -> Current:
         return Current(False, f"{len(gone)} measured checkpoints are no longer in the run (from step {gone[0]})")
     if (changed := _changed_since(results, sweep)) is not None:
         return changed
-    return Current(True, f"all {len(run.checkpoints)} checkpoints are measured{training}")
+    noted = "".join(f"; {found.reason}" for found in sweep.breaks)
+    return Current(True, f"all {len(run.checkpoints)} checkpoints are measured{training}{noted}")
 
 
 def _changed_since(results: RunResults, sweep: Sweep) -> Current | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from kvjax.artifacts.sweep_schema import TrajectoryBreak
 from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.config.run import BirthThresholds, Stabilization
 from kvjax.measure.between_checkpoints import (
@@ -37,6 +38,7 @@ def checkpoint_rows(
     seed: int | None,
     thresholds: BirthThresholds,
     stabilization: Stabilization | None,
+    breaks: Sequence[TrajectoryBreak] = (),
 ) -> list[Row]:
     """Draws one row per checkpoint from the means, in step order.
 
@@ -45,6 +47,7 @@ def checkpoint_rows(
       run_name, seed: of the run.
       thresholds: of births.
       stabilization: limits of stability; None while the run is incomplete, for its end is not known to be stable.
+      breaks: checkpoints that cannot be neighbours in one training run.
     """
     whole = dataset.sel(split=ALL_SPLITS)
     steps = dataset["step"].values.tolist()
@@ -73,6 +76,7 @@ def checkpoint_rows(
         **_slices(dataset),
         "birth_flags": _birth_flags(dataset, thresholds),
         "stabilized": _stabilized(whole, rank_correlations, stabilization),
+        "trajectory_breaks": [[found.reason for found in breaks if found.after == step] for step in steps],
         "top_heads_by_ablation": _top(
             ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
         ),

@@ -14,6 +14,7 @@ from kvjax.artifacts.sweep_schema import Sweep, write_sweep
 from kvjax.artifacts.tables import SCHEMA_VERSION, row_schema, write_datasets, write_rows
 from kvjax.devices import device_description
 from kvjax.execution.inputs import RunInputs
+from kvjax.sweeps.continuity import trajectory_breaks
 from kvjax.sweeps.dataset import build_dataset, build_events
 from kvjax.sweeps.intervals import build_intervals
 from kvjax.sweeps.probe_index import ProbeIndex
@@ -56,6 +57,7 @@ def publish(
         "benchmark_sha256": inputs.benchmark.sha256,
         "probe_set_sha256": inputs.probe.manifest.content_sha256,
     }
+    breaks = trajectory_breaks(run, dataset, arrays)
     rows = checkpoint_rows(
         dataset,
         run_name=run.config.run_name,
@@ -63,6 +65,7 @@ def publish(
         thresholds=run.config.evaluation.birth_thresholds,
         # What lasts until the run's end is known once every checkpoint up to it is in the table.
         stabilization=run.config.evaluation.stabilization if run.complete and steps == list(run.checkpoints) else None,
+        breaks=breaks,
     )
     write_rows(run.layout.rows, rows, row_schema("checkpoint"))
     write_rows(run.layout.heads, head_rows(dataset), row_schema("heads"))
@@ -83,6 +86,7 @@ def publish(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
             f"{run.planned_steps} steps (name another with `reference`)"
         )
+    notes += [found.reason for found in breaks]
     document = Sweep.model_validate(
         {
             "schema_version": SCHEMA_VERSION,
@@ -114,6 +118,7 @@ def publish(
                 "first_call_seconds": log.first_call_seconds,
                 "later_call_seconds": log.later_call_seconds,
             },
+            "breaks": breaks,
             "tables": hash_tables(run),
             "converted": run.layout.converted.is_dir(),
         }

@@ -8,12 +8,13 @@ from typing import Any
 
 import xarray as xr
 
-from kvjax.artifacts.birth_windows_schema import MeasuredOn, write_birth_windows
+from kvjax.artifacts.birth_windows_schema import MeasuredOn, TrajectoryBreak, write_birth_windows
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import unusable
+from kvjax.windows.breaks import Breaks
 from kvjax.windows.score_runs import RunFinding, find_in_runs
 from kvjax.windows.summary import births, verdict_sentence, window_entries
 from kvjax.windows.trajectories import component_drops, needed_events, run_trajectories
@@ -40,6 +41,8 @@ class _Swept:
     means: xr.Dataset
     events: xr.Dataset
     measured_on: MeasuredOn
+    breaks: tuple[TrajectoryBreak, ...]
+    where_broken: Breaks
 
 
 def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsReport]:
@@ -51,7 +54,7 @@ def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsR
       InputError: a run has no sweep, or a sweep that cannot be read.
     """
     swept = [_open(run) for run in runs]
-    trajectories = [run_trajectories(one.means, one.events, config) for one in swept]
+    trajectories = [run_trajectories(one.means, one.events, config, one.where_broken) for one in swept]
     findings = find_in_runs(trajectories, config)
     reports = []
     for one, finding in zip(swept, findings, strict=True):
@@ -70,7 +73,10 @@ def _open(run: RunDir) -> _Swept:
     if steps != measured_on.steps:
         found = f"{len(steps)} steps in the one and {len(measured_on.steps)} in the other"
         raise unusable(path, "the steps of sweep.json (run kvjax checkpoint-sweep again)", found)
-    return _Swept(run, means, events, measured_on)
+    breaks = tuple(results.sweep.breaks)
+    where = Breaks.of(steps, breaks)
+    kept = [step for step in steps if step not in where.dropped]
+    return _Swept(run, means.sel(step=kept), events.sel(step=kept), measured_on, breaks, where)
 
 
 def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[str, Any]:
@@ -90,6 +96,7 @@ def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[st
             complete=one.run.complete,
         ),
         "windows": window_entries(finding, components, config),
+        "breaks": [found.model_dump() for found in one.breaks],
     }
 
 
@@ -117,7 +124,18 @@ def _notes(one: _Swept, finding: RunFinding) -> list[str]:
         notes.append(
             f"the run is unfinished ({last} of {end} steps): half-rises are null, and windows may yet be added"
         )
+    if one.where_broken.dropped:
+        notes.append(f"windows leave out {_steps(sorted(one.where_broken.dropped))}")
+    for found in one.breaks:
+        resting = "" if found.after in one.where_broken.dropped else "; no window rests on that interval"
+        notes.append(found.reason + resting)
     if finding.verdict == "no transition" and finding.joining:
         kinds = sorted({finding.trajectories.metrics[shift.metric].kind for shift in finding.joining})
         notes.append(f"shifts in {', '.join(kinds)} alone make no window")
     return notes
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """Writes steps in words, the first eight of many."""
+    shown = ", ".join(map(str, steps[:8]))
+    return f"step{'s' if len(steps) > 1 else ''} {shown}{', …' if len(steps) > 8 else ''}"

@@ -176,10 +176,15 @@ def _finding(
         return RunFinding(run, "undecidable", (), None, ())
     settings = detection_settings(config)
     spread = _range(run.values_CxM)
-    every = find_shifts(size, score, holds, spread, threshold=0.0)
+
+    def found(threshold: float) -> list[Shift]:
+        shifts = find_shifts(size, score, holds, spread, threshold=threshold)
+        return [shift for shift in shifts if not run.breaks.founds_no_window(shift)]
+
+    every = found(0.0)
     openers = [shift for shift in every if opens[shift.metric]]
     largest = max(openers, key=lambda shift: shift.score, default=None)
-    shifts = find_shifts(size, score, holds, spread, threshold=config.threshold)
+    shifts = found(config.threshold)
     courses = course_steps(run.values_CxM[None], run.steps, shifts, shifts, side=config.side_checkpoints)[0]
     windows = find_windows(
         shifts,

@@ -68,6 +68,8 @@ def births(
         entry: dict[str, Any] = {"split": split, "threshold": thresholds.get(name)}
         entry |= _birth_entry(run.steps, values, samples, thresholds.get(name), config.persistence)
         entry |= {"half_rise_step": None, "half_rise_interval": None}
+        if entry["step"] is not None and run.steps.tolist().index(entry["step"]) - 1 in run.breaks.jumps:
+            entry["reason"] += "; the checkpoint before it is of another trajectory"
         if complete and len(run.steps) >= config.min_checkpoints:
             floor = getattr(config.triggers, name).shift_floor
             side = min(config.side_checkpoints, len(run.steps) // 2)

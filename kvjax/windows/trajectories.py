@@ -15,6 +15,7 @@ from kvjax.measure.declaration import Measure, RowField
 from kvjax.measure.sequence_sums import Counting, SequenceSums, sequence_sums, source_names
 from kvjax.measure.uncertainty import resample_counts, resampled_ratios
 from kvjax.model.components import Component
+from kvjax.windows.breaks import NO_BREAKS, Breaks
 
 # The rank order of fewer heads takes too few values to have a level.
 _FEWEST_RANKED_HEADS = 6
@@ -56,6 +57,7 @@ class Trajectories:
       steps: [C] training steps.
       metrics: M of them.
       values_CxM: NaN if a value does not exist.
+      breaks: where they are no trajectory.
       samples_JxCxM: under resamples of sequences, the same for all checkpoints and metrics. Residual drift has no
         per-sequence values: its resamples repeat the values, and its noise is its wobble alone.
     """
@@ -64,6 +66,7 @@ class Trajectories:
     metrics: tuple[Metric, ...]
     values_CxM: np.ndarray
     samples_JxCxM: np.ndarray
+    breaks: Breaks = NO_BREAKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +91,16 @@ class ComponentDrops:
     deviations_CxX: np.ndarray
 
 
-def run_trajectories(means: xr.Dataset, events: xr.Dataset, config: WindowConfig) -> Trajectories:
+def run_trajectories(
+    means: xr.Dataset, events: xr.Dataset, config: WindowConfig, breaks: Breaks = NO_BREAKS
+) -> Trajectories:
     """Makes a run's trajectories from its sweep.
 
     Args:
       means: the sweep's labelled means.
       events: the values of reads and sequences that they are made of.
       config: number and seed of the resamples.
+      breaks: of the trajectory.
     """
     splits_N = events["split"].values
     counts_JxN = _resample_counts(events, config)
@@ -102,12 +108,13 @@ def run_trajectories(means: xr.Dataset, events: xr.Dataset, config: WindowConfig
     series: list[_Series] = []
     # In the order of the file, so that equal runs have equal metrics.
     for split in dict.fromkeys(splits_N.tolist()):
-        series.extend(_split_series(means, watched, split, np.flatnonzero(splits_N == split), counts_JxN))
+        series.extend(_split_series(means, watched, split, np.flatnonzero(splits_N == split), counts_JxN, breaks))
     return Trajectories(
         steps=means["step"].values.astype(np.int64),
         metrics=tuple(one.metric for one in series),
         values_CxM=np.stack([one.values_C for one in series], axis=1),
         samples_JxCxM=np.stack([one.samples_JxC for one in series], axis=2),
+        breaks=breaks,
     )
 
 
@@ -169,7 +176,12 @@ def _resample_counts(events: xr.Dataset, config: WindowConfig) -> np.ndarray:
 
 
 def _split_series(
-    means: xr.Dataset, watched: Sequence[SequenceSums], split: str, members: np.ndarray, counts_JxN: np.ndarray
+    means: xr.Dataset,
+    watched: Sequence[SequenceSums],
+    split: str,
+    members: np.ndarray,
+    counts_JxN: np.ndarray,
+    breaks: Breaks,
 ) -> Iterator[_Series]:
     head_values, head_samples = [], []
     for sums in watched:
@@ -188,16 +200,20 @@ def _split_series(
         metric = Metric("head_rank_correlation", "head_rank_correlation", split)
         values, samples = (rank_correlation_to_previous(np.stack(x, axis=-1)) for x in (head_values, head_samples))
         yield _Series(metric, values, samples)
-    yield from _drift_series(means, split, resamples=len(counts_JxN))
+    yield from _drift_series(means, split, breaks, resamples=len(counts_JxN))
 
 
-def _drift_series(means: xr.Dataset, split: str, *, resamples: int) -> Iterator[_Series]:
-    """Yields the log drift per step of every stage but the embedding, which repeats its values as resamples."""
+def _drift_series(means: xr.Dataset, split: str, breaks: Breaks, *, resamples: int) -> Iterator[_Series]:
+    """Yields the log drift per step of every stage but the embedding, which repeats its values as resamples.
+
+    There is none from a checkpoint of another trajectory.
+    """
     steps = means["step"].values.astype(float)
     drift = means["residual_drift"].sel(split=split, position_role="prediction")
     for stage in drift["stage"].values.tolist()[1:]:  # the embedding of p_e's own token says little
         per_step = np.full(len(steps), np.nan)
         per_step[1:] = np.log10(np.maximum(drift.sel(stage=stage).values[1:], _SMALLEST_DRIFT) / np.diff(steps))
+        per_step[[int(step) in breaks.no_drift for step in steps]] = np.nan
         metric = Metric("residual_drift", f"residual_drift.{stage}", split, resampled=False)
         yield _Series(metric, per_step, np.broadcast_to(per_step, (resamples, len(steps))))
 

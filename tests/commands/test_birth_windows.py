@@ -17,11 +17,17 @@ SMALL = ("--pairs_per_kind=2", "--noprogress")
 
 
 def set_states(run, model_of_step):
-    """Gives each checkpoint the weights that another run's checkpoint or this one's had."""
+    """Gives each checkpoint the weights that another run's checkpoint or this one's had, and a little noise.
+
+    Without noise the checkpoints were copies of each other, which is a fault of its own.
+    """
+    noise = torch.Generator().manual_seed(0)
     for step, state in model_of_step.items():
         path = run / "checkpoints" / f"step_{step:06d}.pt"
         document = torch.load(path, weights_only=True)
-        document["model_state"] = state
+        document["model_state"] = {
+            name: tensor + 1e-4 * torch.randn(tensor.shape, generator=noise) for name, tensor in state.items()
+        }
         torch.save(document, path)
 
 

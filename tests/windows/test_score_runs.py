@@ -1,12 +1,16 @@
 """The search on simulated runs whose truth is known, and what the document says of hand-made ones."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from benchmarks.window_calibration import Noise, Truth, measure, simulate
+from kvjax.artifacts.birth_windows_schema import TrajectoryBreak
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.model.components import Component
+from kvjax.windows.breaks import NO_BREAKS, Breaks
 from kvjax.windows.score_runs import find_in_runs
 from kvjax.windows.summary import births, verdict_sentence, window_entries
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
@@ -126,6 +130,38 @@ def test_window_entry(formed):
     assert window["start_step"] < window["center_step"] < window["end_step"]
     assert {trigger["metric"] for trigger in window["triggers"]} == {"r", "answer_accuracy"}
     assert all(trigger["step"] in STEPS for trigger in window["triggers"])
+
+
+def broken(run, **gaps):
+    return dataclasses.replace(run, breaks=Breaks(**{kind: frozenset(of) for kind, of in gaps.items()}))
+
+
+def test_no_window_rests_on_a_break(config):
+    """Shifts that hold across a jump, or are largest where training was resumed, found no window; others do."""
+    late = [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+    run = hand_made({"r": late, "answer_accuracy": late, "q": NOTHING}, steps=STEPS)
+
+    def verdict(run):
+        return find_in_runs([run], config)[0].verdict
+
+    assert verdict(run) == "windows"
+    assert verdict(broken(run, jumps=[5])) == verdict(broken(run, resumed=[5])) == "no transition"
+    assert verdict(broken(run, jumps=[1], resumed=[8])) == "windows"
+
+
+def test_breaks_of_trajectories():
+    """Copies and foreign checkpoints are dropped; gaps are counted among the others."""
+
+    def found(kind, before, after):
+        return TrajectoryBreak(kind=kind, before=before, after=after, reason="")
+
+    steps = [100, 200, 300, 400, 500, 600, 700]
+    breaks = Breaks.of(steps, [found("copy", 100, 200), found("jump", 300, 400), found("resumed", 600, 700)])
+    # Kept are 100, 300, 400, …: the jump is their second gap.
+    assert breaks == Breaks(frozenset({200}), frozenset({1}), frozenset({4}), frozenset({400}))
+    foreign = Breaks.of(steps, [found("jump", 300, 400), found("jump", 400, 500)])
+    assert foreign == Breaks(frozenset({400}), frozenset({2}), frozenset(), frozenset({400, 500}))
+    assert Breaks.of(steps, []) == NO_BREAKS
 
 
 def test_ranks_of_components(formed):
