@@ -16,10 +16,12 @@ from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.sweep_schema import Vouched
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.evaluation import SplitEvaluator
+from kvjax.sweeps.vouching import Voucher, recorded_accuracies, vouching_notes
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 
@@ -53,6 +55,7 @@ class ConversionReport:
       near_ties: how many positions have another argmax; all of them are near-ties.
       metric_checks: the run's recorded accuracies, reproduced.
       notes: what a reader should know about the files, each once.
+      vouched: the recorded accuracy that the latest checkpoint with one reproduced; None if nothing was compared.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class ConversionReport:
     near_ties: int
     metric_checks: list[MetricCheck]
     notes: list[str]
+    vouched: Vouched | None = None
 
 
 def convert_run(
@@ -73,6 +77,7 @@ def convert_run(
       benchmark: the benchmark it was trained on.
       verify: `sample` certifies each checkpoint on a few validation sequences, `all` on the whole split. `metrics`
         also reproduces the accuracies that the run recorded while it trained. `none` certifies nothing.
+        Unless it is `none`, the latest checkpoint with a recorded accuracy is compared with that.
       advance: called with the number of checkpoints done.
 
     Raises:
@@ -87,6 +92,7 @@ def convert_run(
     certificates: list[Certificate] = []
     metric_checks: list[MetricCheck] = []
     notes: dict[str, None] = {}
+    latest: Checkpoint | None = None
     for step in steps:
         checkpoint = loader.load(run.checkpoints[step], step)
         notes.update(dict.fromkeys(checkpoint.notes))
@@ -94,6 +100,8 @@ def convert_run(
             certificates.append(checkpoint.certificate)
         if checks is not None:
             metric_checks += checks.check(checkpoint)
+        elif verify != "none" and (latest is None or _is_recorded(run, checkpoint)):
+            latest = checkpoint
         advance(1)
     if checks is not None and not metric_checks:
         raise unusable(
@@ -101,6 +109,12 @@ def convert_run(
             "an evaluation recorded at a saved checkpoint's step (`verify=metrics`)",
             "none",
         )
+    voucher = Voucher(run, benchmark, refuse=True, way_on="verify=none")
+    if latest is not None:
+        voucher.start(latest)
+    vouched = latest and voucher.finish(latest)
+    if latest is not None:
+        notes.update(dict.fromkeys(vouching_notes(vouched, voucher.reason)))
     loader.save()
     return ConversionReport(
         folder=run.layout.converted,
@@ -109,6 +123,7 @@ def convert_run(
         near_ties=sum(c.argmax_near_ties for c in certificates),
         metric_checks=metric_checks,
         notes=list(notes),
+        vouched=vouched,
     )
 
 
@@ -138,6 +153,14 @@ def export_run(run: RunDir, *, verify: Verify, advance: Callable[[int], None]) -
         steps.append(stored.step)
         advance(1)
     return ConversionReport(folder, steps, None, 0, [], [])
+
+
+def _is_recorded(run: RunDir, checkpoint: Checkpoint) -> bool:
+    """Checks whether the run recorded an accuracy of a checkpoint; a log that cannot be read records none."""
+    try:
+        return bool(recorded_accuracies(run, checkpoint))
+    except InputError:
+        return False
 
 
 def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np.ndarray | None:

@@ -12,6 +12,8 @@ from kvjax.artifacts.files import FileHash, digest, read_json, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import misfit, unusable
 
+HIDDEN = "n_heads, the epsilon of LayerNorm and the form of GELU, which no tensor shows"
+
 
 class _Part(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -47,11 +49,39 @@ class SweptCheckpoint(pydantic.BaseModel):
     notes: list[str]
 
 
+class Vouched(_Part):
+    """A recorded accuracy that a checkpoint reproduced: it vouches for the parts of the architecture no tensor shows.
+
+    Attributes:
+      source: the file that records it.
+      step, split: of the checkpoint and the reads.
+      recorded, found: answer_accuracy.
+      num_reads: that it is over.
+      differs: how the two differ, in words; None if they agree.
+    """
+
+    source: str
+    step: int
+    split: str
+    recorded: float
+    found: float
+    num_reads: int
+    differs: str | None = None
+
+    def __str__(self) -> str:
+        """Says in one line what vouches for what."""
+        return (
+            f"{self.source} vouches for the architecture: answer_accuracy on {self.split} at step {self.step} is "
+            f"{self.found:.4f}, recorded {self.recorded:.4f} ({self.num_reads} reads)"
+        )
+
+
 class Sweep(_Part):
     """`analysis/sweep.json` (docs/formats.md).
 
     `tables` holds the hash of every table by its path in the analysis folder; it is empty in files of older versions.
     `reference` is the result name of the reference checkpoint, `reference_given` what `--reference` said.
+    `vouched` is the recorded accuracy that a checkpoint was compared with, null if there was none to compare.
     `breaks` holds the pairs of checkpoints that cannot be neighbours in one training run.
     `converted` says whether the parameters of all checkpoints were in the store when the sweep ended.
     `content_sha256` is the hash of all else; files of older versions have none.
@@ -71,6 +101,7 @@ class Sweep(_Part):
     versions: dict[str, str]
     device: dict[str, Any]
     timings: dict[str, Any]
+    vouched: Vouched | None = None
     breaks: list[TrajectoryBreak] = []
     tables: dict[str, FileHash] = {}
     converted: bool = False

@@ -83,6 +83,10 @@ def checkpoints_are_measured(run: RunDir) -> Current:
     if (changed := _changed_since(results, sweep)) is not None:
         return changed
     noted = "".join(f"; {found.reason}" for found in sweep.breaks)
+    if sweep.vouched is None:
+        noted += "; no recorded accuracy vouches for the architecture"
+    elif sweep.vouched.differs is not None:
+        noted += f"; {sweep.vouched.differs}"
     return Current(True, f"all {len(run.checkpoints)} checkpoints are measured{training}{noted}")
 
 

@@ -63,6 +63,8 @@ def print_conversions(reports: Sequence[ConversionReport]) -> None:
                 f"  parity with PyTorch: logits within {report.largest_difference:.1e} of the largest, "
                 f"{report.near_ties} near-ties"
             )
+        if report.vouched is not None and report.vouched.differs is None:
+            say(f"  {report.vouched}")
         for check in report.metric_checks:
             say(
                 f"  step {check.step} {check.split}: recorded {check.recorded:.6f}, measured {check.measured:.6f} "

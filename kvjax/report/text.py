@@ -57,6 +57,8 @@ def print_sweep_report(report: SweepReport) -> None:
         say(f"skipped {file}: {reason}")
     for note in report.notes:
         say(f"note: {note}")
+    if report.vouched is not None and report.vouched.differs is None:
+        say(str(report.vouched))
     log, layout = report.log, report.run.layout
     say(f"{len(log.measured)} measured, {len(log.reused)} reused, {len(log.refused)} skipped.")
     say(f"Results in {layout.analysis}: rows in {layout.rows.name}, arrays in {layout.arrays.name}.")

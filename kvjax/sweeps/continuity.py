@@ -32,13 +32,13 @@ def trajectory_breaks(run: RunDir, dataset: xr.Dataset, arrays: Mapping[str, np.
     """
     steps = dataset["step"].values.tolist()
     try:
-        resumed = [row.get("step") for row in run.metrics if row.get("phase") == "resume"]
+        resumed = [row.step for row in run.log.rows if row.phase == "resume"]
     except InputError:
         resumed = []  # a log that cannot be read says nothing
     found = [
         *copies(steps, {name: arrays[name] for name in _FINGERPRINT}),
         *jumps(steps, embedding_drift(dataset)),
-        *resumptions(steps, [step for step in resumed if isinstance(step, int)]),
+        *resumptions(steps, [step for step in resumed if step is not None]),
     ]
     return sorted(found, key=lambda found: (found.after, found.before, found.kind))
 
@@ -96,7 +96,7 @@ def jumps(steps: Sequence[int], drift_C: np.ndarray) -> list[TrajectoryBreak]:
         if sides and not early and drift_G[gap] > JUMP_RATIO * max(allowed):
             reason = (
                 f"the embeddings of step {steps[gap + 1]} are unrelated to those of step {steps[gap]} (drift "
-                f"{drift_G[gap]:.2f}; {max(drift_G[side] for side in sides):.2g} beside it): checkpoints of two runs?"
+                f"{drift_G[gap]:.2f}; {max(drift_G[side] for side in sides):.2g} beside it), as those of two runs are"
             )
             found.append(TrajectoryBreak(kind="jump", before=steps[gap], after=steps[gap + 1], reason=reason))
     return found

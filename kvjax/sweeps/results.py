@@ -10,6 +10,7 @@ import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.sweep_schema import Vouched
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,6 +23,7 @@ class SweepLog:
     Attributes:
       measured, reused: steps of the checkpoints that this sweep measured, or found measured.
       refused: file name -> why that checkpoint cannot be used.
+      unvouched: why no answers were compared with a recorded accuracy; None if some were, or nothing was measured.
       not_kept: why converted parameters could not be stored; None if they were.
       first_call_seconds: time of the first device call, which compiles; None if there was none.
       later_call_seconds: time of each later one.
@@ -30,6 +32,7 @@ class SweepLog:
     measured: list[int] = dataclasses.field(default_factory=list)
     reused: list[int] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    unvouched: str | None = None
     not_kept: str | None = None
     first_call_seconds: float | None = None
     later_call_seconds: list[float] = dataclasses.field(default_factory=list)
@@ -68,6 +71,7 @@ class SweepReport:
       rows: the rows of `checkpoint_metrics.jsonl`; none, and no tables, if no checkpoint could be used.
       log: which checkpoints were measured, reused and refused.
       notes: sentences a reader should know, such as why a field is empty.
+      vouched: the recorded accuracy that a checkpoint was compared with; None if there was none.
       dataset: every mean, labelled; None without rows.
       intervals: those of the means that have them, labelled likewise.
     """
@@ -78,3 +82,4 @@ class SweepReport:
     notes: list[str]
     dataset: xr.Dataset | None = None
     intervals: xr.Dataset | None = None
+    vouched: Vouched | None = None

@@ -27,6 +27,7 @@ from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.sweeps.state_similarity import ArrivingStates, Similarities, compare_consecutive
+from kvjax.sweeps.vouching import Voucher
 from kvjax.task.probe_set import check_installable
 
 NamedCheckpoint = tuple[str, Checkpoint]
@@ -112,6 +113,8 @@ class RunSweep:
         self._anew = frozenset(inputs.wanted) if settings.overwrite else frozenset()
         self._similarities = Similarities(store, anew=self._anew)
         self._results: dict[str, CheckpointResult] = {}
+        refuse = settings.contradiction == "refuse"
+        self._voucher = Voucher(inputs.run, inputs.benchmark, refuse=refuse, way_on="contradiction=note")
         self._provenance = {
             "device": device_description(),
             "precision": settings.precision,
@@ -131,6 +134,7 @@ class RunSweep:
         self._results = self._stored_results()
         try:
             self._measure_pending(advance, meanwhile)
+            self.log.unvouched = self._voucher.reason if self.log.measured else None
             return self._compared()
         finally:
             try:
@@ -189,6 +193,8 @@ class RunSweep:
             sums, states = self._sweep.dispatch([checkpoint.params for _, checkpoint in chunk])
             compared = states and arriving.dispatch(chunk[0][0], states)
             meanwhile()
+            for _, checkpoint in chunk:
+                self._voucher.start(checkpoint)
             return sums, compared
 
         checkpoints = load_ahead(
@@ -212,6 +218,10 @@ class RunSweep:
         """Stores the sums of a chunk's checkpoints, and how they differ from the checkpoints before."""
         sums, compared = chunk.outputs
         self.log.add_call(chunk.seconds)
+        if self._voucher.refused:
+            return
+        # Before anything is kept: of a refused run nothing is.
+        vouched = {name: self._voucher.finish(checkpoint) for name, checkpoint in chunk.items}
         for (name, checkpoint), arrays in zip(chunk.items, self._sweep.collect(sums), strict=True):
             info = {
                 "file": self._files[name][1].name,
@@ -219,6 +229,7 @@ class RunSweep:
                 "certificate": dataclasses.asdict(checkpoint.certificate),
                 "notes": list(checkpoint.notes),
                 "seconds": chunk.seconds / len(chunk.items),
+                "vouched": vouched[name] and vouched[name].model_dump(),
                 **self._provenance,
             }
             self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)

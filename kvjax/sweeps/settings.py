@@ -41,6 +41,11 @@ class SweepSettings(Settings):
     precision: str = setting(
         "highest", "Precision of float32 matrix products; default lets a GPU use TF32.", choices=PRECISIONS
     )
+    contradiction: str = setting(
+        "refuse",
+        "If answers contradict the accuracies that a run recorded: refuse it, or note that and go on.",
+        choices=("refuse", "note"),
+    )
     skip_bad: bool = setting(False, "List unusable checkpoints and measure the others, instead of stopping.")
     overwrite: bool = setting(False, "Measure again, also if the earlier sweep had other settings.")
 

@@ -21,6 +21,7 @@ from kvjax.sweeps.probe_index import ProbeIndex
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
 from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.vouching import vouched_by, vouching_notes
 from kvjax.task.probe_set import install_probe_set
 
 
@@ -87,6 +88,9 @@ def publish(
             f"{run.planned_steps} steps (name another with `reference`)"
         )
     notes += [found.reason for found in breaks]
+    vouched = vouched_by(checkpoints, reference)
+    unvouched = log.unvouched or "no checkpoint was compared with a recorded accuracy when it was measured"
+    notes += vouching_notes(vouched, unvouched)
     document = Sweep.model_validate(
         {
             "schema_version": SCHEMA_VERSION,
@@ -118,10 +122,11 @@ def publish(
                 "first_call_seconds": log.first_call_seconds,
                 "later_call_seconds": log.later_call_seconds,
             },
+            "vouched": vouched,
             "breaks": breaks,
             "tables": hash_tables(run),
             "converted": run.layout.converted.is_dir(),
         }
     )
     write_sweep(run.layout.sweep, document)
-    return SweepReport(run, rows, log, notes, dataset, intervals)
+    return SweepReport(run, rows, log, notes, dataset, intervals, vouched)

@@ -40,9 +40,13 @@ class Breaks:
 
         return cls(frozenset(dropped), gaps("jump"), gaps("resumed"), frozenset(ends))
 
-    def founds_no_window(self, shift: Shift) -> bool:
-        """Checks whether a shift may be a break's: it holds across a jump, or is largest where training was resumed."""
-        return any(shift.first <= gap <= shift.last for gap in self.jumps) or shift.gap in self.resumed
+    def founds_no_window(self, shift: Shift, *, side: int) -> bool:
+        """Checks whether a shift may be a break's, with `side` checkpoints averaged on each side of a gap.
+
+        Then it holds across a jump or is averaged across one, or it is largest where training was resumed.
+        """
+        across = any(shift.first <= gap <= shift.last or abs(shift.gap - gap) < side for gap in self.jumps)
+        return across or shift.gap in self.resumed
 
 
 NO_BREAKS = Breaks()

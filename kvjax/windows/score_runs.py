@@ -179,7 +179,8 @@ def _finding(
 
     def found(threshold: float) -> list[Shift]:
         shifts = find_shifts(size, score, holds, spread, threshold=threshold)
-        return [shift for shift in shifts if not run.breaks.founds_no_window(shift)]
+        side = config.side_checkpoints
+        return [shift for shift in shifts if not run.breaks.founds_no_window(shift, side=side)]
 
     every = found(0.0)
     openers = [shift for shift in every if opens[shift.metric]]

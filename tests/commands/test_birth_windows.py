@@ -19,8 +19,10 @@ SMALL = ("--pairs_per_kind=2", "--noprogress")
 def set_states(run, model_of_step):
     """Gives each checkpoint the weights that another run's checkpoint or this one's had, and a little noise.
 
-    Without noise the checkpoints were copies of each other, which is a fault of its own.
+    Without noise the checkpoints were copies of each other, which is a fault of its own. What the run recorded of its
+    earlier weights goes.
     """
+    (run / "metrics.jsonl").unlink(missing_ok=True)
     noise = torch.Generator().manual_seed(0)
     for step, state in model_of_step.items():
         path = run / "checkpoints" / f"step_{step:06d}.pt"
