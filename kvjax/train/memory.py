@@ -57,12 +57,14 @@ def check_memory(
     parts = 1 if on_cpu else devices  # accelerators have a memory each
     needed = states / (parts if by_seed else 1) + (activations + batches) / parts
     if needed > (there := available_memory_bytes()):
+        seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
         raise InputError(
-            f"expected a training that fits into {_gb(there)} of memory; found {_gb(states)} for parameters and "
-            f"optimizer of {num_seeds} seeds, {_gb(activations)} for activations and {_gb(batches)} for the batches of "
+            f"expected a training that fits into {_size(there)} of memory; found {_size(states)} for parameters and "
+            f"optimizer of {seeds}, {_size(activations)} for activations and {_size(batches)} for the batches of "
             f"{segment} steps (lower the model's sizes, batch_size {batch_size}, or the number of seeds)"
         )
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
+def _size(size: float) -> str:
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
+    return f"{size / unit:.3g} {name}"

@@ -288,13 +288,11 @@ def test_training_beyond_memory(small_benchmark, monkeypatch):
     Training(config, opened, [3])
     seeds = int(4e7 / 16 / parameters) + 1
     with pytest.raises(
-        InputError, match=rf"fits into 0.04 GB of memory; found 0.04\d* GB .* optimizer of {seeds} seeds"
+        InputError, match=rf"fits into 40 MB of memory; found 40\.?\d* MB .* optimizer of {seeds} seeds"
     ):
         Training(config, opened, range(seeds))
     often = {"log_every_steps": 10**6, "eval_every_steps": 10**6, "checkpoint_every_steps": 10**6, "num_steps": 10**6}
-    with pytest.raises(
-        InputError, match=r"and 0.096 GB for the batches of 1000000 steps"
-    ):  # 24 numbers of 4 bytes each
+    with pytest.raises(InputError, match=r"and 96 MB for the batches of 1000000 steps"):  # 24 numbers of 4 bytes each
         Training(small_train_config(small_benchmark, **often), opened, [3])
 
 
