@@ -29,7 +29,12 @@ NO_STEP = "its file records no step, so that the step in its name is taken"
 SEVERAL_STEPS = "its file records several steps; the one that agrees with its name is taken"
 
 _WEIGHT_NAMES = ("model_state", "model_state_dict", "state_dict", "model", "module", "network", "net", "weights")
-_STEP_NAMES = ("step", "global_step", "iter_num", "iteration", "iter", "train_step", "current_step", "num_updates")
+# Lightning's averaging callbacks put the trained weights here, and the averages under `state_dict`.
+_TRAINED_BESIDE_AVERAGES = "current_model_state"
+_STEP_NAMES = (
+    *("step", "global_step", "iter_num", "iteration", "iter", "train_step", "current_step", "num_updates"),
+    *("global_steps", "step_count"),
+)
 _OPTIMIZER_NAMES = ("optimizer_state", "optimizer", "optimizer_state_dict")
 _TYING_NAMES = (
     *("tied", "tie_weights", "tie_embeddings", "tied_embeddings", "tie_word_embeddings", "weight_tying"),
@@ -120,23 +125,14 @@ def find_step(beside: Mapping[Any, Any], expected: int | None, where: object) ->
     raise unusable(where, f"the checkpoint of step {expected}", listed)
 
 
-def find_optimizer_state(beside: Mapping[Any, Any], where: object) -> Mapping[Any, Any]:
-    """Finds the optimiser's state under the names that trainers give it, empty if there is none.
-
-    Raises:
-      InputError: it is no mapping.
-    """
-    for name in _OPTIMIZER_NAMES:
-        state = beside.get(name)
-        if state is not None:
-            if not isinstance(state, dict):
-                raise unusable(where, f"{name} to be a mapping", getattr(state, "name", type(state).__name__))
-            return state
-    return {}
+def find_optimizer_state(beside: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Finds the optimiser's state under the names that trainers give it; empty if there is no mapping under them."""
+    states = (beside.get(name) for name in _OPTIMIZER_NAMES)
+    return next((state for state in states if isinstance(state, dict)), {})
 
 
 def _may_hold_weights(name: Any, value: Any) -> bool:
-    known = name in _WEIGHT_NAMES or (isinstance(name, str) and is_average(name))
+    known = name in (*_WEIGHT_NAMES, _TRAINED_BESIDE_AVERAGES) or (isinstance(name, str) and is_average(name))
     entries = tensors_of(value) if known else None
     if entries is None:
         return False
@@ -147,6 +143,8 @@ def _choose(found: Mapping[str, Weights], where: object) -> tuple[str, Weights, 
     """Chooses the trained weights of several, the averaged ones if there are no others."""
     averages = [name for name, weights in found.items() if weights.averaged or is_average(name)]
     trained = [name for name in found if name not in averages]
+    if _TRAINED_BESIDE_AVERAGES in trained:
+        trained, averages = [_TRAINED_BESIDE_AVERAGES], [*averages, *trained]
     first, *others = trained or averages
     for other in others:
         if not _same(found[first].state, found[other].state):

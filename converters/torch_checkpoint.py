@@ -95,7 +95,7 @@ def parse_checkpoint(file: HashedFile, expected_step: int | None = None) -> Torc
         config=_mapping(recorded, "config"),
         metrics=_mapping(recorded, "metrics"),
         notes=(*archive.notes, *envelope.notes, *weights.notes, *notes, *_note(plain.changed)),
-        saved_optimizer=find_optimizer_state(envelope.beside, file.path),
+        saved_optimizer=find_optimizer_state(envelope.beside),
     )
 
 

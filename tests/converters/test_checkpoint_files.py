@@ -8,7 +8,9 @@ import io
 import os
 import random
 import struct
+import sys
 import tracemalloc
+import types
 import zipfile
 from pathlib import Path
 
@@ -196,12 +198,18 @@ def test_averaged_weights_alone(updates, note):
         },
         {
             "global_step": 250,
+            "state_dict": renamed(OTHER, lambda n: f"model.{n}"),
+            "current_model_state": renamed(STATE, lambda n: f"model.{n}"),
+            "averaging_state": {"n_averaged": torch.tensor(3)},
+        },
+        {
+            "global_step": 250,
             "state_dict": renamed(OTHER, lambda n: f"second.module.{n}")
             | {"second.n_averaged": torch.tensor(3)}
             | renamed(STATE, lambda n: f"model.{n}"),
         },
     ],
-    ids=["ema", "ema first", "n_averaged", "Lightning", "Lightning n_averaged"],
+    ids=["ema", "ema first", "n_averaged", "Lightning", "Lightning callback", "Lightning n_averaged"],
 )
 def test_averages_beside_trained_weights(document):
     """If a file holds both, the trained weights are taken, and a note says that averages were there."""
@@ -365,22 +373,14 @@ def test_tensors_without_plain_values(tensor, found):
         parse(saved(envelope(model_state=STATE | {"final_norm.bias": tensor})))
 
 
-class ForeignTensor:
-    """Pickles under the name of a class of a distributed tensor, which need not be installed."""
-
-    def __init__(self, module, name):
-        self.type = type(name, (), {"__module__": module})
-
-    def __reduce__(self):
-        return (self.type, ())
-
-
 @pytest.mark.parametrize("name", ["DTensor", "ShardedTensor"])
 def test_shard_of_a_distributed_checkpoint(name, monkeypatch):
-    """A shard of a distributed checkpoint is refused as that."""
-    foreign = ForeignTensor("torch.distributed.tensor", name)
-    monkeypatch.setattr("torch.distributed.tensor." + name, foreign.type, raising=False)
-    content = saved(envelope(model_state=STATE | {"final_norm.bias": foreign}))
+    """A shard of a distributed checkpoint is refused as that, by its class's name alone."""
+    module = types.ModuleType("not_installed")
+    shard = type(name, (), {"__module__": "not_installed"})
+    setattr(module, name, shard)
+    monkeypatch.setitem(sys.modules, "not_installed", module)
+    content = saved(envelope(model_state=STATE | {"final_norm.bias": shard()}))
     with pytest.raises(InputError, match=f"a dense tensor for final_norm.bias; found a {name}, one process's shard"):
         parse(content)
 
@@ -427,6 +427,16 @@ class NotInstalled:
 
     def __init__(self):
         self.lr, self.layers = 0.5, [1, 2]
+
+
+class Calls:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return (self.function, self.args)
 
 
 class NotInstalledDict(dict):
@@ -506,8 +516,19 @@ def test_config_that_is_no_mapping(config):
     assert opens_as_plain(saved(envelope(config=config))).config == kept
 
 
-def test_lists_that_name_each_other():
+@pytest.mark.parametrize(
+    "state", ["adamw", [{"state": {}}], Calls(os.getcwd), None], ids=lambda value: type(value).__name__
+)
+def test_optimizer_that_is_no_mapping(state):
+    """An optimiser's name or object in place of its state is no state, and the weights open."""
+    assert opens_as_plain(saved(envelope(optimizer=state))).optimizer_state == {}
+    kept = {"param_groups": [], "state": {}}
+    assert opens_as_plain(saved(envelope(optimizer=state, optimizer_state_dict=kept))).optimizer_state == kept
+
+
+def test_lists_that_name_each_other(monkeypatch):
     """A config whose JSON would have 2^60 values, and one that holds itself, are cut off with a note."""
+    monkeypatch.setattr("kvjax.converters.plain_values._MOST_VALUES", 1000)
     doubling = [1]
     for _ in range(60):
         doubling = [doubling, doubling]
@@ -515,16 +536,6 @@ def test_lists_that_name_each_other():
     holding_itself["itself"] = holding_itself
     for config in ({"a": doubling}, holding_itself):
         assert "more than is kept" in opens_as_plain(saved(envelope(config=config))).notes[0]
-
-
-class Calls:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return (self.function, self.args)
 
 
 @pytest.mark.parametrize("where", ["config", "metrics", "optimizer_state", "extra", "step"])
