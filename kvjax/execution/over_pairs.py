@@ -14,7 +14,7 @@ from kvjax.devices import Placement
 from kvjax.execution.over_checkpoints import checkpoints_of, over_chunks, stack_trees
 from kvjax.execution.unbucket import unbucket
 from kvjax.model.transforms import over_checkpoints
-from kvjax.task.pair_encoding import EncodedPairs, bucket_by_window
+from kvjax.task.pair_encoding import EncodedPairs, bucket_by_last_affected, bucket_by_window
 
 
 @jax.tree_util.register_dataclass
@@ -49,14 +49,24 @@ class OverPairs:
       encoded: the pairs.
       tokens_per_batch: about how many tokens a microbatch holds.
       devices: how many devices share the checkpoints.
-      max_buckets: how many different windows pairs are padded to; each is compiled.
+      max_buckets: how many different sizes pairs are padded to; each is compiled.
+      whole_streams: whether measurements compute streams from their first token on, not from the first changed one.
 
     Attributes:
-      buckets: the pairs by window, in microbatches.
+      buckets: the pairs by window, or by length up to the last affected read, in microbatches.
     """
 
-    def __init__(self, encoded: EncodedPairs, *, tokens_per_batch: int, devices: int = 1, max_buckets: int = 2):
-        self.buckets = bucket_by_window(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+    def __init__(
+        self,
+        encoded: EncodedPairs,
+        *,
+        tokens_per_batch: int,
+        devices: int = 1,
+        max_buckets: int = 2,
+        whole_streams: bool = False,
+    ):
+        bucket = bucket_by_last_affected if whole_streams else bucket_by_window
+        self.buckets = bucket(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
         self._num_pairs, self._devices = len(encoded), devices
 
     def run(

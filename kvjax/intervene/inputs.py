@@ -23,6 +23,10 @@ from kvjax.task.vocabulary import Vocabulary
 # Tokens per microbatch of pairs: windows are short, so that more streams than a sweep's microbatch holds fit the cache.
 CPU_TOKENS_PER_BATCH = 2500
 
+# Sizes that pairs are padded to. More sizes pad less and take longer to compile: worth it from so many pairs times
+# checkpoints on.
+FEW_BUCKETS, MANY_BUCKETS, MANY_RUNS = 2, 4, 500
+
 ANSWER_ACCURACY = {"long_name": "share of affected reads whose argmax is the clean answer", "units": "1"}
 CLEAN_METRIC = {
     "long_name": "logit(clean answer) - logit(corrupted answer), mean over affected reads of clean streams",
@@ -82,8 +86,30 @@ class InterventionInputs:
 
     @functools.cached_property
     def over_pairs(self) -> OverPairs:
-        """The pairs in microbatches."""
-        return OverPairs(self.encoded, tokens_per_batch=self.tokens_per_batch, devices=self.devices)
+        """The pairs in microbatches, for measurements that compute from the first changed token on."""
+        return self._in_microbatches(self.encoded)
+
+    @functools.cached_property
+    def over_supports(self) -> OverPairs:
+        """Likewise, for edits at supports of affected reads, which may lie before the first changed token."""
+        encoded = self.encoded
+        supports = np.where(encoded.is_affected, encoded.support_positions, encoded.first_changed[:, None])
+        first = np.minimum(supports.min(axis=1), encoded.first_changed)
+        return self._in_microbatches(dataclasses.replace(encoded, first_changed=first))
+
+    @functools.cached_property
+    def over_streams(self) -> OverPairs:
+        """Likewise, for measurements that compute whole streams, up to the last affected read."""
+        return self._in_microbatches(self.encoded, whole_streams=True)
+
+    def _in_microbatches(self, encoded: EncodedPairs, *, whole_streams: bool = False) -> OverPairs:
+        return OverPairs(
+            encoded,
+            tokens_per_batch=self.tokens_per_batch,
+            devices=self.devices,
+            max_buckets=MANY_BUCKETS if len(encoded) * len(self.steps) >= MANY_RUNS else FEW_BUCKETS,
+            whole_streams=whole_streams,
+        )
 
     @functools.cached_property
     def groups(self) -> PairGroups:

@@ -64,6 +64,18 @@ class EncodedPairs:
         """Number of tokens of each pair's streams, [N]."""
         return (self.clean_tokens != PAD_ID).sum(axis=1)
 
+    def until_last_affected(self) -> EncodedPairs:
+        """Drops the tokens and reads after each pair's last affected read: they cannot affect the metric."""
+        later_token = np.arange(self.clean_tokens.shape[1])[None] > self.last_affected[:, None]
+        later_read = self.prediction_positions > self.last_affected[:, None]
+        tokens = {
+            name: np.where(later_token, PAD_ID, getattr(self, name)) for name in ("clean_tokens", "corrupted_tokens")
+        }
+        reads = {
+            name: np.where(later_read, 0, getattr(self, name)) for name in ("prediction_positions", "support_positions")
+        }
+        return dataclasses.replace(self, **tokens, **reads, is_read=self.is_read & ~later_read)
+
     def take(self, indices: np.ndarray) -> EncodedPairs:
         """Selects the pairs at `indices`, cut to the longest of them."""
         taken = {f.name: getattr(self, f.name)[indices] for f in dataclasses.fields(self)}
@@ -160,7 +172,7 @@ def encode_clean_streams(
 
 @dataclasses.dataclass(frozen=True)
 class PairBucket:
-    """Pairs whose changes reach about as far, in microbatches.
+    """Pairs that are computed at about as many positions, in microbatches.
 
     Attributes:
       batches: the arrays of `EncodedPairs`, reshaped to [microbatch, B, …].
@@ -181,12 +193,32 @@ def bucket_by_window(encoded: EncodedPairs, *, tokens_per_batch: int, max_bucket
       tokens_per_batch: about how many tokens a microbatch holds.
       max_buckets: how many different windows to pad to.
     """
-    spans = encoded.last_affected - encoded.first_changed + 1
+    return _buckets(encoded, _windows(encoded), tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+
+
+def bucket_by_last_affected(encoded: EncodedPairs, *, tokens_per_batch: int, max_buckets: int = 3) -> list[PairBucket]:
+    """Sorts pairs into buckets by the position of the last affected read, for measurements of whole streams.
+
+    Args:
+      encoded: the pairs.
+      tokens_per_batch: about how many tokens a microbatch holds.
+      max_buckets: how many different lengths to pad to.
+    """
+    return _buckets(encoded, encoded.last_affected + 1, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+
+
+def _windows(encoded: EncodedPairs) -> np.ndarray:
+    return encoded.last_affected - encoded.first_changed + 1
+
+
+def _buckets(encoded: EncodedPairs, spans: np.ndarray, *, tokens_per_batch: int, max_buckets: int) -> list[PairBucket]:
+    """Sorts pairs, cut after their last affected read, into buckets of similar spans."""
+    needed, windows = encoded.until_last_affected(), _windows(encoded)
     buckets, shorter = [], 0
     for edge in length_edges(spans, max_buckets):
         members = np.flatnonzero((spans > shorter) & (spans <= edge))
-        length = int(encoded.lengths[members].max())
-        batches, indices = microbatches(encoded, members, max(1, tokens_per_batch // length))
-        buckets.append(PairBucket(batches, indices, edge))
+        length = int(needed.lengths[members].max())
+        batches, indices = microbatches(needed, members, max(1, tokens_per_batch // length))
+        buckets.append(PairBucket(batches, indices, int(windows[members].max())))
         shorter = edge
     return buckets

@@ -83,7 +83,7 @@ class TakeStates:
 def analyse(inputs: InterventionInputs) -> Outcome:
     """Runs each checkpoint on with each stage's states of each other."""
     stages = list(stage_places(inputs.config.n_layers))
-    arrays = inputs.over_pairs.run(TakeStates(inputs.config), inputs.stacked, inputs.stacked)
+    arrays = inputs.over_streams.run(TakeStates(inputs.config), inputs.stacked, inputs.stacked)
     dataset = inputs.dataset(states_of=inputs.steps, stage=stages, position_role=ROLES)
     dims = ("statistic", "pair_kind", "step", "states_of", "stage", "position_role")
     metric = means_per_read(inputs.groups, arrays["difference"])

@@ -174,20 +174,20 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     """
     names = list(map(str, all_components(inputs.config.n_layers, inputs.config.n_heads)))
     values = {"mean": inputs.means, "zero": {name: np.zeros_like(x) for name, x in inputs.means.items()}}
-    donors = pair_donors(inputs.clean, inputs.clean_rows, inputs.over_pairs.buckets)
+    donors = pair_donors(inputs.clean, inputs.clean_rows, inputs.over_streams.buckets)
 
     def under(sets_CxKxX: np.ndarray, baseline: str) -> dict[str, np.ndarray]:
         measure = AblateSets(inputs.config)
         tree = {"params": inputs.stacked, "sets": sets_CxKxX}
         if baseline != "resample":
-            return inputs.over_pairs.run(measure, tree | {"values": values[baseline]})
+            return inputs.over_streams.run(measure, tree | {"values": values[baseline]})
         # Outputs at every token are too many to hold for all checkpoints.
         each = []
         for c in range(len(inputs.steps)):
             own = jax.tree.map(lambda x, c=c: x[c : c + 1], tree)
             outputs = jax.device_get(token_outputs(inputs.config, inputs.checkpoint(c), inputs.clean_batches))
             own["values"] = jax.tree.map(lambda x: x[None], outputs)
-            each.append(inputs.over_pairs.run(measure, own, donors=donors))
+            each.append(inputs.over_streams.run(measure, own, donors=donors))
         return {name: np.concatenate([x[name] for x in each]) for name in each[0]}
 
     single = np.broadcast_to(np.eye(len(names), dtype=bool), (len(inputs.steps), len(names), len(names)))

@@ -31,7 +31,7 @@ from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.restart import CleanRun
-from kvjax.model.sites import SITES
+from kvjax.model.sites import SITES, take_positions
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs
 
@@ -97,19 +97,20 @@ def orthonormal_bases(directions: dict[str, np.ndarray], rank: int) -> np.ndarra
 
 
 def subspace_effects(
-    tree: dict, config: DecoderConfig, batch: EncodedPairs, *, window: int, num_values: int
+    tree: dict, config: DecoderConfig, batch: EncodedPairs, *, window: int, num_values: int, position: int
 ) -> Effects:
-    """Runs clean streams with a subspace removed, kept alone, or exchanged with the corrupted run's.
+    """Runs clean streams with a subspace removed, kept alone, or exchanged with the corrupted run's, at one position.
 
     Args:
       tree: one checkpoint's `params`, `mean` [2 S, D] and `bases` [2 S, subspaces, rank, D].
       config: its shape.
       batch: a microbatch of pairs.
-      window: positions computed if p_e alone is edited.
+      window: positions computed, from the first edited or changed one on.
       num_values: of the vocabulary.
+      position: index into `POSITIONS`, where states are edited.
 
     Returns:
-      Of each of `answer_effects`: `<name>` [B, stages, `POSITIONS`, `SUBSPACES`, ranks, `OPERATIONS`], and
+      Of each of `answer_effects`: `<name>` [B, stages, `SUBSPACES`, ranks, `OPERATIONS`], and
       `<name>_base`, `<name>_source` [B] of the clean and the corrupted run.
     """
     params = tree["params"]
@@ -117,13 +118,18 @@ def subspace_effects(
     stages, ranks = 2 * config.n_layers + 2, usable_ranks(config.d_model, num_values)
     axes = (jnp.arange(len(SUBSPACES)), jnp.array(ranks), jnp.arange(len(OPERATIONS)))
     grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
+    positions_BxQ = (batch.prediction_positions, batch.support_positions)[position]
+    rows = jnp.arange(len(positions_BxQ))[:, None]
+    at_reads = jax.nn.one_hot(positions_BxQ, batch.clean_tokens.shape[1], dtype=bool)
+    where_BxT = jnp.any(at_reads & batch.is_affected[..., None], axis=1)
 
-    def at_stage(site: str, layer: jax.Array | int, head: jax.Array, position: int, where_BxT: jax.Array) -> Effects:
+    def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
         def states(run: CleanRun) -> jax.Array:
             x = run.trace[site]
             return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) if SITES[site].per_layer else x
 
-        clean_BxTxD, corrupted_BxTxD = states(runs.base), states(runs.source)
+        clean_BxTxD = states(runs.base)
+        clean, corrupted = (take_positions(states(run), positions_BxQ, 1) for run in (runs.base, runs.source))
         group = position * stages + stage_index(site, layer, config.n_layers)
         mask = place_mask(config, site, layer, head, where_BxT)
 
@@ -131,35 +137,21 @@ def subspace_effects(
             subspace, rank, operation = choice
             mean, directions = tree["mean"][group][None, None], tree["bases"][group, subspace]
             basis_RxD = jnp.where(jnp.arange(len(directions))[:, None] < rank, directions, 0.0)
-
-            def inside(x_BxTxD: jax.Array) -> jax.Array:
-                coordinates = jnp.matmul(x_BxTxD, basis_RxD.T, precision=config.precision)
-                return jnp.matmul(coordinates, basis_RxD, precision=config.precision)
-
-            part = inside(clean_BxTxD - mean)
-            exchanged = clean_BxTxD + inside(corrupted_BxTxD - clean_BxTxD)
-            value = jax.lax.select_n(operation, clean_BxTxD - part, mean + part, exchanged)
+            centred = clean - mean
+            of = jax.lax.select_n(operation, centred, centred, corrupted - clean)
+            coordinates = jnp.matmul(of, basis_RxD.T, precision=config.precision)
+            part = jnp.matmul(coordinates, basis_RxD, precision=config.precision)
+            edited_BxQxD = jax.lax.select_n(operation, clean - part, mean + part, clean + part)
+            value = clean_BxTxD.at[rows, positions_BxQ].set(edited_BxQxD)
             edits = {site: Edit(mask, value[None] if SITES[site].per_layer else value)}
-            # A support may lie before the first changed token: outside the window.
-            return effects_under(params, config, runs, edits, layer, windowed=POSITIONS[position] == "prediction")
+            return effects_under(params, config, runs, edits, layer)
 
         return jax.lax.map(one, grid.reshape(-1, len(axes)))
 
     places = tuple(stage_places(config.n_layers).values())
-    found = []
-    for index, positions_BxQ in enumerate((batch.prediction_positions, batch.support_positions)):
-        at_reads = jax.nn.one_hot(positions_BxQ, batch.clean_tokens.shape[1], dtype=bool)
-        where_BxT = jnp.any(at_reads & batch.is_affected[..., None], axis=1)
-        found.append(
-            over_places(
-                places,
-                config.n_layers,
-                lambda site, layer, head, i=index, where=where_BxT: at_stage(site, layer, head, i, where),
-            )
-        )
-    both = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), *found)  # [stages, positions, choices, B]
-    shape = (len(batch.is_affected), stages, len(POSITIONS), *grid.shape[:-1])
-    return with_runs({name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in both.items()}, runs)
+    found = over_places(places, config.n_layers, at_stage)  # [stages, choices, B]
+    shape = (len(batch.is_affected), stages, *grid.shape[:-1])
+    return with_runs({name: jnp.moveaxis(x, -1, 0).reshape(shape) for name, x in found.items()}, runs)
 
 
 def usable_ranks(width: int, num_values: int) -> tuple[int, ...]:
@@ -172,14 +164,16 @@ def usable_ranks(width: int, num_values: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class EditSubspaces:
-    """The measurement: every subspace removed, kept alone and exchanged."""
+    """The measurement: every subspace removed, kept alone and exchanged at one of `POSITIONS`."""
 
     config: DecoderConfig
     num_values: int
+    position: int
 
     def __call__(self, tree: dict[str, Any], batch: PairBatch) -> Effects:
         """Runs `subspace_effects`."""
-        return subspace_effects(tree, self.config, batch.pairs, window=batch.window, num_values=self.num_values)
+        at = {"window": batch.window, "num_values": self.num_values, "position": self.position}
+        return subspace_effects(tree, self.config, batch.pairs, **at)
 
 
 def analyse(inputs: InterventionInputs) -> Outcome:
@@ -198,7 +192,12 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         ]
     )
     tree = {"params": inputs.stacked, "mean": directions["mean"], "bases": bases}
-    arrays = inputs.over_pairs.run(EditSubspaces(inputs.config, num_values), tree)
+    # A support may lie before the first changed token.
+    each = [
+        over.run(EditSubspaces(inputs.config, num_values, position), tree)
+        for position, over in enumerate((inputs.over_pairs, inputs.over_supports))
+    ]
+    arrays = each[0] | {name: np.stack([x[name] for x in each], axis=3) for name in ("difference", "clean_correct")}
     dataset = inputs.dataset(
         stage=stage_places(inputs.config.n_layers),
         position_role=POSITIONS,
