@@ -28,7 +28,8 @@ import torch
 from absl import app, flags
 
 from benchmarks.fuzzing.guard import Outcome, try_inputs
-from benchmarks.fuzzing.readers import READERS, Reader, damaged, fingerprint, refusal_problem
+from benchmarks.fuzzing.reader import Reader, damaged, fingerprint, refusal_problem
+from benchmarks.fuzzing.readers import READERS
 from kvjax.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -103,6 +104,7 @@ class Workspace:
         if (name, path) not in self._values:
             value = self.readers[name].read(root, root / path)
             self._values[name, path] = value, fingerprint(value)
+            self._restore(root)  # some readers write, as a resume does
         return self._values[name, path]
 
     def _written(self, root: Path, damaged_path: str) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.fuzz import Workspace
 from benchmarks.fuzzing.mutations import damage_bytes, damage_json, damage_json_lines
-from benchmarks.fuzzing.readers import Reader, damaged
+from benchmarks.fuzzing.reader import Reader, damaged
 from kvjax.errors import InputError, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.pairs import generate_pairs
