@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_output()
         return 0  # whoever read the output has read enough
-    except (OSError, UnicodeError, RecursionError) as error:
+    except (OSError, UnicodeError, RecursionError, MemoryError) as error:
         # What no reader or writer foresaw of a file or its content: still one line.
         _discard_output()
-        return _fail(who, str(error))
+        return _fail(who, str(error) or "out of memory")
     except KeyboardInterrupt:
         return _fail(who, "interrupted; what was written is kept", status=130)
 

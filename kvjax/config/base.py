@@ -35,3 +35,10 @@ class Section(pydantic.BaseModel):
                 if isinstance(number, int) and abs(number) > _LARGEST:
                     raise ValueError(f"expected at most {_LARGEST}")
         return value
+
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _can_be_a_path(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("expected a text without the character NUL, which no path can have")
+        return value
