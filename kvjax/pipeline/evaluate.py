@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,6 +80,8 @@ def evaluate(
 ) -> list[tuple[EvaluatedCheckpoint, Path]]:
     """Evaluates a checkpoint of each run, and writes `analysis/evaluation/<checkpoint>.json` beside it.
 
+    Other splits that an earlier call evaluated, of the same checkpoint file and benchmark, stay in that file.
+
     Returns:
       What was measured, with the file that holds it, run by run.
 
@@ -91,7 +94,7 @@ def evaluate(
             benchmark = Benchmark.open(run.benchmark_dir(runs.benchmark_dir))
             result = evaluator.evaluate(run, benchmark, settings.checkpoint, settings.splits or _all_splits(benchmark))
             path = run.layout.evaluation(settings.checkpoint)
-            write_json(path, _document(result))
+            write_json(path, _document(result, _earlier_splits(path, result)))
             evaluated.append((result, path))
             advance(1)
     return evaluated
@@ -113,7 +116,7 @@ def evaluation_is_current(run: RunDir, checkpoint: str = "best") -> Current:
         return Current(False, f"{path} is no evaluation", rerun)
     if measured != sha256:
         return Current(False, f"the checkpoint {checkpoint} is another file than the evaluated one", rerun)
-    if measured_on != benchmark.sha256:
+    if not benchmark.hashes.names(measured_on):
         return Current(False, f"{path} was measured on another benchmark than the one in {benchmark.path}", rerun)
     if missing:
         return Current(False, f"{path} lacks {', '.join(missing)}", rerun)
@@ -124,14 +127,28 @@ def _all_splits(benchmark: Benchmark) -> list[str]:
     return [split for split in benchmark.split_sizes if split != "train"]
 
 
-def _document(result: EvaluatedCheckpoint) -> dict[str, object]:
+def _earlier_splits(path: Path, result: EvaluatedCheckpoint) -> dict[str, Any]:
+    """Reads what an earlier call evaluated on other splits, if of the same checkpoint file and benchmark."""
+    try:
+        document = read_json(path)
+        same = (document["checkpoint_sha256"], document["benchmark"]["sha256"]) == (
+            result.sha256,
+            result.benchmark.sha256,
+        )
+        return dict(document["splits"]) if same else {}
+    except (InputError, KeyError, TypeError, ValueError):
+        return {}  # there is none, or it is damaged
+
+
+def _document(result: EvaluatedCheckpoint, earlier: Mapping[str, Any]) -> dict[str, object]:
+    splits = {**earlier, **{split: evaluation.to_row() for split, evaluation in result.splits.items()}}
     return {
         "run_name": result.run.config.run_name,
         "checkpoint": result.path.name,
         "checkpoint_sha256": result.sha256,
         "step": result.step,
         "benchmark": {"name": result.benchmark.name, "sha256": result.benchmark.sha256},
-        "splits": {split: evaluation.to_row() for split, evaluation in result.splits.items()},
+        "splits": {split: splits[split] for split in result.benchmark.split_sizes if split in splits},
         "notes": list(result.notes),
         "versions": software_versions(),
     }
