@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from kvjax.artifacts.benchmark_hash import BenchmarkHashes
 from kvjax.artifacts.files import file_sha256, read_json
 from kvjax.artifacts.layout import BenchmarkLayout, RunLayout
 from kvjax.artifacts.source_run import layout_of
@@ -106,7 +107,7 @@ class RunDir:
         try:
             named = read_sweep(self.layout.sweep).benchmark
             path = Path(named.path)
-            return path if file_sha256(BenchmarkLayout(path).metadata) == named.sha256 else None
+            return path if BenchmarkHashes.of(path).names(named.sha256) else None
         except InputError:
             return None
 

@@ -20,7 +20,7 @@ class _Part(pydantic.BaseModel):
 
 
 class SweptBenchmark(_Part):
-    """The benchmark of a sweep; `sha256` is its metadata's."""
+    """The benchmark of a sweep; `sha256` is the hash that `BenchmarkHashes` compares."""
 
     name: str
     sha256: str

@@ -57,7 +57,7 @@ def parse_json_lines(content: bytes, path: str | Path) -> list[Any]:
     """
     content = _utf_8(content, path, "a JSON-lines file").rstrip()
     lines = content.split(b"\n") if content else []
-    with _no_garbage_collection():
+    with without_garbage_collection():
         return [_parse(line, f"{path}:{number}", "a JSON object", None) for number, line in enumerate(lines, start=1)]
 
 
@@ -94,8 +94,8 @@ def _unique(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Stops the search for reference cycles, of which JSON has none: it takes half the time of parsing large files."""
+def without_garbage_collection() -> Iterator[None]:
+    """Stops the search for reference cycles while many objects without any are made: it takes half of that time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

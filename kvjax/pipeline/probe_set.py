@@ -45,7 +45,7 @@ def probe_set_is_current(run: RunDir) -> Current:
         manifest = frozen_manifest(path)
     except InputError as error:
         return Current(False, str(error))
-    if (benchmark := _benchmark_of(run)) is not None and benchmark.sha256 != manifest.benchmark_sha256:
+    if (benchmark := _benchmark_of(run)) is not None and not benchmark.hashes.names(manifest.benchmark_sha256):
         return Current(False, f"{path} was built from another benchmark than the one in {benchmark.path}")
     return Current(True, f"probe set {manifest.content_sha256[:12]}, unchanged since it was frozen")
 

@@ -56,7 +56,7 @@ def ranking_is_current(runs: list[RunDir], output: Path) -> Current:
         ranked = {row["run_dir"]: (row["step"], row["checkpoint_sha256"]) for row in ranking["candidates"]}
         measured_on = ranking["benchmark"]["sha256"]
         best = {str(run.path): (step, file_sha256(path)) for run in runs for step, path in [run.best_checkpoint()]}
-        benchmarks = {run.path: Benchmark.open(run.benchmark_dir()).sha256 for run in runs}
+        benchmarks = {run.path: Benchmark.open(run.benchmark_dir()).hashes for run in runs}
     except InputError as error:
         return Current(False, str(error))
     except (KeyError, TypeError):
@@ -67,7 +67,7 @@ def ranking_is_current(runs: list[RunDir], output: Path) -> Current:
         if ranked[path] != found:
             reason = f"the best checkpoint of {path}, of step {found[0]}, is another than the ranked one"
             return Current(False, f"{reason}, of step {ranked[path][0]}")
-    for path, sha256 in benchmarks.items():
-        if sha256 != measured_on:
+    for path, hashes in benchmarks.items():
+        if not hashes.names(measured_on):
             return Current(False, f"{output} was measured on another benchmark than that of {path}")
     return Current(True, f"{output} ranks these runs")

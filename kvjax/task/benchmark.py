@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax.artifacts.files import read_json, read_json_lines, replace_directory, write_json, write_json_lines
+from kvjax.artifacts.benchmark_hash import BenchmarkHashes
+from kvjax.artifacts.files import HashedFile, file_sha256, read_json, replace_directory, write_json, write_json_lines
 from kvjax.artifacts.layout import BenchmarkLayout
 from kvjax.config.benchmark import HELDOUT_SPLIT, BenchmarkConfig
-from kvjax.errors import InputError, unusable
+from kvjax.config.json_text import parse_json_lines, without_garbage_collection
+from kvjax.errors import InputError, one_line, unusable
 from kvjax.task.generator import Pair, draw_benchmark
-from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record, replay
+from kvjax.task.record_check import check_record
+from kvjax.task.stream import Record
 from kvjax.task.vocabulary import Vocabulary
 
 BENCHMARK_TYPE = "symbolic_kv_stream"
@@ -29,17 +32,15 @@ class Benchmark:
       path: the directory.
       name: the benchmark's name.
       vocabulary: its tokens.
-      split_sizes: number of records by split.
+      splits: what the metadata says of each split.
       holdout_pairs: the held-out "key:value" pairs.
-      sha256: hash of `metadata.json`, which names this benchmark in everything built from it.
     """
 
     path: Path
     name: str
     vocabulary: Vocabulary
-    split_sizes: Mapping[str, int]
+    splits: Mapping[str, Mapping[str, Any]]
     holdout_pairs: frozenset[str]
-    sha256: str
 
     @classmethod
     def open(cls, path: Path) -> Benchmark:
@@ -55,23 +56,16 @@ class Benchmark:
         if not isinstance(metadata, dict) or metadata.get("benchmark_type") != BENCHMARK_TYPE:
             found = metadata.get("benchmark_type") if isinstance(metadata, dict) else type(metadata).__name__
             raise unusable(metadata_path, f"benchmark_type {BENCHMARK_TYPE!r}", found)
-        try:
-            vocabulary = metadata["vocabulary"]
-            sizes = {split: int(facts["num_samples"]) for split, facts in metadata["splits"].items()}
-            name = str(metadata["name"])
-            holdout_pairs = frozenset(metadata["holdout_pairs"])
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            expected = "name, vocabulary, holdout_pairs and splits with num_samples"
-            raise unusable(metadata_path, expected, repr(error)) from None
-        if not sizes:
-            raise unusable(metadata_path, "at least one split", "none")
+        missing = [name for name in ("name", "vocabulary", "holdout_pairs", "splits") if name not in metadata]
+        if missing:
+            raise unusable(metadata_path, "name, vocabulary, holdout_pairs and splits", f"no {missing[0]}")
+        vocabulary = Vocabulary.from_metadata(metadata["vocabulary"], metadata_path)
         return cls(
             path=path,
-            name=name,
-            vocabulary=Vocabulary.from_metadata(vocabulary, metadata_path),
-            split_sizes=sizes,
-            holdout_pairs=holdout_pairs,
-            sha256=hashlib.sha256(metadata_path.read_bytes()).hexdigest(),
+            name=str(metadata["name"]),
+            vocabulary=vocabulary,
+            splits=_checked_splits(metadata["splits"], metadata_path),
+            holdout_pairs=_checked_pairs(metadata["holdout_pairs"], vocabulary, metadata_path),
         )
 
     @property
@@ -79,25 +73,102 @@ class Benchmark:
         """The names of its files."""
         return BenchmarkLayout(self.path)
 
+    @functools.cached_property
+    def hashes(self) -> BenchmarkHashes:
+        """The hashes by which results name this benchmark."""
+        return BenchmarkHashes.of(self.path)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of its metadata and splits, which names it in everything built from it."""
+        return self.hashes.sha256
+
+    @functools.cached_property
+    def split_sizes(self) -> dict[str, int]:
+        """Number of records by split."""
+        return {split: facts["num_samples"] for split, facts in self.splits.items()}
+
+    @functools.cached_property
+    def heldout(self) -> frozenset[Pair]:
+        """The held-out (key, value) pairs."""
+        return frozenset(_as_pair(pair) for pair in self.holdout_pairs)
+
     def has_config(self, config: BenchmarkConfig) -> bool:
         """Checks whether the metadata records this config."""
         return read_json(self.layout.metadata).get("config") == _recorded_config(config)
 
-    def read_split(self, split: str) -> list[Record]:
-        """Reads the records of a split, in file order.
+    def check_records(self, documents: Sequence[Any], path: Path, split: str | None = None) -> list[Record]:
+        """Checks the records of a file whole, each against its own tokens.
+
+        Args:
+          documents: the file's lines.
+          path: the file, for errors.
+          split: the split that all must be of; None if any will do.
 
         Raises:
-          InputError: the split is missing, damaged or not as long as the metadata says.
+          InputError: a record is damaged or stands twice; the error names its line.
         """
-        path = self.layout.split(split)
-        if split not in self.split_sizes or not path.is_file():
-            raise unusable(path, f"the records of split {split}", "no such file")
-        records = read_json_lines(path)
-        if len(records) != self.split_sizes[split]:
-            raise unusable(path, f"{self.split_sizes[split]} records ({self.layout.metadata.name})", len(records))
-        for number, record in enumerate(records, start=1):
-            check_record_fields(record, f"{path}:{number}")
+        records, lines = [], dict[str, int]()
+        with without_garbage_collection():
+            for number, document in enumerate(documents, start=1):
+                where = f"{path}:{number}"
+                record = check_record(document, self.vocabulary, self.heldout, where, split=split)
+                if (earlier := lines.setdefault(record["sample_id"], number)) != number:
+                    raise unusable(where, "a sample_id of its own", f"{record['sample_id']}, that of line {earlier}")
+                records.append(record)
         return records
+
+    def read_split(self, split: str) -> list[Record]:
+        """Reads the records of a split, in file order, and checks all of it.
+
+        Raises:
+          InputError: the split is missing, damaged, empty, or not what the metadata says.
+        """
+        path, metadata = self.layout.split(split), self.layout.metadata.name
+        if split not in self.splits or not path.is_file():
+            raise unusable(path, f"the records of split {split}", "no such file")
+        facts, file = self.splits[split], HashedFile.read(path, f"the records of split {split}")
+        documents = parse_json_lines(file.content, path)
+        if len(documents) != facts["num_samples"]:
+            raise unusable(path, f"{facts['num_samples']} records ({metadata})", len(documents))
+        if not documents:
+            raise unusable(path, "at least one record", "none")
+        records = self.check_records(documents, path, split)
+        for name, found in _split_facts(records).items():
+            if facts.get(name, found) != found:
+                raise unusable(path, f"{name} {facts[name]} ({metadata})", found)
+        if facts.get("sha256", file.sha256) != file.sha256:
+            expected = f"the file that {metadata} records, SHA-256 {facts['sha256'][:12]}"
+            raise unusable(path, f"{expected} (generate the benchmark again)", f"SHA-256 {file.sha256[:12]}")
+        return records
+
+
+def _checked_splits(splits: Any, where: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(splits, dict) or not splits:
+        raise unusable(where, "at least one split", one_line(splits) if splits else "none")
+    for split, facts in splits.items():
+        number = facts.get("num_samples") if isinstance(facts, dict) else None
+        if type(number) is not int or number < 0:
+            raise unusable(where, f"splits.{split} with a whole number num_samples", one_line(facts))
+        if not isinstance(facts.get("sha256", ""), str):
+            raise unusable(where, f"splits.{split}.sha256 to be a text", facts["sha256"])
+    return splits
+
+
+def _checked_pairs(pairs: Any, vocabulary: Vocabulary, where: Path) -> frozenset[str]:
+    if not isinstance(pairs, list):
+        raise unusable(where, 'holdout_pairs, a list of texts "key:value"', type(pairs).__name__)
+    keys, values = frozenset(vocabulary.key_tokens), frozenset(vocabulary.value_tokens)
+    for pair in pairs:
+        key, value = _as_pair(pair) if isinstance(pair, str) else ("", "")
+        if key not in keys or value not in values:
+            raise unusable(where, 'holdout_pairs, each a text "key:value" of the vocabulary', one_line(pair))
+    return frozenset(pairs)
+
+
+def _as_pair(text: str) -> Pair:
+    key, _, value = text.partition(":")
+    return key, value
 
 
 def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: bool) -> dict[str, Any]:
@@ -137,6 +208,8 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
         written = BenchmarkLayout(partial)
         for split, records in splits.items():
             write_json_lines(written.split(split), records)
+            # The hash of the metadata, which names the benchmark, so covers the records too.
+            metadata["splits"][split]["sha256"] = file_sha256(written.split(split))
         write_json(written.metadata, metadata)
     return metadata
 
@@ -190,68 +263,6 @@ def check_diagnostics(diagnostics: Mapping[str, Any], heuristic_limit: float) ->
                 f"{split}: expected every answer pair held out; found {use['answer_heldout_count']} "
                 f"of {use['total_query_events']}"
             )
-
-
-def check_record_fields(record: Any, where: object) -> None:
-    """Raises `InputError` unless a document has every field of a record that the code reads, of the right kind."""
-    kinds = {
-        "sample_id": str,
-        "split": str,
-        "tokens": list,
-        "token_ids": list,
-        "axes": dict,
-        "writes": list,
-        "query_plan": list,
-        "query_events": list,
-        "exact_sequence_signature": str,
-    }
-    if not isinstance(record, dict):
-        raise unusable(where, "a benchmark record", type(record).__name__)
-    for name, kind in kinds.items():
-        if not isinstance(record.get(name), kind):
-            raise unusable(where, f"a benchmark record with a {kind.__name__} {name}", type(record.get(name)).__name__)
-    missing = [axis for axis in SEQUENCE_AXES if not isinstance(record["axes"].get(axis), int)]
-    if missing or not record["query_events"]:
-        raise unusable(where, "a benchmark record with axes and query_events", f"no {(missing or ['query_events'])[0]}")
-    for event in record["query_events"]:
-        if not isinstance(event, dict) or not all(isinstance(event.get(axis), int) for axis in EVENT_AXES):
-            raise unusable(where, f"query_events with integer {', '.join(EVENT_AXES)}", event)
-
-
-def check_record(record: Record, vocabulary: Vocabulary, where: object) -> None:
-    """Raises `InputError` unless replaying a record's tokens gives its ids and read events."""
-    check_record_fields(record, where)
-    name = f"{where}: {record['sample_id']}"
-    try:
-        ids = [vocabulary.id_of[token] for token in record["tokens"]]
-        if ids != record["token_ids"]:
-            index, expected, found = _first_difference(ids, record["token_ids"])
-            raise unusable(name, f"token_ids of the benchmark's vocabulary ({expected} at position {index})", found)
-        try:
-            reads = replay(record["tokens"])
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        recorded = [
-            (
-                event["key"],
-                event["answer_value"],
-                event["positions"]["answer"],
-                event["support_positions"]["value"],
-            )
-            for event in record["query_events"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise unusable(name, "a record of this benchmark", repr(error)) from None
-    replayed = [(read.key, read.answer, read.answer_position, read.support_value_position) for read in reads]
-    if recorded != replayed:
-        index, expected, found = _first_difference(replayed, recorded)
-        raise unusable(name, f"query_events as replaying the tokens gives them (read {index}: {expected})", found)
-
-
-def _first_difference(expected: Sequence[Any], found: Sequence[Any]) -> tuple[int, Any, Any]:
-    """Finds the first index at which two different sequences differ, and both entries; a missing one is None."""
-    pairs = enumerate(itertools.zip_longest(expected, found))
-    return next((index, a, b) for index, (a, b) in pairs if a != b)
 
 
 def _recorded_config(config: BenchmarkConfig) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from kvjax.artifacts.identity import content_digest
 from kvjax.artifacts.layout import ProbeSetLayout
 from kvjax.config.benchmark import COUNTERFACTUAL_SPLIT, HELDOUT_SPLIT
 from kvjax.errors import misfit, unusable
-from kvjax.task.benchmark import Benchmark, check_record, check_record_fields
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.record_check import check_counterfactual, check_record
 from kvjax.task.selection import DIFFICULTY_RULE, Difficulty, assign_difficulty, choose_examples, coverage_counts
 from kvjax.task.stream import Record
 
@@ -118,8 +119,6 @@ def generate_probe_set(
         chosen = choose_examples(pool, examples_per_split, seed=f"{seed}/{split}")
         added[split] = len(chosen) - examples_per_split
         records += chosen
-    for record in records:
-        check_record(record, benchmark.vocabulary, benchmark.path)
     companions = _choose_companions(benchmark, records, seed, fit_examples)
     write_json_lines(path, records)
     _complete(path, names.manifest, benchmark, records, companions, seed, added)
@@ -160,12 +159,14 @@ def open_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     if not _has_own_manifest(metadata) and not names.companion.exists():
         _adopt(names, metadata, benchmark)
     manifest = frozen_manifest(path)
-    if manifest.benchmark_sha256 != benchmark.sha256:
+    if not benchmark.hashes.names(manifest.benchmark_sha256):
         raise unusable(path, f"a probe set of the benchmark in {benchmark.path}", "one built from another benchmark")
-    records = read_json_lines(path)
-    counterfactuals = [record["sample_id"] for record in records if record["counterfactual_of"]]
-    sources = dict(zip(counterfactuals, read_json_lines(names.sources), strict=True))
-    return ProbeSet(path, manifest, tuple(records), tuple(read_json_lines(names.fit)), sources)
+    records = benchmark.check_records(read_json_lines(path), path)
+    fit = benchmark.check_records(read_json_lines(names.fit), names.fit, manifest.fit_split)
+    sources = _check_sources(records, read_json_lines(names.sources), names.sources, benchmark)
+    if stray := {record["split"] for record in records} - set(manifest.splits):
+        raise unusable(path, f"records of the splits {', '.join(manifest.splits)}", min(stray))
+    return ProbeSet(path, manifest, tuple(records), tuple(fit), sources)
 
 
 def frozen_manifest(path: Path) -> Manifest:
@@ -196,6 +197,24 @@ def frozen_manifest(path: Path) -> Manifest:
     if content_digest(manifest.model_dump()) != manifest.content_sha256:
         raise unusable(manifest_file, "the content its own hash names", "an edited file")
     return manifest
+
+
+def _check_sources(
+    records: Sequence[Record], documents: Sequence[Any], path: Path, benchmark: Benchmark
+) -> dict[str, Record]:
+    """Checks the source records of the counterfactual probe records, several of which may have one source."""
+    counterfactuals = [record for record in records if record["counterfactual_of"]]
+    if len(documents) != len(counterfactuals):
+        raise unusable(path, f"{len(counterfactuals)} records, one for each counterfactual", len(documents))
+    sources = {}
+    for number, (record, document) in enumerate(zip(counterfactuals, documents, strict=True), start=1):
+        source = check_record(document, benchmark.vocabulary, benchmark.heldout, f"{path}:{number}")
+        if source["sample_id"] != record["counterfactual_of"]:
+            expected = f"the source of {record['sample_id']}, {record['counterfactual_of']}"
+            raise unusable(f"{path}:{number}", expected, source["sample_id"])
+        check_counterfactual(record, source, f"{path}:{number}")
+        sources[record["sample_id"]] = source
+    return sources
 
 
 def _has_own_manifest(metadata: Any) -> bool:
@@ -249,17 +268,14 @@ def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
     if len(records) != num_records:
         raise unusable(path, f"{num_records} records ({names.manifest.name})", len(records))
     by_split: dict[str, dict[str, Record]] = {}
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(benchmark.check_records(records, path), start=1):
         where = f"{path}:{number}"
-        check_record_fields(record, where)
         split = record["split"]
         if split not in by_split:
             by_split[split] = {known["sample_id"]: known for known in benchmark.read_split(split)}
-        # Popped, so that a repeated record is refused the second time.
-        if by_split[split].pop(record["sample_id"], None) != record:
-            found = f"{record['sample_id']}, which differs from the benchmark's or stands there a second time"
+        if by_split[split].get(record["sample_id"]) != record:
+            found = f"{record['sample_id']}, which differs from the benchmark's"
             raise unusable(where, f"a record of the benchmark in {benchmark.path}", found)
-        check_record(record, benchmark.vocabulary, where)
     companions = _choose_companions(benchmark, records, seed, DEFAULT_FIT_EXAMPLES)
     _complete(path, names.companion, benchmark, records, companions, seed, dict.fromkeys(by_split, 0))
 
@@ -267,14 +283,11 @@ def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
 def _choose_companions(
     benchmark: Benchmark, records: Sequence[Record], seed: int, fit_examples: int
 ) -> tuple[list[Record], list[Record]]:
-    """Chooses the fit set and finds the counterfactuals' source records, checked like the probe records."""
+    """Chooses the fit set and finds the counterfactuals' source records."""
     pool = benchmark.read_split(FIT_SPLIT)
     picked = random.Random(f"{seed}/fit").sample(range(len(pool)), min(fit_examples, len(pool)))
     fit = [pool[index] for index in sorted(picked)]
-    sources = _source_records(benchmark, records)
-    for record in (*fit, *sources):
-        check_record(record, benchmark.vocabulary, benchmark.path)
-    return fit, sources
+    return fit, _source_records(benchmark, records)
 
 
 def _complete(
@@ -314,12 +327,16 @@ def _complete(
 
 
 def _source_records(benchmark: Benchmark, records: Sequence[Record]) -> list[Record]:
-    wanted = [record["counterfactual_of"] for record in records if record["counterfactual_of"]]
+    counterfactuals = [record for record in records if record["counterfactual_of"]]
+    wanted = [record["counterfactual_of"] for record in counterfactuals]
     splits = sorted({sample_id.rsplit("_", 1)[0] for sample_id in wanted})
     known = {record["sample_id"]: record for split in splits for record in benchmark.read_split(split)}
     missing = [sample_id for sample_id in wanted if sample_id not in known]
     if missing:
         raise unusable(benchmark.path, f"the counterfactuals' source record {missing[0]}", "none")
+    for record in counterfactuals:
+        where = benchmark.layout.split(record["split"])
+        check_counterfactual(record, known[record["counterfactual_of"]], where)
     return [known[sample_id] for sample_id in wanted]
 
 

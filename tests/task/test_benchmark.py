@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import json
+import shutil
 
 import pytest
 
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.errors import InputError
-from kvjax.task.benchmark import Benchmark, check_diagnostics, check_record, generate_benchmark
+from kvjax.task.benchmark import Benchmark, check_diagnostics, generate_benchmark
 from kvjax.task.generator import draw_benchmark
 from tests.helpers.building import read_lines, small_benchmark_config, write_small_benchmark
 
@@ -32,10 +33,9 @@ def heldout(metadata):
 
 def test_replay_of_every_record(records, small_benchmark):
     """Every record follows from its tokens alone, answers and supports included."""
-    vocabulary = Benchmark.open(small_benchmark).vocabulary
+    benchmark = Benchmark.open(small_benchmark)
     for split, members in records.items():
-        for record in members:
-            check_record(record, vocabulary, split)
+        assert benchmark.check_records(members, small_benchmark, split) == members
 
 
 def test_writes_of_a_stream(records):
@@ -106,6 +106,20 @@ def test_seeds_of_a_benchmark(tmp_path, small_benchmark):
 
     assert digest(write_small_benchmark(tmp_path / "again")) == digest(small_benchmark)
     assert digest(write_small_benchmark(tmp_path / "other", seed=4)) != digest(small_benchmark)
+
+
+def change(folder, edit):
+    """Edits a benchmark's metadata."""
+    path = folder / "metadata.json"
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+def empty(folder):
+    """Takes all records of a split, and says so in the metadata."""
+    (folder / "train.jsonl").write_text("")
+    change(folder, lambda metadata: metadata["splits"]["train"].update(num_samples=0))
 
 
 def generate(tmp_path, **changes):
@@ -201,11 +215,24 @@ def test_misspelt_config_field(tmp_path):
         (lambda d: (d / "train.jsonl").unlink(), "the records of split train"),
         (lambda d: (d / "train.jsonl").write_text("{}\n"), "80 records"),
         (lambda d: (d / "train.jsonl").write_text("{}\n{\n"), r"train.jsonl:2"),
+        (lambda d: (d / "train.jsonl").write_bytes((d / "train.jsonl").read_text().encode("utf-16")), "in UTF-8"),
+        (lambda d: change(d, lambda m: m["splits"]["train"].update(num_samples=True)), "splits.train with a whole"),
+        (lambda d: change(d, lambda m: m["splits"].clear()), "at least one split; found none"),
+        (lambda d: change(d, lambda m: m.pop("holdout_pairs")), "found no holdout_pairs"),
+        (lambda d: change(d, lambda m: m.update(holdout_pairs={})), "holdout_pairs, a list of texts .*; found dict"),
+        (lambda d: change(d, lambda m: m["holdout_pairs"].append(3)), 'each a text "key:value" .*; found 3'),
+        (lambda d: change(d, lambda m: m["holdout_pairs"].append("K00")), 'each a text "key:value" .*; found K00'),
+        (
+            lambda d: change(d, lambda m: m["splits"]["train"].update(num_query_events=1)),
+            "num_query_events 1 .*; found",
+        ),
+        (lambda d: change(d, lambda m: m["splits"]["train"].update(sha256="0" * 64)), "SHA-256 000000000000 .*; found"),
+        (lambda d: empty(d), "train.jsonl: expected at least one record; found none"),
     ],
 )
-def test_damaged_benchmark(tmp_path, damage, complaint):
+def test_damaged_benchmark(tmp_path, small_benchmark, damage, complaint):
     """A damaged benchmark is refused with the file that is damaged."""
-    folder = write_small_benchmark(tmp_path / "benchmark")
+    folder = shutil.copytree(small_benchmark, tmp_path / "benchmark")
     damage(folder)
     with pytest.raises(InputError, match=complaint):
         Benchmark.open(folder).read_split("train")
@@ -215,11 +242,11 @@ def test_wide_ranges_of_sizes():
     """Ranges of many sizes are checked at their ends, so that drawing starts at once."""
     wide = small_benchmark_config()["train"] | {
         "num_samples": 1,
-        "active_keys": {"min": 2, "max": 100},
-        "overwrite_count": {"min": 20, "max": 300},
+        "active_keys": {"min": 2, "max": 40},
+        "overwrite_count": {"min": 20, "max": 120},
         "num_queries": {"min": 1, "max": 2},
     }
     splits = dict.fromkeys(("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood"), wide)
-    document = small_benchmark_config(num_keys=100, num_values=2000, **splits)
+    document = small_benchmark_config(num_keys=40, num_values=800, **splits)
     drawn = draw_benchmark(BenchmarkConfig.model_validate(document | {"counterfactual": {"num_samples": 1}}))[2]
     assert all(len(records) == 1 for records in drawn.values())

@@ -188,7 +188,7 @@ class TestReferenceProbeSet:
     def test_edit_before_the_first_use(self, path, small_benchmark):
         """One edited before its first use is refused."""
         lines = path.read_text().splitlines()
-        lines[3] = lines[3].replace('"W"', '"R"', 1)
+        lines[3] = json.dumps(json.loads(lines[3]) | {"sample_id": "validation_iid_900000"})
         path.write_text("\n".join(lines) + "\n")
         with pytest.raises(InputError, match=r"probe_set.jsonl:4: expected a record of the benchmark"):
             open_probe_set(path, Benchmark.open(small_benchmark))
@@ -197,7 +197,7 @@ class TestReferenceProbeSet:
         """One that holds a record twice is refused."""
         lines = path.read_text().splitlines()
         path.write_text("\n".join([*lines[:5], lines[0], *lines[6:]]) + "\n")
-        with pytest.raises(InputError, match=r"probe_set.jsonl:6: .* a second time"):
+        with pytest.raises(InputError, match=r"probe_set.jsonl:6: expected a sample_id of its own; .*, that of line 1"):
             open_probe_set(path, Benchmark.open(small_benchmark))
 
     def test_edit_after_the_first_use(self, path, small_benchmark):
