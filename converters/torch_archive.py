@@ -109,6 +109,7 @@ class _Records:
                 self._check(name, self._stored(name))
 
     def names(self) -> list[str]:
+        """Lists the records in the order of the directory."""
         return list(self._infos)
 
     def read(self, name: str) -> memoryview:
@@ -161,7 +162,7 @@ def _open_zip(file: HashedFile) -> Archive:
     except ValueError as error:
         raise damaged(file, error) from None
     if byte_order != b"little":
-        raise unusable(file.path, "numbers in little-endian order", one_word(byte_order))
+        raise unusable(file.path, "numbers in little-endian order", byte_order[:20].decode("ascii", "replace"))
 
     def find_storage(kind: StorageType, key: Any, _: Any, numel: Any, *__: Any) -> SavedStorage:
         return SavedStorage(kind.dtype, numel, lambda: records.read(f"{top}/data/{key}"))
@@ -171,10 +172,6 @@ def _open_zip(file: HashedFile) -> Archive:
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
         raise damaged(file, error or type(error).__name__) from None
     return Archive(document, () if records.has_checksums else (NO_CHECKSUMS,))
-
-
-def one_word(content: bytes) -> str:
-    return content[:20].decode("ascii", "replace")
 
 
 def _top_folder(file: HashedFile, names: list[str]) -> str:
