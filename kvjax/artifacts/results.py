@@ -64,8 +64,7 @@ class Intervention:
             raise unusable(path, expected, type(document).__name__)
         if missing := [name for name in ("kind", "steps", "measured_on", "arrays") if name not in document]:
             raise unusable(path, expected, f"no {missing[0]}")
-        if "content_sha256" in document:  # summaries of older versions have none
-            check_seal(document, path, "run kvjax intervene again")
+        check_seal(document, path, "run kvjax intervene again")
         return cls(path.parent.name, path.stem, path, document)
 
     def check_arrays(self) -> None:

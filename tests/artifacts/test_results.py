@@ -13,6 +13,7 @@ import kvjax
 from kvjax.artifacts import results as results_module
 from kvjax.artifacts.birth_windows_schema import write_birth_windows
 from kvjax.artifacts.files import FileHash
+from kvjax.artifacts.identity import sealed
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import read_sweep, write_sweep
 from kvjax.artifacts.tables import write_datasets
@@ -37,16 +38,13 @@ def write_intervention(run, *, kind="path_patching", window="steps_100", value=1
     path.parent.mkdir(parents=True, exist_ok=True)
     write_datasets(path.with_suffix(".nc"), [(None, xr.Dataset({"recovery": ("step", [value])}, {"step": [100]}))])
     arrays = FileHash.of(path.with_suffix(".nc"))
-    path.write_text(
-        json.dumps(
-            {
-                "kind": kind,
-                "steps": [100],
-                "measured_on": {"settings": {}, "inputs": {}},
-                "arrays": {"sha256": arrays.sha256, "bytes": arrays.bytes},
-            }
-        )
-    )
+    summary = {
+        "kind": kind,
+        "steps": [100],
+        "measured_on": {"settings": {}, "inputs": {}},
+        "arrays": {"sha256": arrays.sha256, "bytes": arrays.bytes},
+    }
+    path.write_text(json.dumps(sealed(summary)))
     return path
 
 
@@ -235,4 +233,12 @@ def test_odd_summary_of_an_intervention(swept_run, document):
     """A summary without what this version writes is one line."""
     write_intervention(swept_run).write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"steps_100.json: expected the summary of an intervention"):
+        list(kvjax.open_results(swept_run).interventions())
+
+
+def test_summary_without_a_hash(swept_run):
+    """A summary whose own hash is gone, even under a damaged name, is refused: nothing could tell what else changed."""
+    path = write_intervention(swept_run)
+    path.write_text(path.read_text().replace("content_sha256", "fontent_sha256"))
+    with pytest.raises(InputError, match=r"steps_100.json: expected the hash of its own content .*kvjax intervene"):
         list(kvjax.open_results(swept_run).interventions())
