@@ -198,8 +198,7 @@ def readers_of(step: int) -> dict[str, Reader]:
             [f"{_ANALYSIS}/interventions/neurons/steps_{step}.json"],
             _JSON,
             read_summary,
-            _SEALED,
-            check_unsealed,
+            _DETECTED,
             names=(f"steps_{step}.nc",),
         ),
         "netCDF of an intervention": Reader(

@@ -68,7 +68,7 @@ def read_run_config(root: Path, file: Path) -> Any:
 def read_metadata(root: Path, file: Path) -> Any:
     """Opens a benchmark; returns all but its path and hash, and the hash."""
     benchmark = Benchmark.open(root / BENCHMARK)
-    return dataclasses.asdict(dataclasses.replace(benchmark, path=None, sha256="")), benchmark.sha256
+    return dataclasses.replace(benchmark, path=Path()), benchmark.sha256
 
 
 def read_records(root: Path, file: Path) -> Any:
