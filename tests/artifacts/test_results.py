@@ -192,7 +192,8 @@ def test_edited_provenance(swept_run):
 def no_windows(measured_on):
     """Returns the document of a run in which nothing formed."""
     found = {"verdict": "no transition", "reason": "no shift", "complete": True, "births": {}, "windows": []}
-    return {"schema_version": 1, "run_name": "small_run", "measured_on": measured_on, "config": {}, **found}
+    of_run = {"schema_version": 1, "run_name": "small_run", "measured_on": measured_on, "config": {}, "breaks": []}
+    return of_run | found
 
 
 def test_windows_of_another_sweep(swept_run):
