@@ -64,7 +64,7 @@ def test_set_ablation(model, encoded, sets, baseline):
     if baseline == "zero":
         values = jax.tree.map(np.zeros_like, values)
     tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
-    program = OverPairs(encoded, tokens_per_batch=400)
+    program = OverPairs(encoded, tokens_per_batch=400, whole_streams=True)
     ours = program.run(AblateSets(config), tree)["difference"][0]
 
     def value_of(place, at, x):
@@ -82,7 +82,7 @@ def test_resampled_sets(model, encoded, pair_set, sets):
     pairs, vocabulary = pair_set
     clean, rows = encode_clean_streams(pairs, vocabulary, max_seq_len=config.max_seq_len)
     assert (clean.tokens[rows][:, : encoded.clean_tokens.shape[1]] == encoded.clean_tokens).all()
-    program = OverPairs(encoded, tokens_per_batch=400)
+    program = OverPairs(encoded, tokens_per_batch=400, whole_streams=True)
     donors = pair_donors(clean, rows, program.buckets)
     length = clean.tokens.shape[1]
     by_pair = np.tile(np.arange(encoded.clean_tokens.shape[1]), (len(encoded), 1))
@@ -92,7 +92,7 @@ def test_resampled_sets(model, encoded, pair_set, sets):
             if n >= 0:
                 by_pair[n, : len(named)] = named
     for n, row in enumerate(rows):
-        for at in range(int(encoded.lengths[n])):
+        for at in range(int(encoded.last_affected[n]) + 1):  # later ones have no effect
             other, position = divmod(int(by_pair[n, at]), length)
             assert clean.token_roles[row, at] == clean.token_roles[other, position]
             assert clean.splits[row] == clean.splits[other] and other != row
@@ -115,7 +115,7 @@ def test_states_across_checkpoints(model, other_model, encoded):
     """Every stage of another checkpoint, at every role, enters as in PyTorch."""
     module, params, config = model
     other_module, other_params = other_model
-    program = OverPairs(encoded, tokens_per_batch=2000)
+    program = OverPairs(encoded, tokens_per_batch=2000, whole_streams=True)
     both = jax.tree.map(lambda a, b: np.stack([a, b]), params, other_params)
 
     ours = program.run(TakeStates(config), both, both)["difference"]  # [A, N, B, stages, roles]
