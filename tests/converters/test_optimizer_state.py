@@ -356,9 +356,9 @@ def test_damaged_state(tmp_path, plain, part, value, message):
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("exp_avg", lambda tensor: tensor.clone().requires_grad_()),
-        ("exp_avg", lambda tensor: torch.nn.Parameter(tensor.clone())),
-        ("exp_avg", lambda tensor: tensor.double()),
+        pytest.param("exp_avg", lambda tensor: tensor.clone().requires_grad_(), id="moment with a gradient"),
+        pytest.param("exp_avg", lambda tensor: torch.nn.Parameter(tensor.clone()), id="moment as a parameter"),
+        pytest.param("exp_avg", lambda tensor: tensor.double(), id="moment in float64"),
         ("step", 3),
         ("step", 3.0),
         ("step", torch.tensor(3)),
