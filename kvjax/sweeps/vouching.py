@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -133,7 +134,10 @@ def judge(recorded: RecordedAccuracy, counted: CountedAnswers) -> tuple[Verdict,
 
 
 class Voucher:
-    """Compares the first checkpoint of a run that has a recorded accuracy; the others are taken on its word.
+    """Compares checkpoints of a run with their recorded accuracies, as few as tell something.
+
+    The first one that has a recorded accuracy is compared, and again one whose recorded accuracy is twice that of the
+    last: early checkpoints answer nothing, whatever the number of heads. The others are taken on their word.
 
     Args:
       run: the run.
@@ -142,39 +146,44 @@ class Voucher:
       way_on: the parameter by which a person goes on in spite of one, for the error.
 
     Attributes:
-      reason: why no accuracy could be compared so far; None if one could.
       refused: whether a contradiction was refused.
     """
 
     def __init__(self, run: RunDir, benchmark: Benchmark, *, refuse: bool, way_on: str):
         self._run, self._benchmark, self._refuse, self._way_on = run, benchmark, refuse, way_on
-        self._started: tuple[Checkpoint, RecordedAccuracy, Mapping[str, jax.Array]] | None = None
+        self._started: dict[Path, tuple[RecordedAccuracy, Mapping[str, jax.Array]]] = {}
+        self._least_accuracy = 0.0
         self.refused = False
-        self.reason: str | None = "the run recorded no accuracy of a measured checkpoint"
+        self._reason = "the run recorded no accuracy of a measured checkpoint"
+
+    @property
+    def reason(self) -> str | None:
+        """Says why no accuracy could be compared so far; None if one could."""
+        return None if self._least_accuracy else self._reason
 
     def start(self, checkpoint: Checkpoint) -> None:
-        """Starts the devices on a checkpoint's answers, unless one was started before or none was recorded of it."""
-        if self.reason is None:
-            return
+        """Starts the devices on a checkpoint's answers if comparing them with the recorded ones tells something new."""
         try:
             for recorded in recorded_accuracies(self._run, checkpoint):
+                if recorded.answer_accuracy < self._least_accuracy:
+                    return
                 records = self._comparable(checkpoint, recorded)
                 if records is not None:
-                    self._started = checkpoint, recorded, self._count(checkpoint, recorded.split, records)
-                    self.reason = None
+                    self._started[checkpoint.path] = recorded, self._count(checkpoint, recorded.split, records)
+                    self._least_accuracy = max(2 * recorded.answer_accuracy, 1 / recorded.num_reads)
                     return
         except InputError as error:
-            self.reason = str(error)
+            self._reason = str(error)
 
     def finish(self, checkpoint: Checkpoint) -> Vouched | None:
-        """Waits for the answers of the checkpoint that was started, and judges them; gives None for any other.
+        """Waits for the answers of a checkpoint that was started, and judges them; gives None for any other.
 
         Raises:
           InputError: they contradict the recorded ones.
         """
-        if self._started is None or self._started[0] is not checkpoint:
+        if checkpoint.path not in self._started:
             return None
-        (_, recorded, counts), self._started = self._started, None  # its parameters are let go
+        recorded, counts = self._started.pop(checkpoint.path)
         right, near_ties, total, loss, targets = (
             float(counts[name]) for name in ("right", "near_ties", "total", "loss", "targets")
         )
@@ -212,16 +221,21 @@ class Voucher:
         own = read_json(self._benchmark.layout.metadata)
         for name in ("seed", "holdout_pairs", "splits"):
             if isinstance(trained_on, Mapping) and name in trained_on and trained_on[name] != own.get(name):
-                self.reason = f"{checkpoint.path.name} was trained on another benchmark, or its {name} changed since"
+                self._reason = f"{checkpoint.path.name} was trained on another benchmark, or its {name} changed since"
                 return None
         records = self._benchmark.read_split(recorded.split)
         evaluation = self._run.config.evaluation
         limit = evaluation.max_eval_batches and evaluation.max_eval_batches * evaluation.batch_size
         for chosen in (records, records[:limit]):
             if sum(len(record["query_events"]) for record in chosen) == recorded.num_reads:
-                longest = self._run.config.model.max_seq_len
-                return encode_records(chosen, self._benchmark.vocabulary, [recorded.split], max_seq_len=longest)
-        self.reason = (
+                return encode_records(
+                    chosen,
+                    self._benchmark.vocabulary,
+                    [recorded.split],
+                    max_seq_len=self._run.config.model.max_seq_len,
+                    source=self._benchmark.layout.split(recorded.split),
+                )
+        self._reason = (
             f"{recorded.source} records {recorded.num_reads} reads of {recorded.split}, which has another number"
         )
         return None

@@ -1,7 +1,9 @@
 """Recorded accuracies vouch for the number of heads, LayerNorm's epsilon and the form of GELU, or contradict them."""
 
+import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,23 @@ def test_sound_run(small_run, small_benchmark):
     assert vouched.recorded == row["answer_accuracy"] == pytest.approx(vouched.found, abs=1e-9)
     assert vouched.num_reads == row["num_examples"] and vouched.differs is None
     assert str(vouched).startswith("metrics.jsonl vouches for the architecture: answer_accuracy on validation_iid")
+
+
+def test_checkpoints_that_are_compared(small_run, small_benchmark):
+    """A run that answers little at first is compared again when its recorded accuracy has doubled, and only then."""
+    opened, benchmark = RunDir.open(small_run), Benchmark.open(small_benchmark)
+    voucher = Voucher(opened, benchmark, refuse=False, way_on="contradiction=note")
+    (row,) = [row for row in read_lines(small_run / "metrics.jsonl") if row["step"] == LAST]
+    recorded = {100: 0.01, 200: 0.019, 300: 0.02, 400: 0.039, 500: 0.9}
+    rows = [row | {"step": step, "answer_accuracy": accuracy} for step, accuracy in recorded.items()]
+    (small_run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = convert_checkpoint(last_of(small_run), opened.config, benchmark)
+    checkpoints = [dataclasses.replace(last, step=step, path=Path(f"step_{step}.pt")) for step in recorded]
+    for checkpoint in checkpoints:
+        voucher.start(checkpoint)
+    compared = {checkpoint.step: voucher.finish(checkpoint) for checkpoint in checkpoints}
+    assert [step for step, vouched in compared.items() if vouched is not None] == [100, 300, 500]
+    assert compared[500].recorded == 0.9 and voucher.reason is None
 
 
 def other_heads(run, benchmark):
