@@ -168,8 +168,8 @@ def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np
         return None
     records = benchmark.read_split(VERIFY_SPLIT)
     records = records if verify == "all" else records[:_SAMPLE_RECORDS]
-    encoded = encode_records(records, benchmark.vocabulary, [VERIFY_SPLIT], max_seq_len=run.config.model.max_seq_len)
-    return encoded.tokens
+    limits = {"max_seq_len": run.config.model.max_seq_len, "source": benchmark.layout.split(VERIFY_SPLIT)}
+    return encode_records(records, benchmark.vocabulary, [VERIFY_SPLIT], **limits).tokens
 
 
 class _MetricVerifier:

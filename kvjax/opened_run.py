@@ -96,8 +96,8 @@ class OpenedRun:
             if path
             else own_probe_set(self.run.layout.probe_set, self.benchmark)
         )
-        model = self.run.config.model
-        return encode_records(probe.records, self.vocabulary, probe.manifest.splits, max_seq_len=model.max_seq_len)
+        limits = {"max_seq_len": self.run.config.model.max_seq_len, "source": probe.path}
+        return encode_records(probe.records, self.vocabulary, probe.manifest.splits, **limits)
 
     def measure(
         self,

@@ -77,7 +77,8 @@ class OpenedInputs:
         """Encodes a probe set's records and its fit set's as arrays."""
         key = (probe.manifest.content_sha256, benchmark.sha256, max_seq_len)
         if key not in self._encoded:
-            encode = functools.partial(encode_records, vocabulary=benchmark.vocabulary, max_seq_len=max_seq_len)
+            limits = {"max_seq_len": max_seq_len, "source": probe.path}
+            encode = functools.partial(encode_records, vocabulary=benchmark.vocabulary, **limits)
             self._encoded[key] = (
                 encode(probe.records, splits=probe.manifest.splits),
                 encode(probe.fit_records, splits=[probe.manifest.fit_split]),

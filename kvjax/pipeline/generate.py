@@ -28,9 +28,11 @@ def generate(settings: GenerateSettings) -> GeneratedBenchmark:
     Raises:
       InputError: the config cannot be used, or the directory is taken.
     """
-    config = read_config(find_config(settings.config, "benchmark"), BenchmarkConfig)
+    file = find_config(settings.config, "benchmark")
+    config = read_config(file, BenchmarkConfig)
     path = Path(settings.output_dir or config.output_dir)
-    return GeneratedBenchmark(path, generate_benchmark(config, path, overwrite=settings.overwrite)["splits"])
+    written = generate_benchmark(config, path, overwrite=settings.overwrite, source=file)
+    return GeneratedBenchmark(path, written["splits"])
 
 
 def benchmark_is_current(path: Path, config: BenchmarkConfig) -> Current:

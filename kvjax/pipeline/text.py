@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def print_probe_set(probe: ProbeSet) -> None:
         say(f"{split:<16} {count:>4} records  {reads:>5} reads{more}")
     say(f"{manifest.fit_split:<16} {manifest.num_fit_records:>4} records to fit on")
     say(f"Probe set in {probe.path}.")
-    print_next("checkpoint-sweep", run_dirs="RUN", probe_set=probe.path)
+    say(f"Give it to sweeps of runs on this benchmark: --probe_set={shlex.quote(str(probe.path))}")
 
 
 def print_conversions(reports: Sequence[ConversionReport]) -> None:

@@ -91,7 +91,8 @@ class SplitEvaluator:
     def _prepared(self, split: str, max_records: int | None) -> tuple[CompiledSweep, ProbeIndex]:
         records = self._benchmark.read_split(split)[:max_records]
         vocabulary = self._benchmark.vocabulary
-        encoded = encode_records(records, vocabulary, [split], max_seq_len=self._config.max_seq_len)
+        limits = {"max_seq_len": self._config.max_seq_len, "source": self._benchmark.layout.split(split)}
+        encoded = encode_records(records, vocabulary, [split], **limits)
         # One length for all: splits of one shape then share a program, and compiling outweighs some padding.
         program = CompiledSweep(
             self._config,

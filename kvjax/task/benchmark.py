@@ -171,8 +171,16 @@ def _as_pair(text: str) -> Pair:
     return key, value
 
 
-def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: bool) -> dict[str, Any]:
+def generate_benchmark(
+    config: BenchmarkConfig, output_dir: Path, *, overwrite: bool, source: str | Path = "benchmark config"
+) -> dict[str, Any]:
     """Draws, checks and writes a benchmark; replaces an existing one only when the new one is complete.
+
+    Args:
+      config: what to draw.
+      output_dir: where to write it.
+      overwrite: whether to replace a benchmark that is there.
+      source: where the config comes from, for errors.
 
     Returns:
       The metadata written.
@@ -186,7 +194,10 @@ def generate_benchmark(config: BenchmarkConfig, output_dir: Path, *, overwrite: 
     metadata_file = BenchmarkLayout(output_dir).metadata
     if taken and not metadata_file.is_file():
         raise unusable(output_dir, "an earlier benchmark to overwrite", f"a path without {metadata_file.name}")
-    vocabulary, heldout, splits = draw_benchmark(config)
+    try:
+        vocabulary, heldout, splits = draw_benchmark(config)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     diagnostics = {
         "heuristics": {split: heuristic_accuracies(records) for split, records in splits.items()},
         "overlap": _overlap(splits),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 import jax
@@ -100,9 +101,21 @@ Packed = TypeVar("Packed", bound=_Packed)
 
 
 def encode_records(
-    records: Sequence[Record], vocabulary: Vocabulary, splits: Sequence[str], *, max_seq_len: int
+    records: Sequence[Record],
+    vocabulary: Vocabulary,
+    splits: Sequence[str],
+    *,
+    max_seq_len: int,
+    source: str | Path = "records",
 ) -> EncodedRecords:
     """Encodes records as arrays; everything about reads comes from replaying the tokens.
+
+    Args:
+      records: the records.
+      vocabulary: of their benchmark.
+      splits: names of splits, which records are numbered by.
+      max_seq_len: positions of the model.
+      source: the file that holds them, for errors.
 
     Raises:
       InputError: a record is longer than the model's positions, or a token is not in the vocabulary.
@@ -110,7 +123,8 @@ def encode_records(
     longest = max(records, key=lambda record: len(record["tokens"]))
     length = len(longest["tokens"])
     if length > max_seq_len:
-        raise InputError(f"{longest['sample_id']}: expected at most max_seq_len {max_seq_len} tokens; found {length}")
+        found = f"{length} in {longest['sample_id']}"
+        raise InputError(f"{source}: expected at most max_seq_len {max_seq_len} tokens; found {found}")
     replayed = [replay(record["tokens"]) for record in records]
     shape = (len(records), max(map(len, replayed)))
     encoded = EncodedRecords(

@@ -79,6 +79,7 @@ class Training:
             benchmark.vocabulary,
             [TRAIN_SPLIT],
             max_seq_len=config.model.max_seq_len,
+            source=benchmark.layout.split(TRAIN_SPLIT),
         )
         self._tokens = encoded.tokens
         program = plan_training(

@@ -33,24 +33,25 @@ def test_commands_to_paste(capsys, name):
     path = Path(name)
     printers = {
         "benchmark": lambda: text.print_benchmark(types.SimpleNamespace(splits={}, path=path)),
-        "probe set": lambda: text.print_probe_set(
-            types.SimpleNamespace(
-                path=path,
-                manifest=types.SimpleNamespace(split_counts={}, fit_split="train", num_fit_records=1),
-            )
-        ),
         "trained": lambda: text.print_trained([types.SimpleNamespace(seed=1, evaluations={}, path=path)]),
         "next": lambda: text.print_next("convert", run_dirs=(name,), benchmark_dir=name, steps=None, overwrite=True),
     }
     expected = {
         "benchmark": ["generate-probe-set", f"--benchmark_dir={name}", "--output=probe_set.jsonl"],
-        "probe set": ["checkpoint-sweep", "--run_dirs=RUN", f"--probe_set={name}"],
         "trained": ["checkpoint-sweep", f"--run_dirs={name}"],
         "next": ["convert", f"--run_dirs={name}", f"--benchmark_dir={name}", "--overwrite"],
     }
     for of, show in printers.items():
         show()
         assert shlex.split(next_line(capsys)) == ["kvjax", *expected[of]]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_flag_to_paste(capsys, name):
+    """A probe set is of no run yet: the flag that sweeps take it by is one word to a shell."""
+    manifest = types.SimpleNamespace(split_counts={}, fit_split="train", num_fit_records=1)
+    text.print_probe_set(types.SimpleNamespace(path=Path(name), manifest=manifest))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2]) == [f"--probe_set={name}"]
 
 
 @pytest.mark.parametrize("name", [*ODD, "back\\slash"])

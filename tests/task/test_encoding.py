@@ -110,5 +110,5 @@ def test_microbatches(members, batch_size, shape):
 
 def test_too_long_record():
     """A record longer than the model's context is refused by name."""
-    with pytest.raises(InputError, match=r"a_0: expected at most max_seq_len 16 tokens; found"):
-        encode_records([record(programs(10))], VOCABULARY, ["a"], max_seq_len=16)
+    with pytest.raises(InputError, match=r"a\.jsonl: expected at most max_seq_len 16 tokens; found \d+ in a_0"):
+        encode_records([record(programs(10))], VOCABULARY, ["a"], max_seq_len=16, source="a.jsonl")
