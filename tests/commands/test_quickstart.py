@@ -48,7 +48,7 @@ def test_quickstart(tmp_path, capsys):
             (run / name).unlink()
     assert main(arguments) == 0
     rows = read_lines(output / "runs" / "seed_3" / "metrics.jsonl")
-    assert {"phase": "resume", "step": 8} in rows and checkpoint.exists()
+    assert {"phase": "resume", "step": 8, "num_steps": 24} in rows and checkpoint.exists()
 
     # Another config in the same place is refused.
     training.write_text(json.dumps(small_train_config("replaced", batch_size=16).model_dump(mode="json")))

@@ -142,7 +142,7 @@ def test_mean_of_a_single_sequence():
     samples = np.full((20, 1), 0.25)
     assert np.isnan(interval(np.array([0.25]), samples, 1)).all()
     low, high = interval(np.array([1.0]), np.ones((20, 1)), 1, bounds=RATE)
-    np.testing.assert_allclose([low, high], [[1 - score_interval(0, 1)[1]], [1.0]], rtol=1e-5)
+    np.testing.assert_allclose([low, high], [[1 / (1 + 1.959964**2)], [1.0]], rtol=1e-5)
 
 
 def test_rate_without_reads():
