@@ -76,6 +76,21 @@ def test_set_ablation(model, encoded, sets, baseline):
         np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("whole_streams", [True, False])
+def test_sets_at_other_paddings(model, encoded, sets, whole_streams):
+    """The sizes that pairs are padded to change no effect."""
+    _, params, config = model
+    values = {"head_z": np.zeros((3, 1, 1, 4, 6), np.float32), "mlp_out": np.zeros((3, 1, 1, 24), np.float32)}
+    tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
+    one, four = (
+        OverPairs(encoded, tokens_per_batch=400, max_buckets=sizes, whole_streams=whole_streams) for sizes in (1, 4)
+    )
+    assert (len(one.buckets), len(four.buckets)) == (1, 4)
+    expected, found = (program.run(AblateSets(config), tree) for program in (one, four))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_resampled_sets(model, encoded, pair_set, sets):
     """Donors have the same role and split in another stream, and enter as in PyTorch."""
     module, params, config = model

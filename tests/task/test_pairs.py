@@ -12,7 +12,7 @@ from kvjax.errors import InputError
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
 from kvjax.task.encoding import NO_ROLE, bucket_by_length
-from kvjax.task.pair_encoding import encode_pairs
+from kvjax.task.pair_encoding import bucket_by_last_affected, bucket_by_window, encode_pairs
 from kvjax.task.pairs import check_pair, generate_pairs, open_pairs, own_pairs
 from kvjax.task.probe_set import generate_probe_set, install_probe_set, open_probe_set
 from kvjax.task.stream import replay
@@ -237,6 +237,36 @@ def test_buckets_of_pairs(made, benchmark):
     real = np.concatenate([bucket.indices[bucket.indices >= 0] for bucket in buckets])
     assert sorted(real.tolist()) == list(range(len(encoded)))
     assert sum(bucket.batches.weights.sum() for bucket in buckets) == len(encoded)
+
+
+def test_streams_until_the_last_affected_read(made, benchmark):
+    """Tokens and reads after the last affected one are dropped; everything before stays."""
+    whole = encode_pairs(made[1].pairs, benchmark.vocabulary, max_seq_len=64)
+    cut = whole.until_last_affected()
+    assert (cut.lengths == whole.last_affected + 1).all() and (cut.lengths < whole.lengths).any()
+    for n, last in enumerate(whole.last_affected):
+        for name in ("clean_tokens", "corrupted_tokens"):
+            kept, all_tokens = getattr(cut, name)[n], getattr(whole, name)[n]
+            assert (kept[: last + 1] == all_tokens[: last + 1]).all() and not kept[last + 1 :].any()
+        reads = whole.is_read[n] & (whole.prediction_positions[n] <= last)
+        assert (cut.is_read[n] == reads).all() and (cut.is_affected[n] <= reads).all()
+        assert (cut.prediction_positions[n][reads] == whole.prediction_positions[n][reads]).all()
+
+
+@pytest.mark.parametrize("bucket", [bucket_by_window, bucket_by_last_affected])
+@pytest.mark.parametrize("sizes", [1, 2, 4])
+def test_sizes_that_pairs_are_padded_to(made, benchmark, bucket, sizes):
+    """Every pair falls into one bucket, whose window reaches from its change to its last affected read."""
+    encoded = encode_pairs(made[1].pairs, benchmark.vocabulary, max_seq_len=64)
+    buckets = bucket(encoded, tokens_per_batch=300, max_buckets=sizes)
+    assert len(buckets) == sizes
+    found = []
+    for own in buckets:
+        rows = own.indices[own.indices >= 0]
+        assert (encoded.last_affected[rows] - encoded.first_changed[rows] < own.window).all()
+        assert own.batches.clean_tokens.shape[-1] == encoded.last_affected[rows].max() + 1
+        found += rows.tolist()
+    assert sorted(found) == list(range(len(encoded)))
 
 
 def test_too_long_pairs(made, benchmark):
