@@ -61,7 +61,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outcomes_of_fuzzed_inputs(tmp_path, kind):
-    """Each way in which a reader can end is told from the others."""
+    """Refusals, good and bad, tracebacks, accepted damage, changes and equal values are counted apart."""
     (material := tmp_path / "material").mkdir()
     (material / "a.json").write_text('{"a": 1}')
     (material / "other.json").write_text("as it was")

@@ -21,22 +21,6 @@ from kvjax.errors import InputError
 from tests.helpers.stored_runs import Conversions, hold_at_most, load_all, same_params, stored_steps
 
 
-def test_incremental_conversion(loader, small_run, monkeypatch):
-    """Stored checkpoints are not converted again, and new ones are added to the store."""
-    converted = Conversions(monkeypatch)
-    last = small_run / "checkpoints" / "step_000300.pt"
-    held_back = last.read_bytes()
-    last.unlink()
-    first = load_all(loader(), small_run)
-    last.write_bytes(held_back)
-    again = load_all(loader(), small_run)
-    assert converted.files == ["step_000100.pt", "step_000200.pt", "step_000300.pt"]
-    assert all(same_params(a, b) for a, b in zip(first, again, strict=False))
-    third = load_all(loader(), small_run)
-    assert len(converted.files) == 3 and same_params(again[2], third[2])
-    assert third[0].certificate == first[0].certificate and third[0].certificate is not None
-
-
 def swap_places(document):
     one, other, *_ = document["checkpoints"]
     one["index"], other["index"] = other["index"], one["index"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,35 @@ def same(a: Any, b: Any) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
         jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == np.asarray(y).tobytes(), a, b)
     )
+
+
+STATE = small_state()
+PLAIN = expected_params(STATE)
+
+
+def envelope(**changes: Any) -> dict[str, Any]:
+    """Returns the document of the plain file, with changes."""
+    return {"step": 250, "model_state": STATE} | changes
+
+
+def opens_as_plain(content: bytes, *, step: int | None = None) -> TorchCheckpoint:
+    """Parses a file that must hold the plain file's parameters; returns it."""
+    checkpoint = parse(content, step)
+    assert same(params_of(checkpoint), PLAIN) and checkpoint.step == 250
+    return checkpoint
+
+
+def renamed(state: dict[str, torch.Tensor], change: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """Returns a state dict with every name changed."""
+    return {change(name): tensor for name, tensor in state.items()}
+
+
+def rezipped(content: bytes, *, compression: int = zipfile.ZIP_STORED, **more: bytes) -> bytes:
+    """Returns an archive written again by another tool, with more records in its folder."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w", compression) as out:
+        for name in source.namelist():
+            out.writestr(name, source.read(name))
+        for name, record in more.items():
+            out.writestr(f"archive/{name}", record, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()

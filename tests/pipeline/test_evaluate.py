@@ -19,7 +19,7 @@ def benchmark(small_benchmark, tmp_path):
 
 @pytest.fixture
 def evaluated(small_run, benchmark, monkeypatch):
-    """Makes a function that evaluates splits without computing, each with as many right answers as it is told."""
+    """Makes a stand-in for evaluation: it computes nothing and reports the given number of right answers."""
 
     def run_command(right, sha256=CHECKPOINT, **splits):
         def result(self, run, opened, checkpoint, names):
