@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from kvjax.execution.fit_set import component_means
+from kvjax.execution.fit_set import ComponentMeans, check_roles, component_means
 from kvjax.execution.over_pairs import Measurement, OverPairs
 from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
 from kvjax.model.components import Component
@@ -131,8 +131,23 @@ class InterventionInputs:
     @functools.cached_property
     def means(self) -> dict[str, np.ndarray]:
         """Mean component outputs of every checkpoint: `head_z` [C, L, 1, 1, H, E] and `mlp_out` [C, L, 1, 1, D]."""
-        found = self.each_checkpoint(_means, self.fit_bucket.batches)
-        return {name: np.asarray(x) for name, x in found.items()}
+        return self._component_means.overall
+
+    @functools.cached_property
+    def role_means(self) -> dict[str, np.ndarray]:
+        """The same over the tokens of each role: `head_z` [C, L, roles, H, E] and `mlp_out` [C, L, roles, D].
+
+        `token_roles` of encoded records index the roles; -1 is the first token's, which comes last.
+
+        Raises:
+          InputError: the fit set lacks a role that the probe set has.
+        """
+        check_roles(self.fit, self.records)
+        return self._component_means.by_role
+
+    @functools.cached_property
+    def _component_means(self) -> ComponentMeans:
+        return self.each_checkpoint(_means, self.fit_bucket.batches)
 
     def measure_once(self, measure: Measurement) -> dict[str, np.ndarray]:
         """Measures every pair at every checkpoint, [C, N, …]; an equal measurement is not run again."""
@@ -186,7 +201,7 @@ class InterventionInputs:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _means(config: DecoderConfig, params: Params, batches: EncodedRecords) -> dict[str, jax.Array]:
+def _means(config: DecoderConfig, params: Params, batches: EncodedRecords) -> ComponentMeans:
     return component_means(params, config, batches, features=False)[0]
 
 

@@ -112,7 +112,8 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
     means: Trace = {}
     features = None
     if data.fit is not None:
-        means, features = component_means(params, config, data.fit, features=spec.probes)
+        component, features = component_means(params, config, data.fit, features=spec.probes)
+        means = component.overall
 
     clean_pass = functools.partial(
         measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=spec.num_splits

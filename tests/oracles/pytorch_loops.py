@@ -27,6 +27,11 @@ def load_module(path: Path, model: dict[str, Any], vocab_size: int) -> TorchDeco
     return module
 
 
+def roles_of(tokens: list[str]) -> list[str | None]:
+    """Returns every token's role; the first has none."""
+    return [None, *(role for at in range(1, len(tokens) - 1, 3) for role in ROLES[tokens[at]]), "eos"]
+
+
 def reads_of(tokens: list[str]) -> list[dict[str, Any]]:
     """Returns every read with the positions it is about, by walking the stream."""
     writes: dict[str, list[int]] = {}
@@ -107,7 +112,7 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
         trace: dict[str, list[torch.Tensor]] = {}
         logits = module(batch, trace)[0]
         log_probs = logits.log_softmax(-1)
-        roles = [None, *(role for at in range(1, len(names) - 1, 3) for role in ROLES[names[at]]), "eos"]
+        roles = roles_of(names)
         for t in range(1, len(ids)):
             right = int(logits[t - 1].argmax()) == ids[t]
             loss = -float(log_probs[t - 1, ids[t]])
