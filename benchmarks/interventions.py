@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     loop = functools.partial(_plain_paths, config)
     plain = program.run(loop, alone)
     result["path_patching"]["plain_loop"] = median_seconds(lambda: program.run(loop, alone), 1)
-    gap = np.abs(plain["difference"] - found["path_patching"]["difference"]).max()
+    gap = np.abs(plain["logit_difference"] - found["path_patching"]["logit_difference"]).max()
     result["path_patching"] |= {
         "paths": len(all_edges(config.n_layers, config.n_heads)),
         "ratio": result["path_patching"]["plain_loop"] / result["path_patching"]["one_checkpoint"],
@@ -145,11 +145,11 @@ def _plain_paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Eff
             edits = path_edits(runs, config, site, layer, head, changes[sender])
             logits, _ = plain_forward(config)(params, runs.base.tokens, edits=edits)
             read = take_positions(logits, batch.pairs.prediction_positions, 1)
-            return answer_effects(read, batch.pairs)["difference"]
+            return answer_effects(read, batch.pairs)["logit_difference"]
 
         each = jax.lax.map(one, tuple(jnp.array(column) for column in zip(*rows, strict=True)))
         found |= dict(zip(own, each, strict=True))
-    return {"difference": jnp.stack([found[edge] for edge in edges], axis=-1)}
+    return {"logit_difference": jnp.stack([found[edge] for edge in edges], axis=-1)}
 
 
 def _transformer_lens(run, params, encoded, ours, places) -> dict[str, float]:
@@ -175,7 +175,7 @@ def _transformer_lens(run, params, encoded, ours, places) -> dict[str, float]:
         stage = list(places).index(f"layer_{layer}_post_attn")
         for n in range(8):
             first, last = int(encoded.first_changed[n]), int(encoded.last_affected[n])
-            mine = ours["difference"][0, n, stage, : last - first + 1]
+            mine = ours["logit_difference"][0, n, stage, : last - first + 1]
             gap = max(gap, float(np.abs(mine - theirs[layer, first : last + 1, n]).max()))
     return {"transformer_lens": seconds, "largest_difference_in_logits": gap}
 

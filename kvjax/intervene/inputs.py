@@ -187,7 +187,7 @@ class InterventionInputs:
         """
         document: dict[str, Any] = {}
         names = {
-            "difference": "metric",
+            "logit_difference": "metric",
             "clean_correct": "clean_answer_accuracy",
             "corrupted_correct": "corrupted_answer_accuracy",
         }

@@ -1,7 +1,7 @@
 """Runs both streams of a batch of pairs, and measures what an intervention does to their answers.
 
-The metric is logit(clean answer) - logit(corrupted answer) at the prediction position of every affected read, the same
-two tokens in every run (docs/definitions.md, "Pairs of streams").
+Metrics (`METRICS`) are read at the prediction position of every affected read, of the same two tokens in every run
+(docs/definitions.md, "Pairs of streams").
 """
 
 from __future__ import annotations
@@ -88,15 +88,18 @@ def both_directions(function: Callable[[jax.Array], Effects]) -> Effects:
 def answer_effects(logits_BxQxV: jax.Array, batch: EncodedPairs) -> Effects:
     """Sums what a run answers at the affected reads of each pair, [B] each.
 
-    `difference`: logit(clean answer) - logit(corrupted answer). `clean_correct`, `corrupted_correct`: reads whose
-    argmax over the vocabulary is the one answer or the other.
+    Each of `METRICS`; `clean_correct`, `corrupted_correct`: reads whose argmax over the vocabulary is the one answer or
+    the other.
     """
 
     def logit(tokens_BxQ: jax.Array) -> jax.Array:
         return jnp.take_along_axis(logits_BxQxV, jnp.asarray(tokens_BxQ)[..., None], axis=-1)[..., 0]
 
+    clean = logit(batch.clean_answers)
     per_read = {
-        "difference": logit(batch.clean_answers) - logit(batch.corrupted_answers),
+        "logit_difference": clean - logit(batch.corrupted_answers),
+        "answer_loss": jax.nn.logsumexp(logits_BxQxV, axis=-1) - clean,
+        "answer_logit": clean,
         "clean_correct": answer_correct(logits_BxQxV, batch.clean_answers).astype(jnp.float32),
         "corrupted_correct": answer_correct(logits_BxQxV, batch.corrupted_answers).astype(jnp.float32),
     }

@@ -58,7 +58,7 @@ def test_activation_patching(patched, model, encoded, name):
     """Every place at every position, role and all positions equals plain PyTorch patching."""
     ours, base, source = patched
     module, index = model[0], list(PLACES).index(name)
-    at = ours["difference"][0, :, index]  # [N, window + roles + 1]
+    at = ours["logit_difference"][0, :, index]  # [N, window + roles + 1]
     roles = len(PAIR_ROLES) - 1
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
@@ -81,9 +81,9 @@ def test_activation_patching(patched, model, encoded, name):
         for step, values in enumerate(single):
             if 3 * step < spans[pair]:
                 close(at[pair, 3 * step], values[pair])
-    close(ours["difference_before"][0, :, index], unpatched, err_msg="nothing differs before the change")
+    close(ours["logit_difference_before"][0, :, index], unpatched, err_msg="nothing differs before the change")
     close(by_role[0], unpatched)
-    close(ours["difference_base"][0], unpatched)
+    close(ours["logit_difference_base"][0], unpatched)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -92,7 +92,7 @@ def test_path_patching(model, encoded, direction):
     module, params, config = model
     program = OverPairs(encoded, tokens_per_batch=300, devices=2)
     measure = measuring(path_effects, config)
-    ours = program.run(measure, stack(params, 2), jnp.int32(DIRECTIONS.index(direction)))["difference"]
+    ours = program.run(measure, stack(params, 2), jnp.int32(DIRECTIONS.index(direction)))["logit_difference"]
     np.testing.assert_array_equal(ours[0], ours[1])
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
     base, source = tokens if direction == "denoising" else tokens[::-1]

@@ -65,7 +65,7 @@ def test_set_ablation(model, encoded, sets, baseline):
         values = jax.tree.map(np.zeros_like, values)
     tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
     program = OverPairs(encoded, tokens_per_batch=400, whole_streams=True)
-    ours = program.run(AblateSets(config), tree)["difference"][0]
+    ours = program.run(AblateSets(config), tree)["logit_difference"][0]
 
     def value_of(place, at, x):
         value = values[place.site][place.layer, 0, 0]
@@ -114,7 +114,7 @@ def test_resampled_sets(model, encoded, pair_set, sets):
     batches, _ = microbatches(clean, np.arange(len(clean)), 4)
     outputs = jax.device_get(token_outputs(config, params, batches))
     tree = jax.tree.map(lambda x: x[None], {"params": params, "values": outputs, "sets": sets})
-    ours = program.run(AblateSets(config), tree, donors=donors)["difference"][0]
+    ours = program.run(AblateSets(config), tree, donors=donors)["logit_difference"][0]
     with torch.no_grad():
         trace = forward(module, torch.tensor(clean.tokens).long())
 
@@ -133,7 +133,7 @@ def test_states_across_checkpoints(model, other_model, encoded):
     program = OverPairs(encoded, tokens_per_batch=2000, whole_streams=True)
     both = jax.tree.map(lambda a, b: np.stack([a, b]), params, other_params)
 
-    ours = program.run(TakeStates(config), both, both)["difference"]  # [A, N, B, stages, roles]
+    ours = program.run(TakeStates(config), both, both)["logit_difference"]  # [A, N, B, stages, roles]
     tokens = torch.tensor(encoded.clean_tokens).long()
     with torch.no_grad():
         theirs = forward(other_module, tokens)

@@ -250,7 +250,7 @@ def test_patching_of_kvjax(small_benchmark, tmp_path):
         )
 
     program = OverPairs(encoded, tokens_per_batch=400)
-    ours = program.run(measure, jax.tree.map(lambda x: x[None], params))["difference"][0]
+    ours = program.run(measure, jax.tree.map(lambda x: x[None], params))["logit_difference"][0]
     rows, target = np.arange(len(encoded)), encoded.is_target.argmax(axis=1)
     theirs = patch_arrays(
         hooked_transformer(MODEL, module.state_dict()),

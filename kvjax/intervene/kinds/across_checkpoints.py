@@ -86,7 +86,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     arrays = inputs.over_streams.run(TakeStates(inputs.config), inputs.stacked, inputs.stacked)
     dataset = inputs.dataset(states_of=inputs.steps, stage=stages, position_role=ROLES)
     dims = ("statistic", "pair_kind", "step", "states_of", "stage", "position_role")
-    metric = means_per_read(inputs.groups, arrays["difference"])
+    metric = means_per_read(inputs.groups, arrays["logit_difference"])
     dataset["metric"] = (dims, metric, CLEAN_METRIC)
     accuracy = means_per_read(inputs.groups, arrays["clean_correct"])
     dataset["answer_accuracy"] = (dims, accuracy, ANSWER_ACCURACY)
@@ -105,8 +105,8 @@ def analyse(inputs: InterventionInputs) -> Outcome:
             }
             effects.append({"step": inputs.steps[a], "states_of": inputs.steps[b], "stage": stage, **by_kind})
     same = np.abs(
-        arrays["difference"][np.arange(len(inputs.steps)), :, np.arange(len(inputs.steps))]
-        - arrays["difference_base"][..., None, None]
+        arrays["logit_difference"][np.arange(len(inputs.steps)), :, np.arange(len(inputs.steps))]
+        - arrays["logit_difference_base"][..., None, None]
     )
     return Outcome(
         dataset,

@@ -134,7 +134,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     by_role, by_position = [], []
     for arrays in by_direction:
         role, position = {}, {}
-        for name in ("difference", "clean_correct"):
+        for name in ("logit_difference", "clean_correct"):
             single, masked = split_positions(arrays[name], len(PAIR_ROLES))
             role[name] = np.concatenate([masked, arrays[f"{name}_before"][..., None]], axis=-1)
             position[name] = _at_positions(inputs, single, arrays[f"{name}_base"], length)
@@ -144,7 +144,8 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     def recovery(found: list[dict[str, np.ndarray]]) -> np.ndarray:
         pieces = zip(found, by_direction, strict=True)
         each = [
-            recoveries(inputs.groups, x["difference"], a["difference_base"], a["difference_source"]) for x, a in pieces
+            recoveries(inputs.groups, x["logit_difference"], a["logit_difference_base"], a["logit_difference_source"])
+            for x, a in pieces
         ]
         return np.stack(each, axis=1)
 
@@ -158,11 +159,12 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         dataset[f"clean_answer_accuracy_by_{short}"] = ((*dims, name), accuracy, ANSWER_ACCURACY)
     own = ("direction", "step", "pair", "place")
     for name, found in (("position_role", by_role), ("position", by_position)):
-        stacked = np.stack([x["difference"] for x in found]).astype(np.float32)
+        stacked = np.stack([x["logit_difference"] for x in found]).astype(np.float32)
         dataset[f"metric_by_{name.removeprefix('position_')}"] = ((*own, name), stacked, PAIR_METRIC)
     put_runs(dataset, by_direction[DENOISING])
     controls = max(
-        float(np.nanmax(np.abs(a["difference_before"] - a["difference_base"][..., None]))) for a in by_direction
+        float(np.nanmax(np.abs(a["logit_difference_before"] - a["logit_difference_base"][..., None])))
+        for a in by_direction
     )
     effects = {
         "components": largest_recoveries(dataset, "by_role", {"place": list(components), "position_role": "all"}),

@@ -74,7 +74,7 @@ def _gradients(params: Params, config: DecoderConfig, runs: PairRuns, share: jax
     rows_BxQ = jnp.clip(batch.prediction_positions - window_BxW[:, :1], 0, window_BxW.shape[1] - 1)
 
     def metric(logits_BxWxV: jax.Array) -> jax.Array:
-        return jnp.sum(answer_effects(take_positions(logits_BxWxV, rows_BxQ, 1), batch)["difference"])
+        return jnp.sum(answer_effects(take_positions(logits_BxWxV, rows_BxQ, 1), batch)["logit_difference"])
 
     start = own + share * (other - own)
     return window_gradients(params, config, runs.base, start, metric, sites=_SITES, window_BxW=window_BxW)
@@ -133,10 +133,10 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         path=[f"{edge.sender.name}->{edge.receiver.name}" for edge in edges],
         pair=inputs.pair_ids,
     )
-    whole = split_positions(nodes["difference"], len(PAIR_ROLES))[1][..., -1]
+    whole = split_positions(nodes["logit_difference"], len(PAIR_ROLES))[1][..., -1]
     whole = whole[:, :, [0, *(everything.index(place) for place in places.values())]]  # the embedding, then components
-    exact = {"nodes": whole - nodes["difference_base"][..., None]}
-    exact["edges"] = paths["difference"] - paths["difference_base"][..., None]
+    exact = {"nodes": whole - nodes["logit_difference_base"][..., None]}
+    exact["edges"] = paths["logit_difference"] - paths["logit_difference_base"][..., None]
     correlations: list[dict[str, Any]] = []
     for what, dim in (("nodes", "node"), ("edges", "path")):
         dims = ("statistic", "pair_kind", "step", dim)

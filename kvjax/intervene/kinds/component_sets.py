@@ -192,7 +192,9 @@ def analyse(inputs: InterventionInputs) -> Outcome:
 
     single = np.broadcast_to(np.eye(len(names), dtype=bool), (len(inputs.steps), len(names), len(names)))
     alone = under(single, "mean")
-    cost = alone["difference_base"].sum(axis=1)[:, None] - alone["difference"].sum(axis=1)  # [C, components]
+    cost = alone["logit_difference_base"].sum(axis=1)[:, None] - alone["logit_difference"].sum(
+        axis=1
+    )  # [C, components]
     rankings = np.argsort(-cost, axis=1, kind="stable")
     given = None
     if inputs.components is not None:
@@ -201,8 +203,8 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     if given is None:
         # Faithfulness is read off the curves, which do not depend on the named set.
         curves = under(np.stack([~growing_sets(ranking) for ranking in rankings]), "mean")
-        pooled = curves["difference"].sum(axis=1)  # [C, prefixes]
-        full = curves["difference_base"].sum(axis=1)
+        pooled = curves["logit_difference"].sum(axis=1)  # [C, prefixes]
+        full = curves["logit_difference_base"].sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             faithful = (pooled - pooled[:, :1]) / (full[:, None] - pooled[:, :1])
         named = np.stack([smallest_faithful(f, r) for f, r in zip(faithful, rankings, strict=True)])
@@ -240,10 +242,10 @@ def _outcome(
     dims = ("statistic", "baseline", "pair_kind", "step", "set_size")
     curves: dict[str, list[np.ndarray]] = {}
     for arrays in found.values():
-        difference, right = arrays["difference"], arrays["clean_correct"]
+        difference, right = arrays["logit_difference"], arrays["clean_correct"]
         everything = difference[..., parts["necessity"]][..., -1]
         kept, ablated = difference[..., parts["sufficiency"]], difference[..., parts["necessity"]]
-        base = arrays["difference_base"]
+        base = arrays["logit_difference_base"]
         own = {
             "metric_when_ablated": means_per_read(inputs.groups, ablated),
             "metric_when_kept_alone": means_per_read(inputs.groups, kept),

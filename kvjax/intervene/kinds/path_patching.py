@@ -114,7 +114,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     dataset["receiver"] = ("path", [edge.receiver.name for edge in edges])
     found = np.stack(
         [
-            recoveries(inputs.groups, a["difference"], a["difference_base"], a["difference_source"])
+            recoveries(inputs.groups, a["logit_difference"], a["logit_difference_base"], a["logit_difference_source"])
             for a in by_direction
         ],
         axis=1,
@@ -122,7 +122,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     dataset["recovery"] = (("statistic", "direction", "pair_kind", "step", "path"), found, RECOVERY)
     accuracy = np.stack([means_per_read(inputs.groups, a["clean_correct"]) for a in by_direction], axis=1)
     dataset["clean_answer_accuracy"] = (dataset["recovery"].dims, accuracy, ANSWER_ACCURACY)
-    stacked = np.stack([a["difference"] for a in by_direction]).astype(np.float32)
+    stacked = np.stack([a["logit_difference"] for a in by_direction]).astype(np.float32)
     dataset["metric"] = (("direction", "step", "pair", "path"), stacked, PAIR_METRIC)
     put_runs(dataset, by_direction[DENOISING])
     return Outcome(

@@ -197,7 +197,9 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         over.run(EditSubspaces(inputs.config, num_values, position), tree)
         for position, over in enumerate((inputs.over_pairs, inputs.over_supports))
     ]
-    arrays = each[0] | {name: np.stack([x[name] for x in each], axis=3) for name in ("difference", "clean_correct")}
+    arrays = each[0] | {
+        name: np.stack([x[name] for x in each], axis=3) for name in ("logit_difference", "clean_correct")
+    }
     dataset = inputs.dataset(
         stage=stage_places(inputs.config.n_layers),
         position_role=POSITIONS,
@@ -206,7 +208,9 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         operation=OPERATIONS,
     )
     dims = ("statistic", "pair_kind", "step", "stage", "position_role", "subspace", "subspace_rank", "operation")
-    lost = recoveries(inputs.groups, arrays["difference"], arrays["difference_base"], arrays["difference_source"])
+    lost = recoveries(
+        inputs.groups, arrays["logit_difference"], arrays["logit_difference_base"], arrays["logit_difference_source"]
+    )
     meaning = "share of the clean run's lead over the corrupted one that is lost"
     dataset["loss"] = (dims, lost, {"long_name": meaning, "units": "1"})
     accuracy = means_per_read(inputs.groups, arrays["clean_correct"])
