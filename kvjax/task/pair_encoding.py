@@ -16,6 +16,17 @@ from kvjax.task.pairs import StreamPair
 from kvjax.task.stream import replay
 from kvjax.task.vocabulary import PAD_ID, Vocabulary
 
+# The arrays of `EncodedPairs` that have an axis of reads.
+_OF_READS = (
+    "is_read",
+    "is_affected",
+    "is_target",
+    "prediction_positions",
+    "support_positions",
+    "clean_answers",
+    "corrupted_answers",
+)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +87,13 @@ class EncodedPairs:
         }
         return dataclasses.replace(self, **tokens, **reads, is_read=self.is_read & ~later_read)
 
+    def at_affected_reads(self) -> EncodedPairs:
+        """Drops the reads whose answer is the same in both streams, which the metric does not count."""
+        order = np.argsort(~self.is_affected, axis=1, kind="stable")
+        kept = np.take_along_axis(self.is_affected, order, axis=1)
+        reads = {name: np.take_along_axis(getattr(self, name), order, axis=1) for name in _OF_READS}
+        return dataclasses.replace(self, **{name: np.where(kept, x, np.zeros_like(x)) for name, x in reads.items()})
+
     def take(self, indices: np.ndarray) -> EncodedPairs:
         """Selects the pairs at `indices`, cut to the longest of them."""
         taken = {f.name: getattr(self, f.name)[indices] for f in dataclasses.fields(self)}
@@ -83,15 +101,7 @@ class EncodedPairs:
         reads = int(taken["is_read"].sum(axis=1).max())
         for name in ("clean_tokens", "corrupted_tokens", "roles", "is_changed"):
             taken[name] = taken[name][:, :length]
-        for name in (
-            "is_read",
-            "is_affected",
-            "is_target",
-            "prediction_positions",
-            "support_positions",
-            "clean_answers",
-            "corrupted_answers",
-        ):
+        for name in _OF_READS:
             taken[name] = taken[name][:, :reads]
         return EncodedPairs(**taken)
 
@@ -212,8 +222,8 @@ def _windows(encoded: EncodedPairs) -> np.ndarray:
 
 
 def _buckets(encoded: EncodedPairs, spans: np.ndarray, *, tokens_per_batch: int, max_buckets: int) -> list[PairBucket]:
-    """Sorts pairs, cut after their last affected read, into buckets of similar spans."""
-    needed, windows = encoded.until_last_affected(), _windows(encoded)
+    """Sorts pairs, cut after their last affected read and with these reads alone, into buckets of similar spans."""
+    needed, windows = encoded.until_last_affected().at_affected_reads(), _windows(encoded)
     buckets, shorter = [], 0
     for edge in length_edges(spans, max_buckets):
         members = np.flatnonzero((spans > shorter) & (spans <= edge))

@@ -253,6 +253,19 @@ def test_streams_until_the_last_affected_read(made, benchmark):
         assert (cut.prediction_positions[n][reads] == whole.prediction_positions[n][reads]).all()
 
 
+def test_affected_reads_alone(made, benchmark):
+    """A pair's affected reads come first, in order and with all that belongs to them; no other read is left."""
+    whole = encode_pairs(made[1].pairs, benchmark.vocabulary, max_seq_len=64)
+    alone = whole.at_affected_reads()
+    assert (whole.is_read & ~whole.is_affected).any()
+    for n, affected in enumerate(whole.is_affected):
+        count = int(affected.sum())
+        for name in ("is_read", "is_target", "prediction_positions", "support_positions", "corrupted_answers"):
+            found, wanted = getattr(alone, name)[n], getattr(whole, name)[n][affected]
+            assert found.dtype == wanted.dtype and (found[:count] == wanted).all() and not found[count:].any()
+        assert alone.is_affected[n].sum() == count
+
+
 @pytest.mark.parametrize("bucket", [bucket_by_window, bucket_by_last_affected])
 @pytest.mark.parametrize("sizes", [1, 2, 4])
 def test_sizes_that_pairs_are_padded_to(made, benchmark, bucket, sizes):
