@@ -153,13 +153,16 @@ class Attention(nn.Module):
         q_BxHxPxE = self._heads(self.q_proj, query_input)
         k_BxHxTxE = tap("key", self._heads(self.k_proj, key_input))
         v_BxHxTxE = tap("value", self._heads(self.v_proj, value_input))
-        if prefix is not None:
-            k_BxHxTxE = jnp.concatenate([prefix.keys, k_BxHxTxE], axis=2)
-            v_BxHxTxE = jnp.concatenate([prefix.values, v_BxHxTxE], axis=2)
-        scores = matmul(q_BxHxPxE, k_BxHxTxE.swapaxes(2, 3)) * self.config.d_head**-0.5
+        scores = matmul(q_BxHxPxE, k_BxHxTxE.swapaxes(2, 3))
+        if prefix is not None:  # only scores are joined: keys and values would be copied for every intervention
+            scores = jnp.concatenate([matmul(q_BxHxPxE, prefix.keys.swapaxes(2, 3)), scores], axis=-1)
+        scores *= self.config.d_head**-0.5
         pattern_BxHxPxT = jax.nn.softmax(jnp.where(mask_Bx1xPxT, scores, -jnp.inf), axis=-1)
         pattern_BxHxPxT = tap("pattern", pattern_BxHxPxT)
-        return matmul(pattern_BxHxPxT, v_BxHxTxE).swapaxes(1, 2)
+        if prefix is None:
+            return matmul(pattern_BxHxPxT, v_BxHxTxE).swapaxes(1, 2)
+        before, within = jnp.split(pattern_BxHxPxT, [prefix.keys.shape[2]], axis=-1)
+        return (matmul(before, prefix.values) + matmul(within, v_BxHxTxE)).swapaxes(1, 2)
 
     def head_outputs_of_few(
         self, query_input_BxPxD: jax.Array, context_BxTxD: jax.Array, mask_Bx1xPxT: jax.Array
