@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvjax.artifacts.files import FileHash, write_json, write_json_lines
-from kvjax.artifacts.identity import sealed
+from kvjax.artifacts.identity import Identity, sealed
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import Intervention, RunResults
@@ -22,11 +25,13 @@ from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, InterventionInputs, Out
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.plan import InterventionPlan, Task, Window, window_hashes
+from kvjax.intervene.recovery import PairGroups
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.model.decoder import DecoderConfig, stack_params
 from kvjax.task.corruption import PAIR_KINDS
-from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
+from kvjax.task.encoding import EncodedRecords
+from kvjax.task.pair_encoding import EncodedPairs, encode_clean_streams, encode_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,27 @@ class InterventionReport:
     path: Path
     document: dict[str, Any]
     reused: bool = False
+
+
+class _Pairs:
+    """The pairs of a plan, as arrays, and grouped; each is made once it is asked for."""
+
+    def __init__(self, plan: InterventionPlan, pairs_per_kind: int | None):
+        self.pairs = tuple(pair for kind in PAIR_KINDS for pair in plan.pair_set.of_kind(kind)[:pairs_per_kind])
+        self.vocabulary = plan.inputs.benchmark.vocabulary
+        self.longest = plan.inputs.run.config.model.max_seq_len
+
+    @functools.cached_property
+    def encoded(self) -> EncodedPairs:
+        return encode_pairs(self.pairs, self.vocabulary, max_seq_len=self.longest)
+
+    @functools.cached_property
+    def clean(self) -> tuple[EncodedRecords, np.ndarray]:
+        return encode_clean_streams(self.pairs, self.vocabulary, max_seq_len=self.longest)
+
+    @functools.cached_property
+    def groups(self) -> PairGroups:
+        return PairGroups.of(self.encoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,32 +95,40 @@ def intervene_in_run(
         by the next plan: a later call measures only the rest.
     """
     run, reports = plan.inputs.run, []
-    neuron_table = run.layout.neurons
+    pairs = _Pairs(plan, settings.pairs_per_kind)
     for window, tasks in plan.by_window():
         # Loading a file hashes it. Files are read to be hashed alone only if every summary may be current.
         missing = any(task.earlier is None for task in tasks)
-        loaded = _load(plan, source, window, settings) if missing else None
+        loaded = _load(plan, source, window, pairs, settings) if missing else None
         hashes = loaded.hashes if loaded else window_hashes(run, window)
         for task in tasks:
-            kind, reused = find_kind(task.kind), task.is_measured_on(hashes)
+            kind, measured = find_kind(task.kind), task.is_measured_on(hashes)
+            if not measured:
+                loaded = loaded or _load(plan, source, window, pairs, settings)
+                hashes = loaded.hashes
+                outcome = kind.analyse(loaded.inputs)
+            stored = plan.stored_results(task, hashes)
+            reused = measured and task.has_read(stored)
             if reused:
                 reports.append(InterventionReport(run, task.kind, window.name, task.path, task.earlier, reused=True))
             else:
-                loaded = loaded or _load(plan, source, window, settings)
-                hashes = loaded.hashes
-                reports.append(_publish(plan, task, loaded, kind.analyse(loaded.inputs), settings))
-            if kind.neuron_rows and not (reused and neuron_table.is_file()):
-                write_json_lines(neuron_table, _all_neuron_rows(run, kind))
+                if kind.beside is not None:
+                    own = Intervention.open(task.path).dataset if measured else outcome.dataset
+                    others = {name: result.dataset for name, result in stored.items()}
+                    outcome = kind.beside(own, others, pairs.groups)
+                measured_on = plan.measured_on(task, hashes, stored)
+                reports.append(_publish(plan, task, pairs, measured_on, outcome, settings))
+            if kind.neuron_rows and not (reused and run.layout.neurons.is_file()):
+                write_json_lines(run.layout.neurons, _all_neuron_rows(run, kind))
             advance(1)
     return reports
 
 
 def _load(
-    plan: InterventionPlan, source: CheckpointSource, window: Window, settings: InterventionSettings
+    plan: InterventionPlan, source: CheckpointSource, window: Window, pairs: _Pairs, settings: InterventionSettings
 ) -> _LoadedWindow:
-    """Loads a window's checkpoints, each file read once, and encodes the pairs."""
-    inputs, run, vocabulary = plan.inputs, plan.inputs.run, plan.inputs.benchmark.vocabulary
-    pairs = [pair for kind in PAIR_KINDS for pair in plan.pair_set.of_kind(kind)[: settings.pairs_per_kind]]
+    """Loads a window's checkpoints, each file read once."""
+    inputs, run, vocabulary = plan.inputs, plan.inputs.run, pairs.vocabulary
     checkpoints = {step: source.load(run.checkpoints[step], step) for step in window.steps}
     # Now, so that an interrupted call keeps them. If the store cannot be written, they are converted again next time.
     with contextlib.suppress(InputError):
@@ -106,16 +140,15 @@ def _load(
         precision=settings.precision,
         tied="unembedding" not in stacked,
     )
-    longest = run.config.model.max_seq_len
-    clean, clean_rows = encode_clean_streams(pairs, vocabulary, max_seq_len=longest)
+    clean, clean_rows = pairs.clean
     on_cpu = backend() == "cpu"
     of_window = InterventionInputs(
         config=config,
         vocabulary=vocabulary,
         steps=window.steps,
         stacked=stacked,
-        encoded=encode_pairs(pairs, vocabulary, max_seq_len=longest),
-        pair_ids=tuple(pair.pair_id for pair in pairs),
+        encoded=pairs.encoded,
+        pair_ids=tuple(pair.pair_id for pair in pairs.pairs),
         clean=clean,
         clean_rows=clean_rows,
         fit=inputs.fit,
@@ -129,10 +162,14 @@ def _load(
 
 
 def _publish(
-    plan: InterventionPlan, task: Task, loaded: _LoadedWindow, outcome: Outcome, settings: InterventionSettings
+    plan: InterventionPlan,
+    task: Task,
+    pairs: _Pairs,
+    measured_on: Identity,
+    outcome: Outcome,
+    settings: InterventionSettings,
 ) -> InterventionReport:
-    run, window, kind, pair_set = plan.inputs.run, task.window, task.kind, plan.pair_set
-    groups, measured_on = loaded.inputs.groups, plan.measured_on(task, loaded.hashes)
+    run, window, kind, pair_set, groups = plan.inputs.run, task.window, task.kind, plan.pair_set, pairs.groups
     document = {
         "schema_version": SCHEMA_VERSION,
         "run_name": run.config.run_name,

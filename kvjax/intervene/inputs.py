@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from kvjax.execution.fit_set import ComponentMeans, check_roles, component_means
-from kvjax.execution.over_pairs import Measurement, OverPairs
+from kvjax.execution.over_pairs import OverPairs
 from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
 from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
@@ -65,7 +65,6 @@ class InterventionInputs:
       devices: how many devices share the checkpoints.
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
-      measured: results of measurements that several kinds of intervention look at.
     """
 
     config: DecoderConfig
@@ -82,7 +81,6 @@ class InterventionInputs:
     devices: int
     tokens_per_batch: int
     record_tokens_per_batch: int
-    measured: dict[Measurement, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def over_pairs(self) -> OverPairs:
@@ -148,12 +146,6 @@ class InterventionInputs:
     @functools.cached_property
     def _component_means(self) -> ComponentMeans:
         return self.each_checkpoint(_means, self.fit_bucket.batches)
-
-    def measure_once(self, measure: Measurement) -> dict[str, np.ndarray]:
-        """Measures every pair at every checkpoint, [C, N, …]; an equal measurement is not run again."""
-        if measure not in self.measured:
-            self.measured[measure] = self.over_pairs.run(measure, self.stacked)
-        return self.measured[measure]
 
     def checkpoint(self, index: int) -> Params:
         """Cuts one checkpoint's parameters out of the stack."""

@@ -22,7 +22,7 @@ from kvjax.model.components import Component, all_components
 from kvjax.task.pairs import PairSet, own_pairs
 
 # Raised whenever a number of an intervention or a name in its files changes, so that older ones are measured anew.
-INTERVENTION_VERSION = 3
+INTERVENTION_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Task:
       chosen: the settings that its numbers depend on.
       earlier: the earlier summary of exactly these settings and inputs. It counts as long as the window's checkpoint
         files have the hashes that it records. None if there is none.
+      reads: of the kinds whose stored results it is shown beside.
     """
 
     window: Window
@@ -51,10 +52,16 @@ class Task:
     path: Path
     chosen: Mapping[str, Any]
     earlier: dict[str, Any] | None
+    reads: tuple[Task, ...] = ()
 
     def is_measured_on(self, hashes: Mapping[int, str]) -> bool:
         """Checks whether the earlier summary is of checkpoint files with these hashes, by step."""
-        return self.earlier is not None and _recorded_hashes(self.earlier) == _by_step(hashes)
+        return self.earlier is not None and _recorded(self.earlier, "checkpoints") == _by_step(hashes)
+
+    def has_read(self, stored: Mapping[str, Intervention]) -> bool:
+        """Checks whether the earlier summary stands beside each of the stored results; it may have read others too."""
+        read = (self.earlier and _recorded(self.earlier, "stored_results")) or {}
+        return all(read.get(kind) == result.document["content_sha256"] for kind, result in stored.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +85,27 @@ class InterventionPlan:
         for window, tasks in itertools.groupby(self.tasks, key=lambda task: task.window):
             yield window, list(tasks)
 
-    def measured_on(self, task: Task, hashes: Mapping[int, str]) -> Identity:
-        """Forms what a task's numbers depend on, given the hashes of its window's checkpoint files by step."""
-        return Identity(task.chosen, _measured_inputs(self.inputs, self.pair_set, task.window, _by_step(hashes)))
+    def measured_on(
+        self, task: Task, hashes: Mapping[int, str], stored: Mapping[str, Intervention] | None = None
+    ) -> Identity:
+        """Forms what a task's numbers depend on.
+
+        Args:
+          task: one of `tasks`, or of what they read.
+          hashes: of its window's checkpoint files, by step.
+          stored: the results that it reads.
+        """
+        read = {kind: result.document["content_sha256"] for kind, result in (stored or {}).items()}
+        return Identity(task.chosen, _measured_inputs(self.inputs, self.pair_set, task, _by_step(hashes), read))
+
+    def stored_results(self, task: Task, hashes: Mapping[int, str]) -> dict[str, Intervention]:
+        """Opens the results that a task reads, by kind; those of other settings, pairs or files are left out."""
+        found = {}
+        for other in task.reads:
+            result = _stored(other.path)
+            if result is not None and result.document["measured_on"] == self.measured_on(other, hashes).document:
+                found[other.kind] = result
+        return found
 
     def to_measure(self) -> list[Task]:
         """Lists the tasks that lack a summary of the checkpoint files as they are.
@@ -94,8 +119,11 @@ class InterventionPlan:
                 missing += tasks
             else:
                 hashes = window_hashes(self.inputs.run, window)
-                missing += [task for task in tasks if not task.is_measured_on(hashes)]
+                missing += [task for task in tasks if not self._is_current(task, hashes)]
         return missing
+
+    def _is_current(self, task: Task, hashes: Mapping[int, str]) -> bool:
+        return task.is_measured_on(hashes) and task.has_read(self.stored_results(task, hashes))
 
 
 def plan_interventions(
@@ -112,24 +140,30 @@ def plan_interventions(
     named = _named_components(inputs.run, settings)
     pair_set = own_pairs(inputs.probe, inputs.benchmark)
 
-    def task(window: Window, kind: str) -> Task:
+    choices = {"components": None if named is None else list(map(str, named))}
+
+    def task(window: Window, name: str) -> Task:
+        kind = find_kind(name)
         chosen = {
             "pairs_per_kind": settings.pairs_per_kind,
             "precision": settings.precision,
             "probe_set": inputs.probe.manifest.content_sha256[:12],
+            **{setting: choices[setting] for setting in kind.settings},
         }
-        if find_kind(kind).takes_components:
-            chosen["components"] = None if named is None else list(map(str, named))
-        path = inputs.run.layout.intervention(kind, window.name)
-        earlier = _read_summary(path)
-        if earlier is not None:
-            wanted = Identity(chosen, _measured_inputs(inputs, pair_set, window, _recorded_hashes(earlier)))
-            decision = wanted.decide(earlier.get("measured_on", {}), path, overwrite=settings.overwrite)
-            if decision == "redo" or not _is_as_written(path):
-                earlier = None
-        return Task(window, kind, path, chosen, earlier)
+        reads = tuple(task(window, other) for other in kind.reads)
+        return Task(window, name, inputs.run.layout.intervention(name, window.name), chosen, None, reads)
 
-    tasks = tuple(task(window, kind) for window in windows for kind in settings.kinds)
+    def with_earlier(planned: Task) -> Task:
+        earlier = _read_summary(planned.path)
+        if earlier is not None:
+            recorded = _recorded(earlier, "checkpoints"), _recorded(earlier, "stored_results")
+            wanted = Identity(planned.chosen, _measured_inputs(inputs, pair_set, planned, *recorded))
+            decision = wanted.decide(earlier.get("measured_on", {}), planned.path, overwrite=settings.overwrite)
+            if decision == "redo" or _stored(planned.path) is None:
+                earlier = None
+        return dataclasses.replace(planned, earlier=earlier)
+
+    tasks = tuple(with_earlier(task(window, kind)) for window in windows for kind in settings.kinds)
     return InterventionPlan(inputs, pair_set, named, tasks)
 
 
@@ -142,27 +176,34 @@ def window_hashes(run: RunDir, window: Window) -> dict[int, str]:
     return {step: file_sha256(run.checkpoints[step]) for step in window.steps}
 
 
-def _measured_inputs(inputs: RunInputs, pair_set: PairSet, window: Window, hashes: Any) -> dict[str, Any]:
-    """Collects what a window's numbers depend on beside the settings; `hashes` as a summary records them."""
-    return {
+def _measured_inputs(inputs: RunInputs, pair_set: PairSet, task: Task, hashes: Any, read: Any) -> dict[str, Any]:
+    """Collects what a task's numbers depend on beside the settings.
+
+    Args:
+      inputs, pair_set: the run and the pairs.
+      task: which.
+      hashes, read: of the checkpoint files and of the results that it reads, as a summary records them.
+    """
+    found = {
         "intervention_version": INTERVENTION_VERSION,
-        "window": window.description,
+        "window": task.window.description,
         "checkpoints": hashes,
         "pairs_sha256": pair_set.manifest.content_sha256,
         "probe_set_sha256": inputs.probe.manifest.content_sha256,
         "fit_sha256": inputs.probe.manifest.fit_sha256,
     }
+    return found | ({"stored_results": read} if task.reads else {})
 
 
 def _by_step(hashes: Mapping[int, str]) -> dict[str, str]:
     return {str(step): sha256 for step, sha256 in hashes.items()}
 
 
-def _recorded_hashes(summary: Mapping[str, Any]) -> Any:
-    """Reads the hashes of the checkpoint files that a summary was measured on; None if it has none."""
+def _recorded(summary: Mapping[str, Any], name: str) -> Any:
+    """Reads one of the inputs that a summary was measured on; None if it has none of that name."""
     document: Any = summary
-    for name in ("measured_on", "inputs", "checkpoints"):
-        document = document.get(name) if isinstance(document, dict) else None
+    for part in ("measured_on", "inputs", name):
+        document = document.get(part) if isinstance(document, dict) else None
     return document
 
 
@@ -175,13 +216,14 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _is_as_written(path: Path) -> bool:
-    """Checks whether a summary and the arrays beside it have the hashes that the summary records."""
+def _stored(path: Path) -> Intervention | None:
+    """Opens a summary that has the hashes it records, as have the arrays beside it; gives None for any other."""
     try:
-        Intervention.open(path).check_arrays()
+        found = Intervention.open(path)
+        found.check_arrays()
     except InputError:
-        return False
-    return True
+        return None
+    return found
 
 
 def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from kvjax.converters.parameter_store import read_stored_run
 
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.intervene import analysis
 from kvjax.intervene.inputs import Outcome
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.pipeline.interventions import intervene as intervene_in_runs
+from kvjax.pipeline.interventions import interventions_are_current
 from kvjax.pipeline.settings import PairSource, RunsOnBenchmark
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import generate_probe_set
@@ -26,9 +28,10 @@ KINDS = ("path_patching", "necessity")
 def intervened(small_run, monkeypatch):
     """Returns a function that intervenes at two steps, and says of each kind whether it was measured now.
 
-    A count of pairs stands for the numbers, since only whether they are measured matters here.
+    A count of pairs stands for the numbers, since only whether they are measured matters here. Of attribution it notes
+    which stored results it was put beside, by hash.
     """
-    measured = []
+    measured, completed = [], []
 
     def counting(kind):
         def measure(inputs):
@@ -39,17 +42,24 @@ def intervened(small_run, monkeypatch):
 
         return measure
 
-    fakes = {name: dataclasses.replace(find_kind(name), analyse=counting(name)) for name in KINDS}
+    def beside(dataset, stored, groups):
+        completed.append("attribution")
+        assert int(dataset["pairs"].sum()) == len(groups.reads_N)
+        return Outcome(dataset, {"effects": sorted(stored), "controls": {}})
+
+    fakes = {name: dataclasses.replace(find_kind(name), analyse=counting(name)) for name in (*KINDS, "attribution")}
+    fakes["attribution"] = dataclasses.replace(fakes["attribution"], beside=beside)
     monkeypatch.setattr(analysis, "find_kind", fakes.__getitem__)
 
     def intervene(kinds=KINDS, *, runs=(small_run,), probe_set=None, **given):
-        measured.clear()
+        measured.clear(), completed.clear()
         settings = InterventionSettings(
             **{"kinds": kinds, "steps": "100,200", "pairs_per_kind": 2, "force": True, **given}
         )
         reports = intervene_in_runs(RunsOnBenchmark.of(runs), PairSource(probe_set=probe_set), settings)
         assert [report.kind for report in reports] == len(runs) * list(kinds)
-        assert [report.kind for report in reports if not report.reused] == measured
+        written = [report.kind for report in reports if not report.reused]
+        assert written == list(dict.fromkeys([*measured, *completed]))
         assert all(report.document == json.loads(report.path.read_text()) for report in reports)
         return tuple(measured)
 
@@ -78,6 +88,40 @@ def test_call_after_one_that_stopped(intervened, monkeypatch):
     assert intervened() == ("necessity",)
     assert intervened() == ()
     assert intervened(overwrite=True) == KINDS
+
+
+def test_scores_completed_by_later_effects(intervened, small_run):
+    """Attribution reads what other kinds stored; a later call adds what it lacked, and scores nothing again."""
+    path = small_run / "analysis" / "interventions" / "attribution" / "steps_100_200.json"
+    settings = InterventionSettings(kinds=("attribution",), steps="100,200", pairs_per_kind=2, force=True)
+
+    def effects():
+        return json.loads(path.read_text())["effects"]
+
+    assert intervened(("attribution",)) == ("attribution",) and effects() == [], "scores alone"
+    assert interventions_are_current(RunDir.open(small_run), settings).holds
+    assert intervened(("path_patching",)) == ("path_patching",)
+    assert not interventions_are_current(RunDir.open(small_run), settings).holds
+    before = path.stat().st_mtime_ns
+    assert intervened(("attribution",)) == () and effects() == ["path_patching"] and path.stat().st_mtime_ns > before
+    assert interventions_are_current(RunDir.open(small_run), settings).holds
+    before = path.stat().st_mtime_ns
+    assert intervened(("path_patching", "attribution")) == () and path.stat().st_mtime_ns == before
+    shutil.rmtree(small_run / "analysis" / "interventions" / "path_patching")
+    assert intervened(("attribution",)) == () and effects() == ["path_patching"], "numbers once read are kept"
+
+
+def test_effects_of_other_pairs(intervened, small_run):
+    """Stored effects of other pairs are not put beside scores; those of one call are."""
+    intervened(("path_patching",), pairs_per_kind=3)
+    path = small_run / "analysis" / "interventions" / "attribution" / "steps_100_200.json"
+    intervened(("attribution",))
+    assert json.loads(path.read_text())["effects"] == []
+    assert intervened(("path_patching", "attribution"), overwrite=True) == ("path_patching", "attribution")
+    document = json.loads(path.read_text())
+    (sha256,) = document["measured_on"]["inputs"]["stored_results"].values()
+    stored = json.loads((path.parents[1] / "path_patching" / path.name).read_text())
+    assert document["effects"] == ["path_patching"] and sha256 == stored["content_sha256"]
 
 
 def test_changed_checkpoint(intervened, small_run):

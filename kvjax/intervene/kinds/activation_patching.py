@@ -114,11 +114,6 @@ class PatchPlaces:
         return both_directions(one)
 
 
-def patched(inputs: InterventionInputs, places: tuple[Place, ...]) -> list[dict[str, np.ndarray]]:
-    """Patches places in every pair at every checkpoint, by direction; once for all kinds that look at it."""
-    return each_direction(inputs.measure_once(PatchPlaces(inputs.config, places)))
-
-
 def analyse(inputs: InterventionInputs) -> Outcome:
     """Patches every stage, head and MLP at every position and role, in both directions."""
     stages, components = (
@@ -127,7 +122,8 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     )
     places = stages | components
     length = inputs.encoded.clean_tokens.shape[1]
-    by_direction = patched(inputs, tuple(places.values()))
+    measure = PatchPlaces(inputs.config, tuple(places.values()))
+    by_direction = each_direction(inputs.over_pairs.run(measure, inputs.stacked))
     dataset = inputs.dataset(
         direction=DIRECTIONS, place=places, position_role=ROLES, position=range(length), pair=inputs.pair_ids
     )

@@ -1,4 +1,4 @@
-"""Attribution patching: a first-order screen for activation and path patching, beside the exact effects.
+"""Attribution patching: a first-order screen for activation and path patching, beside the exact effects they stored.
 
 A node's score is the change of its output between the runs times the metric's gradient there; a path's, the change of
 the sender's output times the gradient at the receiver's input. Gradients are taken in the base run, or averaged along
@@ -11,31 +11,34 @@ Source: Nanda, Attribution patching (2023); Syed et al. (2023); Hanna et al., Ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 
 from kvjax.execution.over_pairs import PairBatch
-from kvjax.intervene.inputs import InterventionInputs, Outcome, number
-from kvjax.intervene.kinds import activation_patching, path_patching
-from kvjax.intervene.kinds.activation_patching import split_positions
+from kvjax.intervene.inputs import InterventionInputs, Outcome, number, numbers
 from kvjax.intervene.kinds.kind import Kind
-from kvjax.intervene.pair_runs import DENOISING, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, PairRuns, answer_effects, run_pairs
+from kvjax.intervene.pair_tables import TOP
 from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
-from kvjax.intervene.places import component_places, stage_places
-from kvjax.intervene.recovery import means_per_read
+from kvjax.intervene.recovery import PairGroups, means_per_read
 from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure.statistics import spearman
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.restart import window_gradients
 from kvjax.model.sites import Trace, take_positions
-from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
+# The kinds that store the exact effects of nodes and of paths.
+READS = ("activation_patching", "path_patching")
+_DIMS = {"nodes": "node", "edges": "path"}
+
 ESTIMATORS = ("gradient", "integrated_gradients")
+_RANKED_BY = "integrated_gradients"
 INTEGRATION_STEPS = 4
 
 # Outputs of nodes, then inputs of receivers.
@@ -119,64 +122,128 @@ class ScoreByGradients:
 
 
 def analyse(inputs: InterventionInputs) -> Outcome:
-    """Scores every node and path to first order, beside the exact effects, denoising."""
+    """Scores every node and path to first order, denoising."""
     scores = inputs.over_pairs.run(ScoreByGradients(inputs.config), inputs.stacked)
-    places = component_places(inputs.config.n_layers, inputs.config.n_heads)
-    everything = tuple((stage_places(inputs.config.n_layers) | places).values())
-    nodes = activation_patching.patched(inputs, everything)[DENOISING]
-    paths = path_patching.patched(inputs)[DENOISING]
-    senders = all_senders(inputs.config.n_layers, inputs.config.n_heads)
     edges = all_edges(inputs.config.n_layers, inputs.config.n_heads)
     dataset = inputs.dataset(
         estimator=ESTIMATORS,
-        node=[sender.name for sender in senders],
+        node=[sender.name for sender in all_senders(inputs.config.n_layers, inputs.config.n_heads)],
         path=[f"{edge.sender.name}->{edge.receiver.name}" for edge in edges],
         pair=inputs.pair_ids,
     )
-    whole = split_positions(nodes["logit_difference"], len(PAIR_ROLES))[1][..., -1]
-    whole = whole[:, :, [0, *(everything.index(place) for place in places.values())]]  # the embedding, then components
-    exact = {"nodes": whole - nodes["logit_difference_base"][..., None]}
-    exact["edges"] = paths["logit_difference"] - paths["logit_difference_base"][..., None]
-    correlations: list[dict[str, Any]] = []
-    for what, dim in (("nodes", "node"), ("edges", "path")):
-        dims = ("statistic", "pair_kind", "step", dim)
-        measured = means_per_read(inputs.groups, exact[what])
-        meaning = "change of the metric when patched, mean over reads"
-        dataset[f"{dim}_exact"] = (dims, measured, {"long_name": meaning, "units": "logits"})
-        screened = np.stack([means_per_read(inputs.groups, scores[f"{what}/{m}"]) for m in ESTIMATORS], axis=1)
-        meaning = "first-order estimate of that change, mean over reads"
-        dataset[f"{dim}_score"] = (
-            ("statistic", "estimator", *dims[1:]),
-            screened,
-            {"long_name": meaning, "units": "logits"},
-        )
+    for what, dim in _DIMS.items():
+        own = [scores[f"{what}/{estimator}"] for estimator in ESTIMATORS]
+        meaning = "first-order estimate of the change of the metric when patched"
+        dims = ("statistic", "estimator", "pair_kind", "step", dim)
+        of_kinds = np.stack([means_per_read(inputs.groups, x) for x in own], axis=1)
+        dataset[f"{dim}_score"] = (dims, of_kinds, {"long_name": f"{meaning}, mean over reads", "units": "logits"})
         dataset[f"{dim}_score_by_pair"] = (
             ("estimator", "step", "pair", dim),
-            np.stack([scores[f"{what}/{m}"] for m in ESTIMATORS]).astype(np.float32),
+            np.stack(own).astype(np.float32),
             {"long_name": f"{meaning}, summed over a pair's reads", "units": "logits"},
         )
-        for m, estimator in enumerate(ESTIMATORS):
-            for k, kind in enumerate(inputs.groups.kinds):
-                for c, step in enumerate(inputs.steps):
-                    correlations.append(
-                        {
-                            "of": what,
-                            "estimator": estimator,
-                            "pair_kind": kind,
-                            "step": step,
-                            "rank_correlation": number(spearman(screened[0, m, k, c], measured[0, k, c])),
-                        }
-                    )
-    return Outcome(dataset, {"baseline": {}, "effects": {"rank_correlation_with_exact": correlations}, "controls": {}})
+    return Outcome(dataset, {})
+
+
+def beside_exact(scores: xr.Dataset, stored: Mapping[str, xr.Dataset], groups: PairGroups) -> Outcome:
+    """Puts the exact effects that other kinds stored beside the scores, with the rank correlation of the two.
+
+    Args:
+      scores: the arrays of `analyse`; exact effects in them are replaced.
+      stored: the arrays of `READS` by kind, of the same pairs and checkpoints; effects of a missing one are left out.
+      groups: the pairs.
+    """
+    dataset = scores.drop_vars([f"{dim}_exact" for dim in _DIMS.values()], errors="ignore")
+    effects: dict[str, Any] = {"rank_correlation_with_exact": []}
+    for (what, dim), kind in zip(_DIMS.items(), READS, strict=True):
+        if kind in stored:
+            changes = _exact_changes(stored[kind], dim, dataset[dim].values)
+            meaning = "change of the metric when patched, mean over reads"
+            dims = ("statistic", "pair_kind", "step", dim)
+            measured = means_per_read(groups, changes)
+            dataset[f"{dim}_exact"] = (dims, measured, {"long_name": meaning, "units": "logits"})
+            effects["rank_correlation_with_exact"] += _rank_correlations(dataset, what, dim)
+        effects[what] = _largest(dataset, dim)
+    missing = [kind for kind in READS if kind not in stored]
+    return Outcome(dataset, {"baseline": {}, "effects": effects, "controls": {}, "missing": missing})
+
+
+def _exact_changes(stored: xr.Dataset, dim: str, names: np.ndarray) -> np.ndarray:
+    """Reads how much the metric of each pair changes if a node or path is patched, denoising: [C, N, names]."""
+    if dim == "path":
+        patched = stored["metric"].sel(direction=DIRECTIONS[DENOISING], path=names)
+    else:
+        patched = stored["metric_by_role"].sel(direction=DIRECTIONS[DENOISING], position_role="all", place=names)
+    changes = patched - stored["metric_corrupted"]
+    return changes.transpose("step", "pair", ...).values
+
+
+def _rank_correlations(dataset: xr.Dataset, what: str, dim: str) -> list[dict[str, Any]]:
+    score, exact = (dataset[f"{dim}_{name}"].sel(statistic="estimate") for name in ("score", "exact"))
+    return [
+        {
+            "of": what,
+            "estimator": estimator,
+            "pair_kind": kind,
+            "step": int(step),
+            "rank_correlation": number(
+                spearman(
+                    score.sel(estimator=estimator, pair_kind=kind, step=step).values,
+                    exact.sel(pair_kind=kind, step=step).values,
+                )
+            ),
+        }
+        for estimator in ESTIMATORS
+        for kind in dataset["pair_kind"].values.tolist()
+        for step in dataset["step"].values
+    ]
+
+
+def _largest(dataset: xr.Dataset, dim: str) -> list[dict[str, Any]]:
+    """Lists the nodes or paths of the largest scores for each kind of pair and step, with the exact effects."""
+    rows = []
+    for kind in dataset["pair_kind"].values.tolist():
+        for step in dataset["step"].values:
+            at = dataset[[name for name in (f"{dim}_score", f"{dim}_exact") if name in dataset]]
+            at = at.sel(pair_kind=kind, step=step)
+            ranked = at[f"{dim}_score"].sel(statistic="estimate", estimator=_RANKED_BY).values
+            for index in np.argsort(-np.abs(ranked), kind="stable")[:TOP]:
+                own = at.isel({dim: index})
+                score = own[f"{dim}_score"]
+                row = {"pair_kind": kind, "step": int(step), dim: str(own[dim].values)}
+                row["score"] = {estimator: numbers(score.sel(estimator=estimator).values) for estimator in ESTIMATORS}
+                row["exact"] = numbers(own[f"{dim}_exact"].values) if f"{dim}_exact" in own else None
+                rows.append(row)
+    return rows
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
-    """Writes how first-order scores and exact effects correlate by rank."""
-    lines = ["rank correlation of first-order scores with exact effects:"]
-    for e in document["effects"]["rank_correlation_with_exact"]:
-        if e["step"] == center_step(document):
+    """Writes the largest scores beside the exact effects, and how the two correlate by rank."""
+    effects, center = document["effects"], center_step(document)
+    lines = [f"first-order scores in logits at step {center}, exact effects in brackets, the largest by kind of pair:"]
+    for kind in document["pairs"]["counts"]:
+        for what, dim in _DIMS.items():
+            own = [e for e in effects[what] if (e["pair_kind"], e["step"]) == (kind, center)][:3]
+            lines.append(f"{kind:<6} {what:<5} {'; '.join(_scored(e, dim) for e in own)}")
+    if effects["rank_correlation_with_exact"]:
+        lines.append("rank correlation of first-order scores with exact effects:")
+    for e in effects["rank_correlation_with_exact"]:
+        if e["step"] == center:
             lines.append(f"{e['of']:<6} {e['estimator']:<21} {e['pair_kind']:<6} {cell(e['rank_correlation'], '5.2f')}")
+    if missing := document["missing"]:
+        adds = ",".join([*missing, document["kind"]])
+        lines.append(f"no exact effects of {_listed(missing)} are stored for these pairs and checkpoints:")
+        lines.append(f"the same call with --kinds={adds} adds them")
     return lines
 
 
-KIND = Kind("attribution", analyse, summary_lines)
+def _scored(effect: Mapping[str, Any], dim: str) -> str:
+    exact = effect["exact"]["estimate"] if effect["exact"] is not None else None
+    return f"{effect[dim]} {cell(effect['score'][_RANKED_BY]['estimate'], '.2f')} [{cell(exact, '.2f')}]"
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return " and ".join(kind.replace("_", " ") for kind in kinds)
+
+
+KIND = Kind("attribution", analyse, summary_lines, reads=READS, beside=beside_exact)

@@ -327,4 +327,4 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-KIND = Kind("necessity", analyse, summary_lines, takes_components=True)
+KIND = Kind("necessity", analyse, summary_lines, settings=("components",))

@@ -99,15 +99,10 @@ class PatchPaths:
         return both_directions(one)
 
 
-def patched(inputs: InterventionInputs) -> list[dict[str, np.ndarray]]:
-    """Patches every path in every pair at every checkpoint, by direction; once for all kinds that look at it."""
-    return each_direction(inputs.measure_once(PatchPaths(inputs.config)))
-
-
 def analyse(inputs: InterventionInputs) -> Outcome:
     """Patches every direct path, in both directions."""
     edges = all_edges(inputs.config.n_layers, inputs.config.n_heads)
-    by_direction = patched(inputs)
+    by_direction = each_direction(inputs.over_pairs.run(PatchPaths(inputs.config), inputs.stacked))
     names = [f"{edge.sender.name}->{edge.receiver.name}" for edge in edges]
     dataset = inputs.dataset(direction=DIRECTIONS, path=names, pair=inputs.pair_ids)
     dataset["sender"] = ("path", [edge.sender.name for edge in edges])
