@@ -109,7 +109,8 @@ def simulate(
     if truth.missing:
         full = round(checkpoints / (1 - truth.missing))
         steps = np.sort(rng.choice(np.arange(1, full + 1), checkpoints, replace=False)) * 250
-    level, gaps = _levels(rng, steps, listed, total, truth)
+    opening = [name for name in BEHAVIOUR if getattr(config.triggers, name).opens_window]
+    level, gaps = _levels(rng, steps, listed, total, truth, opening)
     common = _autocorrelated(rng, checkpoints, 1, noise.autocorrelation)
     shared = _autocorrelated(rng, checkpoints, family.max() + 1, noise.autocorrelation)[:, family]
     own = _autocorrelated(rng, checkpoints, len(listed), noise.autocorrelation)
@@ -138,14 +139,22 @@ def simulate(
 
 
 def _levels(
-    rng: np.random.Generator, steps: np.ndarray, listed: Sequence[Metric], total: np.ndarray, truth: Truth
+    rng: np.random.Generator,
+    steps: np.ndarray,
+    listed: Sequence[Metric],
+    total: np.ndarray,
+    truth: Truth,
+    opening: Sequence[str],
 ) -> tuple[np.ndarray, list[int]]:
-    """Draws the noiseless trajectories and the gaps of true shifts, three checkpoints or more from the ends."""
+    """Draws the noiseless trajectories and the gaps of true shifts, three checkpoints or more from the ends.
+
+    Those measures change that `opening` names: the ones whose shifts can open a window.
+    """
     n = len(steps)
     level = np.zeros((n, len(listed)))
     if truth.kind == "flat":
         return level, []
-    chosen = rng.choice(BEHAVIOUR, truth.measures, replace=False)
+    chosen = rng.choice(opening, truth.measures, replace=False)
     splits = rng.choice(SPLITS, truth.splits, replace=False)
     moved = [
         i

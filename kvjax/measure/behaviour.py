@@ -66,6 +66,25 @@ def answer_distribution(logits: jax.Array, answers: jax.Array) -> tuple[jax.Arra
     return entropy, jnp.take_along_axis(probs, answers[..., None], axis=-1)[..., 0]
 
 
+def answer_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
+    """Computes -log of the answer's probability over the full vocabulary, [...] in nats."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.take_along_axis(log_probs, answers[..., None], axis=-1)[..., 0]
+
+
+def answer_logits(logits: jax.Array, answers: jax.Array, value_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Takes the answer's logit, and that minus the mean logit over the value tokens, [...] each.
+
+    Args:
+      logits: [..., V] at the prediction positions.
+      answers: [...] token ids of the right answers.
+      value_ids: [values] token ids of all values.
+    """
+    own = jnp.take_along_axis(logits, answers[..., None], axis=-1)[..., 0]
+    is_value = _expand(_is_member(logits.shape[-1], value_ids), answers)
+    return own, own - jnp.sum(jnp.where(is_value, logits, 0.0), axis=-1) / len(value_ids)
+
+
 def next_token_sums(
     logits_BxTxV: jax.Array, tokens_BxT: jax.Array, token_roles_BxT: jax.Array, *, num_roles: int
 ) -> tuple[jax.Array, jax.Array]:

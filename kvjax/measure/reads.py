@@ -80,6 +80,16 @@ class Reads:
         """Entropy of the prediction (nats) and probability of the answer, [B, Q] each."""
         return behaviour.answer_distribution(self.logits_BxQxV, self.answers_BxQ)
 
+    @property
+    def answer_loss(self) -> jax.Array:
+        """Minus the log probability of the answer, nats, [B, Q]."""
+        return behaviour.answer_loss(self.logits_BxQxV, self.answers_BxQ)
+
+    @functools.cached_property
+    def answer_logits(self) -> tuple[jax.Array, jax.Array]:
+        """The answer's logit, and that minus the mean over values, [B, Q] each."""
+        return behaviour.answer_logits(self.logits_BxQxV, self.answers_BxQ, self.value_ids)
+
     @functools.cached_property
     def next_token(self) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats [B] and right predictions by role [B, roles], summed over a sequence's targets."""

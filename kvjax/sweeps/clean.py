@@ -17,6 +17,7 @@ from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES, EncodedRecords
 Sums = dict[str, jax.Array]
 
 KEPT = (*RESTART_CAPTURE, *HEAD_CAPTURE)
+VALUE_LOGITS = "read/value_logits"  # array of the logits of all values at p_e, of which no sums are formed
 CLEAN_CAPTURE = tuple(dict.fromkeys((*STAGE_SITES, *KEPT, "pattern")))
 
 
@@ -28,13 +29,14 @@ def measure_clean(
     value_ids: jax.Array,
     key_ids: jax.Array,
     num_splits: int,
+    keep_value_logits: bool = False,
 ) -> tuple[Sums, CleanRun, jax.Array]:
     """Measures one checkpoint on one microbatch without an intervention.
 
     Returns:
       Sums, of every measure that declares how it is computed. Per read: [B, Q]. Per sequence, over its reads or tokens:
       [B], with the axes of the measure's level behind. Beside them `state/prediction`, `state/support`
-      [splits, S, D], sums of states over the batch.
+      [splits, S, D], sums of states over the batch; and `VALUE_LOGITS` [B, Q, values] if they are to be kept.
       The clean run, with what restarts need.
       States [2 S, B, Q, D], see `states_at_reads`.
     """
@@ -63,6 +65,8 @@ def measure_clean(
         found = measure.compute(reads)
         for source, values in zip(measure.sources, found if isinstance(found, tuple) else (found,), strict=True):
             sums[source] = _per_sequence(measure, values, batch.is_read)
+    if keep_value_logits:
+        sums[VALUE_LOGITS] = reads.logits_BxQxV[..., value_ids]
     in_split_BxZ = (batch.splits[:, None] == jnp.arange(num_splits)[None]) * batch.weights[:, None]
     for where, at_reads in zip(("prediction", "support"), jnp.split(states, 2), strict=True):
         sums[f"state/{where}"] = residual.state_sums(at_reads, batch.is_read, in_split_BxZ)

@@ -99,6 +99,7 @@ class CompiledSweep:
             ablations=settings.ablations,
             probes=probes,
             states=settings.event_drift,
+            value_logits=bool(settings.ablations),  # a sweep compares checkpoints by them, an evaluation does not
             interventions=plan.interventions,
             placement=plan.placement,
         )

@@ -101,10 +101,16 @@ def _changes(dataset: xr.Dataset) -> dict[str, xr.Variable]:
     return changes
 
 
-def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
+def build_events(
+    arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex, *, competitors: np.ndarray
+) -> xr.Dataset:
     """Labels the per-read values and per-sequence sums that every mean and interval is made from.
 
-    Beside them stand each sequence's split, and each read's value on every axis of the benchmark.
+    Beside them stand each sequence's split, each read's value on every axis of the benchmark, and its competitor.
+
+    Args:
+      arrays, steps, probe: as for `build_dataset`.
+      competitors: [N, Q] token ids, see `FixedMargins`.
     """
     per_sequence = ("step", "sequence")
     stages = list(stage_names(arrays["mlp/write_norm"].shape[-1]))
@@ -116,11 +122,13 @@ def build_events(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: 
     for axis, of_reads in probe.axis_values.items():
         values = np.where(probe.encoded.is_read, of_reads, -1).astype(np.int32)
         dataset[axis] = (("sequence", "read"), values, {"long_name": f"{axis} of each read, -1 for none", "units": "1"})
+    meaning = "token id of the value that fixed_margin is to, -1 for none"
+    dataset["competitor"] = (("sequence", "read"), competitors, {"long_name": meaning, "units": "1"})
     for name, values in arrays.items():
         kind = name.partition("/")[0]
         if kind == "read":  # positions that are no read hold no value
-            values = np.where(probe.encoded.is_read, values.astype(np.float32), np.float32(np.nan))
-        if kind == "probe":
+            values, own = np.where(probe.encoded.is_read, values.astype(np.float32), np.float32(np.nan)), ("read",)
+        elif kind == "probe":
             both = values.reshape(*values.shape[:2], -1, len(stages))  # p_e alone, or p_e and s_e
             own = ("position_role", "stage") if both.shape[2] > 1 else ("stage",)
             values = both if both.shape[2] > 1 else both[:, :, 0]

@@ -44,6 +44,7 @@ class SweepSpec:
       ablations: kinds of ablation to measure; with none, the clean run alone.
       probes: whether trained linear probes are fitted and scored.
       states: whether the states at the reads are returned.
+      value_logits: whether the logits of all values at the reads are returned.
       interventions: how the heads of one layer are run, `map` (one by one) or `vmap`.
       placement: which devices share the checkpoints, and how each runs its part.
       measures: names of the declared measures that the clean pass computes.
@@ -57,6 +58,7 @@ class SweepSpec:
     ablations: tuple[str, ...] = ()
     probes: bool = False
     states: bool = False
+    value_logits: bool = False
     interventions: Lift = "map"
     placement: Placement = ONE_DEVICE
     measures: tuple[str, ...] = dataclasses.field(default_factory=registry.computed_names)
@@ -116,7 +118,13 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
         means = component.overall
 
     clean_pass = functools.partial(
-        measure_clean, params, config, value_ids=value_ids, key_ids=key_ids, num_splits=spec.num_splits
+        measure_clean,
+        params,
+        config,
+        value_ids=value_ids,
+        key_ids=key_ids,
+        num_splits=spec.num_splits,
+        keep_value_logits=spec.value_logits,
     )
 
     writes = HeadWrites.of(params, config)  # once, not per microbatch

@@ -11,6 +11,7 @@ import numpy as np
 from kvjax.artifacts.checkpoint_sums import CheckpointResult
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import Vouched
+from kvjax.sweeps.fixed_margin import FixedMargins
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -54,12 +55,14 @@ class MeasuredRun:
       reference: the checkpoint that drift is measured to; None if there is none, or it cannot be used.
       moved: how each checkpoint's states differ from others', see `compare_consecutive`; None if not asked for.
       logistic: each checkpoint's logistic probes, None for one without; empty if the sweep has no probes.
+      margins: each checkpoint's fixed margins.
     """
 
     checkpoints: Sequence[CheckpointResult]
     reference: CheckpointResult | None
     moved: Sequence[Mapping[str, np.ndarray]] | None
     logistic: Sequence[Mapping[str, np.ndarray] | None]
+    margins: FixedMargins
 
 
 @dataclasses.dataclass(frozen=True)

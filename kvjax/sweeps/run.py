@@ -22,7 +22,9 @@ from kvjax.execution.over_checkpoints import Chunk, over_chunks
 from kvjax.measure import registry
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
+from kvjax.sweeps.clean import VALUE_LOGITS
 from kvjax.sweeps.compiled_sweep import CompiledSweep
+from kvjax.sweeps.fixed_margin import ValueLogits
 from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.settings import SweepSettings
@@ -112,6 +114,7 @@ class RunSweep:
         self._files = step_files(inputs.run) | dict(inputs.wanted)
         self._anew = frozenset(inputs.wanted) if settings.overwrite else frozenset()
         self._similarities = Similarities(store, anew=self._anew)
+        self._value_logits = ValueLogits(store, inputs.encoded, inputs.benchmark.vocabulary.value_ids)
         self._results: dict[str, CheckpointResult] = {}
         refuse = settings.contradiction == "refuse"
         self._voucher = Voucher(inputs.run, inputs.benchmark, refuse=refuse, way_on="contradiction=note")
@@ -152,7 +155,8 @@ class RunSweep:
         if self._settings.probe != "none" and tabled:
             asked = self._inputs.named if self._settings.probe == "logistic" else self._measured_before(tabled)
             logistic = measure_logistic(tabled, asked, store=self._store, anew=self._settings.overwrite, **shared)
-        return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic)
+        margins = self._value_logits.fixed_margins(tabled, reference, files=self._files)
+        return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic, margins)
 
     def _measured_before(self, tabled: list[tuple[str, CheckpointResult]]) -> set[str]:
         """Names the checkpoints measured anew that had logistic probes, so that all of it is measured again."""
@@ -162,17 +166,19 @@ class RunSweep:
     def _stored_results(self) -> dict[str, CheckpointResult]:
         """Loads the stored results of checkpoint files that have not changed since, by name.
 
-        A result that lacks an array of a measure, because it was declared later, is none.
+        A result that lacks its logits, or an array of a measure because it was declared later, is none.
         """
         names = [name for name in self._files if name not in self._anew]
         with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
             stored = readers.map(lambda name: self._store.load(name, self._files[name][1]), names)
             complete = registry.computed_sources()
-            return {
+            found = {
                 name: result
                 for name, result in zip(names, stored, strict=True)
                 if result is not None and complete <= result.arrays.keys()
             }
+            kept = readers.map(lambda name: self._value_logits.holds(name, found[name].info["sha256"]), found)
+            return {name: found[name] for name, holds in zip(found, kept, strict=True) if holds}
 
     def _measure_pending(self, advance: Callable[[int], None], meanwhile: Callable[[], Any]) -> None:
         """Measures the checkpoints without a result, the reference first: later ones are compared with it as they come.
@@ -232,6 +238,7 @@ class RunSweep:
                 "vouched": vouched[name] and vouched[name].model_dump(),
                 **self._provenance,
             }
+            self._value_logits.save(name, checkpoint.sha256, checkpoint.step, arrays.pop(VALUE_LOGITS))
             self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)
             self.log.measured.append(checkpoint.step)
             advance(1)

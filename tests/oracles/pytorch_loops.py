@@ -65,6 +65,16 @@ def margin(logits: torch.Tensor, answer: int, value_ids: list[int]) -> float:
     return float(logits[answer] - max(logits[v] for v in value_ids if v != answer))
 
 
+def fixed_margins(reads: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[float]:
+    """Returns each read's answer logit minus that of the value that is second to the answer in the reference's."""
+    margins = []
+    for read, final in zip(reads, reference, strict=True):
+        others = {v: x for v, x in final["value_logits"].items() if v != final["answer"]}
+        rival = max(others, key=lambda v: others[v])
+        margins.append(read["value_logits"][read["answer"]] - read["value_logits"][rival])
+    return margins
+
+
 def best(logits: torch.Tensor, ids: list[int]) -> int:
     return max(ids, key=lambda i: float(logits[i]))
 
@@ -139,6 +149,11 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
                     },
                     "correct": int(logits[at].argmax()) == answer,
                     "margin": margin(logits[at], answer, value_ids),
+                    "answer": answer,
+                    "value_logits": {v: float(logits[at, v]) for v in value_ids},
+                    "answer_loss": -float(log_probs[at, answer]),
+                    "answer_logit": float(logits[at, answer]),
+                    "answer_logit_centred": float(logits[at, answer] - logits[at, value_ids].mean()),
                     "entropy": -float(sum(p * p.log() for p in probs if p > 0)),
                     "confidence": float(probs[answer]),
                     "q": max(a["query_attention"] for a in attention.values()),

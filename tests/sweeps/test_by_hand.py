@@ -48,6 +48,11 @@ def arrays(probe):
     arrays = {
         "read/correct": np.nan_to_num(correct).astype(bool),
         "read/margin": per_read(([1, -1, -3], [-2, -2, -4, -4]), ([5, 3, 1], [2, -1, -1, 4])),
+        "read/answer_loss": per_read(([3, 2, 1], [5] * 4), ([1, 0, 2], [1, 1, 2, 0])),
+        "read/answer_logit": per_read(([1] * 3, [2] * 4), ([4] * 3, [6] * 4)),
+        "read/answer_logit_centred": per_read(([0] * 3, [1] * 4), ([2] * 3, [3] * 4)),
+        # No competitor is known of the second sequence.
+        "read/fixed_margin": per_read(([-1, 0, 1], [NAN] * 4), ([2, 3, 7], [NAN] * 4)),
         "read/entropy": per_read(([3, 3, 3], [4, 4, 4, 4]), ([1, 1, 1], [2, 2, 2, 2])),
         "read/confidence": per_read(([0.1] * 3, [0.2] * 4), ([0.8] * 3, [0.1] * 4)),
         "read/q": per_read(([0.5] * 3, [0.5] * 4), ([0.5] * 3, [0.5] * 4)),
@@ -111,6 +116,10 @@ def test_behaviour(rows):
     assert summary["p50"] == 2 and summary["share_positive"] == pytest.approx(5 / 7)
     assert summary["std"] == pytest.approx(np.sqrt(sum((m - 13 / 7) ** 2 for m in margins) / 7))
     assert first["answer_entropy"] == pytest.approx(25 / 7) and last["answer_entropy"] == pytest.approx(11 / 7)
+    assert first["answer_loss"] == pytest.approx(26 / 7) and last["delta_answer_loss"] == pytest.approx(-19 / 7)
+    assert last["answer_logit"] == pytest.approx(36 / 7) and last["answer_logit_centred"] == pytest.approx(18 / 7)
+    assert first["fixed_margin"] == 0.0 and last["fixed_margin"] == 4.0 and last["delta_fixed_margin"] == 4.0
+    assert last["split_metrics"]["heldout_pairs"]["fixed_margin"] is None
     assert last["answer_confidence"] == pytest.approx((2.4 + 0.4) / 7)
     assert last["q"] == pytest.approx(0.5) and last["r"] == pytest.approx(2.1 / 7)
     # Two of seven reads have a key selectivity at the first checkpoint, one a recency selectivity.

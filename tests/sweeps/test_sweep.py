@@ -12,7 +12,7 @@ import xarray as xr
 from kvjax.model.sites import stage_names
 from tests.helpers.building import SMALL_MODEL, STEPS, read_lines
 from tests.helpers.close import close
-from tests.oracles.pytorch_loops import mean
+from tests.oracles.pytorch_loops import fixed_margins, mean
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
@@ -40,6 +40,9 @@ def test_behaviour(rows, truth, step):
         "w": "margin",
         "answer_entropy": "entropy",
         "answer_confidence": "confidence",
+        "answer_loss": "answer_loss",
+        "answer_logit": "answer_logit",
+        "answer_logit_centred": "answer_logit_centred",
         "q": "q",
         "r": "r",
         "key_selectivity": "key_selectivity",
@@ -55,6 +58,23 @@ def test_behaviour(rows, truth, step):
         close(accuracy, of(reads, "correct", split), split)
         for ours, theirs in {"q": "q", "r": "r", "w": "margin", "key_selectivity": "key_selectivity"}.items():
             close(row["split_metrics"][split][ours], of(reads, theirs, split), f"{split} {ours}")
+        for name in ("answer_loss", "answer_logit", "answer_logit_centred"):
+            close(row["split_metrics"][split][name], of(reads, name, split), f"{split} {name}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_fixed_margin(rows, truth, step):
+    """The margin to the final checkpoint's competitors equals PyTorch's, of all reads and of each split."""
+    reads = truth[step]["reads"]
+    margins = fixed_margins(reads, truth[STEPS[-1]]["reads"])
+    close(rows[step]["fixed_margin"], mean(margins))
+    for split, shown in rows[step]["split_metrics"].items():
+        own = [margin for margin, read in zip(margins, reads, strict=True) if read["split"] == split]
+        close(shown["fixed_margin"], mean(own), split)
+    if step == STEPS[-1]:
+        close(rows[step]["fixed_margin"], rows[step]["w"])
+    else:
+        assert abs(rows[step]["fixed_margin"] - rows[step]["w"]) > 0.01, "other values compete"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -193,7 +213,7 @@ def test_order_and_turnover(rows, truth):
 def test_deltas_and_birth_flags(rows, truth):
     """Deltas are differences of rows; birth flags compare with the run's thresholds."""
     names = [name.removeprefix("delta_") for name in rows[STEPS[0]] if name.startswith("delta_")]
-    assert len(names) == 11
+    assert len(names) == 15
     for before, step in zip((None, *STEPS), STEPS, strict=False):
         for name in names:
             expected = None if before is None else rows[step][name] - rows[before][name]

@@ -16,6 +16,7 @@ from kvjax.sweeps.settings import SweepSettings
 from tests.helpers.building import SMALL_MODEL, STEPS, read_lines
 from tests.helpers.close import close
 from tests.helpers.sweeping import source, sweep
+from tests.oracles.pytorch_loops import fixed_margins, mean
 
 STAGES = stage_names(SMALL_MODEL["n_layers"])
 
@@ -64,15 +65,16 @@ def test_checkpoint_batch(small_run, batch, rows):
 
 
 def test_damaged_result(small_run):
-    """A damaged result is measured again; a checkpoint of another step is refused."""
+    """Results with damaged sums or logits are measured again; a checkpoint of another step is refused."""
     sweep(small_run)
+    (small_run / "analysis" / "measured" / "values_step_000300.npz").write_bytes(b"damaged")
     (small_run / "analysis" / "measured" / "step_000100.npz").write_bytes(b"damaged")
     files = small_run / "checkpoints"
     (files / "step_000200.pt").write_bytes((files / "best.pt").read_bytes())
     with pytest.raises(InputError, match=r"step_000200.pt: expected the checkpoint of step 200; found step 300"):
         sweep(small_run)
     (files / "step_000200.pt").unlink()
-    assert sweep(small_run).log.measured == []  # the damaged one was measured before the other was refused
+    assert sweep(small_run).log.measured == []  # the damaged ones were measured before the other was refused
 
 
 def test_unwritable_store(small_run, capsys):
@@ -100,13 +102,18 @@ def test_other_settings(small_run):
     assert sorted(sweep(small_run, precision="default", overwrite=True, **small).log.measured) == list(STEPS)
 
 
-def test_reference_of_an_incomplete_run(small_run):
-    """Drift to the final checkpoint is null while the run is incomplete."""
+def test_reference_of_an_incomplete_run(small_run, truth):
+    """Drift and margins to the final checkpoint are null while the run is incomplete, and complete with a reference."""
     (small_run / "checkpoints" / "step_000300.pt").unlink()
     report = sweep(small_run)
     assert {v for row in report.rows for v in row["residual_drift_to_reference_by_layer"].values()} == {None}
     assert any("null" in note for note in report.notes)
+    assert [row["fixed_margin"] for row in report.rows] == [None, None]
     named = sweep(small_run, reference="200")
+    assert named.log.measured == [], "competitors are found in stored logits"
+    for row in named.rows:
+        expected = fixed_margins(truth[row["step"]]["reads"], truth[200]["reads"])
+        close(row["fixed_margin"], mean(expected))
     assert named.rows[0]["residual_drift_to_reference_by_layer"]["final_norm"] > 1e-4
     assert abs(named.rows[1]["residual_drift_to_reference_by_layer"]["final_norm"]) < 1e-9
 
