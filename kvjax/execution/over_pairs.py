@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from kvjax.devices import Placement
-from kvjax.execution.over_checkpoints import checkpoints_of, over_chunks, stack_trees
+from kvjax.execution.over_checkpoints import checkpoints_of, over_chunks
 from kvjax.execution.unbucket import unbucket
-from kvjax.model.transforms import over_checkpoints
 from kvjax.task.pair_encoding import EncodedPairs, bucket_by_last_affected, bucket_by_window
 
 
@@ -48,7 +47,7 @@ class OverPairs:
     Args:
       encoded: the pairs.
       tokens_per_batch: about how many tokens a microbatch holds.
-      devices: how many devices share the checkpoints.
+      devices: how many devices share the pairs.
       max_buckets: how many different sizes pairs are padded to; each is compiled.
       whole_streams: whether measurements compute streams from their first token on, not from the first changed one.
 
@@ -66,7 +65,7 @@ class OverPairs:
         whole_streams: bool = False,
     ):
         bucket = bucket_by_last_affected if whole_streams else bucket_by_window
-        self.buckets = bucket(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+        self.buckets = bucket(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets, devices=devices)
         self._num_pairs, self._devices = len(encoded), devices
 
     def run(
@@ -83,16 +82,17 @@ class OverPairs:
         Returns:
           The arrays, [C, N, …], in the order of the pairs; NaN beyond the window of a pair's bucket.
         """
-        devices = min(self._devices, len(jax.tree.leaves(stacked)[0]))
+        # Devices share the pairs of one checkpoint: three checkpoints would leave one of two devices idle.
+        placement = Placement(self._devices)
 
         def dispatch(trees: list[Any]) -> list[dict[str, jax.Array]]:
-            chunk = stack_trees(trees)
+            (tree,) = trees
             return [
-                _run_bucket(measure, bucket.window, devices, chunk, bucket.batches, donors and donors[index], shared)
+                _run_bucket(measure, bucket.window, placement, tree, bucket.batches, donors and donors[index], shared)
                 for index, bucket in enumerate(self.buckets)
             ]
 
-        chunks = over_chunks(dispatch, checkpoints_of(stacked), size=devices, in_flight=0)
+        chunks = over_chunks(dispatch, checkpoints_of(stacked), size=1, in_flight=0)
         collected = [unbucket(chunk.outputs, self.buckets, self._num_pairs) for chunk in chunks]
         return {name: np.concatenate([x[name] for x in collected]) for name in collected[0]}
 
@@ -101,19 +101,20 @@ class OverPairs:
 def _run_bucket(
     measure: Measurement,
     window: int,
-    devices: int,
-    stacked: Any,
+    placement: Placement,
+    tree: Any,
     batches: EncodedPairs,
     donors: np.ndarray | None,
     shared: tuple[Any, ...],
 ) -> dict[str, jax.Array]:
-    """Measures the microbatches of one bucket at as many checkpoints as there are devices."""
+    """Measures the microbatches of one bucket at one checkpoint, [1, microbatch, B, …]."""
 
-    def of_checkpoint(tree: Any, batches: EncodedPairs, donors: Any, shared: Any) -> dict[str, jax.Array]:
-        def of_batch(part: tuple[EncodedPairs, Any]) -> dict[str, jax.Array]:
-            pairs, donors_BxT = part
+    def of_part(part: tuple[EncodedPairs, Any], tree: Any, shared: Any) -> dict[str, jax.Array]:
+        def of_batch(batch: tuple[EncodedPairs, Any]) -> dict[str, jax.Array]:
+            pairs, donors_BxT = batch
             return measure(tree, PairBatch(pairs, window, donors_BxT), *shared)
 
-        return jax.lax.map(of_batch, (batches, donors))
+        return jax.lax.map(of_batch, part)
 
-    return over_checkpoints(of_checkpoint, Placement(devices))(stacked, batches, donors, shared)
+    found = placement.on_each_device(of_part, (True, False, False))((batches, donors), tree, shared)
+    return jax.tree.map(lambda x: x[None], found)

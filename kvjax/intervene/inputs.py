@@ -62,7 +62,7 @@ class InterventionInputs:
       fit: the fit set.
       records: the probe set.
       components: the set that is tested; None for the smallest faithful one.
-      devices: how many devices share the checkpoints.
+      devices: how many devices share the pairs.
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
     """

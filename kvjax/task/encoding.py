@@ -213,14 +213,16 @@ def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buck
     return buckets
 
 
-def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple[Packed, np.ndarray]:
-    """Cuts some of the records into equal microbatches of about `batch_size`.
+def microbatches(
+    encoded: Packed, members: np.ndarray, batch_size: int, *, devices: int = 1
+) -> tuple[Packed, np.ndarray]:
+    """Cuts some of the records into equal microbatches of about `batch_size`, a multiple of `devices` many.
 
     Returns:
       The arrays, reshaped to [microbatch, B, …]; and [microbatch * B] indices of the records, -1 for padding rows. A
       padding row repeats a record with weight 0.
     """
-    num_batches = _fewest_fillers(len(members), batch_size)
+    num_batches = _fewest_fillers(len(members), batch_size, devices)
     batch_size = math.ceil(len(members) / num_batches)
     indices = np.full(num_batches * batch_size, -1)
     indices[: len(members)] = members
@@ -229,10 +231,12 @@ def microbatches(encoded: Packed, members: np.ndarray, batch_size: int) -> tuple
     return jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), rows), indices
 
 
-def _fewest_fillers(members: int, batch_size: int) -> int:
+def _fewest_fillers(members: int, batch_size: int, devices: int) -> int:
     """Finds the number of equal batches, of `batch_size` give or take a fifth, that needs the fewest padding rows."""
     fewest, most = math.ceil(members / math.floor(1.2 * batch_size)), math.ceil(members / (0.8 * batch_size))
-    return min(range(fewest, most + 1), key=lambda count: (count * math.ceil(members / count), count))
+    least = devices * math.ceil(fewest / devices)
+    counts = range(least, max(least, most) + 1, devices)
+    return min(counts, key=lambda count: (count * math.ceil(members / count), count))
 
 
 def length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:

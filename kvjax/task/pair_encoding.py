@@ -195,40 +195,41 @@ class PairBucket:
     window: int
 
 
-def bucket_by_window(encoded: EncodedPairs, *, tokens_per_batch: int, max_buckets: int = 3) -> list[PairBucket]:
+def bucket_by_window(encoded: EncodedPairs, **sizes: int) -> list[PairBucket]:
     """Sorts pairs into buckets by the distance from the first changed token to the last affected read.
 
     Args:
       encoded: the pairs.
-      tokens_per_batch: about how many tokens a microbatch holds.
-      max_buckets: how many different windows to pad to.
+      **sizes: as for `bucket_by_last_affected`.
     """
-    return _buckets(encoded, _windows(encoded), tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+    return _buckets(encoded, _windows(encoded), **sizes)
 
 
-def bucket_by_last_affected(encoded: EncodedPairs, *, tokens_per_batch: int, max_buckets: int = 3) -> list[PairBucket]:
+def bucket_by_last_affected(encoded: EncodedPairs, **sizes: int) -> list[PairBucket]:
     """Sorts pairs into buckets by the position of the last affected read, for measurements of whole streams.
 
     Args:
       encoded: the pairs.
-      tokens_per_batch: about how many tokens a microbatch holds.
-      max_buckets: how many different lengths to pad to.
+      **sizes: `tokens_per_batch`, about how many tokens a microbatch holds; `max_buckets`, how many different sizes to
+        pad to; `devices`, of which each gets as many microbatches of a bucket.
     """
-    return _buckets(encoded, encoded.last_affected + 1, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets)
+    return _buckets(encoded, encoded.last_affected + 1, **sizes)
 
 
 def _windows(encoded: EncodedPairs) -> np.ndarray:
     return encoded.last_affected - encoded.first_changed + 1
 
 
-def _buckets(encoded: EncodedPairs, spans: np.ndarray, *, tokens_per_batch: int, max_buckets: int) -> list[PairBucket]:
+def _buckets(
+    encoded: EncodedPairs, spans: np.ndarray, *, tokens_per_batch: int, max_buckets: int = 3, devices: int = 1
+) -> list[PairBucket]:
     """Sorts pairs, cut after their last affected read and with these reads alone, into buckets of similar spans."""
     needed, windows = encoded.until_last_affected().at_affected_reads(), _windows(encoded)
     buckets, shorter = [], 0
     for edge in length_edges(spans, max_buckets):
         members = np.flatnonzero((spans > shorter) & (spans <= edge))
         length = int(needed.lengths[members].max())
-        batches, indices = microbatches(needed, members, max(1, tokens_per_batch // length))
+        batches, indices = microbatches(needed, members, max(1, tokens_per_batch // length), devices=devices)
         buckets.append(PairBucket(batches, indices, int(windows[members].max())))
         shorter = edge
     return buckets

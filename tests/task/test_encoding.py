@@ -90,20 +90,23 @@ def test_padding_of_several_buckets():
 
 
 @pytest.mark.parametrize(
-    ("members", "batch_size", "shape"),
+    ("members", "batch_size", "devices", "shape"),
     [
-        (219, 16, (13, 17)),  # 221 rows, where 14 batches of 16 are 224
-        (96, 10, (8, 12)),  # none to fill
-        (69, 16, (5, 14)),  # 70 rows; 3 batches of 23 would be far from 16
-        (6, 1, (6, 1)),
-        (7, 100, (1, 7)),
-        (100, 100, (1, 100)),
+        (219, 16, 1, (13, 17)),  # 221 rows, where 14 batches of 16 are 224
+        (96, 10, 1, (8, 12)),  # none to fill
+        (69, 16, 1, (5, 14)),  # 70 rows; 3 batches of 23 would be far from 16
+        (6, 1, 1, (6, 1)),
+        (7, 100, 1, (1, 7)),
+        (100, 100, 1, (1, 100)),
+        (219, 16, 2, (14, 16)),  # as many for each device
+        (7, 100, 2, (2, 4)),
+        (1, 100, 4, (4, 1)),
     ],
 )
-def test_microbatches(members, batch_size, shape):
-    """Microbatches share a bucket's records so that few rows are padding."""
+def test_microbatches(members, batch_size, devices, shape):
+    """Microbatches share a bucket's records so that few rows are padding, as many for each device."""
     encoded = encode_records([record(programs(2), n) for n in range(members)], VOCABULARY, ["a"], max_seq_len=16)
-    batches, indices = microbatches(encoded, np.arange(members), batch_size)
+    batches, indices = microbatches(encoded, np.arange(members), batch_size, devices=devices)
     assert batches.tokens.shape[:2] == shape
     assert np.count_nonzero(indices >= 0) == members
 
