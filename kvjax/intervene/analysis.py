@@ -110,7 +110,7 @@ def intervene_in_run(
             stored = plan.stored_results(task, hashes)
             reused = measured and task.has_read(stored)
             if reused:
-                reports.append(InterventionReport(run, task.kind, window.name, task.path, task.earlier, reused=True))
+                reports.append(_reuse(run, task, kind, settings.metric))
             else:
                 if kind.beside is not None:
                     own = Intervention.open(task.path).dataset if measured else outcome.dataset
@@ -122,6 +122,15 @@ def intervene_in_run(
                 write_json_lines(run.layout.neurons, _all_neuron_rows(run, kind))
             advance(1)
     return reports
+
+
+def _reuse(run: RunDir, task: Task, kind: Kind, metric: str) -> InterventionReport:
+    """Reports an earlier result; if its summary is of another metric, summarises its arrays anew."""
+    document = task.earlier
+    if kind.summarise and document.get("metric", metric) != metric:
+        document = sealed(document | kind.summarise(Intervention.open(task.path).dataset, metric))
+        write_json(task.path, document)
+    return InterventionReport(run, task.kind, task.window.name, task.path, document, reused=True)
 
 
 def _load(
@@ -157,6 +166,7 @@ def _load(
         devices=device_count(),
         tokens_per_batch=CPU_TOKENS_PER_BATCH if on_cpu else inputs.encoded.tokens.size,
         record_tokens_per_batch=RECORD_TOKENS_PER_BATCH if on_cpu else inputs.encoded.tokens.size,
+        metric=settings.metric,
     )
     return _LoadedWindow(of_window, {step: checkpoint.sha256 for step, checkpoint in checkpoints.items()})
 

@@ -13,7 +13,8 @@ import xarray as xr
 
 from kvjax.execution.fit_set import ComponentMeans, check_roles, component_means
 from kvjax.execution.over_pairs import OverPairs
-from kvjax.intervene.recovery import STATISTICS, PairGroups, means_per_read
+from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS, UNITS
+from kvjax.intervene.recovery import STATISTICS, PairGroups
 from kvjax.model.components import Component
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length, microbatches
@@ -28,10 +29,7 @@ CPU_TOKENS_PER_BATCH = 2500
 FEW_BUCKETS, MANY_BUCKETS, MANY_RUNS = 2, 4, 500
 
 ANSWER_ACCURACY = {"long_name": "share of affected reads whose argmax is the clean answer", "units": "1"}
-CLEAN_METRIC = {
-    "long_name": "logit(clean answer) - logit(corrupted answer), mean over affected reads of clean streams",
-    "units": "logits",
-}
+CLEAN_METRIC = {"long_name": "metric, mean over affected reads of clean streams", "units": UNITS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,7 @@ class InterventionInputs:
       devices: how many devices share the pairs.
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
+      metric: of `METRICS`, whose effects are ranked and, if a gradient is taken, differentiated.
     """
 
     config: DecoderConfig
@@ -81,6 +80,7 @@ class InterventionInputs:
     devices: int
     tokens_per_batch: int
     record_tokens_per_batch: int
+    metric: str = DEFAULT_METRIC
 
     @functools.cached_property
     def over_pairs(self) -> OverPairs:
@@ -108,6 +108,11 @@ class InterventionInputs:
             max_buckets=MANY_BUCKETS if len(encoded) * len(self.steps) >= MANY_RUNS else FEW_BUCKETS,
             whole_streams=whole_streams,
         )
+
+    @property
+    def chance(self) -> float:
+        """The share of reads at which a value drawn at random is the answer."""
+        return 1 / len(self.vocabulary.value_tokens)
 
     @functools.cached_property
     def groups(self) -> PairGroups:
@@ -161,35 +166,12 @@ class InterventionInputs:
         return xr.Dataset(
             coords={
                 "statistic": list(STATISTICS),
+                "metric": list(METRICS),
                 "pair_kind": self.groups.kinds,
                 "step": list(self.steps),
                 **{name: list(values) for name, values in coords.items()},
             }
         )
-
-    def baseline(self, arrays: dict[str, np.ndarray], suffix: str) -> dict[str, Any]:
-        """Summarises a run without intervention, by kind of pair and step.
-
-        Args:
-          arrays: effects with those of the two runs beside them, as `with_runs` adds them.
-          suffix: `base` or `source`, the run.
-
-        Returns:
-          The metric, and the shares of affected reads that get the clean and the corrupted stream's answer.
-        """
-        document: dict[str, Any] = {}
-        names = {
-            "logit_difference": "metric",
-            "clean_correct": "clean_answer_accuracy",
-            "corrupted_correct": "corrupted_answer_accuracy",
-        }
-        for source, name in names.items():
-            means = means_per_read(self.groups, arrays[f"{source}_{suffix}"])
-            for k, kind in enumerate(self.groups.kinds):
-                for c, step in enumerate(self.steps):
-                    entry = document.setdefault(kind, {}).setdefault(str(step), {})
-                    entry[name] = numbers(means[:, k, c])
-        return document
 
 
 @functools.partial(jax.jit, static_argnums=0)

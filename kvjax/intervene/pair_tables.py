@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from kvjax.intervene.inputs import numbers
+from kvjax.intervene.inputs import InterventionInputs, numbers
+from kvjax.intervene.metrics import METRICS, UNITS
 from kvjax.intervene.pair_runs import DIRECTIONS
+from kvjax.intervene.recovery import PairGroups, means_per_read, recoveries
 
 TOP = 12  # effects a summary names
 
+ANSWERS = ("clean", "corrupted")  # the answer that a share of reads is of
+
 RECOVERY = {"long_name": "(patched - base) / (source - base) of the metric", "units": "1"}
-PAIR_METRIC = {
-    "long_name": "logit(clean answer) - logit(corrupted answer), summed over a pair's reads",
-    "units": "logits",
+PAIR_METRIC = {"long_name": "metric, summed over a pair's affected reads", "units": UNITS}
+
+# Why a recovery between two runs says nothing, in the order in which they are named.
+FAILURES = {
+    "not_above_chance": "the clean run gives the clean answer no more often than chance",
+    "no_gap": "the metric does not tell the clean run from the corrupted one",
 }
 
 
@@ -25,23 +32,155 @@ def each_direction(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarra
     return [{name: x[:, :, d] for name, x in arrays.items()} for d in range(len(DIRECTIONS))]
 
 
-def put_runs(dataset: xr.Dataset, denoising: Mapping[str, np.ndarray]) -> None:
-    """Adds the metric and the right answers of both runs without intervention, of every pair."""
-    for run, suffix in (("clean", "source"), ("corrupted", "base")):
-        dataset[f"metric_{run}"] = (("step", "pair"), denoising[f"difference_{suffix}"], PAIR_METRIC)
-        dataset[f"clean_answers_{run}"] = (
-            ("step", "pair"),
-            denoising[f"clean_correct_{suffix}"],
-            {"long_name": "affected reads whose argmax is the clean answer", "units": "events"},
-        )
+def of_metrics(arrays: Mapping[str, np.ndarray], suffix: str = "") -> np.ndarray:
+    """Stacks one array of each metric on a leading axis, float32."""
+    return np.stack([arrays[f"{name}{suffix}"] for name in METRICS]).astype(np.float32)
 
 
-def largest_recoveries(dataset: xr.Dataset, suffix: str, where: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lists the largest recoveries of each kind of pair, direction and step, with the accuracy beside each."""
+def metric_recoveries(
+    groups: PairGroups, patched: Mapping[str, np.ndarray], runs: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Forms the recoveries of every metric, [3, metrics, kinds, C, *X].
+
+    Args:
+      groups: kinds of pairs, and resamples.
+      patched: each metric of the patched runs, [C, N, *X].
+      runs: each metric of the runs without intervention, `<metric>_base` and `<metric>_source` [C, N].
+    """
+    each = [recoveries(groups, patched[m], runs[f"{m}_base"], runs[f"{m}_source"]) for m in METRICS]
+    return np.stack(each, axis=1)
+
+
+def put_runs(dataset: xr.Dataset, inputs: InterventionInputs, arrays: Mapping[str, np.ndarray], **runs: str) -> None:
+    """Adds what runs without intervention answer: of every pair, of each kind of pair, and whether there is a gap.
+
+    Args:
+      dataset: gets `metric_of_runs` and `answer_accuracy_of_runs`, with intervals; `metric_<run>`,
+        `clean_answers_<run>` and `corrupted_answers_<run>` of every pair if it has the coordinate `pair`; and, of both
+        runs, `clean_run_fails`.
+      inputs: of the kind of intervention.
+      arrays: effects with those of the runs beside them.
+      runs: the suffix in `arrays` of the run `clean`, and of `corrupted` if there is one.
+    """
+    groups = inputs.groups
+    metrics = {run: of_metrics(arrays, f"_{suffix}") for run, suffix in runs.items()}
+    answers = {
+        run: np.stack([arrays[f"{answer}_correct_{suffix}"] for answer in ANSWERS]) for run, suffix in runs.items()
+    }
+    for run in runs if "pair" in dataset.coords else ():
+        dataset[f"metric_{run}"] = (("metric", "step", "pair"), metrics[run], PAIR_METRIC)
+        for answer, counts in zip(ANSWERS, answers[run], strict=True):
+            meaning = f"affected reads whose argmax is the {answer} answer"
+            attrs = {"long_name": meaning, "units": "events"}
+            dataset[f"{answer}_answers_{run}"] = (("step", "pair"), counts, attrs)
+
+    def by_kind(of_runs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.stack([np.stack([means_per_read(groups, x) for x in of_run], 1) for of_run in of_runs.values()], 2)
+
+    dataset.coords["run"], dataset.coords["answer"] = list(runs), list(ANSWERS)
+    dims = ("run", "pair_kind", "step")
+    dataset["metric_of_runs"] = (
+        ("statistic", "metric", *dims),
+        by_kind(metrics),
+        {"long_name": "metric of a run without intervention, mean over affected reads", "units": UNITS},
+    )
+    dataset["answer_accuracy_of_runs"] = (
+        ("statistic", "answer", *dims),
+        by_kind(answers),
+        {"long_name": "share of affected reads at which a run without intervention gives an answer", "units": "1"},
+    )
+    dataset["answer_accuracy_of_runs"].attrs["chance"] = inputs.chance
+    if len(runs) == len(ANSWERS):
+        _put_failures(dataset, inputs, metrics)
+
+
+def _put_failures(dataset: xr.Dataset, inputs: InterventionInputs, metrics: Mapping[str, np.ndarray]) -> None:
+    low = dataset["answer_accuracy_of_runs"].sel(statistic="low", answer="clean", run="clean").values  # [kinds, C]
+    better = np.array([metric.better for metric in METRICS.values()]).reshape(-1, 1, 1)
+    gaps = [means_per_read(inputs.groups, x)[1] for x in better * (metrics["clean"] - metrics["corrupted"])]
+    # A low end that does not exist, as of a single pair, is above nothing.
+    fails = {
+        "not_above_chance": np.broadcast_to(~(low > inputs.chance), (len(METRICS), *low.shape)),
+        "no_gap": np.stack([~(ends > 0) for ends in gaps]),
+    }
+    dataset.coords["failure"] = list(FAILURES)
+    meaning = "whether a recovery is one of nothing, and why: " + "; ".join(f"{k}: {v}" for k, v in FAILURES.items())
+    dataset["clean_run_fails"] = (
+        ("failure", "metric", "pair_kind", "step"),
+        np.stack([fails[name] for name in FAILURES]),
+        {"long_name": meaning},
+    )
+
+
+def baselines(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
+    """Summarises the runs without intervention, as `put_runs` added them.
+
+    Returns:
+      `metric`: its name. `chance`: of an answer. `baseline`: by run, kind of pair and step the metric, and the shares
+      of affected reads that get the clean and the corrupted stream's answer. `clean_run_fails`: the kinds of pair and
+      steps whose recoveries say nothing, each with the `reasons` among `FAILURES`.
+    """
+    found: dict[str, Any] = {}
+    for run in dataset["run"].values:
+        for kind in dataset["pair_kind"].values:
+            for step in dataset["step"].values:
+                at = {"run": run, "pair_kind": kind, "step": step}
+                entry = {"metric": numbers(dataset["metric_of_runs"].sel({**at, "metric": metric}).values)}
+                for answer in ANSWERS:
+                    share = dataset["answer_accuracy_of_runs"].sel({**at, "answer": answer})
+                    entry[f"{answer}_answer_accuracy"] = numbers(share.values)
+                found.setdefault(str(run), {}).setdefault(str(kind), {})[str(step)] = entry
+    chance = float(dataset["answer_accuracy_of_runs"].attrs["chance"])
+    return {"metric": metric, "chance": chance, "baseline": found, "clean_run_fails": failures(dataset, metric)}
+
+
+def failures(dataset: xr.Dataset, metric: str) -> list[dict[str, Any]]:
+    """Lists the kinds of pair and steps whose recoveries say nothing, each with the `reasons`; none of a single run."""
+    if "clean_run_fails" not in dataset:
+        return []
+    rows = []
+    fails = dataset["clean_run_fails"].sel(metric=metric).transpose("pair_kind", "step", "failure").values
+    for k, c in np.argwhere(fails.any(axis=-1)):
+        reasons = [reason for reason, holds in zip(FAILURES, fails[k, c], strict=True) if holds]
+        kind, step = str(dataset["pair_kind"].values[k]), int(dataset["step"].values[c])
+        rows.append({"pair_kind": kind, "step": step, "reasons": reasons})
+    return rows
+
+
+def beside_recovery(summary: Mapping[str, Any], pair_kind: str, step: int) -> dict[str, Any]:
+    """Looks up what stands beside every recovery: both runs without intervention, and whether the clean one fails.
+
+    Args:
+      summary: from `baselines`.
+      pair_kind, step: of the recovery.
+
+    Returns:
+      `clean_run` and `corrupted_run`: estimates of the metric and of both answers' accuracies. `clean_run_fails`.
+    """
+    runs = {
+        f"{run}_run": {name: found["estimate"] for name, found in by_kind[pair_kind][str(step)].items()}
+        for run, by_kind in summary["baseline"].items()
+    }
+    failing = any((row["pair_kind"], row["step"]) == (pair_kind, step) for row in summary["clean_run_fails"])
+    return runs | {"clean_run_fails": failing}
+
+
+def largest_recoveries(dataset: xr.Dataset, suffix: str, where: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+    """Lists the largest recoveries of each kind of pair, direction and step, with what stands beside each.
+
+    Args:
+      dataset: recoveries and accuracies, and the runs that `put_runs` added.
+      suffix: of their names, such as `by_role`; empty for none.
+      where: what is chosen along further dimensions.
+      metric: whose recoveries are ranked.
+    """
     rows = []
     outer = ("direction", "pair_kind", "step")
-    names = ("recovery", "clean_answer_accuracy")
-    recovery, accuracy = (dataset[f"{name}_{suffix}" if suffix else name].sel(where) for name in names)
+    recovery, accuracy = (
+        dataset[f"{name}_{suffix}" if suffix else name] for name in ("recovery", "clean_answer_accuracy")
+    )
+    recovery, accuracy = recovery.sel({**where, "metric": metric}), accuracy.sel(where)
+    summary = baselines(dataset, metric)
     inner = [dim for dim in recovery.dims if dim not in ("statistic", *outer)]
     recovery, accuracy = (x.transpose(*outer, "statistic", *inner) for x in (recovery, accuracy))
     for at in np.ndindex(*recovery.shape[: len(outer)]):
@@ -53,5 +192,21 @@ def largest_recoveries(dataset: xr.Dataset, suffix: str, where: Mapping[str, Any
             labels = {dim: recovery[dim].values[i] for dim, i in zip((*outer, *inner), place, strict=True)}
             row = {dim: int(label) if dim == "step" else str(label) for dim, label in labels.items()}
             found = {"recovery": numbers(flat[:, index]), "clean_answer_accuracy": numbers(right[:, index])}
-            rows.append(row | found)
+            rows.append(row | found | beside_recovery(summary, row["pair_kind"], row["step"]))
+    return rows
+
+
+def component_table(dataset: xr.Dataset, components: Sequence[str], metric: str) -> list[dict[str, Any]]:
+    """Lists the recovery of every component at every step by kind of pair, patched at all positions, denoising.
+
+    Returns:
+      Rows of `pair_kind` and `component`, in their order, each with `by_step`: step -> recovery with interval.
+    """
+    found = dataset["recovery_by_role"].sel(metric=metric, direction="denoising", position_role="all")
+    found = found.sel(place=list(components)).transpose("pair_kind", "place", "step", "statistic")
+    rows = []
+    for k, kind in enumerate(found["pair_kind"].values):
+        for p, component in enumerate(components):
+            by_step = {str(step): numbers(x) for step, x in zip(found["step"].values, found.values[k, p], strict=True)}
+            rows.append({"pair_kind": str(kind), "component": component, "by_step": by_step})
     return rows

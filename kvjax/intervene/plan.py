@@ -17,6 +17,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import RunInputs
 from kvjax.intervene.kinds import find_kind
+from kvjax.intervene.metrics import DEFAULT_METRIC
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.model.components import Component, all_components
 from kvjax.task.pairs import PairSet, own_pairs
@@ -61,7 +62,7 @@ class Task:
     def has_read(self, stored: Mapping[str, Intervention]) -> bool:
         """Checks whether the earlier summary stands beside each of the stored results; it may have read others too."""
         read = (self.earlier and _recorded(self.earlier, "stored_results")) or {}
-        return all(read.get(kind) == result.document["content_sha256"] for kind, result in stored.items())
+        return all(read.get(kind) == _arrays_sha256(result) for kind, result in stored.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class InterventionPlan:
           hashes: of its window's checkpoint files, by step.
           stored: the results that it reads.
         """
-        read = {kind: result.document["content_sha256"] for kind, result in (stored or {}).items()}
+        read = {kind: _arrays_sha256(result) for kind, result in (stored or {}).items()}
         return Identity(task.chosen, _measured_inputs(self.inputs, self.pair_set, task, _by_step(hashes), read))
 
     def stored_results(self, task: Task, hashes: Mapping[int, str]) -> dict[str, Intervention]:
@@ -140,7 +141,11 @@ def plan_interventions(
     named = _named_components(inputs.run, settings)
     pair_set = own_pairs(inputs.probe, inputs.benchmark)
 
-    choices = {"components": None if named is None else list(map(str, named))}
+    choices = {
+        "components": None if named is None else list(map(str, named)),
+        # Null for the default, which results that do not say it are of.
+        "metric": None if settings.metric == DEFAULT_METRIC else settings.metric,
+    }
 
     def task(window: Window, name: str) -> Task:
         kind = find_kind(name)
@@ -205,6 +210,11 @@ def _recorded(summary: Mapping[str, Any], name: str) -> Any:
     for part in ("measured_on", "inputs", name):
         document = document.get(part) if isinstance(document, dict) else None
     return document
+
+
+def _arrays_sha256(result: Intervention) -> str:
+    """Reads the recorded hash of a result's arrays: its summary may be another, by another metric."""
+    return result.document["arrays"]["sha256"]
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import dataclasses
 from kvjax.config.settings import Settings, setting
 from kvjax.errors import bad_argument
 from kvjax.intervene.kinds import KINDS
+from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,12 @@ class InterventionSettings(Settings):
     components: tuple[str, ...] | None = setting(
         None,
         "Components, such as L1H3,L1.mlp, whose set is tested for sufficiency; by default the smallest faithful set.",
+    )
+    metric: str = setting(
+        DEFAULT_METRIC,
+        "Metric whose recoveries are ranked and printed. Patching stores all of them; necessity ranks components, and "
+        "attribution takes gradients, by this one.",
+        choices=tuple(METRICS),
     )
     precision: str = setting(
         "highest",

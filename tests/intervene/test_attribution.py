@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 
 from kvjax.intervene.kinds.attribution_patching import ESTIMATORS, beside_exact
+from kvjax.intervene.metrics import METRICS
 from kvjax.intervene.recovery import PairGroups
 
 NODES, PATHS = ["embedding", "L0H0", "L0.mlp"], ["embedding->logits", "L0H0->logits"]
@@ -25,7 +26,16 @@ def scores():
     for dim, values in (("node", [2.0, 0.5, -3.0]), ("path", [1.0, 2.0])):
         found = np.broadcast_to(values, (3, 2, 1, 1, len(values)))
         dataset[f"{dim}_score"] = (("statistic", "estimator", "pair_kind", "step", dim), found)
-    return dataset
+    runs = xr.DataArray(np.zeros((3, 1, 1)), dims=("statistic", "pair_kind", "step"))
+    sides = ["clean", "corrupted"]
+    dataset["metric_of_runs"] = runs.expand_dims(metric=list(METRICS), run=sides)
+    dataset["answer_accuracy_of_runs"] = runs.expand_dims(answer=sides, run=sides).assign_attrs(chance=0.1)
+    return dataset.assign_attrs(metric="answer_loss")
+
+
+def of_answer_loss(dataset):
+    """Stores effects as those of one metric, beside another's that must not be read."""
+    return xr.concat([dataset + 50, dataset], xr.Variable("metric", ["logit_difference", "answer_loss"]))
 
 
 @pytest.fixture
@@ -39,15 +49,15 @@ def nodes():
     for node, of_pairs in zip(NODES, WHOLE, strict=True):
         metric[1, 0, :, places.index(node), 1] = of_pairs
     dataset["metric_by_role"], dataset["metric_corrupted"] = metric, (("step", "pair"), CORRUPTED[None])
-    return dataset
+    return of_answer_loss(dataset)
 
 
 @pytest.fixture
 def paths():
     dataset = xr.Dataset(coords={"direction": ["denoising"], "step": [7], "pair": ["a", "b"], "path": PATHS[::-1]})
-    dataset["metric"] = (("direction", "step", "pair", "path"), np.array([[[[3.0, -1.0], [5.0, -3.0]]]]))
+    dataset["metric_by_path"] = (("direction", "step", "pair", "path"), np.array([[[[3.0, -1.0], [5.0, -3.0]]]]))
     dataset["metric_corrupted"] = (("step", "pair"), CORRUPTED[None])
-    return dataset
+    return of_answer_loss(dataset)
 
 
 def test_scores_beside_stored_effects(scores, nodes, paths, groups):

@@ -26,6 +26,7 @@ from tests.oracles.known_circuit import (
     known_circuit,
 )
 
+METRIC = "logit_difference"
 TRUE, FALSE = 0.98, 0.02  # recovery of the planted and of everything else
 SITES = {
     "query": "query_input",
@@ -85,7 +86,7 @@ def patched(inputs):
 @pytest.mark.parametrize("kind", PAIR_KINDS)
 def test_nodes_and_stages(patched, inputs, kind, direction):
     """Activation patching shows every planted component and holder, and no other."""
-    recovery = patched.dataset["recovery_by_role"].sel(pair_kind=kind, direction=direction, step=100)
+    recovery = patched.dataset["recovery_by_role"].sel(metric=METRIC, pair_kind=kind, direction=direction, step=100)
     shown = {_name(node) for node in SHOWN_NODES[kind]}
     for name in component_places(N_LAYERS, N_HEADS):
         check(recovery.sel(place=name, position_role="all"), name in shown, name)
@@ -120,9 +121,13 @@ def test_baseline_accuracies(patched, inputs, run, of):
 
 def test_changed_position(patched, inputs):
     """For value pairs the changed token alone carries the value through the first layers."""
-    single = patched.dataset["metric_by_position"].sel(direction="denoising", step=100, place="layer_0_post_mlp").values
-    base = patched.dataset["metric_corrupted"].sel(step=100).values
-    clean = patched.dataset["metric_clean"].sel(step=100).values
+    single = (
+        patched.dataset["metric_by_position"]
+        .sel(metric=METRIC, direction="denoising", step=100, place="layer_0_post_mlp")
+        .values
+    )
+    base = patched.dataset["metric_corrupted"].sel(metric=METRIC, step=100).values
+    clean = patched.dataset["metric_clean"].sel(metric=METRIC, step=100).values
     encoded = inputs.encoded
     for n in np.flatnonzero(encoded.kinds == PAIR_KINDS.index("value")):
         share = (single[n] - base[n]) / (clean[n] - base[n])
@@ -144,7 +149,7 @@ def test_paths(paths, kind, direction):
         (s.kind if s.kind == "embedding" else _name(s), SITES[r.kind], r.layer or 0, r.head or 0)
         for s, r in SHOWN_EDGES[kind]
     }
-    found = paths["recovery"].sel(pair_kind=kind, direction=direction, step=100)
+    found = paths["recovery"].sel(metric=METRIC, pair_kind=kind, direction=direction, step=100)
     for index, edge in enumerate(all_edges(N_LAYERS, N_HEADS)):
         receiver = edge.receiver
         key = (edge.sender.name, receiver.site, receiver.layer, receiver.head)
@@ -179,7 +184,9 @@ def test_own_states(inputs):
 
 def test_subspaces(inputs):
     """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
-    circuit_loss = find_kind("subspaces").analyse(inputs).dataset["loss"].sel(statistic="estimate", step=100)
+    circuit_loss = (
+        find_kind("subspaces").analyse(inputs).dataset["loss"].sel(metric=METRIC, statistic="estimate", step=100)
+    )
     loss = circuit_loss.sel(pair_kind="value")
     late = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="probe")
     early = loss.sel(stage="layer_1_post_mlp", position_role="prediction")

@@ -121,7 +121,7 @@ def test_effects_of_other_pairs(intervened, small_run):
     document = json.loads(path.read_text())
     (sha256,) = document["measured_on"]["inputs"]["stored_results"].values()
     stored = json.loads((path.parents[1] / "path_patching" / path.name).read_text())
-    assert document["effects"] == ["path_patching"] and sha256 == stored["content_sha256"]
+    assert document["effects"] == ["path_patching"] and sha256 == stored["arrays"]["sha256"]
 
 
 def test_changed_checkpoint(intervened, small_run):
@@ -146,6 +146,7 @@ def test_other_settings(intervened, folder):
         ({"pairs_per_kind": 3}, r"`pairs_per_kind=2`, as it was measured, or `overwrite`; found `pairs_per_kind=3`"),
         ({"pairs_per_kind": None}, "expected `pairs_per_kind=2`, .*; found no `pairs_per_kind`"),
         ({"precision": "default"}, "expected `precision=highest`, .*; found `precision=default`"),
+        ({"metric": "answer_loss"}, "expected no `metric`, .*; found `metric=answer_loss`"),
         (
             {"components": ("L0H1", "L2.mlp")},
             "expected no `components`, .*; found `components=L0H1,L2.mlp`",

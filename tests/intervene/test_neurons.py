@@ -108,15 +108,16 @@ def test_head_spectra(model):
 
 @pytest.fixture(scope="module")
 def scores(model, encoded):
+    """Scores by metric."""
     _, params, config = model
-    return OverPairs(encoded, tokens_per_batch=2000).run(
-        ScoreByGradients(config), jax.tree.map(lambda x: x[None], params)
-    )
+    pairs, stacked = OverPairs(encoded, tokens_per_batch=2000), jax.tree.map(lambda x: x[None], params)
+    return {name: pairs.run(ScoreByGradients(config, name), stacked) for name in ("logit_difference", "answer_loss")}
 
 
-def test_attribution_scores(model, encoded, scores):
+@pytest.mark.parametrize("metric", ["logit_difference", "answer_loss"])
+def test_attribution_scores(model, encoded, scores, metric):
     """Gradients by PyTorch's autograd in the corrupted run, times the change of the sender's output."""
-    module = model[0]
+    module, scores = model[0], scores[metric]
     clean, corrupted = (torch.tensor(x).long() for x in (encoded.clean_tokens, encoded.corrupted_tokens))
     with torch.no_grad():
         source = forward(module, clean)
@@ -130,8 +131,11 @@ def test_attribution_scores(model, encoded, scores):
     n, q = np.nonzero(encoded.is_affected)
     at = base["out",][n, encoded.prediction_positions[n, q]]
     rows = np.arange(len(n))
-    difference = at[rows, encoded.clean_answers[n, q]] - at[rows, encoded.corrupted_answers[n, q]]
-    difference.sum().backward()
+    clean_answers = encoded.clean_answers[n, q]
+    if metric == "answer_loss":
+        torch.nn.functional.cross_entropy(at, torch.tensor(clean_answers).long(), reduction="sum").backward()
+    else:
+        (at[rows, clean_answers] - at[rows, encoded.corrupted_answers[n, q]]).sum().backward()
 
     def change(sender):
         place = {"embedding": ("embedding",), "mlp": ("mlp_out", sender.layer)}.get(sender.kind)
@@ -158,7 +162,7 @@ def test_attribution_scores(model, encoded, scores):
 
 def test_integrated_gradients_of_the_embedding(model, encoded, scores):
     """The embedding's integrated gradient is the whole change of the metric, but for the steps of the integral."""
-    module = model[0]
+    module, scores = model[0], scores["logit_difference"]
     with torch.no_grad():
         change = np.zeros(len(encoded))
         for sign, tokens in ((1, encoded.clean_tokens), (-1, encoded.corrupted_tokens)):

@@ -15,11 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 
 from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, InterventionInputs, Outcome, numbers
 from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.metrics import METRICS
 from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, answer_effects
+from kvjax.intervene.pair_tables import baselines, put_runs
 from kvjax.intervene.places import over_places, patch_edit, stage_places
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell
@@ -85,38 +88,39 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     stages = list(stage_places(inputs.config.n_layers))
     arrays = inputs.over_streams.run(TakeStates(inputs.config), inputs.stacked, inputs.stacked)
     dataset = inputs.dataset(states_of=inputs.steps, stage=stages, position_role=ROLES)
-    dims = ("statistic", "pair_kind", "step", "states_of", "stage", "position_role")
-    metric = means_per_read(inputs.groups, arrays["logit_difference"])
-    dataset["metric"] = (dims, metric, CLEAN_METRIC)
+    dims = ("pair_kind", "step", "states_of", "stage", "position_role")
+    metric = np.stack([means_per_read(inputs.groups, arrays[name]) for name in METRICS], axis=1)
+    dataset["metric_by_stage"] = (("statistic", "metric", *dims), metric, CLEAN_METRIC)
     accuracy = means_per_read(inputs.groups, arrays["clean_correct"])
-    dataset["answer_accuracy"] = (dims, accuracy, ANSWER_ACCURACY)
+    dataset["answer_accuracy"] = (("statistic", *dims), accuracy, ANSWER_ACCURACY)
     dataset["stage"].attrs["note"] = (
         "step is run on with the states of states_of; final_norm goes through step's unembedding"
     )
-    effects = []
-    for a, b in np.ndindex(len(inputs.steps), len(inputs.steps)):
-        for s, stage in enumerate(stages):
-            by_kind = {
-                kind: {
-                    "metric": numbers(metric[:, k, a, b, s, 0]),
-                    "answer_accuracy": numbers(accuracy[:, k, a, b, s, 0]),
-                }
-                for k, kind in enumerate(inputs.groups.kinds)
-            }
-            effects.append({"step": inputs.steps[a], "states_of": inputs.steps[b], "stage": stage, **by_kind})
+    put_runs(dataset, inputs, arrays, clean="base")
     same = np.abs(
         arrays["logit_difference"][np.arange(len(inputs.steps)), :, np.arange(len(inputs.steps))]
         - arrays["logit_difference_base"][..., None, None]
     )
-    return Outcome(
-        dataset,
-        {
-            "baseline": {"clean": inputs.baseline(arrays, "base")},
-            "effects": effects,
-            "controls": {"largest_effect_of_own_states_in_logits": float(same.max())},
-            "notes": ["final_norm is the state of states_of through the unembedding of step"],
-        },
-    )
+    controls = {"largest_effect_of_own_states_in_logits": float(same.max())}
+    return Outcome(dataset, summarise(dataset, inputs.metric) | {"controls": controls})
+
+
+def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
+    """Lists a metric and the answer accuracy of every ordered pair of checkpoints at every stage."""
+    order = ("step", "states_of", "stage", "pair_kind", "statistic")
+    whole = dataset.sel(position_role="all")
+    found = whole["metric_by_stage"].sel(metric=metric).transpose(*order).values
+    accuracy = whole["answer_accuracy"].transpose(*order).values
+    steps, stages, kinds = (dataset[name].values.tolist() for name in ("step", "stage", "pair_kind"))
+    effects = []
+    for a, b, s in np.ndindex(len(steps), len(steps), len(stages)):
+        by_kind = {
+            kind: {"metric": numbers(found[a, b, s, k]), "answer_accuracy": numbers(accuracy[a, b, s, k])}
+            for k, kind in enumerate(kinds)
+        }
+        effects.append({"step": steps[a], "states_of": steps[b], "stage": stages[s], **by_kind})
+    notes = ["final_norm is the state of states_of through the unembedding of step"]
+    return baselines(dataset, metric) | {"effects": effects, "notes": notes}
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
@@ -136,4 +140,4 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-KIND = Kind("across_checkpoints", analyse, summary_lines)
+KIND = Kind("across_checkpoints", analyse, summary_lines, summarise=summarise)

@@ -21,6 +21,7 @@ import xarray as xr
 from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import ANSWER_ACCURACY, InterventionInputs, Outcome, numbers
 from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.metrics import METRICS
 from kvjax.intervene.pair_runs import (
     DENOISING,
     DIRECTIONS,
@@ -31,9 +32,19 @@ from kvjax.intervene.pair_runs import (
     run_pairs,
     with_runs,
 )
-from kvjax.intervene.pair_tables import PAIR_METRIC, RECOVERY, each_direction, largest_recoveries, put_runs
+from kvjax.intervene.pair_tables import (
+    PAIR_METRIC,
+    RECOVERY,
+    baselines,
+    component_table,
+    each_direction,
+    largest_recoveries,
+    metric_recoveries,
+    of_metrics,
+    put_runs,
+)
 from kvjax.intervene.places import Place, component_places, over_places, patch_edit, stage_places
-from kvjax.intervene.recovery import means_per_read, recoveries
+from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell, center_step, largest_by_pair_kind
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.task.corruption import PAIR_ROLES
@@ -127,10 +138,11 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     dataset = inputs.dataset(
         direction=DIRECTIONS, place=places, position_role=ROLES, position=range(length), pair=inputs.pair_ids
     )
+    dataset.coords["is_component"] = ("place", [name in components for name in places])
     by_role, by_position = [], []
     for arrays in by_direction:
         role, position = {}, {}
-        for name in ("logit_difference", "clean_correct"):
+        for name in (*METRICS, "clean_correct"):
             single, masked = split_positions(arrays[name], len(PAIR_ROLES))
             role[name] = np.concatenate([masked, arrays[f"{name}_before"][..., None]], axis=-1)
             position[name] = _at_positions(inputs, single, arrays[f"{name}_base"], length)
@@ -139,44 +151,39 @@ def analyse(inputs: InterventionInputs) -> Outcome:
 
     def recovery(found: list[dict[str, np.ndarray]]) -> np.ndarray:
         pieces = zip(found, by_direction, strict=True)
-        each = [
-            recoveries(inputs.groups, x["logit_difference"], a["logit_difference_base"], a["logit_difference_source"])
-            for x, a in pieces
-        ]
-        return np.stack(each, axis=1)
+        return np.stack([metric_recoveries(inputs.groups, x, arrays) for x, arrays in pieces], axis=2)
 
-    dims = ("statistic", "direction", "pair_kind", "step", "place")
+    dims = ("direction", "pair_kind", "step", "place")
     for name, found in (("position_role", by_role), ("position", by_position)):
         short = name.removeprefix("position_")
         accuracy = np.stack([means_per_read(inputs.groups, x["clean_correct"]) for x in found], axis=1)
         has = _has_positions(inputs) if name == "position_role" else True
-        dataset[f"recovery_by_{short}"] = ((*dims, name), np.where(has, recovery(found), np.nan), RECOVERY)
+        recovered = np.where(has, recovery(found), np.nan)
+        dataset[f"recovery_by_{short}"] = (("statistic", "metric", *dims, name), recovered, RECOVERY)
         accuracy = np.where(has, accuracy, np.nan)
-        dataset[f"clean_answer_accuracy_by_{short}"] = ((*dims, name), accuracy, ANSWER_ACCURACY)
-    own = ("direction", "step", "pair", "place")
-    for name, found in (("position_role", by_role), ("position", by_position)):
-        stacked = np.stack([x["logit_difference"] for x in found]).astype(np.float32)
-        dataset[f"metric_by_{name.removeprefix('position_')}"] = ((*own, name), stacked, PAIR_METRIC)
-    put_runs(dataset, by_direction[DENOISING])
+        dataset[f"clean_answer_accuracy_by_{short}"] = (("statistic", *dims, name), accuracy, ANSWER_ACCURACY)
+        stacked = np.stack([of_metrics(x) for x in found], axis=1)
+        dataset[f"metric_by_{short}"] = (("metric", "direction", "step", "pair", "place", name), stacked, PAIR_METRIC)
+    put_runs(dataset, inputs, by_direction[DENOISING], clean="source", corrupted="base")
     controls = max(
         float(np.nanmax(np.abs(a["logit_difference_before"] - a["logit_difference_base"][..., None])))
         for a in by_direction
     )
+    summary = summarise(dataset, inputs.metric)
+    return Outcome(dataset, summary | {"controls": {"largest_effect_before_the_change_in_logits": controls}})
+
+
+def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
+    """Summarises the recoveries of a metric: by component, and which positions hold most at each stage."""
+    is_component = dataset["is_component"].values
+    components, stages = (dataset["place"].values[which].tolist() for which in (is_component, ~is_component))
+    recovery = dataset["recovery_by_role"].sel(metric=metric)
     effects = {
-        "components": largest_recoveries(dataset, "by_role", {"place": list(components), "position_role": "all"}),
-        "stages": _holders(dataset["recovery_by_role"].sel(place=list(stages), position_role=list(ROLES[:-2]))),
+        "by_component": component_table(dataset, components, metric),
+        "components": largest_recoveries(dataset, "by_role", {"place": components, "position_role": "all"}, metric),
+        "stages": _holders(recovery.sel(place=stages, position_role=list(ROLES[:-2]))),
     }
-    return Outcome(
-        dataset,
-        {
-            "baseline": {
-                "clean": inputs.baseline(by_direction[0], "source"),
-                "corrupted": inputs.baseline(by_direction[0], "base"),
-            },
-            "effects": effects,
-            "controls": {"largest_effect_before_the_change_in_logits": controls},
-        },
-    )
+    return baselines(dataset, metric) | {"effects": effects}
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
@@ -256,4 +263,4 @@ def _holders(recovery: xr.DataArray) -> list[dict[str, Any]]:
     return rows
 
 
-KIND = Kind("activation_patching", analyse, summary_lines)
+KIND = Kind("activation_patching", analyse, summary_lines, summarise=summarise)

@@ -22,8 +22,9 @@ import xarray as xr
 from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import InterventionInputs, Outcome, number, numbers
 from kvjax.intervene.kinds.kind import Kind
-from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, PairRuns, answer_effects, run_pairs
-from kvjax.intervene.pair_tables import TOP
+from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS
+from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, PairRuns, answer_effects, run_pairs, with_runs
+from kvjax.intervene.pair_tables import TOP, baselines, put_runs
 from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.recovery import PairGroups, means_per_read
 from kvjax.intervene.summary_text import cell, center_step
@@ -46,41 +47,48 @@ _SITES = ("embedding", "head_z", "mlp_out", "query_input", "key_input", "value_i
 
 
 def attribution_scores(
-    params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int, direction: jax.Array | int
+    params: Params,
+    config: DecoderConfig,
+    batch: EncodedPairs,
+    *,
+    window: int,
+    direction: jax.Array | int,
+    metric: str = DEFAULT_METRIC,
 ) -> dict[str, jax.Array]:
-    """Scores the first-order effect on the metric of patching each node and each direct path.
+    """Scores the first-order effect on a metric of patching each node and each direct path.
 
     Returns:
       For each of `ESTIMATORS`: `nodes/<estimator>` [B, senders] and `edges/<estimator>` [B, edges], in the order of
-      `all_senders` and `all_edges`; in logits, summed over the affected reads of a pair.
+      `all_senders` and `all_edges`; in units of the metric, summed over the affected reads of a pair. Beside them
+      `<name>_base`, `<name>_source` [B] of `answer_effects`.
     """
     runs = run_pairs(params, config, batch, direction, window=window)
     change = run_changes(runs, runs.window_BxW)
     changes = sender_changes(params, config, change)  # [senders, B, W, D]
     middles = (jnp.arange(INTEGRATION_STEPS) + 0.5) / INTEGRATION_STEPS
-    along = jax.lax.map(lambda share: _gradients(params, config, runs, share), middles)
+    along = jax.lax.map(lambda share: _gradients(params, config, runs, share, metric), middles)
     gradients = {
-        "gradient": _gradients(params, config, runs, jnp.zeros(())),
+        "gradient": _gradients(params, config, runs, jnp.zeros(()), metric),
         "integrated_gradients": jax.tree.map(lambda x: jnp.mean(x, axis=0), along),
     }
     scores = {}
     for estimator, found in gradients.items():
         scores[f"nodes/{estimator}"] = _node_scores(config, changes, change["head_z"], found)
         scores[f"edges/{estimator}"] = _edge_scores(config, changes, found)
-    return scores
+    return with_runs(scores, runs)
 
 
-def _gradients(params: Params, config: DecoderConfig, runs: PairRuns, share: jax.Array) -> Trace:
+def _gradients(params: Params, config: DecoderConfig, runs: PairRuns, share: jax.Array, metric: str) -> Trace:
     """Takes the metric's gradient at every output and input, in the run whose embedding lies `share` of the way."""
     batch, window_BxW = runs.batch, runs.window_BxW
     own, other = (take_positions(run.trace["embedding"], window_BxW, 1) for run in (runs.base, runs.source))
     rows_BxQ = jnp.clip(batch.prediction_positions - window_BxW[:, :1], 0, window_BxW.shape[1] - 1)
 
-    def metric(logits_BxWxV: jax.Array) -> jax.Array:
-        return jnp.sum(answer_effects(take_positions(logits_BxWxV, rows_BxQ, 1), batch)["logit_difference"])
+    def summed(logits_BxWxV: jax.Array) -> jax.Array:
+        return jnp.sum(answer_effects(take_positions(logits_BxWxV, rows_BxQ, 1), batch)[metric])
 
     start = own + share * (other - own)
-    return window_gradients(params, config, runs.base, start, metric, sites=_SITES, window_BxW=window_BxW)
+    return window_gradients(params, config, runs.base, start, summed, sites=_SITES, window_BxW=window_BxW)
 
 
 def _node_scores(config: DecoderConfig, changes: jax.Array, z_change: jax.Array, gradients: Trace) -> jax.Array:
@@ -115,15 +123,17 @@ class ScoreByGradients:
     """The measurement: first-order scores of every node and path, denoising."""
 
     config: DecoderConfig
+    metric: str = DEFAULT_METRIC
 
     def __call__(self, params: Params, batch: PairBatch) -> dict[str, jax.Array]:
         """Runs `attribution_scores`."""
-        return attribution_scores(params, self.config, batch.pairs, window=batch.window, direction=DENOISING)
+        at = {"window": batch.window, "direction": DENOISING, "metric": self.metric}
+        return attribution_scores(params, self.config, batch.pairs, **at)
 
 
 def analyse(inputs: InterventionInputs) -> Outcome:
     """Scores every node and path to first order, denoising."""
-    scores = inputs.over_pairs.run(ScoreByGradients(inputs.config), inputs.stacked)
+    scores = inputs.over_pairs.run(ScoreByGradients(inputs.config, inputs.metric), inputs.stacked)
     edges = all_edges(inputs.config.n_layers, inputs.config.n_heads)
     dataset = inputs.dataset(
         estimator=ESTIMATORS,
@@ -131,17 +141,19 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         path=[f"{edge.sender.name}->{edge.receiver.name}" for edge in edges],
         pair=inputs.pair_ids,
     )
+    dataset.attrs["metric"], units = inputs.metric, METRICS[inputs.metric].units
     for what, dim in _DIMS.items():
         own = [scores[f"{what}/{estimator}"] for estimator in ESTIMATORS]
         meaning = "first-order estimate of the change of the metric when patched"
         dims = ("statistic", "estimator", "pair_kind", "step", dim)
         of_kinds = np.stack([means_per_read(inputs.groups, x) for x in own], axis=1)
-        dataset[f"{dim}_score"] = (dims, of_kinds, {"long_name": f"{meaning}, mean over reads", "units": "logits"})
+        dataset[f"{dim}_score"] = (dims, of_kinds, {"long_name": f"{meaning}, mean over reads", "units": units})
         dataset[f"{dim}_score_by_pair"] = (
             ("estimator", "step", "pair", dim),
             np.stack(own).astype(np.float32),
-            {"long_name": f"{meaning}, summed over a pair's reads", "units": "logits"},
+            {"long_name": f"{meaning}, summed over a pair's reads", "units": units},
         )
+    put_runs(dataset, inputs, scores, clean="source", corrupted="base")
     return Outcome(dataset, {})
 
 
@@ -153,25 +165,27 @@ def beside_exact(scores: xr.Dataset, stored: Mapping[str, xr.Dataset], groups: P
       stored: the arrays of `READS` by kind, of the same pairs and checkpoints; effects of a missing one are left out.
       groups: the pairs.
     """
+    metric = scores.attrs["metric"]
     dataset = scores.drop_vars([f"{dim}_exact" for dim in _DIMS.values()], errors="ignore")
     effects: dict[str, Any] = {"rank_correlation_with_exact": []}
     for (what, dim), kind in zip(_DIMS.items(), READS, strict=True):
         if kind in stored:
-            changes = _exact_changes(stored[kind], dim, dataset[dim].values)
+            changes = _exact_changes(stored[kind].sel(metric=metric), dim, dataset[dim].values)
             meaning = "change of the metric when patched, mean over reads"
             dims = ("statistic", "pair_kind", "step", dim)
             measured = means_per_read(groups, changes)
-            dataset[f"{dim}_exact"] = (dims, measured, {"long_name": meaning, "units": "logits"})
+            dataset[f"{dim}_exact"] = (dims, measured, {"long_name": meaning, "units": METRICS[metric].units})
             effects["rank_correlation_with_exact"] += _rank_correlations(dataset, what, dim)
         effects[what] = _largest(dataset, dim)
     missing = [kind for kind in READS if kind not in stored]
-    return Outcome(dataset, {"baseline": {}, "effects": effects, "controls": {}, "missing": missing})
+    summary = {"effects": effects, "controls": {}, "missing": missing}
+    return Outcome(dataset, baselines(dataset, metric) | summary)
 
 
 def _exact_changes(stored: xr.Dataset, dim: str, names: np.ndarray) -> np.ndarray:
     """Reads how much the metric of each pair changes if a node or path is patched, denoising: [C, N, names]."""
     if dim == "path":
-        patched = stored["metric"].sel(direction=DIRECTIONS[DENOISING], path=names)
+        patched = stored["metric_by_path"].sel(direction=DIRECTIONS[DENOISING], path=names)
     else:
         patched = stored["metric_by_role"].sel(direction=DIRECTIONS[DENOISING], position_role="all", place=names)
     changes = patched - stored["metric_corrupted"]
@@ -220,7 +234,8 @@ def _largest(dataset: xr.Dataset, dim: str) -> list[dict[str, Any]]:
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
     """Writes the largest scores beside the exact effects, and how the two correlate by rank."""
     effects, center = document["effects"], center_step(document)
-    lines = [f"first-order scores in logits at step {center}, exact effects in brackets, the largest by kind of pair:"]
+    metric = document["metric"]
+    lines = [f"first-order scores, {metric} at step {center}, exact effects in brackets, the largest by kind of pair:"]
     for kind in document["pairs"]["counts"]:
         for what, dim in _DIMS.items():
             own = [e for e in effects[what] if (e["pair_kind"], e["step"]) == (kind, center)][:3]
@@ -246,4 +261,4 @@ def _listed(kinds: Sequence[str]) -> str:
     return " and ".join(kind.replace("_", " ") for kind in kinds)
 
 
-KIND = Kind("attribution", analyse, summary_lines, reads=READS, beside=beside_exact)
+KIND = Kind("attribution", analyse, summary_lines, settings=("metric",), reads=READS, beside=beside_exact)

@@ -21,7 +21,9 @@ import numpy as np
 from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, InterventionInputs, Outcome, number, numbers
 from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.metrics import METRICS
 from kvjax.intervene.pair_runs import Effects, answer_effects
+from kvjax.intervene.pair_tables import baselines, put_runs
 from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.intervene.summary_text import center_step, interval
 from kvjax.model.components import Component, all_components
@@ -192,9 +194,9 @@ def analyse(inputs: InterventionInputs) -> Outcome:
 
     single = np.broadcast_to(np.eye(len(names), dtype=bool), (len(inputs.steps), len(names), len(names)))
     alone = under(single, "mean")
-    cost = alone["logit_difference_base"].sum(axis=1)[:, None] - alone["logit_difference"].sum(
-        axis=1
-    )  # [C, components]
+    metric = inputs.metric
+    lost = alone[f"{metric}_base"].sum(axis=1)[:, None] - alone[metric].sum(axis=1)  # [C, components]
+    cost = METRICS[metric].better * lost
     rankings = np.argsort(-cost, axis=1, kind="stable")
     given = None
     if inputs.components is not None:
@@ -203,8 +205,8 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     if given is None:
         # Faithfulness is read off the curves, which do not depend on the named set.
         curves = under(np.stack([~growing_sets(ranking) for ranking in rankings]), "mean")
-        pooled = curves["logit_difference"].sum(axis=1)  # [C, prefixes]
-        full = curves["logit_difference_base"].sum(axis=1)
+        pooled = curves[metric].sum(axis=1)  # [C, prefixes]
+        full = curves[f"{metric}_base"].sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             faithful = (pooled - pooled[:, :1]) / (full[:, None] - pooled[:, :1])
         named = np.stack([smallest_faithful(f, r) for f, r in zip(faithful, rankings, strict=True)])
@@ -230,22 +232,22 @@ def _outcome(
     parts: dict[str, slice],
     cost: np.ndarray,
 ) -> Outcome:
-    sizes = np.arange(len(names) + 1)
+    sizes, units = np.arange(len(names) + 1), METRICS[inputs.metric].units
     dataset = inputs.dataset(baseline=BASELINES, set_size=sizes, rank=np.arange(1, len(names) + 1), component=names)
     dataset["ranking"] = (("step", "rank"), np.array(names)[rankings], {"long_name": "components, the costliest first"})
     dataset["cost_alone"] = (
         ("step", "component"),
         cost,
-        {"long_name": "metric its mean ablation costs", "units": "logits"},
+        {"long_name": "metric its mean ablation costs", "units": units},
     )
     dataset["in_named_set"] = (("step", "component"), named)
     dims = ("statistic", "baseline", "pair_kind", "step", "set_size")
     curves: dict[str, list[np.ndarray]] = {}
     for arrays in found.values():
-        difference, right = arrays["logit_difference"], arrays["clean_correct"]
+        difference, right = arrays[inputs.metric], arrays["clean_correct"]
         everything = difference[..., parts["necessity"]][..., -1]
         kept, ablated = difference[..., parts["sufficiency"]], difference[..., parts["necessity"]]
-        base = arrays["logit_difference_base"]
+        base = arrays[f"{inputs.metric}_base"]
         own = {
             "metric_when_ablated": means_per_read(inputs.groups, ablated),
             "metric_when_kept_alone": means_per_read(inputs.groups, kept),
@@ -266,10 +268,9 @@ def _outcome(
     last = {"minimality": ("component",), "faithfulness_of_named_set": (), "completeness_of_named_set": ()}
     for name, by_baseline in curves.items():
         stacked = np.stack(by_baseline, axis=1)
-        units = "logits" if name.startswith("metric") else "1"
-        dataset[name] = ((*dims[:4], *last.get(name, ("set_size",))), stacked, {"units": units})
+        dataset[name] = ((*dims[:4], *last.get(name, ("set_size",))), stacked, {"units": "1"})
     for end in ("when_ablated", "when_kept_alone"):
-        dataset[f"metric_{end}"].attrs |= CLEAN_METRIC
+        dataset[f"metric_{end}"].attrs |= CLEAN_METRIC | {"units": units}
         dataset[f"answer_accuracy_{end}"].attrs |= ANSWER_ACCURACY
     for name in ("faithfulness", "completeness"):
         area = np.trapezoid(dataset[name].sel(statistic="estimate").values, sizes / len(names), axis=-1)
@@ -302,10 +303,10 @@ def _outcome(
                     },
                 }
             )
-    baseline = inputs.baseline(found["mean"], "base")
-    return Outcome(
-        dataset, {"baseline": {"clean": baseline}, "effects": effects, "controls": {"faithful_from": FAITHFUL}}
-    )
+    dataset.attrs["metric"] = inputs.metric
+    put_runs(dataset, inputs, found["mean"], clean="base")
+    summary = {"effects": effects, "controls": {"faithful_from": FAITHFUL}}
+    return Outcome(dataset, baselines(dataset, inputs.metric) | summary)
 
 
 def _by_component(losses: np.ndarray, named: np.ndarray) -> np.ndarray:
@@ -327,4 +328,4 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-KIND = Kind("necessity", analyse, summary_lines, settings=("components",))
+KIND = Kind("necessity", analyse, summary_lines, settings=("components", "metric"))

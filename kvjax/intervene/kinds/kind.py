@@ -25,6 +25,8 @@ class Kind:
       reads: the kinds whose stored results of the same window it is shown beside.
       beside: puts those results, as far as there are any, beside what `analyse` measured: called with the arrays of
         `analyse`, the stored arrays by kind, and the pairs.
+      summarise: summarises the arrays by a metric, as the kind's own part of the summary without `controls`; None if
+        its numbers depend on the metric, or on none.
     """
 
     name: str
@@ -34,3 +36,4 @@ class Kind:
     neuron_rows: Callable[[xr.Dataset], list[dict[str, Any]]] | None = None
     reads: tuple[str, ...] = ()
     beside: Callable[[xr.Dataset, Mapping[str, xr.Dataset], PairGroups], Outcome] | None = None
+    summarise: Callable[[xr.Dataset, str], dict[str, Any]] | None = None

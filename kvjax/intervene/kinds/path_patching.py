@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 
 from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import ANSWER_ACCURACY, InterventionInputs, Outcome
@@ -31,10 +32,19 @@ from kvjax.intervene.pair_runs import (
     run_pairs,
     with_runs,
 )
-from kvjax.intervene.pair_tables import PAIR_METRIC, RECOVERY, each_direction, largest_recoveries, put_runs
+from kvjax.intervene.pair_tables import (
+    PAIR_METRIC,
+    RECOVERY,
+    baselines,
+    each_direction,
+    largest_recoveries,
+    metric_recoveries,
+    of_metrics,
+    put_runs,
+)
 from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import over_places
-from kvjax.intervene.recovery import means_per_read, recoveries
+from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import center_step, largest_by_pair_kind
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
@@ -107,30 +117,20 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     dataset = inputs.dataset(direction=DIRECTIONS, path=names, pair=inputs.pair_ids)
     dataset["sender"] = ("path", [edge.sender.name for edge in edges])
     dataset["receiver"] = ("path", [edge.receiver.name for edge in edges])
-    found = np.stack(
-        [
-            recoveries(inputs.groups, a["logit_difference"], a["logit_difference_base"], a["logit_difference_source"])
-            for a in by_direction
-        ],
-        axis=1,
-    )
-    dataset["recovery"] = (("statistic", "direction", "pair_kind", "step", "path"), found, RECOVERY)
+    found = np.stack([metric_recoveries(inputs.groups, arrays, arrays) for arrays in by_direction], axis=2)
+    dims = ("direction", "pair_kind", "step", "path")
+    dataset["recovery"] = (("statistic", "metric", *dims), found, RECOVERY)
     accuracy = np.stack([means_per_read(inputs.groups, a["clean_correct"]) for a in by_direction], axis=1)
-    dataset["clean_answer_accuracy"] = (dataset["recovery"].dims, accuracy, ANSWER_ACCURACY)
-    stacked = np.stack([a["logit_difference"] for a in by_direction]).astype(np.float32)
-    dataset["metric"] = (("direction", "step", "pair", "path"), stacked, PAIR_METRIC)
-    put_runs(dataset, by_direction[DENOISING])
-    return Outcome(
-        dataset,
-        {
-            "baseline": {
-                "clean": inputs.baseline(by_direction[0], "source"),
-                "corrupted": inputs.baseline(by_direction[0], "base"),
-            },
-            "effects": {"paths": largest_recoveries(dataset, "", {})},
-            "controls": {},
-        },
-    )
+    dataset["clean_answer_accuracy"] = (("statistic", *dims), accuracy, ANSWER_ACCURACY)
+    stacked = np.stack([of_metrics(arrays) for arrays in by_direction], axis=1)
+    dataset["metric_by_path"] = (("metric", "direction", "step", "pair", "path"), stacked, PAIR_METRIC)
+    put_runs(dataset, inputs, by_direction[DENOISING], clean="source", corrupted="base")
+    return Outcome(dataset, summarise(dataset, inputs.metric) | {"controls": {}})
+
+
+def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
+    """Summarises the largest recoveries of a metric along one path."""
+    return baselines(dataset, metric) | {"effects": {"paths": largest_recoveries(dataset, "", {}, metric)}}
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
@@ -139,4 +139,4 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     return [first, *largest_by_pair_kind(document, document["effects"]["paths"], lambda e: e["path"])]
 
 
-KIND = Kind("path_patching", analyse, summary_lines)
+KIND = Kind("path_patching", analyse, summary_lines, summarise=summarise)

@@ -17,15 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 
 from kvjax.execution.fit_set import probe_labels
 from kvjax.execution.over_pairs import PairBatch
 from kvjax.execution.states_at_reads import form_states
 from kvjax.intervene.inputs import ANSWER_ACCURACY, InterventionInputs, Outcome, number
 from kvjax.intervene.kinds.kind import Kind
+from kvjax.intervene.metrics import METRICS
 from kvjax.intervene.pair_runs import NOISING, Effects, effects_under, run_pairs, with_runs
+from kvjax.intervene.pair_tables import baselines, beside_recovery, metric_recoveries, put_runs
 from kvjax.intervene.places import over_places, place_mask, stage_index, stage_places
-from kvjax.intervene.recovery import means_per_read, recoveries
+from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
@@ -197,9 +200,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         over.run(EditSubspaces(inputs.config, num_values, position), tree)
         for position, over in enumerate((inputs.over_pairs, inputs.over_supports))
     ]
-    arrays = each[0] | {
-        name: np.stack([x[name] for x in each], axis=3) for name in ("logit_difference", "clean_correct")
-    }
+    arrays = each[0] | {name: np.stack([x[name] for x in each], axis=3) for name in (*METRICS, "clean_correct")}
     dataset = inputs.dataset(
         stage=stage_places(inputs.config.n_layers),
         position_role=POSITIONS,
@@ -207,47 +208,38 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         subspace_rank=ranks,
         operation=OPERATIONS,
     )
-    dims = ("statistic", "pair_kind", "step", "stage", "position_role", "subspace", "subspace_rank", "operation")
-    lost = recoveries(
-        inputs.groups, arrays["logit_difference"], arrays["logit_difference_base"], arrays["logit_difference_source"]
-    )
+    dims = ("pair_kind", "step", "stage", "position_role", "subspace", "subspace_rank", "operation")
+    lost = metric_recoveries(inputs.groups, arrays, arrays)
     meaning = "share of the clean run's lead over the corrupted one that is lost"
-    dataset["loss"] = (dims, lost, {"long_name": meaning, "units": "1"})
+    dataset["loss"] = (("statistic", "metric", *dims), lost, {"long_name": meaning, "units": "1"})
     accuracy = means_per_read(inputs.groups, arrays["clean_correct"])
-    dataset["clean_answer_accuracy"] = (
-        dims,
-        accuracy,
-        ANSWER_ACCURACY,
-    )
-    effects = []
+    dataset["clean_answer_accuracy"] = (("statistic", *dims), accuracy, ANSWER_ACCURACY)
+    put_runs(dataset, inputs, arrays, clean="base", corrupted="source")
+    controls = {"random_subspaces": "of the same rank, beside each effect"}
+    return Outcome(dataset, summarise(dataset, inputs.metric) | {"controls": controls})
+
+
+def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
+    """Finds where probe and random subspaces of one rank differ most, by the loss of a metric."""
+    summary, effects = baselines(dataset, metric), []
     for operation in OPERATIONS:
-        for k, kind in enumerate(inputs.groups.kinds):
-            for c, step in enumerate(inputs.steps):
+        for kind in map(str, dataset["pair_kind"].values):
+            for step in map(int, dataset["step"].values):
                 for role in POSITIONS:
-                    at = dataset["loss"].sel(statistic="estimate", operation=operation, position_role=role)
-                    at = at.isel(pair_kind=k, step=c)
-                    gap = (at.sel(subspace="probe") - at.sel(subspace="random")).values  # [stages, ranks]
+                    at = {"pair_kind": kind, "step": step, "operation": operation, "position_role": role}
+                    loss = dataset["loss"].sel({**at, "metric": metric, "statistic": "estimate"})
+                    gap = (loss.sel(subspace="probe") - loss.sel(subspace="random")).values  # [stages, ranks]
                     if not np.isfinite(gap).any():
                         continue
                     stage, rank = np.unravel_index(np.nanargmax(gap if operation != "kept" else -gap), gap.shape)
-                    here = {"stage": int(stage), "subspace_rank": int(rank)}
-                    effects.append(
-                        {
-                            "operation": operation,
-                            "pair_kind": kind,
-                            "step": step,
-                            "position_role": role,
-                            "stage": str(dataset["stage"].values[stage]),
-                            "rank": int(ranks[rank]),
-                            "loss": {s: number(at.isel(here).sel(subspace=s)) for s in SUBSPACES},
-                        }
-                    )
-    summary = {
-        "baseline": {"clean": inputs.baseline(arrays, "base"), "corrupted": inputs.baseline(arrays, "source")},
-        "effects": effects,
-        "controls": {"random_subspaces": "of the same rank, beside each effect"},
-    }
-    return Outcome(dataset, summary)
+                    here = loss.isel({"stage": int(stage), "subspace_rank": int(rank)})
+                    found = {
+                        "stage": str(dataset["stage"].values[stage]),
+                        "rank": int(dataset["subspace_rank"].values[rank]),
+                        "loss": {s: number(here.sel(subspace=s)) for s in SUBSPACES},
+                    }
+                    effects.append(at | found | beside_recovery(summary, kind, step))
+    return summary | {"effects": effects}
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
@@ -273,4 +265,4 @@ def _directions(
     return probe_directions(config, params, fit, key_ids=np.array(key_ids), value_ids=np.array(value_ids))
 
 
-KIND = Kind("subspaces", analyse, summary_lines)
+KIND = Kind("subspaces", analyse, summary_lines, summarise=summarise)
