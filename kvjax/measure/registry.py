@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from kvjax.measure.declaration import LEVEL_AXES, Measure, RowField, Table
-from kvjax.measure.declarations import behaviour, components, dynamics, residual, tokens
+from kvjax.measure.declarations import behaviour, components, dynamics, residual, tokens, weights
 
 ALL_SPLITS = "all"  # the whole probe set, beside its splits
 BIRTH_SPLIT = "validation_iid"  # the split that birth thresholds were written for
 
 MEASURES: tuple[Measure, ...] = (
     *(*behaviour.MEASURES, *tokens.MEASURES, *residual.LENS, *components.MEASURES),
-    *(*residual.PROBES, *dynamics.MEASURES, *behaviour.COUNTS),
+    *(*residual.PROBES, *dynamics.MEASURES, *weights.MEASURES, *behaviour.COUNTS),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,9 +16,6 @@ from kvjax.measure.registry import ALL_SPLITS
 JUMP_DRIFT = 0.8
 # A jump drifts so many times as far as its neighbours would in as many steps.
 JUMP_RATIO = 3.0
-
-# What a checkpoint's states and answers sum to; two checkpoints that agree in every bit have the same parameters.
-_FINGERPRINT = ("state/prediction", "state/support", "read/margin", "token/loss")
 
 
 def trajectory_breaks(run: RunDir, dataset: xr.Dataset, arrays: Mapping[str, np.ndarray]) -> list[TrajectoryBreak]:
@@ -36,27 +32,26 @@ def trajectory_breaks(run: RunDir, dataset: xr.Dataset, arrays: Mapping[str, np.
     except InputError:
         resumed = []  # a log that cannot be read says nothing
     found = [
-        *copies(steps, {name: arrays[name] for name in _FINGERPRINT}),
+        *copies(steps, arrays["weights/digest"]),
         *jumps(steps, embedding_drift(dataset)),
         *resumptions(steps, [step for step in resumed if step is not None]),
     ]
     return sorted(found, key=lambda found: (found.after, found.before, found.kind))
 
 
-def copies(steps: Sequence[int], arrays: Mapping[str, np.ndarray]) -> list[TrajectoryBreak]:
-    """Finds checkpoints that measure as an earlier one does in every bit.
+def copies(steps: Sequence[int], digests_Cx32: np.ndarray) -> list[TrajectoryBreak]:
+    """Finds checkpoints whose parameters are an earlier one's in every bit.
 
     A single update may change nothing, as the first of a warm-up does, so steps that follow each other are no copies.
 
     Args:
       steps: [C] ascending.
-      arrays: sums [C, …] that show any change of the parameters.
+      digests_Cx32: hashes of all parameters, uint8.
     """
-    first: dict[str, int] = {}
+    first: dict[bytes, int] = {}
     found = []
     for index, step in enumerate(steps):
-        content = hashlib.sha256(b"".join(np.ascontiguousarray(x[index]).tobytes() for x in arrays.values()))
-        earlier = first.setdefault(content.hexdigest(), step)
+        earlier = first.setdefault(digests_Cx32[index].tobytes(), step)
         if step - earlier > 1:
             reason = f"steps {earlier} and {step} have the same parameters"
             found.append(TrajectoryBreak(kind="copy", before=earlier, after=step, reason=reason))

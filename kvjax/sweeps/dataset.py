@@ -13,6 +13,7 @@ from kvjax.measure.sequence_sums import Counting, all_sequence_sums
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.probe_index import MARGIN_STATISTICS, POSITION_ROLES, ProbeIndex
 from kvjax.sweeps.residual_means import drifts, logistic_accuracies, movements, probe_nulls
+from kvjax.sweeps.weights import weight_labels, weight_statistics
 from kvjax.task.encoding import TOKEN_ROLES
 
 
@@ -22,6 +23,7 @@ def build_dataset(
     probe: ProbeIndex,
     *,
     reference: Mapping[str, np.ndarray] | None,
+    weights: Sequence[Mapping[str, np.ndarray]],
     moved: Sequence[Mapping[str, np.ndarray]] | None = None,
     logistic: Sequence[Mapping[str, np.ndarray] | None] = (),
 ) -> xr.Dataset:
@@ -32,6 +34,7 @@ def build_dataset(
       steps: the training steps, ascending.
       probe: the records.
       reference: the arrays of the checkpoint that drift is also measured to; that drift is NaN if None.
+      weights: how each checkpoint's weights differ from others', as `WeightComparisons` returns it.
       moved: how each checkpoint's states differ from others', as `measure_movement` returns it; None if not asked.
       logistic: each checkpoint's logistic probes, None for those that have none; empty if not asked.
 
@@ -51,10 +54,11 @@ def build_dataset(
     values["answer_margin_summary"] = _margin_summary(arrays["read/margin"], members, probe.encoded.is_read)
     values |= probe_nulls(arrays, counting, members)
     values |= drifts(arrays, reference)
+    values |= weight_statistics(arrays, weights, steps)
     if moved is not None:
         values |= movements(moved, counting, members)
     values |= logistic_accuracies(logistic, counting, members)
-    labels = dict(counting.labels)
+    labels = dict(counting.labels) | weight_labels(arrays)
     if "probe_accuracy" not in values:
         del labels["target"]
     attrs = {"conventions": "means over read events; see docs/definitions.md"}

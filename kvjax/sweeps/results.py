@@ -53,6 +53,7 @@ class MeasuredRun:
     Attributes:
       checkpoints: the results that rows are made of, in step order.
       reference: the checkpoint that drift is measured to; None if there is none, or it cannot be used.
+      weights: how each checkpoint's weights differ from others', see `WeightComparisons`.
       moved: how each checkpoint's states differ from others', see `compare_consecutive`; None if not asked for.
       logistic: each checkpoint's logistic probes, None for one without; empty if the sweep has no probes.
       margins: each checkpoint's fixed margins.
@@ -60,6 +61,7 @@ class MeasuredRun:
 
     checkpoints: Sequence[CheckpointResult]
     reference: CheckpointResult | None
+    weights: Sequence[Mapping[str, np.ndarray]]
     moved: Sequence[Mapping[str, np.ndarray]] | None
     logistic: Sequence[Mapping[str, np.ndarray] | None]
     margins: FixedMargins

@@ -30,6 +30,8 @@ from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.sweeps.state_similarity import ArrivingStates, Similarities, compare_consecutive
 from kvjax.sweeps.vouching import Voucher
+from kvjax.sweeps.weight_comparisons import WeightComparisons, compared_with
+from kvjax.sweeps.weights import WEIGHT_ARRAYS, measure_weights
 from kvjax.task.probe_set import check_installable
 
 NamedCheckpoint = tuple[str, Checkpoint]
@@ -115,6 +117,7 @@ class RunSweep:
         self._anew = frozenset(inputs.wanted) if settings.overwrite else frozenset()
         self._similarities = Similarities(store, anew=self._anew)
         self._value_logits = ValueLogits(store, inputs.encoded, inputs.benchmark.vocabulary.value_ids)
+        self._weights = WeightComparisons(store, anew=self._anew)
         self._results: dict[str, CheckpointResult] = {}
         refuse = settings.contradiction == "refuse"
         self._voucher = Voucher(inputs.run, inputs.benchmark, refuse=refuse, way_on="contradiction=note")
@@ -150,13 +153,16 @@ class RunSweep:
         tabled, reference = self._tabled(), self._reference()
         shared = {"files": self._files, "sweep": self._sweep, "source": self._source}
         moved, logistic = None, []
+        weights = self._weights.compare(tabled, reference, files=self._files, source=self._source)
         if self._settings.event_drift and tabled:
             moved = compare_consecutive(tabled, reference, self._similarities, **shared)
         if self._settings.probe != "none" and tabled:
             asked = self._inputs.named if self._settings.probe == "logistic" else self._measured_before(tabled)
             logistic = measure_logistic(tabled, asked, store=self._store, anew=self._settings.overwrite, **shared)
         margins = self._value_logits.fixed_margins(tabled, reference, files=self._files)
-        return MeasuredRun([result for _, result in tabled], reference and reference[1], moved, logistic, margins)
+        return MeasuredRun(
+            [result for _, result in tabled], reference and reference[1], weights, moved, logistic, margins
+        )
 
     def _measured_before(self, tabled: list[tuple[str, CheckpointResult]]) -> set[str]:
         """Names the checkpoints measured anew that had logistic probes, so that all of it is measured again."""
@@ -171,7 +177,7 @@ class RunSweep:
         names = [name for name in self._files if name not in self._anew]
         with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
             stored = readers.map(lambda name: self._store.load(name, self._files[name][1]), names)
-            complete = registry.computed_sources()
+            complete = registry.computed_sources() | WEIGHT_ARRAYS
             found = {
                 name: result
                 for name, result in zip(names, stored, strict=True)
@@ -186,6 +192,9 @@ class RunSweep:
         Files are read ahead while the devices compute, and each result is stored as soon as it is there.
         """
         wanted, arriving = list(self._inputs.reference_first()), ArrivingStates(self._sweep, self._inputs.reference)
+        pending = [name for name in wanted if name not in self._results]
+        of_steps = sorted({*self._results, *pending} - {BEST}, key=lambda name: self._files[name][0])
+        self._weights.plan(compared_with(of_steps, self._inputs.reference), pending)
         for name in wanted:
             if name in self._results:
                 self.log.reused.append(self._results[name].step)
@@ -193,6 +202,7 @@ class RunSweep:
 
         def refuse(name: str, error: InputError) -> None:
             self.log.refused[self._files[name][1].name] = str(error)
+            self._weights.give_up(name)
             advance(1)
 
         def dispatch(chunk: list[NamedCheckpoint]) -> tuple[Any, Any]:
@@ -204,7 +214,7 @@ class RunSweep:
             return sums, compared
 
         checkpoints = load_ahead(
-            [name for name in wanted if name not in self._results],
+            pending,
             self._files,
             self._source.load,
             ahead=self._sweep.chunk + 1,
@@ -239,7 +249,9 @@ class RunSweep:
                 **self._provenance,
             }
             self._value_logits.save(name, checkpoint.sha256, checkpoint.step, arrays.pop(VALUE_LOGITS))
-            self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays, info)
+            weights, spectra = measure_weights(checkpoint.params, checkpoint.config)
+            self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays | weights, info)
+            self._weights.arrive(name, checkpoint, spectra)
             self.log.measured.append(checkpoint.step)
             advance(1)
         if compared is not None:

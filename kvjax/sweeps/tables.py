@@ -51,7 +51,13 @@ def publish(
         inputs.probe.records, inputs.encoded, inputs.probe.manifest.splits, inputs.probe.manifest.difficulty
     )
     dataset = build_dataset(
-        arrays, steps, index, reference=reference and reference.arrays, moved=measured.moved, logistic=measured.logistic
+        arrays,
+        steps,
+        index,
+        reference=reference and reference.arrays,
+        weights=measured.weights,
+        moved=measured.moved,
+        logistic=measured.logistic,
     )
     intervals = build_intervals(arrays, steps, index)
     dataset.attrs |= run.config.attributes

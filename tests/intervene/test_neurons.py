@@ -9,7 +9,7 @@ import torch
 
 from kvjax.execution.over_pairs import OverPairs
 from kvjax.intervene.kinds.attribution_patching import ScoreByGradients
-from kvjax.intervene.kinds.neurons import head_spectra, neuron_effects
+from kvjax.intervene.kinds.neurons import neuron_effects
 from kvjax.intervene.paths import all_edges, all_senders
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
@@ -83,27 +83,6 @@ def _mlp_attribution(module, records, vocabulary):
 def _bias_attribution(module, records, vocabulary):
     """The neurons and the output bias make up the MLP."""
     return _attributions(module, records, vocabulary, lambda trace, layer, at: module.blocks[layer].ff.fc_out.bias)
-
-
-def test_head_spectra(model):
-    """The singular values are those of the whole W_QK and W_OV."""
-    module, params, _ = model
-    found = head_spectra(params, 4)
-    width = SMALL_MODEL["d_model"] // 4
-    for layer, head in ((0, 0), (2, 3)):
-        attn, gain = module.blocks[layer].attn, module.blocks[layer].ln_1.weight.detach().numpy()
-        rows = slice(head * width, (head + 1) * width)
-        w_q, w_k, w_v = (
-            gain[:, None] * m.weight[rows].detach().numpy().T for m in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        w_o = attn.out_proj.weight[:, rows].detach().numpy().T
-        for name, matrix in (("qk", w_q @ w_k.T), ("ov", w_v @ w_o)):
-            values = np.linalg.svd(matrix, compute_uv=False)[:width]
-            np.testing.assert_allclose(found[f"{name}_singular_values"][layer, head], values, rtol=1e-4, atol=1e-6)
-            shares = values / values.sum()
-            rank = np.exp(-(shares * np.log(shares)).sum())
-            np.testing.assert_allclose(found[f"{name}_effective_rank"][layer, head], rank, rtol=1e-4)
-            assert 1 <= rank <= width
 
 
 @pytest.fixture(scope="module")

@@ -71,12 +71,22 @@ def arrays(probe):
         # Sums of states over reads, [checkpoint, split, stage, 2].
         "state/prediction": np.array([[[[1, 0]] * 4, [[0, 1]] * 4], [[[0, 1]] * 4, [[0, 1]] * 4]], float),
         "state/support": np.array([[[[1, 0]] * 4, [[1, 0]] * 4]] * 2, float),
+        # W_QK has singular values 4 and 3, W_OV 2 and 0; the tensor groups' squared norms are 50, 0 and nine times 1.
+        "weights/singular_values": np.array([[[[[4, 3]] * 2], [[[2, 0]] * 2]]] * 2, float),
+        "weights/fc_in_norm": np.array([[1], [2]], float),
+        "weights/fc_out_norm": np.array([[3], [4]], float),
+        "weights/squared_norm": np.array([[50, 0, *[1] * 9, NAN]] * 2, float),
     }
     lens = [m.sources[0] for m in registry.MEASURES if m.name.startswith("lens_")]
     for index, source in enumerate(lens):
         arrays[source] = np.stack([np.tile(stages, (2, 1)), np.tile(stages + index, (2, 1))]).astype(np.float32)
     for measure in registry.MEASURES:
-        if measure.level == "head" and measure.name.startswith("head_") and "ablation" not in measure.own_axes:
+        if (
+            measure.level == "head"
+            and measure.name.startswith("head_")
+            and measure.is_ratio
+            and "ablation" not in measure.own_axes
+        ):
             arrays[measure.sources[0]] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
     for term in ("embedding", "final_norm_bias"):
         arrays[f"attribution/{term}"] = both([[3, 4], [6, 8]])
@@ -89,7 +99,17 @@ def arrays(probe):
 @pytest.fixture(scope="module")
 def dataset(arrays, probe):
     reference = {name: x[1] for name, x in arrays.items()}
-    return build_dataset(arrays, [100, 300], probe, reference=reference)
+    moved, overlap = np.array([2.0, *[1.0] * 8, 5.0, 0.0, NAN]), np.full((2, 1, 2), 0.25)
+    weights = [
+        {"distance/first": 0 * moved, "overlap/reference": overlap},
+        {
+            "distance/first": moved,
+            "distance/previous": moved,
+            "overlap/previous": overlap,
+            "overlap/reference": 4 * overlap,
+        },
+    ]
+    return build_dataset(arrays, [100, 300], probe, reference=reference, weights=weights)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +227,28 @@ def test_mlps(dataset, rows):
     assert rows[1]["mlp_write_norm_by_layer"] == {
         "0": {"prediction": pytest.approx(3.0), "support": pytest.approx(1.0)}
     }
+
+
+def test_weights(dataset, rows):
+    """Changes of weights per 1000 steps, ranks, norms and overlaps, by hand."""
+    first, last = rows
+    assert first["weight_change"] is None and first["weight_change_from_first"] == 0.0
+    # Squared distances add up to 15, squared norms to 59; 200 steps are a fifth of a thousand.
+    assert last["weight_change"] == pytest.approx(5 * np.sqrt(15 / 59))
+    assert last["weight_change_from_first"] == pytest.approx(np.sqrt(15 / 59))
+    groups = last["weight_change_by_group"]
+    assert groups["token_embedding"] == pytest.approx(5 * np.sqrt(2 / 50)) and groups["layer_0_ln_1"] == 5.0
+    assert groups["position_embedding"] is None, "a norm of 0"
+    assert groups["layer_0_fc_out"] == pytest.approx(5 * np.sqrt(5)) and groups["final_norm"] == 0.0
+    assert groups["unembedding"] is None
+    assert last["weight_update_cosine"] is None, "there is one update"
+    row = head_rows(dataset)[3]
+    assert row["qk_norm"] == pytest.approx(5.0) and row["qk_participation_ratio"] == pytest.approx(625 / 337)
+    entropy = np.log(7) - (4 * np.log(4) + 3 * np.log(3)) / 7
+    assert row["qk_effective_rank"] == pytest.approx(np.exp(entropy)) and row["ov_effective_rank"] == pytest.approx(1)
+    assert row["ov_direction_overlap"] == 0.25 and row["ov_direction_overlap_to_reference"] == 1.0
+    assert head_rows(dataset)[0]["ov_direction_overlap"] is None
+    assert [(row["fc_in_norm"], row["fc_out_norm"]) for row in mlp_rows(dataset)] == [(1.0, 3.0), (2.0, 4.0)]
 
 
 def test_intervals_of_one_sequence(arrays, probe):

@@ -102,7 +102,11 @@ def formed(monkeypatch):
     return counts
 
 
-COMPARED = ("residual_event_drift", "residual_event_drift_to_reference", "residual_cka", "residual_cka_to_reference")
+COMPARED = (
+    *("residual_event_drift", "residual_event_drift_to_reference", "residual_cka", "residual_cka_to_reference"),
+    *("weight_change", "weight_change_from_first", "weight_update_cosine"),
+    *("head_direction_overlap", "head_direction_overlap_to_reference"),
+)
 
 
 def test_states_of_checkpoints_measured_before(small_run, formed):
@@ -141,8 +145,8 @@ def test_overwrite(small_run):
     asked = {"steps": "200,300", "ablations": ("zero",), "probe": "logistic"}
     sweep(small_run, **asked)
     folder = small_run / "analysis" / "measured"
-    stored = [*folder.glob("movement_*"), *folder.glob("logistic_*")]
-    assert len(stored) == 5
+    stored = [*folder.glob("movement_*"), *folder.glob("logistic_*"), *folder.glob("weights_*")]
+    assert len(stored) == 7
     written = {path: path.stat().st_mtime_ns for path in stored}
     sweep(small_run, **asked)
     assert written == {path: path.stat().st_mtime_ns for path in stored}

@@ -24,12 +24,13 @@ from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure import behaviour
 from kvjax.measure.attribution import answer_direction
 from kvjax.measure.statistics import places
+from kvjax.measure.weight_spectra import effective_rank, head_spectra
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
 from kvjax.model.restart import RESTART_CAPTURE, restart, run_clean
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import over_checkpoints, over_layers
-from kvjax.model.weights import head_output_kernels, mlp_output_kernels
+from kvjax.model.weights import HEAD_MATRICES, mlp_output_kernels
 from kvjax.task.encoding import EncodedRecords, bucket_by_length
 
 TOP_NEURONS = 20
@@ -88,37 +89,6 @@ def neuron_effects(
     return result | {f"clean_{name}": x for name, x in answers(take_positions(logits, positions, 1)).items()}
 
 
-def head_spectra(params: Params, n_heads: int) -> dict[str, np.ndarray]:
-    """Takes the singular values of every head's W_QK and W_OV, and their effective ranks.
-
-    W_QK = W_Q W_Kᵀ and W_OV = W_V W_O of one head, with the gain of the LayerNorm before it folded into W_Q, W_K and
-    W_V (biases left out): what queries can be matched with, and what attended positions can write.
-
-    Returns:
-      `qk_singular_values`, `ov_singular_values` [L, H, E], largest first; `qk_effective_rank`, `ov_effective_rank`
-      [L, H]: the exponential of the entropy of the normalised singular values.
-      Source: Elhage et al. (2021); Roy & Vetterli, The effective rank (2007).
-    """
-    attn, gain = params["blocks"]["attn"], np.asarray(params["blocks"]["ln_1"]["scale"], np.float64)
-    n_layers, width = gain.shape
-
-    def by_head(name: str) -> np.ndarray:
-        kernel = np.asarray(attn[name]["kernel"], np.float64) * gain[:, :, None]
-        return kernel.reshape(n_layers, width, n_heads, -1).swapaxes(1, 2)  # [L, H, D, E]
-
-    out = np.asarray(head_output_kernels(params, n_heads), np.float64)
-    query, key, value = (by_head(name) for name in ("q_proj", "k_proj", "v_proj"))
-    found = {}
-    for name, left, right in (("qk", query, key.swapaxes(2, 3)), ("ov", value, out)):
-        # The product of [D, E] and [E, D] has E singular values at most: those of R_left R_rightᵀ.
-        narrow = np.linalg.qr(left, mode="r") @ np.linalg.qr(right.swapaxes(2, 3), mode="r").swapaxes(2, 3)
-        values = np.linalg.svd(narrow, compute_uv=False)
-        shares = values / values.sum(axis=-1, keepdims=True)
-        entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)), axis=-1)
-        found |= {f"{name}_singular_values": values, f"{name}_effective_rank": np.exp(entropy)}
-    return found
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def neuron_sums(
     config: DecoderConfig,
@@ -175,9 +145,11 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     for name, (values, long_name, units) in columns.items():
         dataset[name] = (dims, values, {"long_name": long_name, "units": units})
     spectra = [head_spectra(inputs.checkpoint(c), inputs.config.n_heads) for c in range(len(inputs.steps))]
-    for name in spectra[0]:
-        axes = ("step", "layer", "head", "singular_value") if name.endswith("values") else ("step", "layer", "head")
-        dataset[name] = (axes, np.stack([x[name] for x in spectra]), {"units": "1"})
+    per_head = ("step", "layer", "head")
+    for index, name in enumerate(HEAD_MATRICES):
+        values = np.stack([of_checkpoint.values[index] for of_checkpoint in spectra])
+        dataset[f"{name}_singular_values"] = ((*per_head, "singular_value"), values, {"units": "1"})
+        dataset[f"{name}_effective_rank"] = (per_head, effective_rank(values), {"units": "1"})
     effects = []
     for c, step in enumerate(inputs.steps):
         drops = lost["margin"][c]

@@ -1,0 +1,165 @@
+"""Compares the weights of a run's checkpoints: how far tensors moved, and whether heads keep their leading directions.
+
+A checkpoint is compared with the two before it in the run's tables, with the first and with the reference. Parameters
+are held as checkpoints arrive, in whatever order, and only until all that are compared with them have arrived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
+from kvjax.errors import unusable
+from kvjax.execution.load_ahead import load_ahead
+from kvjax.measure.weight_changes import squared_distances
+from kvjax.measure.weight_spectra import HeadSpectra, direction_overlap, head_spectra
+from kvjax.model.checkpoint import Checkpoint, CheckpointSource
+
+# What a checkpoint is compared with, and in which respect.
+_DISTANCES = ("previous", "before_previous", "first")
+_OVERLAPS = ("previous", "reference")
+
+Named = tuple[str, CheckpointResult]
+Arrays = Mapping[str, np.ndarray]
+Others = Mapping[str, str]  # kind -> name of the other checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    checkpoint: Checkpoint
+    spectra: HeadSpectra
+
+
+class WeightComparisons:
+    """Holds how the weights of a run's checkpoints differ: found by this sweep, or stored by an earlier one.
+
+    Args:
+      store: the run's results.
+      anew: names of the checkpoints whose stored comparisons do not count.
+    """
+
+    def __init__(self, store: ResultStore, *, anew: Collection[str] = ()):
+        self._store, self._anew = store, anew
+        self._found: dict[tuple[str, str], Arrays] = {}  # by name and key
+        self._planned: dict[str, Others] = {}
+        self._held: dict[str, _Held] = {}
+
+    def plan(self, others: Mapping[str, Others], arriving: Collection[str]) -> None:
+        """Plans the comparisons whose checkpoints will all arrive; the others are left to `compare`."""
+        whole = {name for name in others if {name, *others[name].values()} <= set(arriving)}
+        self._planned = {name: others[name] for name in whole}
+
+    def arrive(self, name: str, checkpoint: Checkpoint, spectra: HeadSpectra) -> None:
+        """Compares a checkpoint with those at hand, and stores every comparison that is complete now."""
+        self._held[name] = _Held(checkpoint, spectra)
+        for own, others in list(self._planned.items()):
+            if {own, *others.values()} <= self._held.keys():
+                self._compare(own, others)
+                del self._planned[own]
+        self._release()
+
+    def give_up(self, name: str) -> None:
+        """Drops the planned comparisons with a checkpoint that cannot be used."""
+        self._planned = {own: of for own, of in self._planned.items() if name not in (own, *of.values())}
+        self._release()
+
+    def compare(
+        self,
+        tabled: Sequence[Named],
+        reference: Named | None,
+        *,
+        files: Mapping[str, tuple[int | None, Path]],
+        source: CheckpointSource,
+    ) -> list[Arrays]:
+        """Compares every checkpoint of a run's tables; parameters of comparisons that are not known are loaded again.
+
+        Args:
+          tabled: name and result of the run's checkpoints, in step order.
+          reference: those of the reference; None for none.
+          files: result name -> (step or None, checkpoint file).
+          source: where parameters come from.
+
+        Returns:
+          For each checkpoint, squared distances `distance/<kind>` [groups] to the `previous`, `before_previous` and
+          `first` one, and the overlap of leading directions `overlap/<kind>` [matrices, L, H] with the `previous` one's
+          and the `reference`'s. A checkpoint lacks those that do not exist.
+
+        Raises:
+          InputError: a checkpoint that is loaded again cannot be used.
+        """
+        results = dict(tabled) | ({reference[0]: reference[1]} if reference else {})
+        others = compared_with([name for name, _ in tabled], reference and reference[0])
+        keys = {name: _key(name, of, {n: r.info["sha256"] for n, r in results.items()}) for name, of in others.items()}
+        missing = [name for name, key in keys.items() if self._of(name, key) is None]
+        if missing:
+            self._planned = {name: others[name] for name in missing}
+            needed = {name for own in missing for name in (own, *others[own].values())}
+            # The reference first: everything that is compared with it would have to wait for it.
+            in_order = sorted(needed, key=lambda name: (not reference or name != reference[0], results[name].step))
+            for name, checkpoint in load_ahead(in_order, files, source.load, ahead=2):
+                self.arrive(name, checkpoint, head_spectra(checkpoint.params, checkpoint.config.n_heads))
+        compared = []
+        for name, key in keys.items():
+            found = self._of(name, key)
+            if found is None:
+                raise unusable(
+                    files[name][1], "a file that stays as it is", "that it or one beside it changed during the sweep"
+                )
+            compared.append(found)
+        return compared
+
+    def _of(self, name: str, key: str) -> Arrays | None:
+        found = self._found.get((name, key))
+        if found is None and name not in self._anew:
+            stored = self._store.find(f"weights_{name}", key)
+            found = stored and stored.arrays
+            if found is not None:
+                self._found[name, key] = found
+        return found
+
+    def _compare(self, name: str, others: Others) -> None:
+        own = self._held[name]
+        layers = own.checkpoint.config.n_layers
+        held = {kind: self._held[other] for kind, other in others.items()}
+        found: dict[str, np.ndarray] = {}
+        for kind in _DISTANCES:
+            if kind in held:
+                found[f"distance/{kind}"] = squared_distances(
+                    own.checkpoint.params, held[kind].checkpoint.params, layers
+                )
+        for kind in _OVERLAPS:
+            if kind in held:
+                found[f"overlap/{kind}"] = direction_overlap(own.spectra, held[kind].spectra)
+        key = _key(name, others, {n: held.checkpoint.sha256 for n, held in self._held.items()})
+        self._found[name, key] = found
+        self._store.save(f"weights_{name}", key, own.checkpoint.step, found, {"others": dict(others)})
+
+    def _release(self) -> None:
+        """Drops the parameters that no planned comparison needs."""
+        needed = {name for own, others in self._planned.items() for name in (own, *others.values())}
+        self._held = {name: held for name, held in self._held.items() if name in needed}
+
+
+def compared_with(names: Sequence[str], reference: str | None) -> dict[str, dict[str, str]]:
+    """Lists which checkpoints each is compared with: kind -> name of the other.
+
+    Args:
+      names: of the checkpoints in the tables, in step order.
+      reference: name of the reference; None for none.
+    """
+    found = {}
+    for index, name in enumerate(names):
+        before = dict(zip(("previous", "before_previous"), reversed(names[max(0, index - 2) : index]), strict=False))
+        found[name] = {"first": names[0], **before} | ({"reference": reference} if reference else {})
+    return found
+
+
+def _key(name: str, others: Others, hashes: Mapping[str, str]) -> str:
+    """Hashes the contents of all files that a comparison is made of."""
+    text = " ".join([hashes[name], *(f"{kind}={hashes[others[kind]]}" for kind in sorted(others))])
+    return hashlib.sha256(text.encode()).hexdigest()
