@@ -126,7 +126,10 @@ class MeasuredOn(_Part):
 
 
 class BirthWindows(_Part):
-    """`analysis/birth_windows.json` (docs/formats.md); `content_sha256` is the hash of all else."""
+    """`analysis/birth_windows.json` (docs/formats.md); `content_sha256` is the hash of all else.
+
+    `ranked_by` is the kind of ablation whose drops triggers and components are of; older files are of zero ablation.
+    """
 
     schema_version: int
     run_name: str
@@ -134,6 +137,7 @@ class BirthWindows(_Part):
     reason: str
     complete: bool
     measured_on: MeasuredOn
+    ranked_by: str = "zero"
     config: dict[str, Any]
     births: dict[str, BirthEntry]
     windows: list[WindowEntry]

@@ -80,6 +80,7 @@ class Sweep(_Part):
     """`analysis/sweep.json` (docs/formats.md).
 
     `tables` holds the hash of every table by its path in the analysis folder; it is empty in files of older versions.
+    `ranked_by` is the kind of ablation that ranks components; files of older versions have none, they rank by zero.
     `reference` is the result name of the reference checkpoint, `reference_given` what `--reference` said.
     `vouched` is the recorded accuracy that a checkpoint was compared with, null if there was none to compare.
     `breaks` holds the pairs of checkpoints that cannot be neighbours in one training run.
@@ -93,6 +94,7 @@ class Sweep(_Part):
     benchmark: SweptBenchmark
     probe_set: SweptProbeSet
     precision: str
+    ranked_by: str = "zero"
     reference: str | None
     reference_given: str = "final"
     checkpoints: list[SweptCheckpoint]

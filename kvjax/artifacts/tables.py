@@ -11,12 +11,12 @@ import pydantic
 from kvjax.artifacts.files import replace_file, write_json_lines
 from kvjax.errors import unusable
 from kvjax.measure.declaration import Table
-from kvjax.measure.registry import row_fields
+from kvjax.measure.registry import drop_fields, row_fields
 
 if TYPE_CHECKING:
     import xarray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _NETCDF = "netcdf4"  # the library that writes and reads netCDF
 
@@ -63,11 +63,28 @@ class WriteNorm(_Row):
     support: Number
 
 
+def _with_drops(name: str, table: Table, base: type[_Row]) -> type[_Row]:
+    """Makes the schema of a component with its drops under every kind of ablation, null for kinds not measured."""
+    drops = {field.name: (Number, ...) for _, field in drop_fields(table)}
+    return pydantic.create_model(name, __base__=base, **drops, ablations_disagree=(bool | None, ...))
+
+
+class _Head(_Row):
+    layer: int
+    head: int
+
+
+class _Mlp(_Row):
+    layer: int
+
+
+_RANKED: dict[str, Any] = {"ablations_disagree": bool | None, "rank": int, "ranked_by": str}
+
 # Fields of each table's rows that show no single measure; the declarations of measures add theirs (docs/formats.md).
 _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "checkpoint": (
         "CheckpointRow",
-        {"schema_version": int, "run_name": str, "seed": int | None, "step": int},
+        {"schema_version": int, "run_name": str, "seed": int | None, "step": int, "ranked_by": str},
         {
             "split_accuracy": dict[str, Number],
             "split_metrics": dict[str, dict[str, Number]],
@@ -76,6 +93,8 @@ _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "birth_flags": dict[str, bool | None],
             "stabilized": dict[str, bool | None],
             "trajectory_breaks": list[str],
+            "top_heads": list[_with_drops("LeadingHead", "heads", _Head)],
+            "top_mlps": list[_with_drops("LeadingMlp", "mlps", _Mlp)],
             "top_heads_by_ablation": list[AblatedHead],
             "top_heads_by_localization": list[LocalizedHead],
             "top_mlps_by_ablation": list[AblatedMlp],
@@ -85,9 +104,9 @@ _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "heads": (
         "HeadRow",
         {"step": int, "layer": int, "head": int},
-        {"ablations_disagree": bool | None, "rank": int},
+        _RANKED,
     ),
-    "mlps": ("MlpRow", {"step": int, "layer": int}, {"ablations_disagree": bool | None, "rank": int}),
+    "mlps": ("MlpRow", {"step": int, "layer": int}, _RANKED),
 }
 
 

@@ -7,7 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-PER_BATCH = "state/"  # sums over a whole microbatch; everything else has a leading sequence axis
+from kvjax.measure.declarations.components import DRAWS
+
+PER_BATCH = ("state/", DRAWS)  # sums over a whole microbatch; everything else has a leading sequence axis
 PER_READ = "read/"
 
 

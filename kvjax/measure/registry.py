@@ -69,6 +69,13 @@ def row_fields(table: Table) -> Iterator[tuple[Measure, RowField]]:
                 yield measure, field
 
 
+def drop_fields(table: Table) -> Iterator[tuple[Measure, RowField]]:
+    """Yields every field of a component table that shows what an ablation costs."""
+    for measure, field in row_fields(table):
+        if "ablation" in measure.own_axes or measure.name.endswith(components.SPREAD):
+            yield measure, field
+
+
 def triggers() -> Iterator[tuple[Measure, RowField]]:
     """Yields every field that a kind of birth-window trigger watches, with its measure."""
     for measure in MEASURES:

@@ -16,7 +16,7 @@ from kvjax.errors import InputError, command
 from kvjax.execution.inputs import result_file
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.probe_set import probe_set_is_current
-from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.settings import SweepSettings, default_ranking
 from kvjax.task.probe_set import frozen_manifest
 
 
@@ -123,6 +123,8 @@ def _rerun(run: RunDir, sweep: Sweep | None = None, **flags: Any) -> str:
         defaults = SweepSettings()
         as_chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
         flags |= {name: chosen[name] for name, value in as_chosen.items() if value != getattr(defaults, name)}
+        if sweep.ranked_by != default_ranking(sweep.identity.get("ablations") or defaults.ablations):
+            flags["rank_by"] = sweep.ranked_by
     return command("checkpoint-sweep", run_dirs=[run.path], **flags)
 
 

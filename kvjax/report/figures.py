@@ -66,11 +66,17 @@ def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
 
 
 def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
-    """Draws, for each run, a map of the accuracy every head's zero ablation costs at every checkpoint."""
+    """Draws, for each run, a map of the accuracy that every head's ablation costs at every checkpoint.
+
+    The kind of ablation is the one that ranks components in the run's sweep.
+    """
     figure, axes = plt.subplots(
         1, len(runs), figsize=(1.5 + 5.2 * len(runs), 4.2), squeeze=False, constrained_layout=True
     )
-    drops = [run["head_accuracy_drop"].sel(split=ALL_SPLITS, ablation="zero") for run in runs]
+    kinds = [run.attrs.get("ranked_by", "zero") for run in runs]
+    drops = [
+        run["head_accuracy_drop"].sel(split=ALL_SPLITS, ablation=kind) for run, kind in zip(runs, kinds, strict=True)
+    ]
     limit = max(0.05, *(float(np.abs(drop).max()) for drop in drops))
     for axis, run, drop in zip(axes[0], runs, drops, strict=True):
         layers, heads = run.sizes["layer"], run.sizes["head"]
@@ -85,7 +91,8 @@ def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
             axis.axhline(boundary * heads - 0.5, color="black", linewidth=0.8)
         axis.set_xlabel("training step")
         axis.set_title(_title(run), fontsize=11)
-    figure.colorbar(image, ax=axes[0].tolist(), label="answer accuracy lost when the head is zeroed")
+    named = " or ".join(kind.replace("_", "-") for kind in dict.fromkeys(kinds))
+    figure.colorbar(image, ax=axes[0].tolist(), label=f"answer accuracy lost under {named} ablation of the head")
     return figure
 
 

@@ -12,6 +12,7 @@ from kvjax.intervene.summary_text import cell
 from kvjax.measure.declaration import Column
 from kvjax.measure.registry import row_fields
 from kvjax.model.components import Component
+from kvjax.report.leaders import ablation_in_words, leaders_cell, leaders_heading, leaders_notes
 
 if TYPE_CHECKING:
     from kvjax.intervene.analysis import InterventionReport
@@ -44,15 +45,15 @@ def print_sweep_report(report: SweepReport) -> None:
     say(f"\n{report.run.config.title}")
     columns = _printed_columns()
     headings = " ".join(column.heading.rjust(_width(column.form)) for column in columns.values())
-    say(f"{'step':>7} {headings}  heads by accuracy drop")
+    say(f"{'step':>7} {headings}  {leaders_heading(rows[0])}")
     hidden = len(rows) - _SHOWN_ROWS
     for row in rows if hidden <= 0 else rows[: _SHOWN_ROWS // 2] + rows[-_SHOWN_ROWS // 2 :]:
-        top = row["top_heads_by_ablation"][:3]
-        heads = "  ".join(f"{Component(head['layer'], head['head'])} {head['value']:.3f}" for head in top)
         numbers = " ".join(cell(row[field], column.form) for field, column in columns.items())
-        say(f"{row['step']:>7} {numbers}  {heads}")
+        say(f"{row['step']:>7} {numbers}  {leaders_cell(row)}")
     if hidden > 0:
         say(f"  ({hidden} checkpoints between are in the table)")
+    for line in leaders_notes(rows):
+        say(f"  {line}")
     for file, reason in report.log.refused.items():
         say(f"skipped {file}: {reason}")
     for note in report.notes:
@@ -100,7 +101,7 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
             say(f"      {moved['metric']:<30} {moved['split']:<16} {onset} {midpoint} {interval:<14} {completion}")
         if len(window["order"]) > show:
             say(f"      and {len(window['order']) - show} more in the file")
-        say("    accuracy an ablation costs, before, inside and after:")
+        say(f"    accuracy that {ablation_in_words(document['ranked_by'])} ablation costs, before, inside and after:")
         for part in window["components"][:show]:
             costs = "  ".join(f"{part[f'importance_{when}']:.3f}" for when in ("before", "inside", "after"))
             first, before = part["first_step_above_null"], " or before" if part["left_censored"] else ""

@@ -1,4 +1,4 @@
-"""Ablates every head and every MLP on one microbatch: zero, mean, resample, and the random control for scale."""
+"""Ablates every head and every MLP on one microbatch: every kind of replacement, and the random control for scale."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from kvjax.execution.fit_set import ComponentMeans
 from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
@@ -76,7 +77,9 @@ class _Replacements:
       means, store, donors_JxBxT: see `measure_ablations`.
     """
 
-    def __init__(self, kinds: tuple[str, ...], means: Trace, store: Trace, donors_JxBxT: jax.Array | None):
+    def __init__(
+        self, kinds: tuple[str, ...], means: ComponentMeans | None, store: Trace, donors_JxBxT: jax.Array | None
+    ):
         self._kinds, self._means, self._store, self._donors_JxBxT = kinds, means, store, donors_JxBxT
         self._slots = ablation_slots(kinds, draws=0 if donors_JxBxT is None else len(donors_JxBxT))
         self._kind_of_slot = jnp.array([kinds.index(kind) for kind, _ in self._slots])
@@ -85,13 +88,17 @@ class _Replacements:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def value(self, clean: CleanRun, name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array) -> jax.Array:
+    def value(
+        self, run: _Microbatch, name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array
+    ) -> jax.Array:
         """Forms a slot's replacement of a component's output, [B, T, E or D]."""
-        batch_size, length = clean.tokens.shape
-        shape = (batch_size, length, clean.trace[name].shape[-1])
+        batch_size, length = run.clean.tokens.shape
+        shape = (batch_size, length, run.clean.trace[name].shape[-1])
+        roles_BxT = run.batch.token_roles[:, :length]  # -1, the first token's, is the last of the role means
         by_kind = {
             "zero": lambda: jnp.zeros(shape),
-            "mean": lambda: jnp.broadcast_to(self._means[name][layer, 0, 0, *head][None, None], shape),
+            "mean": lambda: jnp.broadcast_to(self._means.overall[name][layer, 0, 0, *head][None, None], shape),
+            "role_mean": lambda: self._means.by_role[name][layer, :, *head][roles_BxT],
             "resample": lambda: self._store[name][
                 layer, self._donors_JxBxT[self._draw_of_slot[slot], :, :length], *head
             ],
@@ -115,7 +122,8 @@ def measure_ablations(
     kinds: tuple[str, ...],
     lift: Lift,
     value_ids: jax.Array,
-    means: Trace,
+    num_splits: int,
+    means: ComponentMeans | None,
     store: Trace,
     donors_JxBxT: jax.Array | None,
 ) -> Sums:
@@ -129,12 +137,15 @@ def measure_ablations(
       kinds: of `kvjax.sweeps.settings.ABLATIONS`.
       lift: how the heads of one layer are run.
       value_ids: token ids of values.
-      means: `head_z` [L, 1, 1, H, E] and `mlp_out` [L, 1, 1, D], which mean ablation puts in.
+      num_splits: Z, number of splits the records are in.
+      means: over the fit set, which mean and role-mean ablation put in; None if neither is among the kinds.
       store: `head_z` [L, tokens, H, E] and `mlp_out` [L, tokens, D] of the whole probe set, for resampling.
       donors_JxBxT: rows of `store` that each position is resampled from, in J draws.
 
     Returns:
       `head/<kind>/correct`, `head/<kind>/margin` [B, L, H] and the same of `mlp/<kind>` [B, L]; means over draws.
+      With the random control, its sums over the batch by draw and split as well: `draws/head/correct`, … [J, Z, L, H]
+      and `draws/mlp/correct`, … [J, Z, L].
     """
     microbatch = _Microbatch(params, config, writes, clean, batch, lift, value_ids)
     replacements = _Replacements(tuple(kind for kind in kinds if kind != "random"), means, store, donors_JxBxT)
@@ -145,9 +156,13 @@ def measure_ablations(
             for kind, mean in replacements.by_kind(x):
                 sums[f"{component}/{kind}/{name}"] = jnp.moveaxis(mean, -1, 0)
     if "random" in kinds:
+        in_split_BxZ = (batch.splits[:, None] == jnp.arange(num_splits)[None]) * batch.weights[:, None]
         for component, of_layer in (("head", _step_beside_heads), ("mlp", _step_beside_mlp)):
             for name, x in over_layers(functools.partial(of_layer, microbatch), config.n_layers).items():
-                sums[f"{component}/random/{name}"] = jnp.moveaxis(x, -1, 0)
+                drawn = x.astype(jnp.float32)  # [L, …, J, B]
+                sums[f"{component}/random/{name}"] = jnp.moveaxis(jnp.mean(drawn, axis=-2), -1, 0)
+                by_split = jnp.matmul(drawn, in_split_BxZ, precision="highest")
+                sums[f"draws/{component}/{name}"] = jnp.moveaxis(by_split, (-2, -1), (0, 1))
     return sums
 
 
@@ -157,7 +172,7 @@ def _replace_heads(run: _Microbatch, replacements: _Replacements, layer: jax.Arr
 
     def one(pair: tuple[jax.Array, jax.Array]) -> Sums:
         head, slot = pair
-        value = replacements.value(run.clean, "head_z", layer, slot, head)
+        value = replacements.value(run, "head_z", layer, slot, head)
         at = {"layer": layer, "head": head, "positions_BxQ": run.batch.prediction_positions}
         return run.answers_in(restart_from_head(run.params, run.config, run.clean, run.writes, value, **at))
 
@@ -170,14 +185,14 @@ def _replace_mlp(run: _Microbatch, replacements: _Replacements, layer: jax.Array
     """Puts every replacement in place of a layer's MLP: [slots, B]."""
 
     def one(slot: jax.Array) -> Sums:
-        value = replacements.value(run.clean, "mlp_out", layer, slot)[None]
+        value = replacements.value(run, "mlp_out", layer, slot)[None]
         return run.answers_under(ablate_mlp(layer, n_layers=run.config.n_layers, value=value), layer)
 
     return over_interventions(one, lift=run.lift)(jnp.arange(len(replacements)))
 
 
 def _step_beside_heads(run: _Microbatch, layer: jax.Array | int) -> Sums:
-    """Takes a random step as long as each head's output, with every head kept: [H, B], means over draws."""
+    """Takes random steps as long as each head's output, with every head kept: [H, J, B], one each draw."""
     config = run.config
     kernel_HxExD = head_output_kernels(run.params, config.n_heads)[layer]
 
@@ -190,12 +205,12 @@ def _step_beside_heads(run: _Microbatch, layer: jax.Array | int) -> Sums:
 
 
 def _step_beside_mlp(run: _Microbatch, layer: jax.Array | int) -> Sums:
-    """Takes a random step as long as the MLP's output, with the MLP kept: [B], means over draws."""
+    """Takes random steps as long as the MLP's output, with the MLP kept: [J, B], one each draw."""
     return _random_steps(run, "post_mlp", run.clean.at("mlp_out", layer), layer)
 
 
 def _random_steps(run: _Microbatch, site: str, written_BxTxD: jax.Array, layer: jax.Array | int) -> Sums:
-    """Steps along random directions, at every position as far as a component's output is long: means over draws.
+    """Steps along random directions, at every position as far as a component's output is long: [J, B].
 
     The step is taken from the residual stream after the component, so that the component's own output stays.
     """
@@ -206,8 +221,7 @@ def _random_steps(run: _Microbatch, site: str, written_BxTxD: jax.Array, layer: 
     def along(direction_D: jax.Array) -> Sums:
         return run.answers_under({site: Edit(mask, (after_BxTxD - sizes * direction_D[None, None])[None])}, layer)
 
-    drawn = jax.lax.map(along, _random_directions(run.config.d_model))
-    return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32), axis=0), drawn)
+    return jax.lax.map(along, _random_directions(run.config.d_model))
 
 
 def _random_directions(width: int) -> jax.Array:

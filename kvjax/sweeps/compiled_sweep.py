@@ -11,6 +11,7 @@ import numpy as np
 
 from kvjax.devices import backend, device_count, fillable_memory_gb
 from kvjax.execution.export_cache import kept_lowered
+from kvjax.execution.fit_set import check_roles
 from kvjax.execution.memory_plan import plan_chunks
 from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.execution.states_at_reads import ReadStates
@@ -40,8 +41,11 @@ class CompiledSweep:
       encoded: the probe records.
       num_splits: number of splits they are in.
       settings: what to measure, and how.
-      fit: the fit set's records, which mean ablation and probes need.
+      fit: the fit set's records, which mean and role-mean ablation and probes need.
       max_buckets: how many lengths records are padded to.
+
+    Raises:
+      InputError: records lack what an ablation takes from them, see `draw_donors` and `check_roles`.
 
     Attributes:
       spec: the static settings that the program is compiled for.
@@ -62,7 +66,8 @@ class CompiledSweep:
         max_buckets: int = 3,
     ):
         probes = settings.probe != "none"
-        needs_fit = probes or "mean" in settings.ablations
+        by_mean = {"mean", "role_mean"} & set(settings.ablations)
+        needs_fit = probes or bool(by_mean)
         plan = plan_chunks(
             settings.checkpoint_batch,
             config,
@@ -82,7 +87,9 @@ class CompiledSweep:
             donors = donors_by_bucket(drawn, self.buckets)
         fit_bucket = None
         if needs_fit:
-            assert fit is not None, "mean ablation and probes need a fit set"
+            assert fit is not None, "mean ablation, role-mean ablation and probes need a fit set"
+            if "role_mean" in by_mean:
+                check_roles(fit, encoded)
             (fit_bucket,) = bucket_by_length(fit, tokens_per_batch=plan.tokens_per_batch, max_buckets=1)
         data = SweepData(
             buckets=tuple(bucket.batches for bucket in self.buckets),

@@ -12,6 +12,7 @@ from kvjax.measure.between_checkpoints import change_from_previous
 from kvjax.measure.sequence_sums import Counting, all_sequence_sums
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.probe_index import MARGIN_STATISTICS, POSITION_ROLES, ProbeIndex
+from kvjax.sweeps.random_control import random_spreads
 from kvjax.sweeps.residual_means import drifts, logistic_accuracies, movements, probe_nulls
 from kvjax.sweeps.weights import weight_labels, weight_statistics
 from kvjax.task.encoding import TOKEN_ROLES
@@ -52,6 +53,7 @@ def build_dataset(
         if measure.counted == "present":
             values[f"{measure.name}_count"] = np.stack([sums.totals(own) for own in members], axis=1).astype(int)
     values["answer_margin_summary"] = _margin_summary(arrays["read/margin"], members, probe.encoded.is_read)
+    values |= random_spreads(arrays, counting, members)
     values |= probe_nulls(arrays, counting, members)
     values |= drifts(arrays, reference)
     values |= weight_statistics(arrays, weights, steps)

@@ -111,11 +111,9 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
     """
     config = spec.config
     key_ids, value_ids = np.array(spec.key_ids), np.array(spec.value_ids)
-    means: Trace = {}
-    features = None
+    means = features = None
     if data.fit is not None:
-        component, features = component_means(params, config, data.fit, features=spec.probes)
-        means = component.overall
+        means, features = component_means(params, config, data.fit, features=spec.probes)
 
     clean_pass = functools.partial(
         measure_clean,
@@ -139,6 +137,7 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
             kinds=spec.ablations,
             lift=spec.interventions,
             value_ids=value_ids,
+            num_splits=spec.num_splits,
             means=means,
             store=store,
             donors_JxBxT=donors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,21 +19,23 @@ from kvjax.measure.between_checkpoints import (
     turnover_from_previous,
 )
 from kvjax.measure.declaration import Measure, RowField, Table
-from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT, row_fields, triggers
+from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT, drop_fields, row_fields, triggers
 from kvjax.measure.statistics import places, ranking
+from kvjax.sweeps.settings import REPLACEMENTS
+
+_DROPS_OF: dict[Table, str] = {"heads": "head_accuracy_drop", "mlps": "mlp_accuracy_drop"}
 
 TOP_COMPONENTS = 8  # how many a row names; the component tables hold all
 
 _ABLATION_DROPS = ["head_accuracy_drop", "head_margin_drop", "mlp_accuracy_drop", "mlp_margin_drop"]
-_DROP_COLUMNS = ("accuracy_drop", "accuracy_drop_mean", "accuracy_drop_resample")
-_SIGN_FLOOR = 0.01  # an accuracy change below this has no sign worth comparing
-_RANK_GAP = 3
+_DISAGREEMENT = 2.0  # the factor that the drops of two kinds differ by if they disagree
 
 Row = dict[str, Any]
 
 
 def checkpoint_rows(
     dataset: xr.Dataset,
+    intervals: xr.Dataset,
     *,
     run_name: str,
     seed: int | None,
@@ -43,7 +46,8 @@ def checkpoint_rows(
     """Draws one row per checkpoint from the means, in step order.
 
     Args:
-      dataset: the sweep's means.
+      dataset: the sweep's means; its attribute `ranked_by` names the kind of ablation that ranks components.
+      intervals: of the means.
       run_name, seed: of the run.
       thresholds: of births.
       stabilization: limits of stability; None while the run is incomplete, for its end is not known to be stable.
@@ -52,8 +56,9 @@ def checkpoint_rows(
     whole = dataset.sel(split=ALL_SPLITS)
     steps = dataset["step"].values.tolist()
     splits = [split for split in dataset["split"].values.tolist() if split != ALL_SPLITS]
-    zero = whole[_ABLATION_DROPS].sel(ablation="zero")
-    head_drops, mlp_drops = zero["head_accuracy_drop"].values, zero["mlp_accuracy_drop"].values  # [C, L, H], [C, L]
+    ranked_by = dataset.attrs["ranked_by"]
+    zero, ranked = (whole[_ABLATION_DROPS].sel(ablation=kind) for kind in ("zero", ranked_by))
+    head_drops, mlp_drops = ranked["head_accuracy_drop"].values, ranked["mlp_accuracy_drop"].values  # [C, L, H], [C, L]
     flat_heads = head_drops.reshape(len(head_drops), -1)
     rank_correlations = rank_correlation_to_previous(flat_heads)
     dynamics = {
@@ -69,6 +74,7 @@ def checkpoint_rows(
         "run_name": [run_name] * len(steps),
         "seed": [seed] * len(steps),
         "step": steps,
+        "ranked_by": [ranked_by] * len(steps),
         **_declared_fields(dataset),
         **{name: [_number(value) for value in values] for name, values in dynamics.items()},
         "split_accuracy": [{s: of[s]["answer_accuracy"] for s in splits} for of in split_metrics],
@@ -77,6 +83,8 @@ def checkpoint_rows(
         "birth_flags": _birth_flags(dataset, thresholds),
         "stabilized": _stabilized(whole, rank_correlations, stabilization),
         "trajectory_breaks": [[found.reason for found in breaks if found.after == step] for step in steps],
+        "top_heads": _leaders(dataset, intervals, "heads", ("layer", "head")),
+        "top_mlps": _leaders(dataset, intervals, "mlps", ("layer",)),
         "top_heads_by_ablation": _top(
             ("layer", "head"), zero["head_accuracy_drop"], margin_drop=zero["head_margin_drop"]
         ),
@@ -89,14 +97,14 @@ def checkpoint_rows(
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def head_rows(dataset: xr.Dataset) -> list[Row]:
-    """Draws one row per checkpoint and head from the means; ranks are by accuracy drop, from 1."""
-    return _component_rows(dataset, "heads", ("layer", "head"))
+def head_rows(dataset: xr.Dataset, intervals: xr.Dataset) -> list[Row]:
+    """Draws one row per checkpoint and head, see `checkpoint_rows`; ranks are by accuracy drop, from 1."""
+    return _component_rows(dataset, intervals, "heads", ("layer", "head"))
 
 
-def mlp_rows(dataset: xr.Dataset) -> list[Row]:
-    """Draws one row per checkpoint and MLP from the means; ranks are by accuracy drop, from 1."""
-    return _component_rows(dataset, "mlps", ("layer",))
+def mlp_rows(dataset: xr.Dataset, intervals: xr.Dataset) -> list[Row]:
+    """Draws one row per checkpoint and MLP, see `checkpoint_rows`; ranks are by accuracy drop, from 1."""
+    return _component_rows(dataset, intervals, "mlps", ("layer",))
 
 
 def _selected(dataset: xr.Dataset, measure: Measure, field: RowField) -> xr.DataArray | None:
@@ -127,7 +135,7 @@ def _declared_fields(dataset: xr.Dataset) -> dict[str, list[Any]]:
     return fields
 
 
-def _component_rows(dataset: xr.Dataset, table: Table, axes: tuple[str, ...]) -> list[Row]:
+def _component_rows(dataset: xr.Dataset, intervals: xr.Dataset, table: Table, axes: tuple[str, ...]) -> list[Row]:
     """Forms one row per step and component of a table, which has the dimensions (step, *axes)."""
     values: dict[str, np.ndarray | None] = {}
     for measure, field in row_fields(table):
@@ -135,34 +143,79 @@ def _component_rows(dataset: xr.Dataset, table: Table, axes: tuple[str, ...]) ->
         values[field.name] = None if column is None else column.transpose("step", *axes).values
         if field.delta:
             values[f"delta_{field.name}"] = None if column is None else change_from_previous(values[field.name])
+    ranked_by, ranking_drops = _ranking_drops(dataset, table)
+    disagree = _disagreements(intervals, table)
     rows = []
     for c, step in enumerate(dataset["step"].values.tolist()):
-        drops = {name: values[name][c] for name in _DROP_COLUMNS if values[name] is not None}
-        ranks = {name: places(drop) for name, drop in drops.items()}
-        for index in np.ndindex(*values["accuracy_drop"].shape[1:]):
+        ranks = places(ranking_drops[c])
+        for index in np.ndindex(*ranks.shape):
             numbers = {name: None if x is None else _number(x[(c, *index)]) for name, x in values.items()}
-            kinds = [drop[index] for drop in drops.values()], [rank[index] for rank in ranks.values()]
             rows.append(
                 {
                     "step": step,
                     **dict(zip(axes, index, strict=True)),
                     **numbers,
-                    "ablations_disagree": _disagree(*kinds) if len(drops) > 1 else None,
-                    "rank": int(ranks["accuracy_drop"][index]),
+                    "ablations_disagree": None if disagree is None else bool(disagree[(c, *index)]),
+                    "rank": int(ranks[index]),
+                    "ranked_by": ranked_by,
                 }
             )
     return rows
 
 
-def _disagree(drops: Sequence[float], ranks: Sequence[int]) -> bool:
-    """Tells whether the kinds of ablation disagree on a component.
+def _leaders(dataset: xr.Dataset, intervals: xr.Dataset, table: Table, axes: tuple[str, ...]) -> list[list[Row]]:
+    """Picks, for each checkpoint, the first components of the ranking, with their drops under every kind."""
+    shown = {field.name: _selected(dataset, measure, field) for measure, field in drop_fields(table)}
+    by_step: list[list[Row]] = []
+    disagree = _disagreements(intervals, table)
+    for c, drops in enumerate(_ranking_drops(dataset, table)[1]):
+        leaders: list[Row] = []
+        for component in ranking(drops.ravel())[:TOP_COMPONENTS].tolist():
+            index = tuple(map(int, np.unravel_index(component, drops.shape)))
+            numbers = {name: None if x is None else _number(x.values[(c, *index)]) for name, x in shown.items()}
+            told_apart = None if disagree is None else bool(disagree[(c, *index)])
+            leaders.append(dict(zip(axes, index, strict=True)) | numbers | {"ablations_disagree": told_apart})
+        by_step.append(leaders)
+    return by_step
 
-    They do if one kind says it helps and another that it hurts, each by at least `_SIGN_FLOOR`. They also do if its
-    ranks differ by `_RANK_GAP` or more while some drop is that large.
+
+def _ranking_drops(dataset: xr.Dataset, table: Table) -> tuple[str, np.ndarray]:
+    """Selects the accuracy drops that rank a table's components, [C, L] or [C, L, H]; names their kind of ablation."""
+    kind = dataset.attrs["ranked_by"]
+    return kind, dataset[_DROPS_OF[table]].sel(split=ALL_SPLITS, ablation=kind).values
+
+
+def _disagreements(intervals: xr.Dataset, table: Table) -> np.ndarray | None:
+    """Checks on which components two kinds of ablation disagree, bool [C, L] or [C, L, H]; None if there is one kind.
+
+    See docs/definitions.md, "Heads and MLPs". The random control replaces nothing, so it is no such kind.
     """
-    signs = {np.sign(drop) for drop in drops if abs(drop) >= _SIGN_FLOOR}
-    matters = max(abs(drop) for drop in drops) >= _SIGN_FLOOR
-    return bool(len(signs) > 1 or (matters and max(ranks) - min(ranks) >= _RANK_GAP))
+    drops = intervals[_DROPS_OF[table]].sel(split=ALL_SPLITS)
+    kinds = [kind for kind in drops["ablation"].values.tolist() if kind in REPLACEMENTS]
+    if len(kinds) < 2:
+        return None
+    by_kind = [drops.sel(ablation=kind).transpose("statistic", "step", ...) for kind in kinds]
+    found = [
+        disagreement(*(x.sel(statistic=s).values for x in pair for s in ("estimate", "low", "high")))
+        for pair in itertools.combinations(by_kind, 2)
+    ]
+    return np.any(found, axis=0)
+
+
+def disagreement(
+    a: np.ndarray, low_a: np.ndarray, high_a: np.ndarray, b: np.ndarray, low_b: np.ndarray, high_b: np.ndarray
+) -> np.ndarray:
+    """Checks if two effects have disjoint intervals and differ by a factor of two.
+
+    The larger is at least twice the smaller, by absolute value, or one is positive and the other negative. Any effect
+    is more than twice 0. Nothing is claimed if an interval is missing.
+
+    Returns:
+      bool, of the arrays' shape.
+    """
+    disjoint = (low_a > high_b) | (low_b > high_a)
+    small, large = np.minimum(abs(a), abs(b)), np.maximum(abs(a), abs(b))
+    return disjoint & ((a * b < 0) | (large >= _DISAGREEMENT * small))
 
 
 def _number(value: Any) -> float | None:

@@ -27,7 +27,7 @@ from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.fixed_margin import ValueLogits
 from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
-from kvjax.sweeps.settings import SweepSettings
+from kvjax.sweeps.settings import WHY_ZERO, SweepSettings
 from kvjax.sweeps.state_similarity import ArrivingStates, Similarities, compare_consecutive
 from kvjax.sweeps.vouching import Voucher
 from kvjax.sweeps.weight_comparisons import WeightComparisons, compared_with
@@ -37,7 +37,7 @@ from kvjax.task.probe_set import check_installable
 NamedCheckpoint = tuple[str, Checkpoint]
 
 # Raised whenever a measure changes, so that results of the older one are measured anew.
-RESULT_VERSION = 3
+RESULT_VERSION = 4
 
 
 def sweep_runs(
@@ -60,7 +60,7 @@ def sweep_runs(
         cannot be used. Tables of runs measured before it are written.
     """
     if not settings.ablations:
-        raise bad_argument("ablations", "zero among the kinds, for ranks are by zero ablation", "none")
+        raise bad_argument("ablations", f"zero among the kinds, {WHY_ZERO}", "none")
     compiled: dict[Any, CompiledSweep] = {}
     reports: list[concurrent.futures.Future[SweepReport]] = []
     # One thread beside the devices: it turns a run's arrays into tables while the next run is measured.

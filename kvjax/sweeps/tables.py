@@ -62,12 +62,14 @@ def publish(
     intervals = build_intervals(arrays, steps, index)
     dataset.attrs |= run.config.attributes
     dataset.attrs |= {
+        "ranked_by": settings.ranked_by,
         "benchmark_sha256": inputs.benchmark.sha256,
         "probe_set_sha256": inputs.probe.manifest.content_sha256,
     }
     breaks = trajectory_breaks(run, dataset, arrays)
     rows = checkpoint_rows(
         dataset,
+        intervals,
         run_name=run.config.run_name,
         seed=run.config.seed,
         thresholds=run.config.evaluation.birth_thresholds,
@@ -76,8 +78,8 @@ def publish(
         breaks=breaks,
     )
     write_rows(run.layout.rows, rows, row_schema("checkpoint"))
-    write_rows(run.layout.heads, head_rows(dataset), row_schema("heads"))
-    write_rows(run.layout.mlps, mlp_rows(dataset), row_schema("mlps"))
+    write_rows(run.layout.heads, head_rows(dataset, intervals), row_schema("heads"))
+    write_rows(run.layout.mlps, mlp_rows(dataset, intervals), row_schema("mlps"))
     groups: list[tuple[str | None, xr.Dataset]] = [
         (None, dataset),
         ("intervals", intervals),
@@ -116,6 +118,7 @@ def publish(
                 "num_records": len(inputs.probe.records),
             },
             "precision": settings.precision,
+            "ranked_by": settings.ranked_by,
             "reference": inputs.reference,
             "reference_given": inputs.reference_given,
             "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],

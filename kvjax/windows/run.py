@@ -41,6 +41,7 @@ class _Swept:
     means: xr.Dataset
     events: xr.Dataset
     measured_on: MeasuredOn
+    ranked_by: str
     breaks: tuple[TrajectoryBreak, ...]
     where_broken: Breaks
 
@@ -54,7 +55,9 @@ def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsR
       InputError: a run has no sweep, or a sweep that cannot be read.
     """
     swept = [_open(run) for run in runs]
-    trajectories = [run_trajectories(one.means, one.events, config, one.where_broken) for one in swept]
+    trajectories = [
+        run_trajectories(one.means, one.events, config, one.where_broken, ranked_by=one.ranked_by) for one in swept
+    ]
     findings = find_in_runs(trajectories, config)
     reports = []
     for one, finding in zip(swept, findings, strict=True):
@@ -67,7 +70,10 @@ def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsR
 def _open(run: RunDir) -> _Swept:
     results = RunResults(run)
     measured_on, means, events, path = results.sweep.measured_on, results.metrics, results.events, run.layout.arrays
-    if missing := sorted(needed_events() - set(events.data_vars)) or sorted({"residual_drift"} - set(means.data_vars)):
+    ranked_by = results.sweep.ranked_by
+    if missing := sorted(needed_events(ranked_by) - set(events.data_vars)) or sorted(
+        {"residual_drift"} - set(means.data_vars)
+    ):
         raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
     steps = means["step"].values.tolist()
     if steps != measured_on.steps:
@@ -76,11 +82,11 @@ def _open(run: RunDir) -> _Swept:
     breaks = tuple(results.sweep.breaks)
     where = Breaks.of(steps, breaks)
     kept = [step for step in steps if step not in where.dropped]
-    return _Swept(run, means.sel(step=kept), events.sel(step=kept), measured_on, breaks, where)
+    return _Swept(run, means.sel(step=kept), events.sel(step=kept), measured_on, ranked_by, breaks, where)
 
 
 def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[str, Any]:
-    components = component_drops(one.events, config)
+    components = component_drops(one.events, config, ranked_by=one.ranked_by)
     return {
         "schema_version": SCHEMA_VERSION,
         "run_name": one.run.config.run_name,
@@ -88,6 +94,7 @@ def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[st
         "reason": verdict_sentence(finding, config, complete=one.run.complete),
         "complete": one.run.complete,
         "measured_on": one.measured_on.model_dump(),
+        "ranked_by": one.ranked_by,
         "config": config.model_dump(mode="json"),
         "births": births(
             finding.trajectories,

@@ -23,9 +23,6 @@ _FEWEST_RANKED_HEADS = 6
 # Cosine drift below this is rounding.
 _SMALLEST_DRIFT = 1e-6
 
-# Triggers watch zero ablation alone.
-_LABELS = {"ablation": ("zero",)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -92,7 +89,12 @@ class ComponentDrops:
 
 
 def run_trajectories(
-    means: xr.Dataset, events: xr.Dataset, config: WindowConfig, breaks: Breaks = NO_BREAKS
+    means: xr.Dataset,
+    events: xr.Dataset,
+    config: WindowConfig,
+    breaks: Breaks = NO_BREAKS,
+    *,
+    ranked_by: str = "zero",
 ) -> Trajectories:
     """Makes a run's trajectories from its sweep.
 
@@ -101,10 +103,11 @@ def run_trajectories(
       events: the values of reads and sequences that they are made of.
       config: number and seed of the resamples.
       breaks: of the trajectory.
+      ranked_by: the kind of ablation that the sweep ranks components by; triggers watch its drops alone.
     """
     splits_N = events["split"].values
     counts_JxN = _resample_counts(events, config)
-    watched = list(_watched_sums(events))
+    watched = list(_watched_sums(events, ranked_by))
     series: list[_Series] = []
     # In the order of the file, so that equal runs have equal metrics.
     for split in dict.fromkeys(splits_N.tolist()):
@@ -125,12 +128,16 @@ def pooling_matrix(metrics: tuple[Metric, ...]) -> np.ndarray:
     return same / same.sum(axis=1, keepdims=True)
 
 
-def component_drops(events: xr.Dataset, config: WindowConfig) -> ComponentDrops:
-    """Measures the accuracy that every head's and MLP's ablation costs over the whole probe set."""
+def component_drops(events: xr.Dataset, config: WindowConfig, *, ranked_by: str = "zero") -> ComponentDrops:
+    """Measures the accuracy that every head's and MLP's ablation costs over the whole probe set.
+
+    Args:
+      events, config, ranked_by: see `run_trajectories`.
+    """
     counts_JxN = _resample_counts(events, config)
     everyone = np.arange(counts_JxN.shape[1])
     components, drops, deviations = [], [], []
-    for sums in _watched_sums(events):
+    for sums in _watched_sums(events, ranked_by):
         if sums.measure.level in ("head", "mlp"):
             for component, values_C, samples_JxC in _components(sums, everyone, counts_JxN):
                 components.append(component)
@@ -139,17 +146,22 @@ def component_drops(events: xr.Dataset, config: WindowConfig) -> ComponentDrops:
     return ComponentDrops(tuple(components), np.stack(drops, axis=1), np.stack(deviations, axis=1))
 
 
-def needed_events() -> set[str]:
-    """Names the variables of the events that trajectories are made from."""
-    return {"split", "is_read", *map(_variable, _watched_sources())}
+def needed_events(ranked_by: str) -> set[str]:
+    """Names the variables of the events that trajectories are made from, given the kind that ranks components."""
+    return {"split", "is_read", *map(_variable, _watched_sources(ranked_by))}
 
 
-def _watched_sources() -> set[str]:
+def _labels(ranked_by: str) -> dict[str, tuple[str, ...]]:
+    """Labels the axes of watched sums: ablations of one kind alone."""
+    return {"ablation": (ranked_by,)}
+
+
+def _watched_sources(ranked_by: str) -> set[str]:
     """Names the measured arrays of every ratio that a trigger watches, and of the clean values it is compared with."""
     sources: set[str] = set()
     for measure, _ in registry.triggers():
         if measure.is_ratio:
-            sources.update(source_names(measure, _LABELS))
+            sources.update(source_names(measure, _labels(ranked_by)))
             if measure.lost_from is not None:
                 sources.update(registry.declared(measure.lost_from).sources)
     return sources
@@ -159,11 +171,11 @@ def _variable(source: str) -> str:
     return source.replace("/", "_")
 
 
-def _watched_sums(events: xr.Dataset) -> Iterator[SequenceSums]:
+def _watched_sums(events: xr.Dataset, ranked_by: str) -> Iterator[SequenceSums]:
     """Forms the sums of every ratio that a trigger watches, as the sweep formed them."""
     is_read = events["is_read"].values.astype(bool)
-    counting = Counting(is_read, counts={"reads": is_read.sum(axis=1)}, groups={}, labels=_LABELS)
-    arrays = {source: events[_variable(source)].values for source in _watched_sources()}
+    counting = Counting(is_read, counts={"reads": is_read.sum(axis=1)}, groups={}, labels=_labels(ranked_by))
+    arrays = {source: events[_variable(source)].values for source in _watched_sources(ranked_by)}
     for measure in dict.fromkeys(measure.name for measure, _ in registry.triggers() if measure.is_ratio):
         sums = sequence_sums(registry.declared(measure), arrays, counting)
         assert sums is not None  # every array it needs is among the sources above
@@ -227,9 +239,9 @@ def _field_on(measure: Measure, split: str) -> RowField:
 def _components(
     sums: SequenceSums, members: np.ndarray, counts_JxN: np.ndarray
 ) -> Iterator[tuple[Component, np.ndarray, np.ndarray]]:
-    """Yields each component with the accuracy its zero ablation costs: values [C] and resamples [J, C]."""
+    """Yields each component with the accuracy its ablation costs: values [C] and resamples [J, C]."""
     whole, counts = sums.of_sequences(members)
-    costs = whole[:, :, _LABELS["ablation"].index("zero")]  # [C, N, L] or [C, N, L, H]
+    costs = whole[:, :, 0]  # of the one kind of ablation: [C, N, L] or [C, N, L, H]
     for index in np.ndindex(*costs.shape[2:]):
         values, samples = resampled_ratios(
             counts_JxN[:, members], costs[:, :, *index], counts.reshape(counts.shape[:2])

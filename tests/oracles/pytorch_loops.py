@@ -6,7 +6,9 @@ means are Python sums. docs/definitions.md is what both sides implement.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,18 @@ def lens(module: TorchDecoder, trace: dict[str, list[torch.Tensor]]) -> dict[str
 
 
 @torch.no_grad()
-def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dict[str, list[str]]) -> dict[str, Any]:
+def measure(
+    module: TorchDecoder,
+    records: list[dict[str, Any]],
+    vocabulary: dict[str, list[str]],
+    *,
+    fit: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Returns per-read and per-token measurements of a checkpoint: `reads` and `tokens`, lists of flat dictionaries."""
     id_of = {token: i for i, token in enumerate(vocabulary["tokens"])}
     value_ids = [id_of[v] for v in vocabulary["value_tokens"]]
     key_ids = [id_of[k] for k in vocabulary["key_tokens"]]
+    means = None if fit is None else role_means(module, fit, vocabulary)
     reads, tokens = [], []
     for record in records:
         names = record["tokens"]
@@ -128,7 +137,9 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
             loss = -float(log_probs[t - 1, ids[t]])
             tokens.append({"split": record["split"], "role": roles[t], "right": right, "loss": loss})
         stages = lens(module, trace)
-        ablated = ablations(module, batch)
+        ablated = {"ablated": ablations(module, batch)}
+        if means is not None:
+            ablated["role_mean_ablated"] = role_mean_ablations(module, names, batch, means)
         patterns = [pattern[0].tolist() for pattern in trace["pattern"]]
         for index, read in enumerate(reads_of(names)):
             at, answer, key = read["predict"], ids[read["answer"]], ids[read["predict"]]
@@ -173,12 +184,15 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
                     "lens_margin": {s: margin(x[at], answer, value_ids) for s, (_, x) in stages.items()},
                     "write_norm": [float(x[0, at].norm()) for x in trace["mlp_out"]],
                     "write_norm_support": [float(x[0, read["support"]].norm()) for x in trace["mlp_out"]],
-                    "ablated": {
-                        component: {
-                            "correct": int(x[at].argmax()) == answer,
-                            "margin": margin(x[at], answer, value_ids),
+                    **{
+                        kind: {
+                            component: {
+                                "correct": int(x[at].argmax()) == answer,
+                                "margin": margin(x[at], answer, value_ids),
+                            }
+                            for component, x in by_component.items()
                         }
-                        for component, x in ablated.items()
+                        for kind, by_component in ablated.items()
                     },
                 }
             )
@@ -187,14 +201,74 @@ def measure(module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dic
 
 def ablations(module: TorchDecoder, batch: torch.Tensor) -> dict[tuple[int, ...], torch.Tensor]:
     """Returns (layer, head) or (layer,) -> logits [T, V] with that head or MLP zeroed."""
-    result: dict[tuple[int, ...], torch.Tensor] = {}
-    for layer, block in enumerate(module.blocks):
-        for head in range(block.attn.n_heads):
-            with zero_head(block, head):
-                result[layer, head] = module(batch)[0]
-        with zero_mlp(block):
-            result[layer,] = module(batch)[0]
+    return _with_each_replaced(module, batch, lambda component, output: torch.zeros_like(output))
+
+
+def role_mean_ablations(
+    module: TorchDecoder, tokens: list[str], batch: torch.Tensor, means: dict[tuple[int, ...], dict[str | None, Any]]
+) -> dict[tuple[int, ...], torch.Tensor]:
+    """Returns the same with that head's z, or that MLP's output, at its mean for the role of each token."""
+    roles = roles_of(tokens)
+    return _with_each_replaced(
+        module, batch, lambda component, output: torch.stack([means[component][role] for role in roles])[None]
+    )
+
+
+@torch.no_grad()
+def role_means(
+    module: TorchDecoder, records: list[dict[str, Any]], vocabulary: dict[str, list[str]]
+) -> dict[tuple[int, ...], dict[str | None, torch.Tensor]]:
+    """Returns (layer, head) or (layer,) -> role -> mean z or MLP output over the tokens of all records."""
+    id_of = {token: i for i, token in enumerate(vocabulary["tokens"])}
+    sums: dict[tuple[int, ...], dict[str | None, list[torch.Tensor]]] = {}
+
+    def keep(component: tuple[int, ...], output: torch.Tensor, roles: list[str | None]) -> torch.Tensor:
+        for role, at_token in zip(roles, output[0], strict=True):
+            sums.setdefault(component, {}).setdefault(role, []).append(at_token.clone())
+        return output
+
+    for record in records:
+        kept = functools.partial(keep, roles=roles_of(record["tokens"]))
+        handles = [hook(module, component, kept) for component in _components(module)]
+        module(torch.tensor([[id_of[token] for token in record["tokens"]]]))
+        for handle in handles:
+            handle.remove()
+    return {c: {role: torch.stack(x).mean(dim=0) for role, x in of_roles.items()} for c, of_roles in sums.items()}
+
+
+Replace = Callable[[tuple[int, ...], torch.Tensor], torch.Tensor]
+
+
+def _with_each_replaced(module: TorchDecoder, batch: torch.Tensor, replace: Replace) -> dict[tuple[int, ...], Any]:
+    result = {}
+    for component in _components(module):
+        with hook(module, component, replace):
+            result[component] = module(batch)[0]
     return result
+
+
+def _components(module: TorchDecoder) -> list[tuple[int, ...]]:
+    """Lists (layer, head) of every head and (layer,) of every MLP."""
+    found: list[tuple[int, ...]] = []
+    for layer, block in enumerate(module.blocks):
+        found += [*((layer, head) for head in range(block.attn.n_heads)), (layer,)]
+    return found
+
+
+def hook(module: TorchDecoder, component: tuple[int, ...], replace: Replace) -> RemovableHandle:
+    """Puts `replace(component, output)` in place of a head's z or an MLP's output, until the handle is removed."""
+    block = module.blocks[component[0]]
+    if len(component) == 1:
+        return block.ff.register_forward_hook(lambda mlp, args, output: replace(component, output))
+    width = block.attn.out_proj.in_features // block.attn.n_heads
+    own = slice(component[1] * width, (component[1] + 1) * width)
+
+    def replaced(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        z = args[0].clone()
+        z[..., own] = replace(component, args[0][..., own])
+        return (z,)
+
+    return block.attn.out_proj.register_forward_pre_hook(replaced)
 
 
 def zero_head(block: TorchBlock, head: int) -> RemovableHandle:

@@ -16,9 +16,9 @@ def run(request):
     curves = ("answer_accuracy", "answer_margin", "r", "key_selectivity", "recency_selectivity")
     data = {name: (("step", "split"), rng.random((3, 3))) for name in curves}
     dims = ("step", "ablation", "split", "layer", "head")
-    data["head_accuracy_drop"] = (dims, rng.random((3, 1, 3, 2, 2)) - 0.5)
-    coords = {"step": STEPS, "split": SPLITS, "ablation": ["zero"], "layer": [0, 1], "head": [0, 1]}
-    return xr.Dataset(data, coords, {"seed": request.param})
+    data["head_accuracy_drop"] = (dims, rng.random((3, 2, 3, 2, 2)) - 0.5)
+    coords = {"step": STEPS, "split": SPLITS, "ablation": ["zero", "role_mean"], "layer": [0, 1], "head": [0, 1]}
+    return xr.Dataset(data, coords, {"seed": request.param, "ranked_by": "role_mean"})
 
 
 def test_trajectories(run):
@@ -34,13 +34,23 @@ def test_trajectories(run):
 
 
 def test_head_map(run):
-    """The map has one row per head, and one scale for all runs."""
+    """The map has one row per head, one scale for all runs, and drops under the kind of ablation that ranks."""
     figure = head_ablation_figure([run, -1.0 * run.assign_attrs(seed=1)])
     images = [axis.images[0] for axis in figure.axes[:2]]
-    drops = run["head_accuracy_drop"].sel(split="all", ablation="zero")
+    drops = run["head_accuracy_drop"].sel(split="all", ablation="role_mean")
     np.testing.assert_array_equal(images[0].get_array()[2], drops.sel(layer=1, head=0))
     assert images[0].get_clim() == images[1].get_clim() == (-float(np.abs(drops).max()), float(np.abs(drops).max()))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["L0H0", "L0H1", "L1H0", "L1H1"]
+    assert figure.axes[2].get_ylabel() == "answer accuracy lost under role-mean ablation of the head"
+
+
+def test_head_map_of_an_older_sweep(run):
+    """Arrays of a sweep that names no ranking are drawn with zero ablation, which it ranked by."""
+    older = run.drop_attrs()
+    older.attrs["run_name"] = "older"
+    image = head_ablation_figure([older]).axes[0].images[0]
+    drops = run["head_accuracy_drop"].sel(split="all", ablation="zero", layer=1, head=0)
+    np.testing.assert_array_equal(image.get_array()[2], drops)
 
 
 def test_saved_figures(run, tmp_path):

@@ -29,12 +29,13 @@ def rows(swept):
 def truth(swept, small_benchmark):
     """step -> what the oracle measures."""
     vocabulary = json.loads((small_benchmark / "metadata.json").read_text())["vocabulary"]
-    records = read_lines(swept / "analysis" / "probe_set.jsonl")
+    records, fit = (read_lines(swept / "analysis" / f"probe_set{part}.jsonl") for part in ("", ".fit"))
     return {
         step: measure(
             load_module(swept / "checkpoints" / f"step_{step:06d}.pt", SMALL_MODEL, len(vocabulary["tokens"])),
             records,
             vocabulary,
+            fit=fit,
         )
         for step in STEPS
     }

@@ -98,6 +98,20 @@ def arrays(probe):
 
 @pytest.fixture(scope="module")
 def dataset(arrays, probe):
+    return means_of(arrays, probe, "zero")
+
+
+@pytest.fixture(scope="module")
+def intervals(arrays, probe):
+    return build_intervals(arrays, [100, 300], probe)
+
+
+@pytest.fixture(scope="module")
+def rows(dataset, intervals):
+    return rows_of(dataset, intervals)
+
+
+def means_of(arrays, probe, ranked_by):
     reference = {name: x[1] for name, x in arrays.items()}
     moved, overlap = np.array([2.0, *[1.0] * 8, 5.0, 0.0, NAN]), np.full((2, 1, 2), 0.25)
     weights = [
@@ -109,13 +123,14 @@ def dataset(arrays, probe):
             "overlap/reference": 4 * overlap,
         },
     ]
-    return build_dataset(arrays, [100, 300], probe, reference=reference, weights=weights)
+    dataset = build_dataset(arrays, [100, 300], probe, reference=reference, weights=weights)
+    return dataset.assign_attrs(ranked_by=ranked_by)
 
 
-@pytest.fixture(scope="module")
-def rows(dataset):
+def rows_of(dataset, intervals):
     return checkpoint_rows(
         dataset,
+        intervals,
         run_name="by_hand",
         seed=1,
         thresholds=BirthThresholds(answer_accuracy=0.9, q=0.6, r=0.65, w=2.0),
@@ -152,10 +167,10 @@ def test_behaviour(rows):
     assert first["delta_answer_accuracy"] is None and last["delta_answer_accuracy"] == pytest.approx(4 / 7)
 
 
-def test_run_without_seed_and_thresholds(dataset):
+def test_run_without_seed_and_thresholds(dataset, intervals):
     """A run that records neither has null for its seed, and flags of the thresholds it has alone."""
     made = checkpoint_rows(
-        dataset, run_name="by_hand", seed=None, thresholds=BirthThresholds(q=0.3), stabilization=None
+        dataset, intervals, run_name="by_hand", seed=None, thresholds=BirthThresholds(q=0.3), stabilization=None
     )
     for row in made:
         reached = row["split_metrics"]["validation_iid"]["q"] >= 0.3
@@ -193,9 +208,9 @@ def test_residual_stream(rows):
     assert last["residual_drift_to_reference_by_layer"] == pytest.approx(dict.fromkeys(STAGES, 0.0), abs=1e-12)
 
 
-def test_heads(dataset, rows):
+def test_heads(dataset, intervals, rows):
     """Drops and attention of heads, by hand."""
-    table = head_rows(dataset)
+    table = head_rows(dataset, intervals)
     assert [(row["step"], row["head"]) for row in table] == [(100, 0), (100, 1), (300, 0), (300, 1)]
     # Of 5 right answers head 0 leaves 1, head 1 leaves all; margins 13 - (-1) and 13 - 13 over 7 reads.
     assert table[2]["accuracy_drop"] == pytest.approx(4 / 7) and table[3]["accuracy_drop"] == pytest.approx(0)
@@ -216,9 +231,77 @@ def test_heads(dataset, rows):
     assert rows[0]["stabilized"] == {"residual": False, "heads": False}
 
 
-def test_mlps(dataset, rows):
+@pytest.fixture(scope="module")
+def more_arrays(arrays):
+    """The same with role means, under which the other head matters, and the random control in two directions."""
+
+    def both(values):
+        return np.array(values, np.float32)
+
+    # [checkpoint, direction, split, layer, head] and without heads: head 1 costs 0 of 7 or 2 of 7 answers at first.
+    of_heads = both([[[[[1, 1]], [[0, 0]]], [[[1, 0]], [[0, -1]]]], [[[[3, 3]], [[2, 2]]], [[[3, 0]], [[2, 2]]]]])
+    of_mlps = both([[[[1], [0]], [[1], [0]]], [[[3], [2]], [[2], [1]]]])
+    more = {
+        "head/role_mean/correct": both([[[[0, 1]], [[0, 0]]], [[[3, 1]], [[2, 1]]]]),
+        "head/role_mean/margin": both([[[[-3, -3]], [[-12, -12]]], [[[9, 1]], [[4, 2]]]]),
+        "mlp/role_mean/correct": both([[[1], [0]], [[3], [1]]]),
+        "mlp/role_mean/margin": both([[[-3], [-12]], [[9], [-10]]]),
+        **{f"draws/head/{name}": of_heads for name in ("correct", "margin")},
+        **{f"draws/mlp/{name}": of_mlps for name in ("correct", "margin")},
+    }
+    for name in ("correct", "margin"):
+        for component, draws in (("head", of_heads), ("mlp", of_mlps)):
+            more[f"{component}/random/{name}"] = draws.mean(axis=1)
+    return arrays | more
+
+
+@pytest.mark.parametrize("ranked_by", ["zero", "role_mean"])
+def test_ranking_kind(more_arrays, probe, ranked_by):
+    """The chosen kind of ablation ranks components; fields of zero ablation stay what they are."""
+    dataset = means_of(more_arrays, probe, ranked_by)
+    intervals = build_intervals(more_arrays, [100, 300], probe)
+    first, last = rows_of(dataset, intervals)
+    heads = {(row["step"], row["head"]): row for row in head_rows(dataset, intervals)}
+    leader = 0 if ranked_by == "zero" else 1
+    assert first["ranked_by"] == last["ranked_by"] == heads[300, 0]["ranked_by"] == ranked_by
+    assert heads[300, leader]["rank"] == 1 and heads[300, 1 - leader]["rank"] == 2
+    assert [head["head"] for head in last["top_heads"]] == [leader, 1 - leader]
+    assert [head["head"] for head in last["top_heads_by_ablation"]] == [0, 1]
+    # Of 5 right answers head 1 leaves 2 under role means and all under zero.
+    drops = {"accuracy_drop": 0, "accuracy_drop_role_mean": 3 / 7, "margin_drop_role_mean": 10 / 7}
+    second = last["top_heads"][0 if leader == 1 else 1]
+    assert {name: second[name] for name in drops} == pytest.approx(drops)
+    assert {name: heads[300, 1][name] for name in drops} == pytest.approx(drops)
+    assert heads[300, 1]["delta_accuracy_drop_role_mean"] == pytest.approx(3 / 7)
+    assert second["accuracy_drop_mean"] is None and second["accuracy_drop_resample"] is None
+    assert second["ablations_disagree"] is False, "two sequences show nothing"
+    assert last["top_mlps"][0]["accuracy_drop_role_mean"] == pytest.approx(1 / 7)
+    # Role means: head 0 costs 1/7 and head 1 nothing at first, and the other way round later.
+    order = {"zero": (None, 0.0), "role_mean": (-1.0, 1.0)}[ranked_by]
+    assert (last["head_rank_correlation_prev"], last["head_turnover"]) == order
+    for row in (first, last):
+        row_schema("checkpoint").model_validate(row)
+
+
+def test_spread_of_the_random_control(more_arrays, probe):
+    """The spread is the standard deviation of the drops under single directions, over all reads and by split."""
+    dataset = means_of(more_arrays, probe, "zero")
+    row = head_rows(dataset, build_intervals(more_arrays, [100, 300], probe))[1]
+    # Of 1 right answer, head 1's steps leave 1 and -1 (a sum made up to differ): drops of 0 and 2/7.
+    assert (row["step"], row["head"]) == (100, 1)
+    assert row["accuracy_drop_random"] == pytest.approx(1 / 7)
+    assert row["accuracy_drop_random_spread"] == pytest.approx(np.sqrt(2) / 7)
+    spread = dataset["head_accuracy_drop_random_spread"].sel(step=300, layer=0, head=1)
+    # 3 right of 3 reads or none on the first split; on the other the directions agree.
+    assert (
+        spread.sel(split="validation_iid") == pytest.approx(1 / np.sqrt(2)) and spread.sel(split="heldout_pairs") == 0
+    )
+    assert dataset["mlp_margin_drop_random_spread"].sel(step=300, split="all", layer=0) == pytest.approx(np.sqrt(2) / 7)
+
+
+def test_mlps(dataset, intervals, rows):
     """Drops and writes of MLPs, by hand."""
-    table = mlp_rows(dataset)
+    table = mlp_rows(dataset, intervals)
     assert table[1]["accuracy_drop"] == pytest.approx(2 / 7) and table[1]["margin_drop"] == pytest.approx(14 / 7)
     assert table[0]["write_norm_mean"] == pytest.approx(2.0) and table[1]["write_norm_mean"] == pytest.approx(3.0)
     assert table[1]["write_norm_support_mean"] == pytest.approx(1.0)

@@ -147,20 +147,24 @@ def test_drift_at_the_support(swept, truth):
             close(float(drifts.sel(step=step, stage=stage)), drift(*states), stage)
 
 
-def drops(measured, components, field):
+def drops(measured, components, field, kind="ablated"):
     reads = measured["reads"]
-    return {c: mean([float(r[field]) - float(r["ablated"][c][field]) for r in reads]) for c in components}
+    return {c: mean([float(r[field]) - float(r[kind][c][field]) for r in reads]) for c in components}
 
 
 def test_heads(swept, truth):
-    """Drops, attention, ranks and changes of heads equal PyTorch's."""
+    """Drops, attention, ranks and changes of heads equal PyTorch's; role-mean ablation ranks."""
     table = read_lines(swept / "analysis" / "component_candidates" / "heads.jsonl")
     assert [(row["step"], row["layer"], row["head"]) for row in table] == [(s, *h) for s in STEPS for h in HEADS]
     accuracy = {step: drops(truth[step], HEADS, "correct") for step in STEPS}
+    by_role = {step: drops(truth[step], HEADS, "correct", "role_mean_ablated") for step in STEPS}
     for row in table:
         head, step = (row["layer"], row["head"]), row["step"]
         close(row["accuracy_drop"], accuracy[step][head], f"{step} {head}")
         close(row["margin_drop"], drops(truth[step], [head], "margin")[head], f"{step} {head}")
+        close(row["accuracy_drop_role_mean"], by_role[step][head], f"{step} {head}")
+        margin_drop = drops(truth[step], [head], "margin", "role_mean_ablated")[head]
+        close(row["margin_drop_role_mean"], margin_drop, f"{step} {head}")
         for name in (
             "query_attention",
             "support_attention",
@@ -175,8 +179,9 @@ def test_heads(swept, truth):
         previous = STEPS[STEPS.index(step) - 1] if step != STEPS[0] else None
         change = None if previous is None else accuracy[step][head] - accuracy[previous][head]
         close(row["delta_accuracy_drop"], change)
-        ahead = [h for h in HEADS if (-accuracy[step][h], h) < (-accuracy[step][head], head)]
-        assert row["rank"] == len(ahead) + 1
+        ahead = [h for h in HEADS if (-by_role[step][h], h) < (-by_role[step][head], head)]
+        assert row["rank"] == len(ahead) + 1 and row["ranked_by"] == "role_mean"
+    assert any(np.argmax(list(accuracy[s].values())) != np.argmax(list(by_role[s].values())) for s in STEPS)
 
 
 def test_mlps(swept, truth):
@@ -185,6 +190,8 @@ def test_mlps(swept, truth):
         layer, reads = row["layer"], truth[row["step"]]["reads"]
         close(row["accuracy_drop"], drops(truth[row["step"]], [(layer,)], "correct")[layer,])
         close(row["margin_drop"], drops(truth[row["step"]], [(layer,)], "margin")[layer,])
+        by_role = drops(truth[row["step"]], [(layer,)], "correct", "role_mean_ablated")[layer,]
+        close(row["accuracy_drop_role_mean"], by_role)
         close(row["write_norm_mean"], mean([read["write_norm"][layer] for read in reads]))
         close(row["write_norm_support_mean"], mean([read["write_norm_support"][layer] for read in reads]))
         added = [
@@ -199,15 +206,23 @@ def test_order_and_turnover(rows, truth):
     for name in ("head_rank_correlation_prev", "mlp_rank_correlation_prev", "head_turnover", "mlp_turnover"):
         assert first[name] is None
     for before, step in itertools.pairwise(STEPS):
-        a, b = (drops(truth[s], HEADS, "correct") for s in (before, step))
+        a, b = (drops(truth[s], HEADS, "correct", "role_mean_ablated") for s in (before, step))
         ranks = [scipy.stats.rankdata(list(x.values())) for x in (a, b)]
         close(rows[step]["head_rank_correlation_prev"], float(np.corrcoef(*ranks)[0, 1]))
         tops = [set(sorted(HEADS, key=lambda h, x=x: (-x[h], h))[:3]) for x in (a, b)]  # 12 heads // 4
         close(rows[step]["head_turnover"], 1 - len(tops[0] & tops[1]) / len(tops[0] | tops[1]))
-        top = rows[step]["top_heads_by_ablation"]
-        expected = sorted(HEADS, key=lambda h, b=b: (-b[h], h))[:8]
-        assert [(head["layer"], head["head"]) for head in top] == expected
-        close(top[0]["value"], b[expected[0]])
+        zero = drops(truth[step], HEADS, "correct")
+        for field, by, value in (
+            ("top_heads", b, "accuracy_drop_role_mean"),
+            ("top_heads_by_ablation", zero, "value"),
+        ):
+            top = rows[step][field]
+            expected = sorted(HEADS, key=lambda h, by=by: (-by[h], h))[:8]
+            assert [(head["layer"], head["head"]) for head in top] == expected
+            close(top[0][value], by[expected[0]])
+        assert [mlp["layer"] for mlp in rows[step]["top_mlps_by_ablation"]] == sorted(
+            range(3), key=lambda layer: (-drops(truth[step], [(layer,)], "correct")[layer,], layer)
+        )
 
 
 def test_deltas_and_birth_flags(rows, truth):

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# What ends the names of the random control's spreads; what begins those of the arrays they are formed from.
+SPREAD = "_random_spread"
+DRAWS = "draws/"
+
+# The measured array that each quantity of an ablation's cost is formed from.
+DROP_SOURCES = {"accuracy": "correct", "margin": "margin"}
+
+
 def _at_both_positions(prediction: np.ndarray, support: np.ndarray) -> np.ndarray:
     import numpy as np
 
@@ -35,12 +43,17 @@ def _attention(name: str, field: str, *, units: str = "1", counted: Counted = "r
     )
 
 
+def drop_field(quantity: str, kind: str) -> str:
+    """Names the field of a row that shows what a kind of ablation costs in accuracy or margin."""
+    return f"{quantity}_drop" if kind == "zero" else f"{quantity}_drop_{kind}"
+
+
 def _drops(component: Literal["head", "mlp"]) -> Iterator[Measure]:
-    """Declares the cost of ablating components; rows show zero ablation without a suffix, and no random control."""
-    for quantity, units, kind, source in (
-        ("accuracy", "1", "difference of rates", "correct"),
-        ("margin", "logits", "mean", "margin"),
-    ):
+    """Declares the cost of ablating components; rows show zero ablation without a suffix.
+
+    `random` is a control that replaces nothing: the cost of a random step the size of the component's write.
+    """
+    for quantity, units, kind in (("accuracy", "1", "difference of rates"), ("margin", "logits", "mean")):
         watched = quantity == "accuracy"
         yield Measure(
             f"{component}_{quantity}_drop",
@@ -49,18 +62,28 @@ def _drops(component: Literal["head", "mlp"]) -> Iterator[Measure]:
             f"clean minus ablated answer {quantity}",
             kind,
             axes=("ablation", *LEVEL_AXES[component]),
-            sources=(f"{component}/{{ablation}}/{source}",),
+            sources=(f"{component}/{{ablation}}/{DROP_SOURCES[quantity]}",),
             lost_from=f"answer_{quantity}",
             fields=(
                 RowField(
-                    f"{quantity}_drop",
+                    drop_field(quantity, "zero"),
                     {"ablation": "zero"},
                     delta=watched,
                     trigger=f"{component}_accuracy_drop" if watched else None,
                 ),
-                RowField(f"{quantity}_drop_mean", {"ablation": "mean"}),
-                RowField(f"{quantity}_drop_resample", {"ablation": "resample"}),
+                RowField(drop_field(quantity, "mean"), {"ablation": "mean"}),
+                RowField(drop_field(quantity, "role_mean"), {"ablation": "role_mean"}, delta=watched),
+                RowField(drop_field(quantity, "resample"), {"ablation": "resample"}),
+                RowField(drop_field(quantity, "random"), {"ablation": "random"}),
             ),
+        )
+        yield Measure(
+            f"{component}_{quantity}_drop{SPREAD}",
+            component,
+            units,
+            f"standard deviation of the random control's {quantity} drop over its directions",
+            "statistic",
+            fields=(RowField(f"{quantity}_drop{SPREAD}"),),
         )
 
 
