@@ -6,6 +6,7 @@ means are Python sums. docs/definitions.md is what both sides implement.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -240,11 +241,19 @@ Replace = Callable[[tuple[int, ...], torch.Tensor], torch.Tensor]
 
 
 def _with_each_replaced(module: TorchDecoder, batch: torch.Tensor, replace: Replace) -> dict[tuple[int, ...], Any]:
-    result = {}
-    for component in _components(module):
-        with hook(module, component, replace):
-            result[component] = module(batch)[0]
-    return result
+    """Runs one copy of a sequence for each component, which is replaced in that copy alone."""
+    components = _components(module)
+
+    def in_own_copy(component: tuple[int, ...], output: torch.Tensor) -> torch.Tensor:
+        copy, changed = components.index(component), output.clone()
+        changed[copy] = replace(component, output[copy : copy + 1])[0]
+        return changed
+
+    with contextlib.ExitStack() as hooks:
+        for component in components:
+            hooks.enter_context(hook(module, component, in_own_copy))
+        logits = module(batch.expand(len(components), -1))
+    return dict(zip(components, logits, strict=True))
 
 
 def _components(module: TorchDecoder) -> list[tuple[int, ...]]:
