@@ -90,6 +90,7 @@ _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "split_metrics": dict[str, dict[str, Number]],
             "slice_accuracy": dict[str, dict[str, Number]],
             "slice_count": dict[str, dict[str, int]],
+            "split_difficulty_accuracy": dict[str, dict[str, Number]],
             "birth_flags": dict[str, bool | None],
             "stabilized": dict[str, bool | None],
             "trajectory_breaks": list[str],

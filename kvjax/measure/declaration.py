@@ -75,7 +75,7 @@ class Measure:
       combine: makes one array [C, N, *axes] of several sources.
       lost_from: the read measure whose clean value the ablated one is subtracted from.
       counted: what the mean is divided by; one entry per label of the first axis if they differ.
-      groups: the axis whose labels group the reads (difficulties, values of the benchmark's axes).
+      groups: what groups the reads (difficulties, values of axes), by the labels of the measure's axis.
       interval: whether its 95 % interval is made.
       compute: takes a microbatch's `Reads` on the device and makes the array that `sources` names, or a tuple of them.
         Reads stand last and are summed over later: [B, Q] (levels read and model), [S, B, Q] (stage), [L, B, Q] (mlp,

@@ -24,7 +24,7 @@ class Counting:
     Attributes:
       is_read: bool [N, Q].
       counts: by `Counted`, [N] or [N, labels of the first axis].
-      groups: by axis, which reads each of its labels holds, bool [labels, N, Q].
+      groups: by what a measure declares as its `groups`, the reads that each label holds, bool [labels, N, Q].
       labels: by axis, its labels.
     """
 

@@ -90,8 +90,8 @@ def _counts(probe: ProbeIndex, counting: Counting, members: Sequence[np.ndarray]
     return {
         "read_count": by_split(counting.counts["reads"]),
         "token_role_count": by_split(counting.counts["role targets"]),
-        "difficulty_count": counting.groups["difficulty"].sum(axis=(1, 2)),
-        "slice_count": counting.groups["axis_value"].sum(axis=(1, 2)),
+        "difficulty_count": by_split(counting.groups["difficulty"].sum(axis=2).T),
+        "slice_count": by_split(counting.groups["axis_value"].sum(axis=2).T),
     }
 
 

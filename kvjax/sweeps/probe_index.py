@@ -12,13 +12,18 @@ from kvjax.measure.registry import ALL_SPLITS
 from kvjax.measure.sequence_sums import Counting
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.settings import ABLATIONS
-from kvjax.task.encoding import TOKEN_ROLES, EncodedRecords
+from kvjax.task.encoding import TOKEN_ROLES, EncodedRecords, copy_axes
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
 from kvjax.task.vocabulary import PAD_ID
 
 POSITION_ROLES = ("prediction", "support")  # p_e and s_e
 
 DIFFICULTIES = ("easy", "hard")
+
+IID_SPLITS = ("train", "validation_iid", "test_iid")  # of one distribution
+
+# The last value that an axis is sliced by holds all larger ones.
+_LAST_SLICE = {"earlier_answers": 2}
 
 MARGIN_STATISTICS = ("mean", "std", "p10", "p50", "p90", "share_positive")
 
@@ -32,7 +37,7 @@ class ProbeIndex:
       splits: the split names, in order.
       encoded: the records as arrays.
       difficulty: [N] easy or hard.
-      axis_values: axis -> [N, Q] int, the value each read falls under.
+      axis_values: axis -> [N, Q] int, the value of each read.
     """
 
     sample_ids: tuple[str, ...]
@@ -59,6 +64,7 @@ class ProbeIndex:
                     [event[axis] for event in events] if axis in EVENT_AXES else record["axes"][axis]
                 )
             axis_values[axis] = values
+        axis_values |= copy_axes(encoded)
         return cls(
             sample_ids=tuple(record["sample_id"] for record in records),
             splits=tuple(splits),
@@ -68,13 +74,15 @@ class ProbeIndex:
         )
 
     def slices(self) -> dict[str, np.ndarray]:
-        """Groups the reads by every value of every axis, `axis=value` -> bool [N, Q]."""
+        """Groups the reads by every value of every axis, `axis=value` -> bool [N, Q]; `axis=2+` holds 2 and more."""
         is_read = self.encoded.is_read
-        return {
-            f"{axis}={value}": is_read & (values == value)
-            for axis, values in self.axis_values.items()
-            for value in np.unique(values[is_read])
-        }
+        slices = {}
+        for axis, values in self.axis_values.items():
+            last = _LAST_SLICE.get(axis)
+            grouped = values if last is None else np.minimum(values, last)
+            for value in np.unique(grouped[is_read]):
+                slices[f"{axis}={value}{'+' if value == last else ''}"] = is_read & (grouped == value)
+        return slices
 
     def members(self) -> list[np.ndarray]:
         """Lists the indices of the records of `all` and of each split."""
@@ -84,6 +92,8 @@ class ProbeIndex:
     def counting(self, arrays: Mapping[str, np.ndarray]) -> Counting:
         """Counts the divisors of means of measured arrays, and labels their axes."""
         is_read, slices = self.encoded.is_read, self.slices()
+        difficulties = np.stack([(self.difficulty == tag)[:, None] & is_read for tag in DIFFICULTIES])
+        iid_N = np.isin(np.array(self.splits)[self.encoded.splits], IID_SPLITS)
         roles = self.encoded.token_roles[:, 1:]
         of_role = np.stack([(roles == role).sum(axis=1) for role in range(len(TOKEN_ROLES))], axis=1)
         n_layers = arrays["mlp/write_norm"].shape[-1]
@@ -96,7 +106,8 @@ class ProbeIndex:
                 "role targets": of_role,
             },
             groups={
-                "difficulty": np.stack([(self.difficulty == tag)[:, None] & is_read for tag in DIFFICULTIES]),
+                "difficulty": difficulties,
+                "iid_difficulty": difficulties & iid_N[None, :, None],
                 "axis_value": np.stack(list(slices.values())),
             },
             labels={

@@ -79,7 +79,8 @@ def checkpoint_rows(
         **{name: [_number(value) for value in values] for name, values in dynamics.items()},
         "split_accuracy": [{s: of[s]["answer_accuracy"] for s in splits} for of in split_metrics],
         "split_metrics": split_metrics,
-        **_slices(dataset),
+        **_slices(whole),
+        "split_difficulty_accuracy": _by_split(dataset["difficulty_accuracy"], splits),
         "birth_flags": _birth_flags(dataset, thresholds),
         "stabilized": _stabilized(whole, rank_correlations, stabilization),
         "trajectory_breaks": [[found.reason for found in breaks if found.after == step] for step in steps],
@@ -244,15 +245,21 @@ def _split_metrics(dataset: xr.Dataset, splits: Sequence[str]) -> list[dict[str,
     ]
 
 
-def _slices(dataset: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
+def _by_split(values: xr.DataArray, splits: Sequence[str]) -> list[dict[str, dict[str, float | None]]]:
+    """Maps, for each checkpoint and split, the labels of the one other dimension to the values."""
+    of_split = {split: _labelled(values.sel(split=split)) for split in splits}
+    return [{split: of[c] for split, of in of_split.items()} for c in range(values.sizes["step"])]
+
+
+def _slices(whole: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
     """Groups accuracies and counts by axis and level; a label reads `axis=level`."""
     counts: dict[str, dict[str, Any]] = {}
-    for label, number in zip(dataset["axis_value"].values, dataset["slice_count"].values, strict=True):
+    for label, number in zip(whole["axis_value"].values, whole["slice_count"].values, strict=True):
         axis, _, level = str(label).partition("=")
         counts.setdefault(axis, {})[level] = int(number)
     accuracies = [
         {axis: {level: at_step[f"{axis}={level}"] for level in levels} for axis, levels in counts.items()}
-        for at_step in _labelled(dataset["slice_accuracy"])
+        for at_step in _labelled(whole["slice_accuracy"])
     ]
     return {
         "slice_accuracy": accuracies,

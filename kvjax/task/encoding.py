@@ -174,6 +174,21 @@ def encode_records(
     return encoded
 
 
+def copy_axes(encoded: EncodedRecords) -> dict[str, np.ndarray]:
+    """Finds how often and how lately each read's answer stood in its stream, as that write's: axis -> int [N, Q].
+
+    `earlier_answers` counts the answers of earlier reads of the same write. `tokens_since_copy` is the answer's
+    position minus that of the last of them, or minus the support's if there is none. Places that hold no read have any
+    values.
+    """
+    current_NxQxT = encoded.relations == RELATION_CURRENT
+    nearest_NxQ = np.where(current_NxQxT, np.arange(current_NxQxT.shape[-1]), -1).max(axis=-1)
+    return {
+        "earlier_answers": current_NxQxT.sum(axis=-1) - 1,
+        "tokens_since_copy": encoded.prediction_positions + 1 - nearest_NxQ,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Bucket:
     """Records of similar length, in microbatches.

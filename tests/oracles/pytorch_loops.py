@@ -158,6 +158,8 @@ def measure(
                         "writes_since_support": record["query_events"][index]["writes_since_support"],
                         "tokens_since_support": read["answer"] - read["support"],
                         "slot_after_write": record["query_events"][index]["slot_after_write"],
+                        "earlier_answers": str(copies) if (copies := len(read["current"]) - 1) < 2 else "2+",
+                        "tokens_since_copy": read["answer"] - max(read["current"]),
                     },
                     "correct": int(logits[at].argmax()) == answer,
                     "margin": margin(logits[at], answer, value_ids),

@@ -162,6 +162,9 @@ def test_behaviour(rows):
     assert first["split_metrics"]["heldout_pairs"]["key_selectivity"] is None
     assert last["key_selectivity"] == pytest.approx(3.5 / 7) and last["delta_key_selectivity"] == pytest.approx(-0.2)
     assert last["difficulty_accuracy"] == {"easy": 1.0, "hard": 0.5}
+    assert last["split_difficulty_accuracy"]["heldout_pairs"] == {"easy": None, "hard": 0.5}
+    # Only the first sequence, which is easy, is of the training distribution.
+    assert first["easy_iid_accuracy"] == pytest.approx(1 / 3) and last["hard_iid_accuracy"] is None
     assert last["birth_flags"] == {"answer_accuracy": True, "q": False, "r": True, "w": True}
     assert first["birth_flags"] == {"answer_accuracy": False, "q": False, "r": False, "w": False}
     assert first["delta_answer_accuracy"] is None and last["delta_answer_accuracy"] == pytest.approx(4 / 7)

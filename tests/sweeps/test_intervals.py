@@ -103,7 +103,7 @@ def test_estimates(intervals, means):
                 estimate, means[name].transpose(*estimate.dims), rtol=1e-5, atol=1e-6, err_msg=name
             )
             compared += 1
-    assert compared == 12 + 4 + 6 + 4 + 2 + 4
+    assert compared == 13 + 4 + 6 + 4 + 2 + 4
 
 
 def test_order_of_ends(intervals):
@@ -132,7 +132,7 @@ def test_interval_of_a_slice(swept, intervals, truth):
     for row in counts:
         drawn = [x for times, sequence in zip(row, sequences, strict=True) for x in sequence * times]
         rates.append(sum(drawn) / len(drawn))
-    ours = intervals["slice_accuracy"].sel(step=200, axis_value="active_keys=2").values
+    ours = intervals["slice_accuracy"].sel(step=200, split="all", axis_value="active_keys=2").values
     np.testing.assert_allclose(ours[1:], ends(ours[0], rates, "slice_accuracy", len(names)), atol=1e-5)
 
 

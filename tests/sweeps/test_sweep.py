@@ -18,6 +18,11 @@ STAGES = stage_names(SMALL_MODEL["n_layers"])
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 
 
+def number(value):
+    """Returns a number of the arrays, None for NaN."""
+    return None if np.isnan(float(value)) else float(value)
+
+
 def of(reads, field, split=None):
     return mean([read[field] for read in reads if split in (None, read["split"])])
 
@@ -81,6 +86,8 @@ def test_fixed_margin(rows, truth, step):
 def test_slices(rows, truth, swept, step):
     """Slices, difficulty and the margin summary equal PyTorch's."""
     row, reads = rows[step], truth[step]["reads"]
+    assert row["slice_accuracy"].keys() == reads[0]["axes"].keys()
+    assert {"0", "1", "2+"} >= row["slice_count"]["earlier_answers"].keys() > {"0"}
     for axis, values in row["slice_accuracy"].items():
         assert row["slice_count"][axis] == Counter(str(read["axes"][axis]) for read in reads)
         for value, accuracy in values.items():
@@ -95,12 +102,31 @@ def test_slices(rows, truth, swept, step):
             row["difficulty_accuracy"][tag],
             mean([r["correct"] for r in reads if tags[r["sample_id"]] == tag]),
         )
+        iid = [r["correct"] for r in reads if tags[r["sample_id"]] == tag and r["split"] == "validation_iid"]
+        close(row[f"{tag}_iid_accuracy"], mean(iid))
+        for split, by_tag in row["split_difficulty_accuracy"].items():
+            own = [r["correct"] for r in reads if tags[r["sample_id"]] == tag and r["split"] == split]
+            close(by_tag[tag], mean(own), f"{tag} {split}")
     margins = [read["margin"] for read in reads]
     summary = row["answer_margin_summary"]
     close(summary["std"], float(np.std(margins)))
     for name, share in (("p10", 10), ("p50", 50), ("p90", 90)):
         close(summary[name], float(np.percentile(margins, share)), name)
     close(summary["share_positive"], mean([m > 0 for m in margins]))
+
+
+def test_slices_by_split(swept, truth):
+    """The arrays have each slice's accuracy and number of reads for every split; a split may lack a slice."""
+    means = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="netcdf4").load()
+    counts = means["slice_count"]
+    assert (counts.sel(split="all") == counts.sel(split=counts["split"].values[1:]).sum("split")).all()
+    found = means["slice_accuracy"].sel(step=200)
+    for split in found["split"].values[1:]:
+        for label in found["axis_value"].values:
+            axis, _, value = label.partition("=")
+            reads = [r for r in truth[200]["reads"] if r["split"] == split and str(r["axes"][axis]) == value]
+            assert counts.sel(split=split, axis_value=label) == len(reads)
+            close(number(found.sel(split=split, axis_value=label)), mean([r["correct"] for r in reads]), label)
 
 
 @pytest.mark.parametrize("step", STEPS)

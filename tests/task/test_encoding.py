@@ -14,6 +14,7 @@ from kvjax.task.encoding import (
     RELATION_STALE,
     TOKEN_ROLES,
     bucket_by_length,
+    copy_axes,
     encode_records,
     microbatches,
 )
@@ -115,3 +116,15 @@ def test_too_long_record():
     """A record longer than the model's context is refused by name."""
     with pytest.raises(InputError, match=r"a\.jsonl: expected at most max_seq_len 16 tokens; found \d+ in a_0"):
         encode_records([record(programs(10))], VOCABULARY, ["a"], max_seq_len=16, source="a.jsonl")
+
+
+def test_axes_of_copies_by_hand():
+    """Earlier answers count for their own write alone; the nearest copy is the last of them, or the support."""
+    # position: 1 W K00 3 | 4 R K00 6 | 7 R K00 9 | 10 W K01 12 | 13 R K00 15 | 16 R K01 18 | 19 W K00 21 | 22 R K00 24
+    program = Program(
+        (("K00", "V000"), ("K01", "V000"), ("K00", "V002")),  # the value at 12 is the one at 3, of another write
+        (Read(0, "K00", 0), Read(0, "K00", 0), Read(1, "K00", 0), Read(1, "K01", 1), Read(2, "K00", 2)),
+    )
+    axes = copy_axes(encode_records([record(program)], VOCABULARY, ["a"], max_seq_len=64))
+    assert axes["earlier_answers"].tolist() == [[0, 1, 2, 0, 0]]
+    assert axes["tokens_since_copy"].tolist() == [[3, 3, 6, 6, 3]]
