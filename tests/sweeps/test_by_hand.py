@@ -315,7 +315,7 @@ def test_mlps(dataset, intervals, rows):
     }
 
 
-def test_weights(dataset, rows):
+def test_weights(dataset, intervals, rows):
     """Changes of weights per 1000 steps, ranks, norms and overlaps, by hand."""
     first, last = rows
     assert first["weight_change"] is None and first["weight_change_from_first"] == 0.0
@@ -328,13 +328,13 @@ def test_weights(dataset, rows):
     assert groups["layer_0_fc_out"] == pytest.approx(5 * np.sqrt(5)) and groups["final_norm"] == 0.0
     assert groups["unembedding"] is None
     assert last["weight_update_cosine"] is None, "there is one update"
-    row = head_rows(dataset)[3]
+    row = head_rows(dataset, intervals)[3]
     assert row["qk_norm"] == pytest.approx(5.0) and row["qk_participation_ratio"] == pytest.approx(625 / 337)
     entropy = np.log(7) - (4 * np.log(4) + 3 * np.log(3)) / 7
     assert row["qk_effective_rank"] == pytest.approx(np.exp(entropy)) and row["ov_effective_rank"] == pytest.approx(1)
     assert row["ov_direction_overlap"] == 0.25 and row["ov_direction_overlap_to_reference"] == 1.0
-    assert head_rows(dataset)[0]["ov_direction_overlap"] is None
-    assert [(row["fc_in_norm"], row["fc_out_norm"]) for row in mlp_rows(dataset)] == [(1.0, 3.0), (2.0, 4.0)]
+    assert head_rows(dataset, intervals)[0]["ov_direction_overlap"] is None
+    assert [(row["fc_in_norm"], row["fc_out_norm"]) for row in mlp_rows(dataset, intervals)] == [(1.0, 3.0), (2.0, 4.0)]
 
 
 def test_intervals_of_one_sequence(arrays, probe):
