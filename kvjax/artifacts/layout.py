@@ -136,6 +136,16 @@ class RunLayout:
         """The folder of interventions, one folder per kind."""
         return self.analysis / "interventions"
 
+    @property
+    def component_recovery(self) -> Path:
+        """What patching recovered by component and step, as text; a table to load, `.csv`, lies beside it."""
+        return self.interventions / "component_recovery.md"
+
+    @property
+    def importance(self) -> Path:
+        """What ablating each component costs beside what patching it recovers."""
+        return self.interventions / "importance.json"
+
     def intervention(self, kind: str, window: str) -> Path:
         """Names the summary of one kind of intervention in one window; `arrays_beside` names its numbers."""
         return self.interventions / kind / f"{window}.json"

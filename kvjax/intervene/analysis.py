@@ -15,12 +15,14 @@ from kvjax.artifacts.files import FileHash, write_json, write_json_lines
 from kvjax.artifacts.identity import Identity, sealed
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.provenance import software_versions
+from kvjax.artifacts.recovery_tables import PATCHING
 from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
 from kvjax.devices import backend, device_count, device_description
 from kvjax.errors import InputError
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH as RECORD_TOKENS_PER_BATCH
+from kvjax.intervene.component_tables import write_component_tables
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH, InterventionInputs, Outcome
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.kinds.kind import Kind
@@ -121,6 +123,8 @@ def intervene_in_run(
             if kind.neuron_rows and not (reused and run.layout.neurons.is_file()):
                 write_json_lines(run.layout.neurons, _all_neuron_rows(run, kind))
             advance(1)
+    if any(task.kind == PATCHING for task in plan.tasks):
+        write_component_tables(run, settings.metric)
     return reports
 
 

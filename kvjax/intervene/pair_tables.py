@@ -12,6 +12,7 @@ from kvjax.intervene.inputs import InterventionInputs, numbers
 from kvjax.intervene.metrics import METRICS, UNITS
 from kvjax.intervene.pair_runs import DIRECTIONS
 from kvjax.intervene.recovery import PairGroups, means_per_read, recoveries
+from kvjax.task.corruption import PAIR_KINDS
 
 TOP = 12  # effects a summary names
 
@@ -55,9 +56,9 @@ def put_runs(dataset: xr.Dataset, inputs: InterventionInputs, arrays: Mapping[st
     """Adds what runs without intervention answer: of every pair, of each kind of pair, and whether there is a gap.
 
     Args:
-      dataset: gets `metric_of_runs` and `answer_accuracy_of_runs`, with intervals; `metric_<run>`,
-        `clean_answers_<run>` and `corrupted_answers_<run>` of every pair if it has the coordinate `pair`; and, of both
-        runs, `clean_run_fails`.
+      dataset: gets `metric_of_runs` and `answer_accuracy_of_runs`, with intervals; `kind_of_pair`, `affected_reads`,
+        `metric_<run>`, `clean_answers_<run>` and `corrupted_answers_<run>` of every pair if it has the coordinate
+        `pair`; and, of both runs, `clean_run_fails`.
       inputs: of the kind of intervention.
       arrays: effects with those of the runs beside them.
       runs: the suffix in `arrays` of the run `clean`, and of `corrupted` if there is one.
@@ -67,6 +68,10 @@ def put_runs(dataset: xr.Dataset, inputs: InterventionInputs, arrays: Mapping[st
     answers = {
         run: np.stack([arrays[f"{answer}_correct_{suffix}"] for answer in ANSWERS]) for run, suffix in runs.items()
     }
+    if "pair" in dataset.coords:
+        dataset.coords["kind_of_pair"] = ("pair", [PAIR_KINDS[code] for code in inputs.encoded.kinds])
+        attrs = {"long_name": "affected reads of a pair, which its sums are over", "units": "events"}
+        dataset["affected_reads"] = ("pair", groups.reads_N, attrs)
     for run in runs if "pair" in dataset.coords else ():
         dataset[f"metric_{run}"] = (("metric", "step", "pair"), metrics[run], PAIR_METRIC)
         for answer, counts in zip(ANSWERS, answers[run], strict=True):

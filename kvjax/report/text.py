@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvjax.artifacts.files import read_json
 from kvjax.artifacts.layout import arrays_beside
+from kvjax.artifacts.recovery_tables import PATCHING
 from kvjax.errors import short_name, visible
 from kvjax.intervene.kinds import find_kind
-from kvjax.intervene.summary_text import cell
+from kvjax.intervene.summary_text import cell, comparison_lines
 from kvjax.measure.declaration import Column
 from kvjax.measure.registry import row_fields
 from kvjax.model.components import Component
@@ -128,9 +130,16 @@ def _birth(entry: dict[str, Any]) -> str:
 
 
 def print_intervention_reports(reports: Sequence[InterventionReport]) -> None:
-    """Prints the largest effects of each study."""
+    """Prints the largest effects of each study, then for each run what ablations cost beside what patching recovers."""
     for report in reports:
         print_intervention_report(report)
+    for run in {report.run.path: report.run for report in reports if report.kind == PATCHING}.values():
+        layout = run.layout
+        if layout.importance.is_file():
+            say(f"\n{run.config.title}")
+            for line in comparison_lines(read_json(layout.importance)):
+                say(f"  {line}")
+            say(f"  {layout.importance}; recovery by component in {layout.component_recovery.name} and .csv")
 
 
 def print_intervention_report(report: InterventionReport) -> None:

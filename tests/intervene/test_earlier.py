@@ -38,9 +38,12 @@ def intervened(small_run, monkeypatch):
             measured.append(kind)
             dataset = inputs.dataset()
             dataset["pairs"] = (("pair_kind",), [len(own) for own in inputs.groups.members.values()])
-            return Outcome(dataset, {"effects": [], "controls": {}})
+            return Outcome(dataset, summarise(dataset, inputs.metric) | {"controls": {}})
 
         return measure
+
+    def summarise(dataset, metric):
+        return {"metric": metric, "effects": []}
 
     def beside(dataset, stored, groups):
         completed.append("attribution")
@@ -49,6 +52,7 @@ def intervened(small_run, monkeypatch):
 
     fakes = {name: dataclasses.replace(find_kind(name), analyse=counting(name)) for name in (*KINDS, "attribution")}
     fakes["attribution"] = dataclasses.replace(fakes["attribution"], beside=beside)
+    fakes["path_patching"] = dataclasses.replace(fakes["path_patching"], summarise=summarise)
     monkeypatch.setattr(analysis, "find_kind", fakes.__getitem__)
 
     def intervene(kinds=KINDS, *, runs=(small_run,), probe_set=None, **given):
@@ -165,6 +169,22 @@ def test_other_settings(intervened, folder):
     with pytest.raises(InputError, match="a result of this version, or `overwrite`; found one that does not say"):
         intervened()
     assert intervened(pairs_per_kind=3, overwrite=True) == KINDS
+
+
+def test_another_metric(intervened, folder):
+    """Another metric of arrays that hold all is summarised, not measured; a ranking by one is replaced on request."""
+    intervened()
+    summary = folder / "path_patching" / "steps_100_200.json"
+    before = json.loads(summary.read_text())
+    assert before["metric"] == "logit_difference"
+    assert intervened(("path_patching",), metric="answer_loss") == ()
+    after = json.loads(summary.read_text())
+    assert after["metric"] == "answer_loss"
+    assert {name for name in after if after[name] != before[name]} == {"metric", "content_sha256"}
+    with pytest.raises(InputError, match=r"necessity.*: expected no `metric`, .* found `metric=answer_loss`"):
+        intervened(metric="answer_loss")
+    assert intervened(metric="answer_loss", overwrite=True) == KINDS
+    assert intervened(metric="answer_loss") == ()
 
 
 def arrays_cut(summary):

@@ -45,7 +45,7 @@ from kvjax.intervene.pair_tables import (
 )
 from kvjax.intervene.places import Place, component_places, over_places, patch_edit, stage_places
 from kvjax.intervene.recovery import means_per_read
-from kvjax.intervene.summary_text import cell, center_step, largest_by_pair_kind
+from kvjax.intervene.summary_text import cell, center_step, component_lines, failure, run_lines, shown_steps
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
@@ -187,12 +187,14 @@ def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
-    """Writes the largest recoveries of components, and which positions hold most at each stage."""
-    effects = document["effects"]
+    """Writes both runs, recovery by component and step, and which positions hold most at each stage."""
+    effects, steps = document["effects"], shown_steps(document)
     return [
-        f"recovery at step {center_step(document)} when taken from the clean run, the largest by kind of pair:",
-        *largest_by_pair_kind(document, effects["components"], lambda e: e["place"]),
-        "and stage by stage, from which positions most is recovered:",
+        *run_lines(document, steps),
+        f"recovery of {document['metric'].replace('_', ' ')} when one component is taken from the clean run "
+        "(1 everything, 0 nothing):",
+        *component_lines(document, effects["by_component"], steps),
+        f"stage by stage at step {center_step(document)}, from which positions most is recovered:",
         *_holder_lines(document, effects["stages"]),
     ]
 
@@ -207,7 +209,8 @@ def _holder_lines(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any
             stage = e["place"].replace("layer_", "L").replace("_post_", ".post_")
             held.setdefault(e["position_role"], []).append(f"{stage} {cell(e['recovery']['estimate'], '.2f')}")
         shown = "; ".join(f"{role}: {', '.join(parts)}" for role, parts in held.items())
-        lines.append(f"{kind:<6} {shown or 'no gap between the runs to recover'}")
+        fails = failure(document, kind, center_step(document))
+        lines.append(f"{kind:<6} {f'FAILS: {fails}' if fails else shown}")
     return lines
 
 

@@ -45,7 +45,7 @@ from kvjax.intervene.pair_tables import (
 from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import over_places
 from kvjax.intervene.recovery import means_per_read
-from kvjax.intervene.summary_text import center_step, largest_by_pair_kind
+from kvjax.intervene.summary_text import center_step, largest_by_pair_kind, run_lines
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import before_layer
@@ -134,9 +134,13 @@ def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
-    """Writes the paths of the largest recovery."""
-    first = f"recovery at step {center_step(document)} along one direct path, the largest by kind of pair:"
-    return [first, *largest_by_pair_kind(document, document["effects"]["paths"], lambda e: e["path"])]
+    """Writes both runs, and the paths of the largest recovery."""
+    step = center_step(document)
+    return [
+        *run_lines(document, [step]),
+        f"recovery of {document['metric'].replace('_', ' ')} at step {step} along one direct path, the largest:",
+        *largest_by_pair_kind(document, document["effects"]["paths"], lambda e: e["path"]),
+    ]
 
 
 KIND = Kind("path_patching", analyse, summary_lines, summarise=summarise)
