@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -24,12 +24,10 @@ class PairBatch:
     Attributes:
       pairs: B pairs.
       window: how many positions, from the first changed one on, a change can reach.
-      donors_BxT: the token that each position's replacement comes from; None unless `OverPairs.run` was given them.
     """
 
     pairs: EncodedPairs
     window: int = dataclasses.field(metadata={"static": True})
-    donors_BxT: jax.Array | None = None
 
 
 class Measurement(Protocol):
@@ -68,16 +66,13 @@ class OverPairs:
         self.buckets = bucket(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets, devices=devices)
         self._num_pairs, self._devices = len(encoded), devices
 
-    def run(
-        self, measure: Measurement, stacked: Any, *shared: Any, donors: Sequence[np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
+    def run(self, measure: Measurement, stacked: Any, *shared: Any) -> dict[str, np.ndarray]:
         """Measures every pair at every checkpoint.
 
         Args:
           measure: the measurement.
           stacked: parameters, or a tree that holds them, with a leading checkpoint axis C.
           *shared: whatever every checkpoint needs.
-          donors: for each bucket, the donors of its microbatches, [microbatch, B, T].
 
         Returns:
           The arrays, [C, N, …], in the order of the pairs; NaN beyond the window of a pair's bucket.
@@ -88,8 +83,8 @@ class OverPairs:
         def dispatch(trees: list[Any]) -> list[dict[str, jax.Array]]:
             (tree,) = trees
             return [
-                _run_bucket(measure, bucket.window, placement, tree, bucket.batches, donors and donors[index], shared)
-                for index, bucket in enumerate(self.buckets)
+                over_microbatches(_InWindow(measure, bucket.window), placement, tree, bucket.batches, *shared)
+                for bucket in self.buckets
             ]
 
         chunks = over_chunks(dispatch, checkpoints_of(stacked), size=1, in_flight=0)
@@ -97,24 +92,33 @@ class OverPairs:
         return {name: np.concatenate([x[name] for x in collected]) for name in collected[0]}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_bucket(
-    measure: Measurement,
-    window: int,
-    placement: Placement,
-    tree: Any,
-    batches: EncodedPairs,
-    donors: np.ndarray | None,
-    shared: tuple[Any, ...],
+@dataclasses.dataclass(frozen=True)
+class _InWindow:
+    """A measurement on the pairs of one bucket, which share a window."""
+
+    measure: Measurement
+    window: int
+
+    def __call__(self, tree: Any, pairs: EncodedPairs, *shared: Any) -> dict[str, jax.Array]:
+        return self.measure(tree, PairBatch(pairs, self.window), *shared)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def over_microbatches(
+    measure: Callable[..., dict[str, jax.Array]], placement: Placement, tree: Any, batches: Any, *shared: Any
 ) -> dict[str, jax.Array]:
-    """Measures the microbatches of one bucket at one checkpoint, [1, microbatch, B, …]."""
+    """Measures one checkpoint on microbatches that devices share, [1, microbatch, B, …].
 
-    def of_part(part: tuple[EncodedPairs, Any], tree: Any, shared: Any) -> dict[str, jax.Array]:
-        def of_batch(batch: tuple[EncodedPairs, Any]) -> dict[str, jax.Array]:
-            pairs, donors_BxT = batch
-            return measure(tree, PairBatch(pairs, window, donors_BxT), *shared)
+    Args:
+      measure: of the tree, one microbatch and `shared`.
+      placement: the devices; they divide the number of microbatches.
+      tree: the checkpoint's parameters, or a tree that holds them.
+      batches: a tree of arrays [microbatch, B, …].
+      *shared: whatever every microbatch needs.
+    """
 
-        return jax.lax.map(of_batch, part)
+    def of_part(part: Any, tree: Any, shared: Any) -> dict[str, jax.Array]:
+        return jax.lax.map(lambda batch: measure(tree, batch, *shared), part)
 
-    found = placement.on_each_device(of_part, (True, False, False))((batches, donors), tree, shared)
+    found = placement.on_each_device(of_part, (True, False, False))(batches, tree, shared)
     return jax.tree.map(lambda x: x[None], found)

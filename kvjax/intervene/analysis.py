@@ -171,6 +171,7 @@ def _load(
         tokens_per_batch=CPU_TOKENS_PER_BATCH if on_cpu else inputs.encoded.tokens.size,
         record_tokens_per_batch=RECORD_TOKENS_PER_BATCH if on_cpu else inputs.encoded.tokens.size,
         metric=settings.metric,
+        rank_by=settings.rank_by,
     )
     return _LoadedWindow(of_window, {step: checkpoint.sha256 for step, checkpoint in checkpoints.items()})
 

@@ -13,6 +13,7 @@ import xarray as xr
 
 from kvjax.execution.fit_set import ComponentMeans, check_roles, component_means
 from kvjax.execution.over_pairs import OverPairs
+from kvjax.intervene.ablations import DEFAULT_ABLATION
 from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS, UNITS
 from kvjax.intervene.recovery import STATISTICS, PairGroups
 from kvjax.model.components import Component
@@ -64,6 +65,7 @@ class InterventionInputs:
       tokens_per_batch: about how many tokens a microbatch of pairs holds.
       record_tokens_per_batch: likewise of the probe set's and the fit set's records.
       metric: of `METRICS`, whose effects are ranked and, if a gradient is taken, differentiated.
+      rank_by: of `ABLATIONS`, by whose cost components are ranked.
     """
 
     config: DecoderConfig
@@ -81,6 +83,7 @@ class InterventionInputs:
     tokens_per_batch: int
     record_tokens_per_batch: int
     metric: str = DEFAULT_METRIC
+    rank_by: str = DEFAULT_ABLATION
 
     @functools.cached_property
     def over_pairs(self) -> OverPairs:
@@ -105,9 +108,14 @@ class InterventionInputs:
             encoded,
             tokens_per_batch=self.tokens_per_batch,
             devices=self.devices,
-            max_buckets=MANY_BUCKETS if len(encoded) * len(self.steps) >= MANY_RUNS else FEW_BUCKETS,
+            max_buckets=self.max_buckets,
             whole_streams=whole_streams,
         )
+
+    @property
+    def max_buckets(self) -> int:
+        """How many different sizes pairs and streams are padded to."""
+        return MANY_BUCKETS if len(self.encoded) * len(self.steps) >= MANY_RUNS else FEW_BUCKETS
 
     @property
     def chance(self) -> float:

@@ -18,6 +18,7 @@ from kvjax.model.interventions import Interventions
 from kvjax.model.restart import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
 from kvjax.model.sites import take_positions
 from kvjax.task.pair_encoding import EncodedPairs
+from kvjax.task.stream_reads import StreamReads
 
 # Denoising puts activations of the clean run into the corrupted one, noising those of the corrupted into the clean.
 DIRECTIONS = ("denoising", "noising")
@@ -86,9 +87,14 @@ def both_directions(function: Callable[[jax.Array], Effects]) -> Effects:
 
 
 def answer_effects(logits_BxQxV: jax.Array, batch: EncodedPairs) -> Effects:
-    """Sums what a run answers at the affected reads of each pair, [B] each.
+    """Sums what a run answers at the affected reads of each pair, [B] each, as `read_effects` finds it."""
+    return {name: jnp.sum(x, axis=-1) for name, x in read_effects(logits_BxQxV, batch).items()}
 
-    Each of `METRICS`; `clean_correct`, `corrupted_correct`: reads whose argmax over the vocabulary is the one answer or
+
+def read_effects(logits_BxQxV: jax.Array, batch: EncodedPairs | StreamReads) -> Effects:
+    """Measures what a run answers at each affected read, [B, Q] each; 0 at others.
+
+    Each of `METRICS`; `clean_correct`, `corrupted_correct`: whether the argmax over the vocabulary is the one answer or
     the other.
     """
 
@@ -103,7 +109,7 @@ def answer_effects(logits_BxQxV: jax.Array, batch: EncodedPairs) -> Effects:
         "clean_correct": answer_correct(logits_BxQxV, batch.clean_answers).astype(jnp.float32),
         "corrupted_correct": answer_correct(logits_BxQxV, batch.corrupted_answers).astype(jnp.float32),
     }
-    return {name: jnp.sum(jnp.where(batch.is_affected, x, 0.0), axis=-1) for name, x in per_read.items()}
+    return {name: jnp.where(batch.is_affected, x, 0.0) for name, x in per_read.items()}
 
 
 def effects_under(

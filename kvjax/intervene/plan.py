@@ -16,6 +16,7 @@ from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import RunInputs
+from kvjax.intervene.ablations import DEFAULT_ABLATION
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.metrics import DEFAULT_METRIC
 from kvjax.intervene.settings import InterventionSettings
@@ -145,6 +146,7 @@ def plan_interventions(
         "components": None if named is None else list(map(str, named)),
         # Null for the default, which results that do not say it are of.
         "metric": None if settings.metric == DEFAULT_METRIC else settings.metric,
+        "rank_by": None if settings.rank_by == DEFAULT_ABLATION else settings.rank_by,
     }
 
     def task(window: Window, name: str) -> Task:

@@ -6,6 +6,7 @@ import dataclasses
 
 from kvjax.config.settings import Settings, setting
 from kvjax.errors import bad_argument
+from kvjax.intervene.ablations import ABLATIONS, DEFAULT_ABLATION
 from kvjax.intervene.kinds import KINDS
 from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS
 
@@ -29,6 +30,11 @@ class InterventionSettings(Settings):
         "Metric whose recoveries are ranked and printed. Patching stores all of them; necessity ranks components, and "
         "attribution takes gradients, by this one.",
         choices=tuple(METRICS),
+    )
+    rank_by: str = setting(
+        DEFAULT_ABLATION,
+        "Ablation whose cost ranks components for necessity, and under which the smallest faithful set is found.",
+        choices=ABLATIONS,
     )
     precision: str = setting(
         "highest",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -230,6 +230,10 @@ def _layer_norm() -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False)
 
 
+def _at_queries(x_BxTx: jax.Array, queries_BxP: jax.Array | None) -> jax.Array:
+    return x_BxTx if queries_BxP is None else take_positions(x_BxTx, queries_BxP, 1)
+
+
 class Block(nn.Module):
     """One layer. Its two halves are methods of their own so that a run can restart between them."""
 
@@ -258,33 +262,45 @@ class Block(nn.Module):
           queries_BxP: the rows of `resid_BxTxD` to compute; keys and values always come from all of them.
           prefix: keys and values of the positions before.
         """
+        z_BxPxHxE = self.head_z(resid_BxTxD, mask_Bx1xPxT, tap, queries_BxP=queries_BxP, prefix=prefix)
+        return self.from_head_z(_at_queries(resid_BxTxD, queries_BxP), z_BxPxHxE, tap)
 
-        def at_queries(x: jax.Array) -> jax.Array:
-            return x if queries_BxP is None else take_positions(x, queries_BxP, 1)
-
+    def head_z(
+        self,
+        resid_BxTxD: jax.Array,
+        mask_Bx1xPxT: jax.Array,
+        tap: Tap = NO_TAP,
+        *,
+        queries_BxP: jax.Array | None = None,
+        prefix: Prefix | None = None,
+    ) -> jax.Array:
+        """Computes every head's z, [B, P, H, E], before any edit of it; arguments as for the whole block."""
         normed_BxTxD = self.ln_1(resid_BxTxD)
         if queries_BxP is not None and prefix is None and self._few(queries_BxP.shape[1], tap):
-            z_BxPxHxE = self.attn.head_outputs_of_few(at_queries(normed_BxTxD), normed_BxTxD, mask_Bx1xPxT)
-            return self.from_head_z(at_queries(resid_BxTxD), z_BxPxHxE, tap)
+            queried_BxPxD = _at_queries(normed_BxTxD, queries_BxP)
+            return self.attn.head_outputs_of_few(queried_BxPxD, normed_BxTxD, mask_Bx1xPxT)
 
-        def attention_input(name: str, at: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def attention_input(name: str, at: jax.Array | None = None) -> jax.Array:
             if not tap.wants(name):
-                return at(normed_BxTxD)
+                return _at_queries(normed_BxTxD, at)
             shape = (*resid_BxTxD.shape[:2], self.config.n_heads, self.config.d_model)
-            return self.ln_1(tap(name, at(jnp.broadcast_to(resid_BxTxD[:, :, None], shape))))
+            return self.ln_1(tap(name, _at_queries(jnp.broadcast_to(resid_BxTxD[:, :, None], shape), at)))
 
         inputs = (
-            attention_input("query_input", at_queries),
-            attention_input("key_input", lambda x: x),
-            attention_input("value_input", lambda x: x),
+            attention_input("query_input", queries_BxP),
+            attention_input("key_input"),
+            attention_input("value_input"),
         )
-        z_BxPxHxE = self.attn.head_outputs(inputs, mask_Bx1xPxT, tap, prefix)
-        return self.from_head_z(at_queries(resid_BxTxD), z_BxPxHxE, tap)
+        return self.attn.head_outputs(inputs, mask_Bx1xPxT, tap, prefix)
 
     def _few(self, queries: int, tap: Tap) -> bool:
         """Checks whether attention is cheaper without keys and values, and no edit or capture needs these."""
         inside = ("query_input", "key_input", "value_input", "key", "value", "pattern")
         return queries * self.config.n_heads < self.config.d_model and not any(map(tap.wants, inside))
+
+    def post_attn(self, resid_BxPxD: jax.Array, z_BxPxHxE: jax.Array) -> jax.Array:
+        """Computes the residual stream between the block's halves from the one before it and every head's z."""
+        return resid_BxPxD + self.attn.write(z_BxPxHxE)
 
     def from_head_z(self, resid_BxPxD: jax.Array, z_BxPxHxE: jax.Array, tap: Tap = NO_TAP) -> jax.Array:
         """Computes the residual stream after the block from the one before it and every head's z."""

@@ -1,5 +1,7 @@
 """The planted circuit is what the engine finds: every true node, path and position, and no other."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from kvjax.task.pair_encoding import encode_clean_streams, encode_pairs
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
 from tests.oracles.known_circuit import (
+    GATE,
     N_HEADS,
     N_LAYERS,
     PLANTED_NODES,
@@ -157,22 +160,37 @@ def test_paths(paths, kind, direction):
 
 
 def test_planted_set(inputs):
-    """The planted set is faithful, complete and minimal."""
-    dataset = find_kind("necessity").analyse(inputs).dataset.sel(step=100)
-    for baseline in ("mean", "resample"):
+    """The planted set is faithful, complete and minimal; role means leave what the gate writes: the kind of a token."""
+    dataset = find_kind("necessity").analyse(dataclasses.replace(inputs, rank_by="mean")).dataset.sel(step=100)
+    for baseline in ("mean", "role_mean", "resample"):
         own = dataset.sel(baseline=baseline, statistic="estimate")
         for kind in PAIR_KINDS:
             assert abs(float(own["faithfulness_of_named_set"].sel(pair_kind=kind)) - 1) < 0.05, (baseline, kind)
-    own = dataset.sel(baseline="mean", statistic="estimate")
-    for kind in PAIR_KINDS:
-        assert abs(float(own["completeness_of_named_set"].sel(pair_kind=kind))) < 0.05
-        for node in PLANTED_NODES.values():
-            assert float(own["minimality"].sel(pair_kind=kind, component=_name(node))) > 0.3, (kind, node)
-        curve = own["faithfulness"].sel(pair_kind=kind).values
-        assert abs(curve[0]) < 1e-6 and abs(curve[-1] - 1) < 1e-6
-        assert abs(own["completeness"].sel(pair_kind=kind).values[0] - 1) < 1e-6
-    outside = set(component_places(N_LAYERS, N_HEADS)) - {_name(node) for node in PLANTED_NODES.values()}
-    assert np.isnan(own["minimality"].sel(component=sorted(outside))).all()
+    for baseline in ("mean", "role_mean"):
+        own = dataset.sel(baseline=baseline, statistic="estimate")
+        for kind in PAIR_KINDS:
+            assert abs(float(own["completeness_of_named_set"].sel(pair_kind=kind))) < 0.05
+            for node in PLANTED_NODES.values():
+                lost = float(own["minimality"].sel(pair_kind=kind, component=_name(node)))
+                assert abs(lost) < 1e-3 if (baseline, node) == ("role_mean", GATE) else lost > 0.3, (kind, node)
+            curve = own["faithfulness"].sel(pair_kind=kind).values
+            assert abs(curve[0]) < 1e-6 and abs(curve[-1] - 1) < 1e-6
+            assert abs(own["completeness"].sel(pair_kind=kind).values[0] - 1) < 1e-6
+        outside = set(component_places(N_LAYERS, N_HEADS)) - {_name(node) for node in PLANTED_NODES.values()}
+        assert np.isnan(own["minimality"].sel(component=sorted(outside))).all()
+    cost = dataset["cost_alone"]
+    assert float(cost.sel(component=_name(GATE))) > 1, "its mean ablation alone costs logits"
+
+
+def test_ranking_by_role_means(inputs):
+    """By default components are ranked by their role means, under which the gate costs nothing."""
+    outcome = find_kind("necessity").analyse(inputs)
+    cost = outcome.dataset["cost_alone"].sel(step=100)
+    assert abs(float(cost.sel(component=_name(GATE)))) < 1e-2
+    carriers = {_name(node) for node in PLANTED_NODES.values() if node != GATE}
+    assert set(outcome.dataset["ranking"].sel(step=100).values[:3].tolist()) == carriers
+    assert outcome.summary["ranked_by"] == "role_mean"
+    assert outcome.dataset["baseline"].values.tolist() == ["zero", "role_mean", "resample"]
 
 
 def test_own_states(inputs):

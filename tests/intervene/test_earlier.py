@@ -159,7 +159,9 @@ def test_other_settings(intervened, folder):
         with pytest.raises(InputError, match=complaint):
             intervened(**settings)
     assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
-    assert intervened(("path_patching",), components=("L0H1",)) == (), "which does not ask for components"
+    with pytest.raises(InputError, match=r"expected no `rank_by`, .*; found `rank_by=mean`"):
+        intervened(("necessity",), rank_by="mean")
+    assert intervened(("path_patching",), components=("L0H1",), rank_by="zero") == (), "which asks for neither"
     assert intervened(components=("L0H1", "L2.mlp"), overwrite=True) == KINDS
     assert intervened(components=("L2.mlp", "L0H1", "L2.mlp")) == (), "the same set"
     older = folder / "necessity" / "steps_100_200.json"

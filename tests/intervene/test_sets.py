@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from kvjax.execution.over_pairs import OverPairs
+from kvjax.intervene import inputs as inputs_module
+from kvjax.intervene.ablations import ABLATIONS
+from kvjax.intervene.inputs import InterventionInputs
 from kvjax.intervene.kinds.across_checkpoints import ROLES, TakeStates
-from kvjax.intervene.kinds.component_sets import (
-    AblateSets,
-    growing_sets,
-    pair_donors,
-    sets_to_ablate,
-    token_outputs,
-)
+from kvjax.intervene.kinds.component_sets import growing_sets, sets_to_ablate
+from kvjax.intervene.pair_runs import answer_effects
 from kvjax.intervene.places import component_places, stage_places
+from kvjax.intervene.set_runs import SetRuns, clean_donors
+from kvjax.model.restart import run_clean
+from kvjax.model.set_ablation import SetTree
+from kvjax.model.sites import take_positions
 from kvjax.task.corruption import PAIR_ROLES
-from kvjax.task.encoding import microbatches
 from kvjax.task.pair_encoding import encode_clean_streams
+from kvjax.task.stream_reads import StreamReads
 from tests.oracles.patching import difference, forward, stage_place
 
 
@@ -35,95 +37,172 @@ def test_sets_by_hand():
     assert sets["minimality"].tolist() == [[True, True, False], [False, True, True]]
 
 
+def members(*names):
+    return [name in names for name in component_places(3, 4)]
+
+
+# Random sets, the clean run, everything, a whole layer, and sets that begin in each layer or share their beginning.
+SETS = np.concatenate(
+    [
+        np.random.default_rng(2).random((3, 15)) < 0.4,
+        [members(), members(*component_places(3, 4)), members("L0H0", "L0H1", "L0H2", "L0H3", "L0.mlp")],
+        [members("L2H1"), members("L2.mlp"), members("L1H0", "L2.mlp"), members("L1H0", "L1.mlp"), members("L0.mlp")],
+        [members("L0H1", "L1H0", "L1H1", "L1H2", "L1H3"), members("L0H1", "L2H3")],
+    ]
+)
+
+
 @pytest.fixture(scope="module")
-def sets():
-    return np.random.default_rng(2).random((3, 15)) < 0.4
-
-
-def pytorchs(module, encoded, chosen, value_of):
-    """The metric with a set of components replaced: value_of(place, own output) is what by."""
-    edits = {}
-    for (name, place), inside in zip(component_places(3, 4).items(), chosen, strict=True):
-        del name
-        if inside:
-            at = ("z", place.layer, place.head) if place.site == "head_z" else ("mlp_out", place.layer)
-            edits[at] = lambda x, place=place, at=at: value_of(place, at, x)
-    with torch.no_grad():
-        return difference(forward(module, torch.tensor(encoded.clean_tokens).long(), edits)["out",], encoded)
-
-
-@pytest.mark.parametrize("baseline", ["zero", "mean"])
-def test_set_ablation(model, encoded, sets, baseline):
-    """Sets ablated by zero or by given values are as in PyTorch."""
-    module, params, config = model
-    rng = np.random.default_rng(3)
-    values = {
-        "head_z": rng.normal(size=(3, 1, 1, 4, 6)).astype(np.float32),
-        "mlp_out": rng.normal(size=(3, 1, 1, 24)).astype(np.float32),
-    }
-    if baseline == "zero":
-        values = jax.tree.map(np.zeros_like, values)
-    tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
-    program = OverPairs(encoded, tokens_per_batch=400, whole_streams=True)
-    ours = program.run(AblateSets(config), tree)["logit_difference"][0]
-
-    def value_of(place, at, x):
-        value = values[place.site][place.layer, 0, 0]
-        return torch.tensor(value[place.head] if place.site == "head_z" else value).expand_as(x)
-
-    for k, chosen in enumerate(sets):
-        expected = pytorchs(module, encoded, chosen, value_of)
-        np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("whole_streams", [True, False])
-def test_sets_at_other_paddings(model, encoded, sets, whole_streams):
-    """The sizes that pairs are padded to change no effect."""
+def inputs(model, encoded, pair_set):
+    """The random model as a window of one checkpoint, whose fit set is the pairs' clean streams."""
     _, params, config = model
-    values = {"head_z": np.zeros((3, 1, 1, 4, 6), np.float32), "mlp_out": np.zeros((3, 1, 1, 24), np.float32)}
-    tree = jax.tree.map(lambda x: x[None], {"params": params, "values": values, "sets": sets})
-    one, four = (
-        OverPairs(encoded, tokens_per_batch=400, max_buckets=sizes, whole_streams=whole_streams) for sizes in (1, 4)
+    pairs, vocabulary = pair_set
+    clean, rows = encode_clean_streams(pairs, vocabulary, max_seq_len=config.max_seq_len)
+    assert (clean.tokens[rows][:, : encoded.clean_tokens.shape[1]] == encoded.clean_tokens).all()
+    return InterventionInputs(
+        config=config,
+        vocabulary=vocabulary,
+        steps=(100,),
+        stacked=jax.tree.map(lambda x: x[None], params),
+        encoded=encoded,
+        pair_ids=tuple(pair.pair_id for pair in pairs),
+        clean=clean,
+        clean_rows=rows,
+        fit=clean,
+        records=clean,
+        components=None,
+        devices=2,
+        tokens_per_batch=400,
+        record_tokens_per_batch=400,
     )
-    assert (len(one.buckets), len(four.buckets)) == (1, 4)
-    expected, found = (program.run(AblateSets(config), tree) for program in (one, four))
+
+
+@pytest.fixture(scope="module")
+def runs(inputs):
+    return SetRuns(inputs, capacity=len(SETS))
+
+
+def replacement(module, clean, ablation):
+    """Finds by PyTorch what replaces the output at a place at every token of the clean streams, [streams, T, …]."""
+    with torch.no_grad():
+        trace = forward(module, torch.tensor(clean.tokens).long())
+    real = clean.tokens != 0
+    donors = clean_donors(clean)
+
+    def at(place):
+        x = trace[place].numpy()
+        if ablation == "zero":
+            return np.zeros_like(x)
+        if ablation == "mean":
+            return np.broadcast_to(x[real].mean(axis=0), x.shape)
+        if ablation == "resample":
+            return x.reshape(-1, x.shape[-1])[donors]
+        of_roles = np.zeros_like(x)
+        for role in np.unique(clean.token_roles[real]):  # the first token's is -1
+            of_roles[clean.token_roles == role] = x[real & (clean.token_roles == role)].mean(axis=0)
+        return of_roles
+
+    return at
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_set_ablation(model, encoded, inputs, runs, ablation):
+    """Sets replaced by zero, means, role means or another stream's outputs answer as in PyTorch, run one by one."""
+    module = model[0]
+    ours = runs.under(0, ablation, SETS)
+    value_of = replacement(module, inputs.clean, ablation)
+    length = encoded.clean_tokens.shape[1]
+    for k, chosen in enumerate(SETS):
+        edits = {}
+        for place in [place for place, inside in zip(component_places(3, 4).values(), chosen, strict=True) if inside]:
+            at = ("z", place.layer, place.head) if place.site == "head_z" else ("mlp_out", place.layer)
+            value = torch.tensor(value_of(at)[inputs.clean_rows][:, :length])
+            edits[at] = lambda x, value=value: value
+        with torch.no_grad():
+            logits = forward(module, torch.tensor(encoded.clean_tokens).long(), edits)["out",]
+        expected = difference(logits, encoded)
+        close = {"rtol": 1e-4, "atol": 2e-4 if ablation == "resample" else 1e-4}
+        np.testing.assert_allclose(ours["logit_difference"][:, k], expected, **close, err_msg=str(k))
+        if not chosen.any():
+            np.testing.assert_allclose(ours["logit_difference_base"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sets_measured_once(inputs, runs, monkeypatch):
+    """A set that was measured is not measured again, whatever else is asked for beside it; the clean run is none."""
+    before = runs.under(0, "zero", SETS)
+    monkeypatch.setattr(runs, "_measure", lambda *given: pytest.fail("measured again"))
+    again = runs.under(0, "zero", SETS[[4, 0, 3]])
+    np.testing.assert_array_equal(again["answer_loss"], before["answer_loss"][:, [4, 0, 3]])
+    with pytest.raises(pytest.fail.Exception):
+        runs.under(0, "zero", ~SETS[:1])
+
+
+def test_sets_at_other_paddings(inputs, runs, monkeypatch):
+    """The sizes that streams are padded to change no effect."""
+    monkeypatch.setattr(inputs_module, "FEW_BUCKETS", 1)
+    expected, found = runs.under(0, "zero", SETS), SetRuns(inputs, capacity=len(SETS)).under(0, "zero", SETS)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_resampled_sets(model, encoded, pair_set, sets):
-    """Donors have the same role and split in another stream, and enter as in PyTorch."""
-    module, params, config = model
-    pairs, vocabulary = pair_set
-    clean, rows = encode_clean_streams(pairs, vocabulary, max_seq_len=config.max_seq_len)
-    assert (clean.tokens[rows][:, : encoded.clean_tokens.shape[1]] == encoded.clean_tokens).all()
-    program = OverPairs(encoded, tokens_per_batch=400, whole_streams=True)
-    donors = pair_donors(clean, rows, program.buckets)
+@pytest.mark.parametrize("whole_streams", [True, False])
+def test_pairs_at_other_paddings(model, encoded, whole_streams):
+    """The sizes that pairs are padded to change no answer."""
+    _, params, config = model
+
+    def measure(params, batch):
+        logits, _ = run_clean(params, config, batch.pairs.corrupted_tokens, ())
+        return answer_effects(take_positions(logits, batch.pairs.prediction_positions, 1), batch.pairs)
+
+    one, four = (
+        OverPairs(encoded, tokens_per_batch=400, max_buckets=sizes, whole_streams=whole_streams) for sizes in (1, 4)
+    )
+    assert (len(one.buckets), len(four.buckets)) == (1, 4)
+    expected, found = (program.run(measure, jax.tree.map(lambda x: x[None], params)) for program in (one, four))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_donors_of_clean_streams(inputs):
+    """Donors have the same role and split in another stream."""
+    clean, donors = inputs.clean, clean_donors(inputs.clean)
     length = clean.tokens.shape[1]
-    by_pair = np.tile(np.arange(encoded.clean_tokens.shape[1]), (len(encoded), 1))
-    for bucket, own in zip(program.buckets, donors, strict=True):
-        flat = own.reshape(-1, own.shape[-1])
-        for n, named in zip(bucket.indices, flat, strict=True):
-            if n >= 0:
-                by_pair[n, : len(named)] = named
-    for n, row in enumerate(rows):
-        for at in range(int(encoded.last_affected[n]) + 1):  # later ones have no effect
-            other, position = divmod(int(by_pair[n, at]), length)
-            assert clean.token_roles[row, at] == clean.token_roles[other, position]
-            assert clean.splits[row] == clean.splits[other] and other != row
-    batches, _ = microbatches(clean, np.arange(len(clean)), 4)
-    outputs = jax.device_get(token_outputs(config, params, batches))
-    tree = jax.tree.map(lambda x: x[None], {"params": params, "values": outputs, "sets": sets})
-    ours = program.run(AblateSets(config), tree, donors=donors)["logit_difference"][0]
-    with torch.no_grad():
-        trace = forward(module, torch.tensor(clean.tokens).long())
+    for row, at in zip(*np.nonzero(clean.tokens), strict=True):
+        other, position = divmod(int(donors[row, at]), length)
+        assert clean.token_roles[row, at] == clean.token_roles[other, position]
+        assert clean.splits[row] == clean.splits[other] and other != row
 
-    def value_of(place, at, x):
-        return trace[at].reshape(-1, x.shape[-1])[torch.tensor(by_pair)]
 
-    for k, chosen in enumerate(sets):
-        expected = pytorchs(module, encoded, chosen, value_of)
-        np.testing.assert_allclose(ours[:, k], expected, rtol=1e-4, atol=2e-4)
+def test_reads_of_clean_streams(encoded, inputs):
+    """Every affected read of every pair stands once, with its pair's stream up to the last read of the row."""
+    rows = StreamReads.of(encoded, inputs.clean, inputs.clean_rows)
+    assert len(rows) < len(encoded), "pairs share streams"
+    found = set()
+    for n, q in zip(*np.nonzero(rows.is_affected), strict=True):
+        pair, position = int(rows.pairs[n, q]), int(rows.prediction_positions[n, q])
+        assert rows.streams[n] == inputs.clean_rows[pair]
+        own = rows.tokens[n][rows.tokens[n] != 0]
+        assert len(own) == rows.prediction_positions[n].max() + 1
+        assert (own == encoded.clean_tokens[pair][: len(own)]).all()
+        found.add((pair, position, int(rows.clean_answers[n, q]), int(rows.corrupted_answers[n, q])))
+    answers = (encoded.prediction_positions, encoded.clean_answers, encoded.corrupted_answers)
+    pairs, reads = np.nonzero(encoded.is_affected)
+    expected = zip(pairs.tolist(), *(x[pairs, reads].tolist() for x in answers), strict=True)
+    assert found == set(expected) and rows.is_affected.sum() == len(pairs)
+
+
+def test_states_of_sets_by_hand():
+    """Sets share the states of the layers in which they agree; a layer ahead of all members is the clean run."""
+    sets = np.zeros((4, 3, 2), bool)
+    sets[0, 0, 0] = sets[1, 0, 0] = True  # both begin alike
+    sets[1, 1, 1] = True
+    sets[2, 1, 1] = True
+    sets[3, 2, 0] = True
+    tree = SetTree.of(sets, 5)
+    assert tree.counts_L.tolist() == [1, 3, 4]
+    assert tree.parents_LxK[:, :4].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 2, 3, 0]]
+    assert tree.members_LxKxM[1, :3].tolist() == [[False, False], [False, True], [False, True]]
+    assert tree.members_LxKxM[2, :4].tolist() == [[False, False]] * 3 + [[True, False]]
 
 
 def test_states_across_checkpoints(model, other_model, encoded):
