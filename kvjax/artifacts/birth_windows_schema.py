@@ -11,8 +11,7 @@ from kvjax.artifacts.files import read_json, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import misfit
 
-Interval = tuple[float | None, float | None]  # an end is None if it lies beyond the run
-StepInterval = tuple[int | None, int | None]
+StepInterval = tuple[int | None, int | None]  # an end is None if it lies beyond the run
 
 
 class _Part(pydantic.BaseModel):
@@ -63,23 +62,36 @@ class TriggerEntry(_Part):
 
 
 class OrderEntry(_Part):
-    """When a metric moved, in steps; `interval` is the midpoint's, `between` the checkpoints around the midpoint."""
+    """When a metric moved, and which way, in steps.
+
+    Onset, midpoint and completion are interpolated. `onset_interval`, `interval` (the midpoint's) and
+    `completion_interval` are what was observed: the checkpoints between which the moment lies, over 95 % of the
+    resamples too. `between` are the two checkpoints around the midpoint.
+    """
 
     metric: str
     split: str
+    direction: Literal["rise", "fall"]
     onset: float | None
     midpoint: float | None
     completion: float | None
-    interval: Interval | None
+    interval: tuple[int, int] | None
+    onset_interval: tuple[int, int] | None
+    completion_interval: tuple[int, int] | None
     between: tuple[int, int] | None
 
 
 class PrecedesEntry(_Part):
-    """Probability that the first metric's midpoint precedes the second's."""
+    """Probability that the first metric's midpoint precedes the second's.
+
+    `undetermined` is the share of resamples in which both lie between the same two checkpoints, so that their order
+    was not observed. These count half each way in `probability`.
+    """
 
     first: str
     second: str
     probability: float
+    undetermined: float
 
 
 class ComponentEntry(_Part):
@@ -100,8 +112,20 @@ class ComponentEntry(_Part):
     left_censored: bool
 
 
+class ComponentChange(_Part):
+    """A component whose importance moved one way in a window, with its levels before and after on each split."""
+
+    component: str
+    layer: int
+    head: int | None
+    splits: dict[str, tuple[float, float]]
+
+
 class WindowEntry(_Part):
-    """One birth window; `center_step` is the first checkpoint after the largest shift."""
+    """One birth window; `center_step` is the first checkpoint after the largest shift.
+
+    `rose` and `fell` are the components whose importance moved in it, the largest change first.
+    """
 
     start_step: int
     center_step: int
@@ -111,6 +135,8 @@ class WindowEntry(_Part):
     order: list[OrderEntry]
     precedes: list[PrecedesEntry]
     components: list[ComponentEntry]
+    rose: list[ComponentChange]
+    fell: list[ComponentChange]
 
 
 class MeasuredOn(_Part):

@@ -12,7 +12,7 @@ from kvjax.errors import short_name, visible
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.summary_text import cell, comparison_lines
 from kvjax.measure.declaration import Column
-from kvjax.measure.registry import row_fields
+from kvjax.measure.registry import BIRTH_SPLIT, row_fields
 from kvjax.model.components import Component
 from kvjax.report.leaders import ablation_in_words, leaders_cell, leaders_heading, leaders_notes
 
@@ -95,14 +95,18 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
         for trigger in window["triggers"][:show]:
             shift = f"{trigger['size']:+.3f} at {trigger['step']}, score {trigger['score']:.1f}"
             say(f"      {trigger['metric']:<30} {trigger['split']:<16} {shift}")
-        say("    order of metrics (step of onset, midpoint with 95 % interval, completion):")
+        say("    order of metrics (onset, midpoint, completion; the midpoint was observed between):")
         for moved in window["order"][:show]:
-            ends = moved["interval"] or (None, None)
-            interval = f"[{cell(ends[0], '.0f')}, {cell(ends[1], '.0f')}]"
-            onset, midpoint, completion = (cell(moved[name], "7.0f") for name in ("onset", "midpoint", "completion"))
-            say(f"      {moved['metric']:<30} {moved['split']:<16} {onset} {midpoint} {interval:<14} {completion}")
+            between = "-" if moved["interval"] is None else "{} and {}".format(*moved["interval"])
+            moments = " ".join(cell(moved[name], "7.0f") for name in ("onset", "midpoint", "completion"))
+            way = f"{moved['metric']} {'rises' if moved['direction'] == 'rise' else 'falls'}"
+            say(f"      {way:<36} {moved['split']:<16} {moments}  {between}")
         if len(window["order"]) > show:
             say(f"      and {len(window['order']) - show} more in the file")
+        for direction in ("rose", "fell"):
+            if changes := window[direction]:
+                more = f" and {len(changes) - show} more" if len(changes) > show else ""
+                say(f"    importance {direction}: {'; '.join(map(_change, changes[:show]))}{more}")
         say(f"    accuracy that {ablation_in_words(document['ranked_by'])} ablation costs, before, inside and after:")
         for part in window["components"][:show]:
             costs = "  ".join(f"{part[f'importance_{when}']:.3f}" for when in ("before", "inside", "after"))
@@ -116,6 +120,14 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
     for note in report.notes:
         say(f"  note: {note}")
     say(f"  Results in {report.run.layout.birth_windows}")
+
+
+def _change(entry: dict[str, Any]) -> str:
+    """Writes how a component's importance changed: on the split of births if it did there, else where it did most."""
+    splits = entry["splits"]
+    largest = max(splits, key=lambda split: abs(splits[split][1] - splits[split][0]))
+    split = BIRTH_SPLIT if BIRTH_SPLIT in splits else largest
+    return "{} {:.3f} to {:.3f} ({})".format(entry["component"], *splits[split], split)
 
 
 def _birth(entry: dict[str, Any]) -> str:

@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import ndtri
 
+# Shifts are one movement if the metric goes on at this share of the faster one's rate per step.
+_RATE_SHARE = 0.2
+_SMOOTH = 1  # checkpoints on each side of a gap over which that rate is averaged
+
 
 @dataclasses.dataclass(frozen=True)
 class DetectionSettings:
@@ -49,6 +53,11 @@ class Shift:
     size: float
     score: float
     relative: float
+
+    @property
+    def noise(self) -> float:
+        """Standard error of its size."""
+        return abs(self.size) / self.score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +123,55 @@ def find_shifts(
                 )
             )
     return found
+
+
+def whole_movements(shifts: Sequence[Shift], values_CxM: np.ndarray, steps_C: np.ndarray) -> list[Shift]:
+    """Joins shifts of a metric that are parts of one movement.
+
+    On a dense run wobble keeps some gaps of a long movement from holding, so that it falls into several shifts. Two
+    neighbouring ones in one direction are one movement if the metric moves from the one to the other at a fifth of the
+    faster one's rate per step at least, a standard error allowed.
+
+    Args:
+      shifts: from `find_shifts`.
+      values_CxM: the trajectories.
+      steps_C: training steps.
+
+    Returns:
+      A shift for each, in the same order: the joined one that it is part of, or itself.
+    """
+
+    def rate(shift: Shift) -> float:
+        # The rise in the gap itself, less what noise alone may make of it; on a dense run the smoother one counts.
+        values, gap = values_CxM[:, shift.metric], shift.gap
+        jump = abs(values[gap + 1] - values[gap]) - 2 * shift.noise
+        few = min(_SMOOTH, gap, len(steps_C) - gap - 2)
+        slope = abs(values[gap + 1 + few] - values[gap - few]) / (steps_C[gap + 1 + few] - steps_C[gap - few])
+        return float(np.nanmax([slope, jump / (steps_C[gap + 1] - steps_C[gap])]))
+
+    def continues(earlier: Shift, later: Shift) -> bool:
+        begin, end = earlier.last + 1, later.first
+        moved = np.sign(later.size) * (values_CxM[end, later.metric] - values_CxM[begin, later.metric])
+        slowest = _RATE_SHARE * max(rate(earlier), rate(later)) * (steps_C[end] - steps_C[begin])
+        same = bool(earlier.size * later.size > 0)
+        return same and bool(moved + max(earlier.noise, later.noise) >= slowest)
+
+    whole: dict[Shift, Shift] = {}
+    parts: list[Shift] = []
+
+    def join() -> None:
+        if parts:
+            largest = max(parts, key=lambda part: abs(part.size))
+            movement = dataclasses.replace(largest, first=parts[0].first, last=parts[-1].last)
+            whole.update(dict.fromkeys(parts, movement))
+            parts.clear()
+
+    for shift in sorted(shifts, key=lambda shift: (shift.metric, shift.gap)):
+        if parts and not (parts[-1].metric == shift.metric and continues(parts[-1], shift)):
+            join()
+        parts.append(shift)
+    join()
+    return [whole[shift] for shift in shifts]
 
 
 def find_windows(

@@ -6,13 +6,15 @@ Source: docs/birth_windows.md. Axis letters as in `kvjax.windows.shift_scores`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-COURSE_SHARES = (0.1, 0.5, 0.9)  # onset, midpoint, completion
+from kvjax.measure.uncertainty import LEVEL
+
+COURSE = ("onset", "midpoint", "completion")
+COURSE_SHARES = (0.1, 0.5, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def crossing_steps(fit_C: jax.Array, steps_C: jax.Array, inside_C: jax.Array, le
     return jnp.where(reached.any(axis=0), step, jnp.nan)
 
 
-@functools.partial(jax.jit, static_argnames="side")
+@jax.jit
 def movement_steps(
     values_XxMxC: jax.Array,
     steps_C: jax.Array,
@@ -125,8 +127,7 @@ def movement_steps(
     first_M: jax.Array,
     last_M: jax.Array,
     segments_Mx2: jax.Array,
-    *,
-    side: int,
+    side: jax.Array,
 ) -> jax.Array:
     """Dates onset, midpoint and completion of metrics' movements, for a trajectory and all its resamples alike.
 
@@ -171,11 +172,55 @@ def movement_steps(
     return jax.lax.map(lambda values: of_metrics(values, signs_M, first_M, last_M, segments_Mx2), values_XxMxC)
 
 
-def probability_of_preceding(first_J: np.ndarray, second_J: np.ndarray, steps_C: np.ndarray) -> float | None:
-    """Computes the share of joint resamples in which one midpoint comes before another.
+def observed_interval(moments_K: np.ndarray, samples_J: np.ndarray, steps_C: np.ndarray) -> tuple[int, int] | None:
+    """Joins what was observed of a moment with what resampling adds: the checkpoints between which it lies.
 
-    Midpoints between the same two checkpoints count half each way: their order was not observed, and interpolation
-    does not change that.
+    A moment interpolated between two checkpoints was observed to lie between them, no closer. Each resample has its own
+    two. The interval reaches from the earlier checkpoint of the estimates, or of the lowest 2.5 % of the resamples, to
+    the later one of the estimates, or of the highest 2.5 %.
+
+    Args:
+      moments_K: estimates in steps, the first that of the moment, the others with other levels before and after; NaN
+        if there is none.
+      samples_J: under resamples; NaN where there is none.
+      steps_C: training steps of the checkpoints.
+
+    Returns:
+      The two checkpoints; None without a first estimate.
+    """
+    if not np.isfinite(moments_K[0]):
+        return None
+    ends = moments_K[np.isfinite(moments_K)].tolist()
+    known = samples_J[np.isfinite(samples_J)]
+    if len(known):
+        tail = 50 * (1 - LEVEL)
+        ends += np.percentile(known, [tail, 100 - tail], method="inverted_cdf").tolist()
+    return gap_around(min(ends), steps_C)[0], gap_around(max(ends), steps_C)[1]
+
+
+def gap_around(moment: float, steps_C: np.ndarray) -> tuple[int, int]:
+    """Finds the two neighbouring checkpoints around a step; reached at a checkpoint means before it."""
+    after = int(np.clip(np.searchsorted(steps_C, moment, side="left"), 1, len(steps_C) - 1))
+    return int(steps_C[after - 1]), int(steps_C[after])
+
+
+@dataclasses.dataclass(frozen=True)
+class Precedence:
+    """How often one midpoint comes before another over joint resamples.
+
+    Attributes:
+      probability: that it does; the undetermined ones count half each way.
+      undetermined: share of resamples in which both lie between the same two checkpoints.
+    """
+
+    probability: float
+    undetermined: float
+
+
+def precedence(first_J: np.ndarray, second_J: np.ndarray, steps_C: np.ndarray) -> Precedence | None:
+    """Compares the midpoints of two metrics over joint resamples.
+
+    The order of midpoints between the same two checkpoints was not observed, and interpolation does not change that.
 
     Args:
       first_J: midpoints of the one metric, in steps.
@@ -183,11 +228,12 @@ def probability_of_preceding(first_J: np.ndarray, second_J: np.ndarray, steps_C:
       steps_C: training steps of the checkpoints.
 
     Returns:
-      The probability; None if no resample has both.
+      The comparison; None if no resample has both.
     """
     both = np.isfinite(first_J) & np.isfinite(second_J)
     if not both.any():
         return None
     # Reached at a checkpoint means reached in the gap that ends there.
     gaps = [np.searchsorted(steps_C, values[both], side="left") for values in (first_J, second_J)]
-    return float(((gaps[0] < gaps[1]) + 0.5 * (gaps[0] == gaps[1])).mean())
+    same = float((gaps[0] == gaps[1]).mean())
+    return Precedence(probability=float((gaps[0] < gaps[1]).mean()) + same / 2, undetermined=same)

@@ -14,9 +14,10 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import unusable
+from kvjax.windows.births import births
 from kvjax.windows.breaks import Breaks
 from kvjax.windows.score_runs import RunFinding, find_in_runs
-from kvjax.windows.summary import births, verdict_sentence, window_entries
+from kvjax.windows.summary import verdict_sentence, window_entries
 from kvjax.windows.trajectories import component_drops, needed_events, run_trajectories
 
 

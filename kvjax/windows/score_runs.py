@@ -131,7 +131,7 @@ def course_steps(
         jnp.asarray(padded([shift.first for shift in shifts], np.int32)),
         jnp.asarray(padded([shift.last for shift in shifts], np.int32)),
         jnp.asarray(padded(segments, np.int32)),
-        side=side,
+        jnp.asarray(side, jnp.int32),
     )
     return np.asarray(courses, np.float64)[:, : len(shifts)] + float(steps_C[0])
 

@@ -1,23 +1,23 @@
-"""Builds the entries of `birth_windows.json`: births, and per window its triggers, order of metrics and components."""
+"""Builds the entries of `birth_windows.json`: the verdict, and per window its triggers and the order of metrics."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
 
 from kvjax.config.windows import WindowConfig
-from kvjax.measure import registry
 from kvjax.measure.registry import BIRTH_SPLIT
-from kvjax.measure.statistics import places
-from kvjax.measure.uncertainty import LEVEL
-from kvjax.windows.group_shifts import Shift, Window
-from kvjax.windows.onset import birth, birth_indices, half_rise_indices, probability_of_preceding
+from kvjax.windows.components import component_changes, component_entries
+from kvjax.windows.group_shifts import Shift, Window, whole_movements
+from kvjax.windows.onset import COURSE, gap_around, observed_interval, precedence
 from kvjax.windows.score_runs import RunFinding, course_steps
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
+
+# Levels before and after a movement are averaged over so many times the checkpoints of a shift's sides.
+_TIMES_FURTHER = (1, 2, 4, 8)
 
 
 def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: bool) -> str:
@@ -45,43 +45,6 @@ def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: boo
     )
 
 
-def births(
-    run: Trajectories, *, thresholds: Mapping[str, float], config: WindowConfig, complete: bool
-) -> dict[str, dict[str, Any]]:
-    """Lists the births of a run's behavioural metrics, ready for `BirthEntry`.
-
-    Args:
-      run: its trajectories.
-      thresholds: metric -> the value at which it counts as born; metrics without one have a half-rise only.
-      config: persistence, sides and floors.
-      complete: whether the run is finished. Half-rises need its plateau, and are None otherwise.
-    """
-    entries = {}
-    for measure, field in registry.triggers():
-        if measure.level != "read":
-            continue
-        name, split = field.trigger, field.where.get("split", BIRTH_SPLIT)
-        index = _index_of(run.metrics, name, split)
-        if index is None:
-            continue
-        values, samples = run.values_CxM[:, index], run.samples_JxCxM[:, :, index]
-        entry: dict[str, Any] = {"split": split, "threshold": thresholds.get(name)}
-        entry |= _birth_entry(run.steps, values, samples, thresholds.get(name), config.persistence)
-        entry |= {"half_rise_step": None, "half_rise_interval": None}
-        if entry["step"] is not None and run.steps.tolist().index(entry["step"]) - 1 in run.breaks.jumps:
-            entry["reason"] += "; the checkpoint before it is of another trajectory"
-        if complete and len(run.steps) >= config.min_checkpoints:
-            floor = getattr(config.triggers, name).shift_floor
-            side = min(config.side_checkpoints, len(run.steps) // 2)
-            (half,) = half_rise_indices(values[None], side=side, floor=floor).tolist()
-            if half < len(run.steps):
-                entry["half_rise_step"] = int(run.steps[half])
-                halves = half_rise_indices(samples, side=side, floor=floor)
-                entry["half_rise_interval"] = _step_interval(halves, run.steps)
-        entries[name] = entry
-    return entries
-
-
 def window_entries(finding: RunFinding, components: ComponentDrops, config: WindowConfig) -> list[dict[str, Any]]:
     """Describes the windows of a run, ready for `WindowEntry`."""
     run = finding.trajectories
@@ -98,54 +61,11 @@ def window_entries(finding: RunFinding, components: ComponentDrops, config: Wind
                 "triggers": [_trigger(run, shift) for shift in window.shifts],
                 "order": order,
                 "precedes": precedes,
-                "components": _components(run.steps, window, components, config),
+                "components": component_entries(run.steps, window, components, config),
+                **component_changes(run, window.shifts, config),
             }
         )
     return entries
-
-
-def _index_of(metrics: Sequence[Metric], measure: str, split: str) -> int | None:
-    matching = [i for i, metric in enumerate(metrics) if (metric.measure, metric.split) == (measure, split)]
-    return matching[0] if matching else None
-
-
-def _birth_entry(
-    steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
-) -> dict[str, Any]:
-    nothing = {"step": None, "interval": None, "censored": False, "left_censored": False}
-    if threshold is None:
-        return nothing | {"reason": "the run's config has no threshold for it"}
-    born = birth(values, threshold, persistence=persistence)
-    if born.index is not None:
-        interval = _step_interval(birth_indices(samples, threshold, persistence=persistence), steps)
-        reason = f"at or above {threshold:g} and so at {persistence} further checkpoints"
-        if before_first := born.index == 0:
-            reason += f"; step {int(steps[0])} is the first measured checkpoint, so that it may have been born before"
-        return nothing | {
-            "step": int(steps[born.index]),
-            "interval": interval,
-            "left_censored": before_first,
-            "reason": reason,
-        }
-    if born.first_reached is None:
-        reason = f"stays below {threshold:g} until the last measured checkpoint, {int(steps[-1])}"
-    elif born.open_ended:
-        reason = f"at or above {threshold:g} at the last measured checkpoint, with too few further ones to call it born"
-    else:
-        reason = f"reaches {threshold:g} first at step {int(steps[born.first_reached])}, but does not stay there"
-    return nothing | {"censored": True, "reason": reason}
-
-
-def _step_interval(indices_J: np.ndarray, steps: np.ndarray) -> tuple[int | None, int | None]:
-    """Computes the percentile interval of checkpoint indices, as steps; None for an end beyond the run.
-
-    A low end at the first checkpoint lies beyond the run too: what was there already came before.
-    """
-    ordered = np.sort(indices_J)
-    tail = (1 - LEVEL) / 2
-    ends = [ordered[int(np.floor(tail * (len(ordered) - 1)))], ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))]]
-    low, high = (int(steps[end]) if end < len(steps) else None for end in ends)
-    return None if ends[0] == 0 else low, high
 
 
 def _trigger(run: Trajectories, shift: Shift) -> dict[str, Any]:
@@ -166,27 +86,35 @@ def _order(
     """Orders measures by when they moved, earliest first, and finds which preceded which."""
     shifts = _one_per_measure(run.metrics, window.shifts)
     side = config.side_checkpoints
-    point = course_steps(run.values_CxM[None], run.steps, shifts, every, side=side)[0]
+    values = run.values_CxM[None]
+    point = course_steps(values, run.steps, shifts, every, side=side)[0]
+    # What is at rest before and after depends on how far one looks. On a dense run a shift is part of its movement, and
+    # the checkpoints beside it still move.
+    movements = whole_movements([*every, *shifts], run.values_CxM, run.steps)
+    at = {"shifts": movements[len(every) :], "others": movements}
+    levels = [point, *(course_steps(values, run.steps, **at, side=times * side)[0] for times in _TIMES_FURTHER)]
     samples = course_steps(run.samples_JxCxM, run.steps, shifts, every, side=side)
     ranked = sorted(range(len(shifts)), key=lambda i: (np.nan_to_num(point[i, 1], nan=np.inf), i))
     entries = []
     for i in ranked:
-        metric, midpoint = run.metrics[shifts[i].metric], point[i, 1]
-        midpoints = samples[:, i, 1]
-        known = midpoints[np.isfinite(midpoints)]
-        tail = 50 * (1 - LEVEL)
-        varies = metric.resampled and len(known) > 0
-        interval = tuple(np.percentile(known, [tail, 100 - tail]).tolist()) if varies else None
-        onset, midpoint, completion = (float(x) if np.isfinite(x) else None for x in point[i])
+        metric = run.metrics[shifts[i].metric]
+        nothing = np.empty(0)  # values that repeat say nothing of sampling
+        onset, midpoint, completion = (
+            observed_interval(
+                np.array([of[i, k] for of in levels]), samples[:, i, k] if metric.resampled else nothing, run.steps
+            )
+            for k in range(len(COURSE))
+        )
         entries.append(
             {
                 "metric": metric.measure,
                 "split": metric.split,
-                "onset": onset,
-                "midpoint": midpoint,
-                "completion": completion,
-                "interval": interval,
-                "between": _between(midpoint, run.steps),
+                "direction": "rise" if shifts[i].size > 0 else "fall",
+                **{name: _step(moment) for name, moment in zip(COURSE, point[i], strict=True)},
+                "interval": midpoint,
+                "onset_interval": onset,
+                "completion_interval": completion,
+                "between": None if midpoint is None else gap_around(point[i, 1], run.steps),
             }
         )
     precedes = []
@@ -194,11 +122,15 @@ def _order(
         for j in ranked[a + 1 :]:
             if not any(run.metrics[shifts[k].metric].resampled for k in (i, j)):
                 continue  # no resample says how sure their order is
-            probability = probability_of_preceding(samples[:, i, 1], samples[:, j, 1], run.steps)
-            if probability is not None:
-                names = [run.metrics[shifts[k].metric].measure for k in (i, j)]
-                precedes.append({"first": names[0], "second": names[1], "probability": probability})
+            order = precedence(samples[:, i, 1], samples[:, j, 1], run.steps)
+            if order is not None:
+                first, second = (run.metrics[shifts[k].metric].measure for k in (i, j))
+                precedes.append({"first": first, "second": second, **dataclasses.asdict(order)})
     return entries, precedes
+
+
+def _step(moment: float) -> float | None:
+    return float(moment) if np.isfinite(moment) else None
 
 
 def _one_per_measure(metrics: Sequence[Metric], shifts: Sequence[Shift]) -> list[Shift]:
@@ -215,63 +147,3 @@ def _one_per_measure(metrics: Sequence[Metric], shifts: Sequence[Shift]) -> list
         dataclasses.replace(group[0], first=min(s.first for s in group), last=max(s.last for s in group))
         for group in chosen.values()
     ]
-
-
-def _between(midpoint: float | None, steps: np.ndarray) -> tuple[int, int] | None:
-    if midpoint is None:
-        return None
-    after = int(np.clip(np.searchsorted(steps, midpoint, side="left"), 1, len(steps) - 1))
-    return int(steps[after - 1]), int(steps[after])
-
-
-def _components(
-    steps: np.ndarray, window: Window, components: ComponentDrops, config: WindowConfig
-) -> list[dict[str, Any]]:
-    """Ranks every head and MLP by the accuracy its ablation costs before, inside and after a window, inside first.
-
-    "Before" averages the last checkpoints up to the window's first, "after" the first ones from its last on, "inside"
-    those between.
-    """
-    drops = components.drops_CxX
-    side = config.side_checkpoints
-    before = drops[max(0, window.first - side + 1) : window.first + 1].mean(axis=0)
-    inside = drops[window.first + 1 : window.last].mean(axis=0)
-    after = drops[window.last : window.last + side].mean(axis=0)
-    ranks = [places(values) for values in (before, inside, after)]
-    above = _first_above_null(drops, components.deviations_CxX)
-    entries = []
-    for x in np.argsort(-inside, kind="stable").tolist():
-        component = components.components[x]
-        entries.append(
-            {
-                "layer": component.layer,
-                "head": component.head,
-                "importance_before": float(before[x]),
-                "importance_inside": float(inside[x]),
-                "importance_after": float(after[x]),
-                "rank_before": int(ranks[0][x]),
-                "rank_inside": int(ranks[1][x]),
-                "rank_after": int(ranks[2][x]),
-                "first_step_above_null": int(steps[above[x]]) if above[x] < len(steps) else None,
-                "left_censored": bool(above[x] == 0),
-            }
-        )
-    return entries
-
-
-def _first_above_null(drops_CxX: np.ndarray, deviations_CxX: np.ndarray) -> np.ndarray:
-    """Finds the first checkpoint where ablating each component costs accuracy significantly, there and at the next.
-
-    The null hypothesis is that ablating costs nothing. It is rejected if the drop exceeds its bootstrap standard
-    deviation times the normal quantile at 5 % over all components and checkpoints together (Bonferroni). The next
-    checkpoint must reject it too, if there is one.
-
-    Returns:
-      Checkpoint indices [X]; C if there is none.
-    """
-    n = len(drops_CxX)
-    quantile = -ndtri((1 - LEVEL) / drops_CxX.size)
-    above = (drops_CxX > 0) & (drops_CxX > quantile * deviations_CxX)
-    stays = above.copy()
-    stays[:-1] &= above[1:]
-    return np.where(stays.any(axis=0), stays.argmax(axis=0), n)

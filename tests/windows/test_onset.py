@@ -12,7 +12,8 @@ from kvjax.windows.onset import (
     half_rise_indices,
     isotonic_fit,
     movement_steps,
-    probability_of_preceding,
+    observed_interval,
+    precedence,
 )
 
 
@@ -86,7 +87,7 @@ def course(values, steps, *, sign, first, last, segment=None, side=3):
         jnp.asarray([first]),
         jnp.asarray([last]),
         jnp.asarray([segment]),
-        side=side,
+        jnp.asarray(side),
     )
     return np.asarray(found)[0, 0]
 
@@ -116,12 +117,41 @@ class TestCourse:
         assert np.isnan(course(np.zeros(8), np.arange(8), sign=1.0, first=3, last=3)).all()
 
 
-def test_precedence_within_a_gap():
-    """Two midpoints in the same gap count one half each way."""
-    steps = np.array([0, 100, 200, 300])
-    first, second = np.array([50.0, 110, 210, 120]), np.array([150.0, 190, 110, np.nan])
-    # Before; same gap; after; one that does not exist.
-    assert probability_of_preceding(first, second, steps) == pytest.approx((1 + 0.5 + 0) / 3)
-    assert probability_of_preceding(np.array([np.nan]), np.array([5.0]), steps) is None
-    # Reached exactly at a checkpoint: in the gap that ends there.
-    assert probability_of_preceding(np.array([100.0]), np.array([101.0]), steps) == 1.0
+class TestPrecedence:
+    STEPS = np.array([0, 100, 200, 300])
+
+    def test_midpoints_within_a_gap(self):
+        """Midpoints in the same gap are undetermined and count one half each way."""
+        first, second = np.array([50.0, 110, 210, 120]), np.array([150.0, 190, 110, np.nan])
+        # Before; same gap; after; one that does not exist.
+        found = precedence(first, second, self.STEPS)
+        assert found.probability == pytest.approx((1 + 0.5 + 0) / 3) and found.undetermined == pytest.approx(1 / 3)
+        # However far apart interpolation puts them.
+        found = precedence(np.full(9, 101.0), np.full(9, 199.0), self.STEPS)
+        assert (found.probability, found.undetermined) == (0.5, 1.0)
+
+    def test_midpoint_at_a_checkpoint(self):
+        """Reached at a checkpoint means reached in the gap that ends there."""
+        found = precedence(np.array([100.0]), np.array([101.0]), self.STEPS)
+        assert (found.probability, found.undetermined) == (1.0, 0.0)
+
+    def test_no_midpoint(self):
+        """Without a resample that has both midpoints there is no order."""
+        assert precedence(np.array([np.nan]), np.array([5.0]), self.STEPS) is None
+
+
+@pytest.mark.parametrize(
+    ("moments", "samples", "expected"),
+    [
+        ([160.0], [160.0] * 40, (100, 200)),  # resamples that agree to the step know no more than the two checkpoints
+        ([160.0], [], (100, 200)),  # a metric without resamples
+        ([160.0], [160.0] * 36 + [210.0] * 4, (100, 400)),  # a tenth of the resamples lie in the next gap
+        ([160.0], [160.0] * 99 + [50.0], (100, 200)),  # one in a hundred lies outside of the 95 %
+        ([160.0, 90.0, np.nan], [160.0] * 40, (0, 200)),  # other levels before and after say earlier
+        ([100.0], [100.0], (0, 100)),  # reached at a checkpoint
+        ([np.nan, 5.0], [5.0], None),
+    ],
+)
+def test_observed_interval(moments, samples, expected):
+    """An interval holds the two checkpoints around the moment, and those around its resamples and other levels."""
+    assert observed_interval(np.array(moments), np.array(samples), np.array([0, 100, 200, 400])) == expected

@@ -10,9 +10,10 @@ from kvjax.artifacts.birth_windows_schema import TrajectoryBreak
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.model.components import Component
+from kvjax.windows.births import births
 from kvjax.windows.breaks import NO_BREAKS, Breaks
 from kvjax.windows.score_runs import find_in_runs
-from kvjax.windows.summary import births, verdict_sentence, window_entries
+from kvjax.windows.summary import verdict_sentence, window_entries
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
 NOISE = Noise(autocorrelation=0.5, wobble_share=0.6)
@@ -116,11 +117,17 @@ def test_order_of_metrics(formed):
     assert order["answer_accuracy"]["midpoint"] == pytest.approx(600, abs=5)
     assert order["answer_accuracy"]["between"] == (500, 700)
     for entry in order.values():
-        low, high = entry["interval"]
-        assert low <= entry["midpoint"] <= high
+        for moment, name in (
+            ("onset", "onset_interval"),
+            ("midpoint", "interval"),
+            ("completion", "completion_interval"),
+        ):
+            low, high = entry[name]
+            assert low <= entry[moment] <= high and {low, high} <= set(STEPS.tolist()), name
+        assert entry["direction"] == "rise"
         assert entry["onset"] < entry["midpoint"] < entry["completion"]
     (pair,) = window["precedes"]
-    assert pair == {"first": "r", "second": "answer_accuracy", "probability": 1.0}
+    assert pair == {"first": "r", "second": "answer_accuracy", "probability": 1.0, "undetermined": 0.0}
 
 
 def test_window_entry(formed):
@@ -178,6 +185,37 @@ def test_ranks_of_components(formed):
     assert [part["left_censored"] for part in (grows, shrinks, idle)] == [False, True, False]
     inside = [part["importance_inside"] for part in window["components"]]
     assert inside == sorted(inside, reverse=True)
+
+
+def test_components_that_rose_and_fell(config):
+    """A window names the components whose importance fell in it, and those whose importance rose, with both levels."""
+    falls, rises = [0.6, 0.6, 0.6, 0.6, 0.6, 0.1, 0.1, 0.1, 0.1, 0.1], [0.0] * 5 + [0.4] * 5
+    run = component_run({(0, 0): (falls, rises), (1, 2): (rises, rises), (1, None): (NOTHING, NOTHING)})
+    (found,) = find_in_runs([run], config)
+    parts = ComponentDrops((Component(0, 0),), np.zeros((10, 1)), np.full((10, 1), 0.01))
+    (window,) = window_entries(found, parts, config)
+    assert [change["component"] for change in window["fell"]] == ["L0H0"]
+    (fallen,) = window["fell"]
+    assert fallen["splits"]["validation_iid"] == pytest.approx((0.6, 0.1)), "a fall is a trigger as a rise is"
+    rose = {change["component"]: change["splits"] for change in window["rose"]}
+    assert set(rose) == {"L0H0", "L1H2"} and set(rose["L0H0"]) == {"heldout_pairs"}
+    assert set(rose["L1H2"]) == {"validation_iid", "heldout_pairs"}
+    ways = {(entry["metric"], entry["direction"]) for entry in window["order"]}
+    assert ways == {("head_accuracy_drop.L0H0", "fall"), ("head_accuracy_drop.L1H2", "rise")}
+
+
+def component_run(curves, *, steps=STEPS):
+    """Builds a run of components: (layer, head) -> their drops on validation_iid and heldout_pairs."""
+    splits = ("validation_iid", "heldout_pairs")
+    metrics, values = [], []
+    for (layer, head), of_splits in curves.items():
+        kind = "mlp_accuracy_drop" if head is None else "head_accuracy_drop"
+        for split, curve in zip(splits, of_splits, strict=True):
+            metrics.append(Metric(kind, f"{kind}.{Component(layer, head)}", split, layer, head))
+            values.append(curve)
+    values = np.stack(values, axis=1).astype(float)
+    samples = values + 0.004 * np.random.default_rng(7).standard_normal((50, *values.shape))
+    return Trajectories(np.asarray(steps), tuple(metrics), values, samples)
 
 
 def test_births_of_a_run(config):
@@ -238,5 +276,6 @@ def test_residual_drift_alone(config):
     assert found.verdict == "windows"
     nothing = ComponentDrops((Component(0, 0),), np.zeros((10, 1)), np.ones((10, 1)))
     (window,) = window_entries(found, nothing, opened)
-    assert [entry["interval"] for entry in window["order"]] == [None] * 4, "drift has no value per sequence"
+    # Drift has no value per sequence: only the two checkpoints are known.
+    assert all(entry["interval"] == entry["between"] == (500, 700) for entry in window["order"])
     assert window["precedes"] == [] and all(entry["midpoint"] is not None for entry in window["order"])

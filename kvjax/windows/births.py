@@ -1,0 +1,96 @@
+"""Lists when the behavioural metrics of a run were born and half risen, ready for `BirthEntry`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvjax.config.windows import WindowConfig
+from kvjax.measure import registry
+from kvjax.measure.registry import BIRTH_SPLIT
+from kvjax.measure.uncertainty import LEVEL
+from kvjax.windows.onset import birth, birth_indices, half_rise_indices
+from kvjax.windows.trajectories import Metric, Trajectories
+
+
+def births(
+    run: Trajectories, *, thresholds: Mapping[str, float], config: WindowConfig, complete: bool
+) -> dict[str, dict[str, Any]]:
+    """Lists the births of a run's behavioural metrics, ready for `BirthEntry`.
+
+    Args:
+      run: its trajectories.
+      thresholds: metric -> the value at which it counts as born; metrics without one have a half-rise only.
+      config: persistence, sides and floors.
+      complete: whether the run is finished. Half-rises need its plateau, and are None otherwise.
+    """
+    entries = {}
+    for measure, field in registry.triggers():
+        if measure.level != "read":
+            continue
+        name, split = field.trigger, field.where.get("split", BIRTH_SPLIT)
+        index = _index_of(run.metrics, name, split)
+        if index is None:
+            continue
+        values, samples = run.values_CxM[:, index], run.samples_JxCxM[:, :, index]
+        entry: dict[str, Any] = {"split": split, "threshold": thresholds.get(name)}
+        entry |= _birth_entry(run.steps, values, samples, thresholds.get(name), config.persistence)
+        entry |= {"half_rise_step": None, "half_rise_interval": None}
+        if entry["step"] is not None and run.steps.tolist().index(entry["step"]) - 1 in run.breaks.jumps:
+            entry["reason"] += "; the checkpoint before it is of another trajectory"
+        if complete and len(run.steps) >= config.min_checkpoints:
+            floor = getattr(config.triggers, name).shift_floor
+            side = min(config.side_checkpoints, len(run.steps) // 2)
+            (half,) = half_rise_indices(values[None], side=side, floor=floor).tolist()
+            if half < len(run.steps):
+                entry["half_rise_step"] = int(run.steps[half])
+                halves = half_rise_indices(samples, side=side, floor=floor)
+                entry["half_rise_interval"] = _step_interval(halves, run.steps)
+        entries[name] = entry
+    return entries
+
+
+def _index_of(metrics: Sequence[Metric], measure: str, split: str) -> int | None:
+    matching = [i for i, metric in enumerate(metrics) if (metric.measure, metric.split) == (measure, split)]
+    return matching[0] if matching else None
+
+
+def _birth_entry(
+    steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
+) -> dict[str, Any]:
+    nothing = {"step": None, "interval": None, "censored": False, "left_censored": False}
+    if threshold is None:
+        return nothing | {"reason": "the run's config has no threshold for it"}
+    born = birth(values, threshold, persistence=persistence)
+    if born.index is not None:
+        interval = _step_interval(birth_indices(samples, threshold, persistence=persistence), steps)
+        reason = f"at or above {threshold:g} and so at {persistence} further checkpoints"
+        if before_first := born.index == 0:
+            reason += f"; step {int(steps[0])} is the first measured checkpoint, so that it may have been born before"
+        return nothing | {
+            "step": int(steps[born.index]),
+            "interval": interval,
+            "left_censored": before_first,
+            "reason": reason,
+        }
+    if born.first_reached is None:
+        reason = f"stays below {threshold:g} until the last measured checkpoint, {int(steps[-1])}"
+    elif born.open_ended:
+        reason = f"at or above {threshold:g} at the last measured checkpoint, with too few further ones to call it born"
+    else:
+        reason = f"reaches {threshold:g} first at step {int(steps[born.first_reached])}, but does not stay there"
+    return nothing | {"censored": True, "reason": reason}
+
+
+def _step_interval(indices_J: np.ndarray, steps: np.ndarray) -> tuple[int | None, int | None]:
+    """Computes the percentile interval of checkpoint indices, as steps; None for an end beyond the run.
+
+    A low end at the first checkpoint lies beyond the run too: what was there already came before.
+    """
+    ordered = np.sort(indices_J)
+    tail = (1 - LEVEL) / 2
+    ends = [ordered[int(np.floor(tail * (len(ordered) - 1)))], ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))]]
+    low, high = (int(steps[end]) if end < len(steps) else None for end in ends)
+    return None if ends[0] == 0 else low, high
