@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each folder uses only those before it.
 ORDER = (
     *("errors", "devices", "declarations", "config", "artifacts", "model", "measure", "task", "execution"),
-    *("sweeps", "windows", "intervene", "train", "compare", "report", "converters"),
+    *("sweeps", "windows", "intervene", "story", "train", "compare", "report", "converters"),
     *("opened_run", "pipeline", "api", "commands"),
 )
 

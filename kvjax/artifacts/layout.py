@@ -132,6 +132,16 @@ class RunLayout:
         return self.analysis / "birth_windows.json"
 
     @property
+    def story(self) -> Path:
+        """What happened in the run, as phases and handovers."""
+        return self.analysis / "story.json"
+
+    @property
+    def story_text(self) -> Path:
+        """The same in words."""
+        return self.analysis / "story.md"
+
+    @property
     def interventions(self) -> Path:
         """The folder of interventions, one folder per kind."""
         return self.analysis / "interventions"

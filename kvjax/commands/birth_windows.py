@@ -1,7 +1,8 @@
 """Find the few checkpoints between which something formed, from the sweep alone, or say that nothing did.
 
 Each run gets analysis/birth_windows.json: a verdict, windows with their triggers, the order in which metrics moved, the
-components that mattered before, inside and after, and the births of metrics. Can be repeated while a run still trains.
+components that mattered before, inside and after, and the births of metrics. analysis/story.md tells in plain words
+what happened, in which phases, and which components took over from which. Can be repeated while a run still trains.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ SETTINGS = (Runs, WindowSettings, ResultSettings, Shown)
 
 def run(runs: Runs, settings: WindowSettings, results: ResultSettings, shown: Shown) -> None:
     from kvjax.artifacts.find_runs import names_of_results
-    from kvjax.pipeline.text import print_next
+    from kvjax.pipeline.text import print_next, print_told_windows
     from kvjax.pipeline.windows import find_birth_windows
-    from kvjax.report.text import print_windows_reports
 
-    print_windows_reports(find_birth_windows(runs, settings, results), show=shown.show)
+    print_told_windows(find_birth_windows(runs, settings, results), show=shown.show)
     print_next("status", run_dirs=names_of_results(runs.run_dirs, results.output_dir))

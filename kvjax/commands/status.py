@@ -1,6 +1,7 @@
 """Say which of the four conditions for circuit work each run meets, why, and what to run next.
 
-They are: reference fixed, probe set fixed, sweep complete, windows identified. Only reads; nothing is measured.
+They are: reference fixed, probe set fixed, sweep complete, windows identified. Then it tells what happened in the run,
+in full if it is the only one. Only reads; nothing is measured.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, PairSource, ResultSettings, RunsOnBenchmark
 from kvjax.pipeline.status import readiness
+from kvjax.pipeline.story import complete_story
 from kvjax.pipeline.sweep import checkpoint_source
 from kvjax.pipeline.written_runs import open_to_write
 
@@ -33,12 +34,13 @@ def intervene(
     """
     with open_to_write(runs, results) as found:
         plans = plan(found, runs.benchmark_dir, source, settings)
+        reports = []
         with progress(sum(len(planned.tasks) for planned in plans), "studies") as advance:
-            return [
-                report
-                for planned in plans
-                for report in intervene_in_run(planned, checkpoint_source(planned.inputs), settings, advance=advance)
-            ]
+            for planned in plans:
+                source_of_run = checkpoint_source(planned.inputs)
+                reports += intervene_in_run(planned, source_of_run, settings, advance=advance)
+                complete_story(planned.inputs.run)
+        return reports
 
 
 def plan(

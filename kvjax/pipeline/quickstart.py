@@ -11,9 +11,10 @@ from kvjax.config.train import TrainConfig
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import QuickstartSettings
 from kvjax.pipeline.stages import GENERATE, SWEEP, TRAIN, WINDOWS, Study
+from kvjax.pipeline.text import print_told_windows
 from kvjax.pipeline.train import run_directories
 from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
-from kvjax.report.text import print_sweep_reports, print_windows_reports, say
+from kvjax.report.text import print_sweep_reports, say
 from kvjax.sweeps.results import SweepReport
 
 _SHOWN = 8
@@ -43,7 +44,7 @@ def quickstart(settings: QuickstartSettings, progress: Progress = no_progress) -
         say("     " + ", ".join(map(str, files)))
     say(f"     Look at {output / 'figures' / 'trajectories.png'} first.")
     say("\n5/5  looking for birth windows")
-    print_windows_reports(WINDOWS.run(study, progress), show=_SHOWN)
+    print_told_windows(WINDOWS.run(study, progress), show=_SHOWN)
 
 
 def study_of(settings: QuickstartSettings) -> Study:

@@ -30,6 +30,7 @@ from kvjax.pipeline.settings import (
     SweepInputs,
     WindowSettings,
 )
+from kvjax.pipeline.story import story_is_current
 from kvjax.pipeline.sweep import sweep
 from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.train import runs_are_trained, train_missing_runs
@@ -162,7 +163,7 @@ WINDOWS = Stage(
     "windows",
     "birth-windows",
     ("sweep",),
-    _of_every_run(windows_are_current),
+    _of_every_run(lambda run: all_current(current(run) for current in (windows_are_current, story_is_current))),
     lambda study, progress: find_birth_windows(Runs.of(study.runs), WindowSettings()),
 )
 INTERVENE = Stage(

@@ -9,6 +9,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import unusable
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import Runs
+from kvjax.pipeline.story import StoryState, story_state
 from kvjax.pipeline.sweep_state import checkpoints_are_measured, probe_set_is_measured, reference_is_fixed
 from kvjax.pipeline.windows import windows_are_identified
 
@@ -28,10 +29,12 @@ class Readiness:
     Attributes:
       run: the run.
       conditions: name -> whether it holds, in the order in which they are met.
+      told: what happened in it, if that was told.
     """
 
     run: RunDir
     conditions: dict[str, Current]
+    told: StoryState
 
     @property
     def ready(self) -> bool:
@@ -51,7 +54,7 @@ class Readiness:
 
 def readiness(run: RunDir) -> Readiness:
     """Checks the conditions for circuit work on a run; only reads."""
-    return Readiness(run, {name: check(run) for name, check in _CONDITIONS.items()})
+    return Readiness(run, {name: check(run) for name, check in _CONDITIONS.items()}, story_state(run))
 
 
 def status(runs: Runs) -> list[Readiness]:

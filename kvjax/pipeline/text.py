@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.layout import PROBE_SET_FILE
 from kvjax.errors import command
-from kvjax.report.text import say
+from kvjax.report.story import print_story
+from kvjax.report.text import print_windows_report, say
 
 if TYPE_CHECKING:
     from kvjax.artifacts.run_dir import RunDir
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from kvjax.pipeline.generate import GeneratedBenchmark
     from kvjax.pipeline.status import Readiness
     from kvjax.pipeline.train import TrainedRun
+    from kvjax.pipeline.windows import ToldWindows
     from kvjax.task.probe_set import ProbeSet
 
 
@@ -100,6 +102,15 @@ def print_ranking(ranking: dict[str, Any], output: str | None) -> None:
         say(f"Ranking in {output}")
 
 
+def print_told_windows(found: Sequence[ToldWindows], *, show: int) -> None:
+    """Prints each run's verdict and windows, and in a sentence each what happened in them."""
+    for one in found:
+        print_windows_report(one.windows, show=show)
+        say("  What happened:")
+        print_story(one.story, in_full=False)
+        say(f"  All of it in words: {one.windows.run.layout.story_text}")
+
+
 def print_readiness(states: Sequence[Readiness], *, reasons: bool) -> None:
     """Prints which conditions for circuit work each run meets, the next command, and how many runs are ready."""
     for state in states:
@@ -110,8 +121,21 @@ def print_readiness(states: Sequence[Readiness], *, reasons: bool) -> None:
         ready = command("intervene", run_dirs=[state.run.path])
         following = ready if state.ready else state.next_command
         say(f"  Next: {following or 'nothing to run; see the reason above'}")
+        print_told(state, in_full=len(states) == 1)
     count = sum(state.ready for state in states)
     say(f"\n{count} of {len(states)} run{'s' if len(states) > 1 else ''} ready for circuit work")
+
+
+def print_told(state: Readiness, *, in_full: bool) -> None:
+    """Prints what happened in a run, or why that is not told; nothing before there are birth windows."""
+    current, story = state.told.current, state.told.story
+    if not current.holds and not state.run.layout.birth_windows.is_file():
+        return
+    if not current.holds:
+        say(f"  The story is not up to date: {current.reason} ({current.command})")
+    if story is not None:
+        print_story(story, in_full=in_full)
+        say(f"  The story is told in {state.run.layout.story_text}.")
 
 
 def print_sweep_example(run: RunDir) -> None:

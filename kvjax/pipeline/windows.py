@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
+from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.story_schema import Story
 from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import InputError, command
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, Runs, WindowSettings
+from kvjax.pipeline.story import tell_story
 from kvjax.pipeline.written_runs import open_to_write
 from kvjax.windows.run import WindowsReport, write_windows
 
 
+@dataclasses.dataclass(frozen=True)
+class ToldWindows:
+    """The birth windows of a run, and the story told from them."""
+
+    windows: WindowsReport
+    story: Story
+
+
 def find_birth_windows(
     runs: Runs, settings: WindowSettings, results: ResultSettings = DEFAULT_RESULTS
-) -> list[WindowsReport]:
-    """Finds the birth windows of runs and writes each run's file.
+) -> list[ToldWindows]:
+    """Finds the birth windows of runs, tells what happened in them, and writes each run's files.
 
     Raises:
       InputError: the config cannot be used, or a run has no sweep that can be read.
     """
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
     with open_to_write(runs, results, needs="checkpoints") as found:
-        return write_windows(found, config)
+        opened = {run.path: RunResults(run) for run in found}
+        reports = write_windows(list(opened.values()), config)
+        return [ToldWindows(report, tell_story(opened[report.run.path])) for report in reports]
 
 
 def windows_are_current(run: RunDir) -> Current:

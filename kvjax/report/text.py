@@ -15,6 +15,7 @@ from kvjax.measure.declaration import Column
 from kvjax.measure.registry import BIRTH_SPLIT, row_fields
 from kvjax.model.components import Component
 from kvjax.report.leaders import ablation_in_words, leaders_cell, leaders_heading, leaders_notes
+from kvjax.report.shown_rows import rows_of_change
 
 if TYPE_CHECKING:
     from kvjax.intervene.analysis import InterventionReport
@@ -48,12 +49,12 @@ def print_sweep_report(report: SweepReport) -> None:
     columns = _printed_columns()
     headings = " ".join(column.heading.rjust(_width(column.form)) for column in columns.values())
     say(f"{'step':>7} {headings}  {leaders_heading(rows[0])}")
-    hidden = len(rows) - _SHOWN_ROWS
-    for row in rows if hidden <= 0 else rows[: _SHOWN_ROWS // 2] + rows[-_SHOWN_ROWS // 2 :]:
+    shown = [rows[index] for index in rows_of_change(rows, most=_SHOWN_ROWS)]
+    for row in shown:
         numbers = " ".join(cell(row[field], column.form) for field, column in columns.items())
         say(f"{row['step']:>7} {numbers}  {leaders_cell(row)}")
-    if hidden > 0:
-        say(f"  ({hidden} checkpoints between are in the table)")
+    if hidden := len(rows) - len(shown):
+        say(f"  ({hidden} of {len(rows)} checkpoints, at which less changes, are left out; all are in the table)")
     for line in leaders_notes(rows):
         say(f"  {line}")
     for file, reason in report.log.refused.items():
@@ -75,12 +76,6 @@ def _printed_columns() -> dict[str, Column]:
 
 def _width(form: str) -> int:
     return int(form.partition(".")[0])
-
-
-def print_windows_reports(reports: Sequence[WindowsReport], *, show: int) -> None:
-    """Prints each run's verdict and windows."""
-    for report in reports:
-        print_windows_report(report, show=show)
 
 
 def print_windows_report(report: WindowsReport, *, show: int) -> None:

@@ -65,6 +65,7 @@ def publish(
         "ranked_by": settings.ranked_by,
         "benchmark_sha256": inputs.benchmark.sha256,
         "probe_set_sha256": inputs.probe.manifest.content_sha256,
+        "num_values": len(inputs.benchmark.vocabulary.value_tokens),
     }
     breaks = trajectory_breaks(run, dataset, arrays)
     rows = checkpoint_rows(

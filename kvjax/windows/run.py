@@ -47,10 +47,10 @@ class _Swept:
     where_broken: Breaks
 
 
-def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsReport]:
+def write_windows(runs: Sequence[RunResults], config: WindowConfig) -> list[WindowsReport]:
     """Finds the birth windows of runs and writes each run's file.
 
-    It works on whatever has been measured, even while a run still trains.
+    It works on whatever has been measured, even while a run still trains. What it reads of the results stays read.
 
     Raises:
       InputError: a run has no sweep, or a sweep that cannot be read.
@@ -68,8 +68,8 @@ def write_windows(runs: Sequence[RunDir], config: WindowConfig) -> list[WindowsR
     return reports
 
 
-def _open(run: RunDir) -> _Swept:
-    results = RunResults(run)
+def _open(results: RunResults) -> _Swept:
+    run = results.run
     measured_on, means, events, path = results.sweep.measured_on, results.metrics, results.events, run.layout.arrays
     ranked_by = results.sweep.ranked_by
     if missing := sorted(needed_events(ranked_by) - set(events.data_vars)) or sorted(

@@ -17,7 +17,8 @@ MODULES = sorted([*(ROOT / "kvjax").rglob("*.py"), *(ROOT / "converters").rglob(
 FILES = (
     *("run_config.json", "metrics.jsonl", "summary.json", "best_checkpoint.json", "best.pt", "last.pt"),
     *("probe_set.jsonl", "sweep.json", "checkpoint_metrics.jsonl", "checkpoint_metrics.nc"),
-    *("heads.jsonl", "mlps.jsonl", "neurons.jsonl", "birth_windows.json", "metadata.json"),
+    *("heads.jsonl", "mlps.jsonl", "neurons.jsonl", "birth_windows.json", "story.json", "story.md"),
+    "metadata.json",
     *(
         ".metadata.json",
         ".companion.json",

@@ -8,7 +8,11 @@ import torch
 import xarray as xr
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
+from kvjax.artifacts.identity import sealed
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.story_schema import read_story
 from kvjax.commands.main import main
+from kvjax.story.text import sections, story_markdown, summary_lines
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
 from tests.helpers.commands import refused, sweep_arguments
 
@@ -102,6 +106,11 @@ def test_run_of_one_checkpoint(folder, capsys):
 def status(*run_dirs, **flags):
     given = {"run_dirs": ",".join(map(str, run_dirs)), **flags}
     return main(["status", *(f"--{name}={value}" for name, value in given.items())])
+
+
+def lines_of_text(printed):
+    """Joins what is printed to one line, as it was before it was wrapped."""
+    return " ".join(printed.split())
 
 
 def lines_of(capsys):
@@ -211,6 +220,58 @@ class TestStatus:
         (folder / "formed" / "analysis" / "birth_windows.json").write_text(content)
         assert status(folder / "formed") == 0
         assert any(line.startswith("no   windows identified") for line in lines_of(capsys))
+
+
+class TestStory:
+    def test_files_and_lines_of_a_story(self, folder, capsys):
+        """Windows are told in a file that opens, in words, by the command in short and by `status` in full."""
+        assert find(folder / "*") == 0
+        printed = capsys.readouterr().out
+        assert printed.count("What happened:") == 2
+        for name in ("formed", "flat"):
+            run = RunDir.open(folder / name)
+            story, windows = read_story(run.layout.story), read_birth_windows(run.layout.birth_windows)
+            assert story.told_from.windows_sha256 == windows.content_sha256
+            assert (story.verdict, story.steps) == (windows.verdict, list(STEPS))
+            assert story_markdown(story) == run.layout.story_text.read_text()
+            assert all(sentence in lines_of_text(printed) for sentence in summary_lines(story))
+            assert status(folder / name) == 0
+            told = lines_of_text(capsys.readouterr().out)
+            assert all(line in told for part in sections(story) for line in part.lines)
+            assert "not up to date" not in told
+        assert status(folder / "*") == 0
+        assert "How sure" not in capsys.readouterr().out, "several runs are told in short"
+        assert "Nothing formed: no metric shifted" in printed
+
+    def test_stale_and_missing_stories(self, folder, capsys):
+        """A story that is missing, edited or of other windows is named with the command that tells it again."""
+        run = folder / "formed"
+        find(run)
+        path = run / "analysis" / "story.json"
+        whole = path.read_text()
+        other = json.loads(whole)
+        other["told_from"]["windows_sha256"] = "0" * 64
+        for content, says in (
+            (None, "story.json does not exist"),
+            (whole.replace("formed", "edited"), "expected the content that its own hash names"),
+            ("[]", "expected the story of a run"),
+            (json.dumps(sealed({k: v for k, v in other.items() if k != "content_sha256"})), "were found again since"),
+        ):
+            path.unlink() if content is None else path.write_text(content)
+            capsys.readouterr()
+            assert status(run) == 0
+            (line,) = [line for line in lines_of(capsys) if line.startswith("The story is not up to date")]
+            assert says in line and f"(kvjax birth-windows --run_dirs={run})" in line
+
+    def test_story_in_another_folder(self, folder, tmp_path, capsys):
+        """With `--output_dir`, the story lies with the other results, and `status` of that folder tells it."""
+        run, out = folder / "formed", tmp_path / "out"
+        shutil.move(run / "analysis", out / "analysis")
+        assert find(run, output_dir=out) == 0
+        assert (out / "analysis" / "story.md").is_file() and not (run / "analysis" / "story.md").exists()
+        capsys.readouterr()
+        assert status(out) == 0
+        assert "What happened in formed" in capsys.readouterr().out
 
 
 class TestBadInput:

@@ -202,9 +202,6 @@ def test_heads(swept, truth):
             close(row[f"{name}_mean"], expected, f"{name} {head}")
         entropy = mean([read["attention"][head]["attention_entropy"] for read in truth[step]["reads"]])
         close(row["attention_entropy"], entropy)
-        separation = mean([read["separation"][head] for read in truth[step]["reads"]])
-        close(row["qk_separation"], separation)
-        close(row["qk_separation_rank8"], separation)  # its heads have 6 directions
         previous = STEPS[STEPS.index(step) - 1] if step != STEPS[0] else None
         change = None if previous is None else accuracy[step][head] - accuracy[previous][head]
         close(row["delta_accuracy_drop"], change)
