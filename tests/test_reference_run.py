@@ -237,6 +237,18 @@ def test_companion_of_the_probe_set(swept):
     assert len((swept["root"] / "probe_set.sources.jsonl").read_text().splitlines()) == 96
 
 
+def test_ranking_of_heads(swept):
+    """Role means rank the heads first that patching finds, zero ablation one that writes a constant for each role."""
+    row = swept["rows"][6000]
+    assert row["ranked_by"] == "role_mean"
+    assert [(h["layer"], h["head"]) for h in row["top_heads"][:3]] == [(0, 3), (1, 2), (2, 1)]
+    artefact = row["top_heads_by_ablation"][0]
+    assert (artefact["layer"], artefact["head"]) == (1, 3)
+    marked = swept["heads"][6000, 1, 3]
+    assert marked["accuracy_drop"] > 0.4 > 0.05 > marked["accuracy_drop_role_mean"] and marked["ablations_disagree"]
+    assert "heads by role-mean accuracy drop: zero | role-mean | resample" in swept["stdout"]
+
+
 def test_birth_windows(swept):
     """Birth windows lie at the steps between which the reference's metrics move."""
     run = swept["root"] / "run"
@@ -253,7 +265,9 @@ def test_birth_windows(swept):
     def heads(changes):
         return {change.component for change in changes if change.head is not None and "validation_iid" in change.splits}
 
-    assert heads(first.rose) == {"L0H0"} and {"L0H3", "L1H3"} <= heads(second.rose)
+    # Patching shows the second circuit: L0H3 binds, L1H2 and L2H1 retrieve. L1H3 writes a constant for each role.
+    assert heads(first.rose) == {"L0H0"} and heads(second.rose) >= {"L0H3", "L1H2", "L2H1"}
+    assert "L1H3" not in heads(second.rose)
     # The head that carried the first version is let go: the largest change of any head after that formation.
     assert heads(second.fell) == {"L0H0"} and not first.fell
     assert "window around step 1750" in done.stdout and "window around step 4000" in done.stdout

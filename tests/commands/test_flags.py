@@ -75,11 +75,30 @@ def test_lists_from_python_and_from_the_command_line():
 
 
 @pytest.mark.parametrize(
+    ("given", "ranked_by"),
+    [
+        ({}, "role_mean"),
+        ({"ablations": "zero,mean,resample"}, "zero"),
+        ({"ablations": "zero,role_mean", "rank_by": "zero"}, "zero"),
+        ({"rank_by": "resample"}, "resample"),
+    ],
+)
+def test_default_ranking(given, ranked_by):
+    """Role means rank components if they are measured and nobody names another kind."""
+    assert SweepSettings(**given).ranked_by == ranked_by
+
+
+@pytest.mark.parametrize(
     ("make", "complaint"),
     [
         (lambda: SweepSettings(precision="high"), "precision: expected one of highest, default; found high"),
         (lambda: SweepSettings(ablations="zero,half"), "ablations: expected ablations among zero, .*; found half"),
         (lambda: SweepSettings(ablations=["mean"]), "ablations: expected zero among the kinds, .*; found mean"),
+        (
+            lambda: SweepSettings(rank_by="mean"),
+            "rank_by: expected one of the measured kinds zero, role_mean, resample .or add it to .*; found mean",
+        ),
+        (lambda: SweepSettings(rank_by="random"), "rank_by: expected one of zero, .*; found random"),
         (lambda: InterventionSettings(kinds=()), "kinds: expected kinds among activation_patching, .*; found none"),
         (lambda: InterventionSettings(window="5", steps="5"), "window: expected no window beside `steps`; found 5"),
         (lambda: InterventionSettings(pairs_per_kind=1), "pairs_per_kind: expected a whole number of at least 2"),

@@ -9,7 +9,10 @@ import pytest
 import scipy.stats
 import xarray as xr
 
+from kvjax.config.files import find_config, read_config
+from kvjax.config.windows import WindowConfig
 from kvjax.model.sites import stage_names
+from kvjax.windows.trajectories import component_drops
 from tests.helpers.building import SMALL_MODEL, STEPS, read_lines
 from tests.helpers.close import close
 from tests.oracles.pytorch_loops import fixed_margins, mean
@@ -249,6 +252,19 @@ def test_order_and_turnover(rows, truth):
         assert [mlp["layer"] for mlp in rows[step]["top_mlps_by_ablation"]] == sorted(
             range(3), key=lambda layer: (-drops(truth[step], [(layer,)], "correct")[layer,], layer)
         )
+
+
+@pytest.mark.parametrize(("kind", "field"), [("zero", "ablated"), ("role_mean", "role_mean_ablated")])
+def test_drops_that_windows_watch(swept, truth, kind, field):
+    """Windows watch the drops of the kind of ablation that they are told."""
+    events = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", engine="netcdf4")
+    config = read_config(find_config("default", "windows"), WindowConfig).model_copy(update={"resamples": 50})
+    watched = component_drops(events, config, ranked_by=kind)
+    for c, step in enumerate(STEPS):
+        expected = drops(truth[step], [*HEADS, (0,), (1,), (2,)], "correct", field)
+        for component, drop in zip(watched.components, watched.drops_CxX[c], strict=True):
+            own = (component.layer,) if component.is_mlp else (component.layer, component.head)
+            close(float(drop), expected[own], f"{step} {component}")
 
 
 def test_deltas_and_birth_flags(rows, truth):

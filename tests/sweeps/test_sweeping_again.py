@@ -2,17 +2,23 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from kvjax.converters.parameter_store import read_stored_run
 
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.sweep_schema import read_sweep
+from kvjax.config.files import find_config, read_config
+from kvjax.config.windows import WindowConfig
 from kvjax.errors import InputError
 from kvjax.execution.inputs import prepare_run
 from kvjax.model.sites import stage_names
+from kvjax.pipeline.sweep_state import checkpoints_are_measured
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
+from kvjax.windows.run import write_windows
 from tests.helpers.building import SMALL_MODEL, STEPS, read_lines
 from tests.helpers.close import close
 from tests.helpers.sweeping import source, sweep
@@ -100,6 +106,26 @@ def test_other_settings(small_run):
         sweep(small_run, precision="default", **small)
     assert read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl") == rows
     assert sorted(sweep(small_run, precision="default", overwrite=True, **small).log.measured) == list(STEPS)
+
+
+def test_other_ranking(swept, rows, tmp_path):
+    """Another ranking kind draws the tables again and measures nothing; birth windows and status follow the sweep."""
+    run = shutil.copytree(swept, tmp_path / "run")
+    again = sweep(run, rank_by="zero")
+    assert again.log.measured == [] and read_sweep(run / "analysis" / "sweep.json").ranked_by == "zero"
+    follow = {"top_heads", "top_mlps", "ranked_by", "stabilized", "head_rank_correlation_prev", "head_turnover"}
+    for row in again.rows:
+        before = rows[row["step"]]
+        changed = {name for name in row if row[name] != before[name]}
+        assert {"top_heads", "ranked_by"} <= changed <= follow | {"mlp_rank_correlation_prev", "mlp_turnover"}
+        places = [(head["layer"], head["head"], head["accuracy_drop"]) for head in row["top_heads"]]
+        assert places == [(head["layer"], head["head"], head["value"]) for head in row["top_heads_by_ablation"]]
+    config = read_config(find_config("default", "windows"), WindowConfig)
+    assert write_windows([RunDir.open(run)], config)[0].document["ranked_by"] == "zero"
+    (run / "analysis" / "checkpoint_metrics.jsonl").unlink()
+    remedy = checkpoints_are_measured(RunDir.open(run)).command
+    assert "--rank_by=zero" in remedy and "--ablations" not in remedy
+    assert {row["step"]: row for row in sweep(run).rows} == rows
 
 
 def test_reference_of_an_incomplete_run(small_run, truth):
