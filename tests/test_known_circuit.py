@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvjax.execution.fit_set import component_means
 from kvjax.model.decoder import Decoder
 from kvjax.model.interventions import ablate_head, ablate_mlp
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS, PAIR_ROLES
-from kvjax.task.encoding import encode_records
+from kvjax.task.encoding import bucket_by_length, encode_records
 from kvjax.task.pair_encoding import encode_pairs
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import generate_probe_set
@@ -193,6 +194,24 @@ class TestTask:
             assert accuracy(ablated, records) == 1.0, node
             change = margins(ablated, records, benchmark.vocabulary) - clean
             assert np.abs(change / clean).max() < 0.02, node
+
+    def test_constant_of_a_role(self, circuit, module, records, benchmark):
+        """The gate writes one vector at every key of a write, so its role mean does what it does; no other's does."""
+        train = encode_records(benchmark.read_split("train")[:20], benchmark.vocabulary, ["train"], max_seq_len=64)
+        (bucket,) = bucket_by_length(train, tokens_per_batch=10 * train.tokens.shape[1], max_buckets=1)
+        find = jax.jit(lambda params: component_means(params, circuit.config, bucket.batches, features=False)[0])
+        means = jax.device_get(find(circuit.params)).by_role
+        records = records.take(np.arange(0, len(records), 4))
+        for name, node in PLANTED_NODES.items():
+            of_component = (
+                means["mlp_out"][node.layer] if node.kind == "mlp" else means["head_z"][:, :, node.head][node.layer]
+            )
+            put_in = torch.tensor(of_component[records.token_roles])
+            replaced = forward(module, torch.tensor(records.tokens), {node_place(node): lambda _, x=put_in: x})["out",]
+            if name == "gate":  # without it nothing is right, see `test_without_a_planted_component`
+                assert accuracy(replaced, records) == 1.0
+            else:
+                assert accuracy(replaced, records) < 4 / 48, name
 
     def test_attention_of_planted_heads(self, module, records):
         """Each planted head attends to its planted position."""
