@@ -63,7 +63,7 @@ def reference_like_events(accuracy=ACCURACY, lost=LOST, steps=STEPS) -> xr.Datas
 def window(start: int, center: int, end: int, steps=STEPS, **parts: Any) -> dict[str, Any]:
     """Makes the entry of a window."""
     within = [step for step in steps if start <= step <= end]
-    empty = {"triggers": [], "order": [], "precedes": [], "components": []}
+    empty = {name: [] for name in ("triggers", "order", "precedes", "components", "rose", "fell")}
     return {"start_step": start, "center_step": center, "end_step": end, "steps": within} | empty | parts
 
 
