@@ -205,13 +205,19 @@ def component_table(dataset: xr.Dataset, components: Sequence[str], metric: str)
     """Lists the recovery of every component at every step by kind of pair, patched at all positions, denoising.
 
     Returns:
-      Rows of `pair_kind` and `component`, in their order, each with `by_step`: step -> recovery with interval.
+      Rows of `pair_kind` and `component`, in their order, each with `by_step`: step -> recovery with interval, and
+      whether the clean run fails.
     """
     found = dataset["recovery_by_role"].sel(metric=metric, direction="denoising", position_role="all")
     found = found.sel(place=list(components)).transpose("pair_kind", "place", "step", "statistic")
+    failing = {(row["pair_kind"], row["step"]) for row in failures(dataset, metric)}
+    steps = found["step"].values.tolist()
     rows = []
-    for k, kind in enumerate(found["pair_kind"].values):
+    for k, kind in enumerate(found["pair_kind"].values.tolist()):
         for p, component in enumerate(components):
-            by_step = {str(step): numbers(x) for step, x in zip(found["step"].values, found.values[k, p], strict=True)}
-            rows.append({"pair_kind": str(kind), "component": component, "by_step": by_step})
+            by_step = {
+                str(step): numbers(x) | {"clean_run_fails": (kind, step) in failing}
+                for step, x in zip(steps, found.values[k, p], strict=True)
+            }
+            rows.append({"pair_kind": kind, "component": component, "by_step": by_step})
     return rows

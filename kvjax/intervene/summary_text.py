@@ -53,9 +53,9 @@ def failure(document: Mapping[str, Any], pair_kind: str, step: int) -> str | Non
 def run_lines(document: Mapping[str, Any], steps: Sequence[int]) -> list[str]:
     """Writes what the clean and the corrupted run answer without intervention, by kind of pair and step."""
     lines = [
-        f"before patching: share of affected reads answered right (chance {document['chance']:.3f}), and mean "
+        f"without intervention: share of affected reads answered right (chance {document['chance']:.3f}), and mean "
         f"{document['metric'].replace('_', ' ')}",
-        f"{'pairs':<6} {'step':>6}  {'clean run':<26} corrupted run",
+        f"{'pairs':<6} {'step':>6}  " + " ".join(f"{run} run".ljust(27) for run in document["baseline"]).rstrip(),
     ]
     for kind in document["pairs"]["counts"]:
         for step in steps:

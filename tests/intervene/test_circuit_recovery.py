@@ -198,13 +198,21 @@ def test_own_states(inputs):
     outcome = find_kind("across_checkpoints").analyse(inputs)
     assert outcome.summary["controls"]["largest_effect_of_own_states_in_logits"] < 1e-3
     assert outcome.dataset.sizes["stage"] == len(stage_places(N_LAYERS))
+    lines = printed("across_checkpoints", outcome)
+    assert lines[-1].split() == ["final_norm", *("1.00", "[1.00,", "1.00]") * 2], "the circuit answers every read"
+
+
+def printed(kind, outcome):
+    """Writes the lines of a summary."""
+    document = {"pairs": {"counts": dict.fromkeys(PAIR_KINDS, 6)}, "steps": [100], "window": {}}
+    return find_kind(kind).summary_lines(document | outcome.summary)
 
 
 def test_subspaces(inputs):
     """Exchanging everything at p_e late is exchanging the run; before the retriever p_e knows nothing of the value."""
-    circuit_loss = (
-        find_kind("subspaces").analyse(inputs).dataset["loss"].sel(metric=METRIC, statistic="estimate", step=100)
-    )
+    outcome = find_kind("subspaces").analyse(inputs)
+    assert not any("FAILS" in line for line in printed("subspaces", outcome)), "every kind of pair has a gap"
+    circuit_loss = outcome.dataset["loss"].sel(metric=METRIC, statistic="estimate", step=100)
     loss = circuit_loss.sel(pair_kind="value")
     late = loss.sel(stage="layer_2_post_mlp", position_role="prediction", subspace="probe")
     early = loss.sel(stage="layer_1_post_mlp", position_role="prediction")

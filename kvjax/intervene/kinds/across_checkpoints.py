@@ -25,7 +25,7 @@ from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, answer_effects
 from kvjax.intervene.pair_tables import baselines, put_runs
 from kvjax.intervene.places import over_places, patch_edit, stage_places
 from kvjax.intervene.recovery import means_per_read
-from kvjax.intervene.summary_text import cell
+from kvjax.intervene.summary_text import interval, run_lines
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.restart import restart, run_clean
 from kvjax.model.sites import take_positions
@@ -126,17 +126,16 @@ def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
     """Writes the answer accuracy of the first checkpoint with states of the last, and the other way round."""
     first, last = document["steps"][0], document["steps"][-1]
-    lines = [f"answer accuracy of {first} run on with the states of {last}, and of {last} with those of {first}:"]
-    for effect in document["effects"]:
-        if (effect["step"], effect["states_of"]) == (first, last):
-            back = next(
-                e
-                for e in document["effects"]
-                if (e["step"], e["states_of"], e["stage"]) == (last, first, effect["stage"])
-            )
-            kind = next(iter(document["pairs"]["counts"]))
-            there, here = effect[kind]["answer_accuracy"]["estimate"], back[kind]["answer_accuracy"]["estimate"]
-            lines.append(f"{effect['stage']:<20} {cell(there, '6.3f')} {cell(here, '6.3f')}")
+    kind = next(iter(document["pairs"]["counts"]))
+    found = {(e["step"], e["states_of"], e["stage"]): e[kind]["answer_accuracy"] for e in document["effects"]}
+    lines = [
+        *run_lines(document, list(dict.fromkeys([first, last]))),
+        f"answer accuracy on the clean streams of {kind} pairs, with a stage's states of the other checkpoint:",
+        f"{'':<20} {f'{first} with {last}':>20} {f'{last} with {first}':>20}",
+    ]
+    for stage in dict.fromkeys(e["stage"] for e in document["effects"]):
+        both = (interval(found[a, b, stage]) for a, b in ((first, last), (last, first)))
+        lines.append(f"{stage:<20} {' '.join(text.rjust(20) for text in both)}")
     return lines
 
 

@@ -36,6 +36,7 @@ from kvjax.intervene.pair_tables import (
     PAIR_METRIC,
     RECOVERY,
     baselines,
+    beside_recovery,
     component_table,
     each_direction,
     largest_recoveries,
@@ -177,13 +178,14 @@ def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
     """Summarises the recoveries of a metric: by component, and which positions hold most at each stage."""
     is_component = dataset["is_component"].values
     components, stages = (dataset["place"].values[which].tolist() for which in (is_component, ~is_component))
-    recovery = dataset["recovery_by_role"].sel(metric=metric)
+    summary = baselines(dataset, metric)
+    held = dataset["recovery_by_role"].sel(metric=metric, place=stages, position_role=list(ROLES[:-2]))
     effects = {
         "by_component": component_table(dataset, components, metric),
         "components": largest_recoveries(dataset, "by_role", {"place": components, "position_role": "all"}, metric),
-        "stages": _holders(recovery.sel(place=stages, position_role=list(ROLES[:-2]))),
+        "stages": [row | beside_recovery(summary, row["pair_kind"], row["step"]) for row in _holders(held)],
     }
-    return baselines(dataset, metric) | {"effects": effects}
+    return summary | {"effects": effects}
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:

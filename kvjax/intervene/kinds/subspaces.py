@@ -29,7 +29,7 @@ from kvjax.intervene.pair_runs import NOISING, Effects, effects_under, run_pairs
 from kvjax.intervene.pair_tables import baselines, beside_recovery, metric_recoveries, put_runs
 from kvjax.intervene.places import over_places, place_mask, stage_index, stage_places
 from kvjax.intervene.recovery import means_per_read
-from kvjax.intervene.summary_text import cell, center_step
+from kvjax.intervene.summary_text import cell, center_step, failure, run_lines
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.interventions import Edit
@@ -243,13 +243,21 @@ def summarise(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
 
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
-    """Writes where probe and random subspaces of one rank differ most."""
-    lines = ["share of the clean run's lead lost, where probe and random subspace of one rank differ most:"]
-    for e in document["effects"]:
-        if e["step"] == center_step(document) and e["loss"]["probe"] is not None:
-            losses = ", ".join(f"{name} {cell(value, '.2f')}" for name, value in e["loss"].items())
-            where = f"rank {e['rank']:<2} of {e['stage']} at {e['position_role']}"
-            lines.append(f"{e['pair_kind']:<6} {e['operation']:<9} {where}: {losses}")
+    """Writes both runs, and where probe and random subspaces of one rank differ most."""
+    step, name = center_step(document), document["metric"].replace("_", " ")
+    lines = [
+        *run_lines(document, [step]),
+        f"share of the gap in {name} lost, where probe and random subspace of one rank differ most:",
+    ]
+    for kind in document["pairs"]["counts"]:
+        if fails := failure(document, kind, step):
+            lines.append(f"{kind:<6} FAILS: {fails}")
+            continue
+        for e in document["effects"]:
+            if (e["pair_kind"], e["step"]) == (kind, step) and e["loss"]["probe"] is not None:
+                losses = ", ".join(f"{name} {cell(value, '.2f')}" for name, value in e["loss"].items())
+                where = f"rank {e['rank']:<2} of {e['stage']} at {e['position_role']}"
+                lines.append(f"{kind:<6} {e['operation']:<9} {where}: {losses}")
     return lines
 
 
