@@ -53,12 +53,12 @@ def metric_recoveries(
 
 
 def put_runs(dataset: xr.Dataset, inputs: InterventionInputs, arrays: Mapping[str, np.ndarray], **runs: str) -> None:
-    """Adds what runs without intervention answer: of every pair, of each kind of pair, and whether there is a gap.
+    """Adds what runs without intervention answer: of every pair, of each kind of pair, and whether the clean one fails.
 
     Args:
       dataset: gets `metric_of_runs` and `answer_accuracy_of_runs`, with intervals; `kind_of_pair`, `affected_reads`,
         `metric_<run>`, `clean_answers_<run>` and `corrupted_answers_<run>` of every pair if it has the coordinate
-        `pair`; and, of both runs, `clean_run_fails`.
+        `pair`; and `clean_run_fails`.
       inputs: of the kind of intervention.
       arrays: effects with those of the runs beside them.
       runs: the suffix in `arrays` of the run `clean`, and of `corrupted` if there is one.
@@ -95,19 +95,19 @@ def put_runs(dataset: xr.Dataset, inputs: InterventionInputs, arrays: Mapping[st
         {"long_name": "share of affected reads at which a run without intervention gives an answer", "units": "1"},
     )
     dataset["answer_accuracy_of_runs"].attrs["chance"] = inputs.chance
-    if len(runs) == len(ANSWERS):
-        _put_failures(dataset, inputs, metrics)
+    _put_failures(dataset, inputs, metrics)
 
 
 def _put_failures(dataset: xr.Dataset, inputs: InterventionInputs, metrics: Mapping[str, np.ndarray]) -> None:
     low = dataset["answer_accuracy_of_runs"].sel(statistic="low", answer="clean", run="clean").values  # [kinds, C]
     better = np.array([metric.better for metric in METRICS.values()]).reshape(-1, 1, 1)
-    gaps = [means_per_read(inputs.groups, x)[1] for x in better * (metrics["clean"] - metrics["corrupted"])]
     # A low end that does not exist, as of a single pair, is above nothing.
-    fails = {
-        "not_above_chance": np.broadcast_to(~(low > inputs.chance), (len(METRICS), *low.shape)),
-        "no_gap": np.stack([~(ends > 0) for ends in gaps]),
-    }
+    at_chance = np.broadcast_to(~(low > inputs.chance), (len(METRICS), *low.shape))
+    no_gap = np.zeros_like(at_chance)  # of the clean run alone
+    if "corrupted" in metrics:
+        gaps = better * (metrics["clean"] - metrics["corrupted"])
+        no_gap = np.stack([~(means_per_read(inputs.groups, x)[1] > 0) for x in gaps])
+    fails = {"not_above_chance": at_chance, "no_gap": no_gap}
     dataset.coords["failure"] = list(FAILURES)
     meaning = "whether a recovery is one of nothing, and why: " + "; ".join(f"{k}: {v}" for k, v in FAILURES.items())
     dataset["clean_run_fails"] = (
@@ -140,9 +140,7 @@ def baselines(dataset: xr.Dataset, metric: str) -> dict[str, Any]:
 
 
 def failures(dataset: xr.Dataset, metric: str) -> list[dict[str, Any]]:
-    """Lists the kinds of pair and steps whose recoveries say nothing, each with the `reasons`; none of a single run."""
-    if "clean_run_fails" not in dataset:
-        return []
+    """Lists the kinds of pair and steps whose recoveries say nothing, each with the `reasons`."""
     rows = []
     fails = dataset["clean_run_fails"].sel(metric=metric).transpose("pair_kind", "step", "failure").values
     for k, c in np.argwhere(fails.any(axis=-1)):

@@ -30,6 +30,8 @@ def scores():
     sides = ["clean", "corrupted"]
     dataset["metric_of_runs"] = runs.expand_dims(metric=list(METRICS), run=sides)
     dataset["answer_accuracy_of_runs"] = runs.expand_dims(answer=sides, run=sides).assign_attrs(chance=0.1)
+    fails = xr.DataArray(np.zeros((1, 1), bool), dims=("pair_kind", "step"))
+    dataset["clean_run_fails"] = fails.expand_dims(failure=["no_gap"], metric=list(METRICS))
     return dataset.assign_attrs(metric="answer_loss")
 
 

@@ -18,10 +18,10 @@ from kvjax.intervene.ablations import measured_ablations
 from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, InterventionInputs, Outcome, number, numbers
 from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.metrics import METRICS
-from kvjax.intervene.pair_tables import baselines, put_runs
+from kvjax.intervene.pair_tables import baselines, beside_recovery, put_runs
 from kvjax.intervene.recovery import means_per_read, recoveries
 from kvjax.intervene.set_runs import SetRuns
-from kvjax.intervene.summary_text import center_step, interval
+from kvjax.intervene.summary_text import cell, center_step, failure, interval, run_lines
 from kvjax.model.components import Component, all_components
 
 FAITHFUL = 0.9  # the smallest prefix that reaches this faithfulness is the set whose members are tested
@@ -164,15 +164,20 @@ def _outcome(
             area,
             {"long_name": f"area under {name} by share of components", "units": "1"},
         )
-    effects, ranked_by = [], list(found).index(inputs.rank_by)
+    dataset.attrs |= {"metric": inputs.metric, "ranked_by": inputs.rank_by}
+    put_runs(dataset, inputs, found[inputs.rank_by], clean="base")
+    summary, effects, ranked_by = baselines(dataset, inputs.metric), [], list(found).index(inputs.rank_by)
     for c, step in enumerate(inputs.steps):
         for k, kind in enumerate(inputs.groups.kinds):
             at = {"statistic": "estimate", "baseline": inputs.rank_by, "pair_kind": kind, "step": step}
             faithful, complete = (
                 dataset[f"{name}_of_named_set"].values[:, ranked_by, k, c] for name in ("faithfulness", "completeness")
             )
+            full, *_, nothing = dataset["metric_when_ablated"].sel(at).values
             effects.append(
-                {
+                beside_recovery(summary, kind, step)
+                | {"metric_of_full_model": number(full), "metric_with_everything_ablated": number(nothing)}
+                | {
                     "step": step,
                     "pair_kind": kind,
                     "named_set": [name for name, inside in zip(names, named[c], strict=True) if inside],
@@ -191,10 +196,8 @@ def _outcome(
                     },
                 }
             )
-    dataset.attrs |= {"metric": inputs.metric, "ranked_by": inputs.rank_by}
-    put_runs(dataset, inputs, found[inputs.rank_by], clean="base")
-    summary = {"ranked_by": inputs.rank_by, "effects": effects, "controls": {"faithful_from": FAITHFUL}}
-    return Outcome(dataset, baselines(dataset, inputs.metric) | summary)
+    own = {"ranked_by": inputs.rank_by, "effects": effects, "controls": {"faithful_from": FAITHFUL}}
+    return Outcome(dataset, summary | own)
 
 
 def _by_component(losses: np.ndarray, named: np.ndarray) -> np.ndarray:
@@ -207,15 +210,21 @@ def _by_component(losses: np.ndarray, named: np.ndarray) -> np.ndarray:
 
 def summary_lines(document: Mapping[str, Any]) -> list[str]:
     """Writes faithfulness and completeness of the tested set, and its members."""
-    ablation = document["ranked_by"].replace("_", " ")
+    ablation, step = document["ranked_by"].replace("_", " "), center_step(document)
+    metric = document["metric"].replace("_", " ")
     lines = [
-        f"faithfulness and completeness of the smallest faithful set, or the one named, under {ablation} ablation:"
+        *run_lines(document, [step]),
+        f"the smallest faithful set, or the one named, under {ablation} ablation at step {step}: faithfulness,",
+        f"completeness, and the {metric} of the full model and with everything ablated, which are its 1 and 0:",
     ]
     for effect in document["effects"]:
-        if effect["step"] == center_step(document):
+        if effect["step"] == step:
+            kind, fails = effect["pair_kind"], failure(document, effect["pair_kind"], step)
             kept, left = effect["faithfulness_of_named_set"], effect["completeness_of_named_set"]
-            shown = f"{interval(kept)}, {interval(left)}  {' '.join(effect['named_set'])}"
-            lines.append(f"{effect['pair_kind']:<6} {shown}")
+            ends = (effect[name] for name in ("metric_of_full_model", "metric_with_everything_ablated"))
+            shown = f"{interval(kept)} {interval(left)} {' '.join(cell(end, '7.2f') for end in ends)}"
+            shown = f"FAILS: {fails}" if fails else f"{shown}  {' '.join(effect['named_set'])}"
+            lines.append(f"{kind:<6} {shown}")
     return lines
 
 
