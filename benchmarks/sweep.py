@@ -56,7 +56,7 @@ flags.register_validator(
     "transformer_lens", lambda on: HAS_TRANSFORMER_LENS or not on, "install it with `pip install -e '.[peers]'`"
 )
 flags.DEFINE_string("checkpoint_batch", "auto", "Checkpoints per call, as in the sweep.")
-flags.DEFINE_bool("complete", True, "Time complete rows (mean and resample ablation, probes) too.")
+flags.DEFINE_bool("complete", True, "Time complete rows (role-mean and resample ablation, probes) too.")
 flags.DEFINE_string("name", "sweep", "Name of the result file.")
 
 REFERENCE_MODEL = {"d_model": 128, "n_layers": 3, "n_heads": 4, "d_ff": 512, "max_seq_len": 96}
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     _, clean_seconds, _, _ = _time_sweep(config, vocabulary, encoded, num_splits, clean, params)
     complete = None
     if FLAGS.complete:
-        rows = dataclasses.replace(settings, ablations=("zero", "mean", "resample"), probe="ridge")
+        rows = dataclasses.replace(settings, ablations=SweepSettings().ablations, probe="ridge")
         _, complete_seconds, complete_compiling, _ = _time_sweep(
             config, vocabulary, encoded, num_splits, rows, params, fit
         )
