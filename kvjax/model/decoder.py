@@ -133,6 +133,10 @@ class Attention(nn.Module):
             return jnp.einsum("bthd,dhe->bhte", x, kernel_DxHxE, precision=config.precision) + bias_HxE[None, :, None]
         return projection(x).reshape(*x.shape[:2], config.n_heads, config.d_head).swapaxes(1, 2)
 
+    def of_heads(self, projection: str, x: jax.Array) -> jax.Array:
+        """Computes `q_proj`, `k_proj` or `v_proj` of every head, [B, H, P, E], from the LayerNorm's output."""
+        return self._heads(getattr(self, projection), x)
+
     def head_outputs(
         self,
         inputs: tuple[jax.Array, jax.Array, jax.Array],
@@ -180,28 +184,38 @@ class Attention(nn.Module):
         config = self.config
         matmul = functools.partial(jnp.matmul, precision=config.precision)
         batch, queries, width = query_input_BxPxD.shape
-
-        def by_head(projection: nn.Dense) -> jax.Array:
-            kernel = projection.variables["params"]["kernel"]
-            return kernel.reshape(width, config.n_heads, config.d_head).swapaxes(0, 1)  # [H, D, E]
-
-        def heads_first(x_BxHxPxN: jax.Array) -> jax.Array:
-            return x_BxHxPxN.swapaxes(0, 1).reshape(config.n_heads, batch * queries, -1)
-
-        def heads_second(x_HxBPxN: jax.Array) -> jax.Array:
-            return x_HxBPxN.reshape(config.n_heads, batch, queries, -1).swapaxes(0, 1)
-
-        q_BxHxPxE = self._heads(self.q_proj, query_input_BxPxD)
-        towards_BxHxPxD = heads_second(matmul(heads_first(q_BxHxPxE), by_head(self.k_proj).swapaxes(1, 2)))
+        towards_BxHxPxD = self.states_sought(self._heads(self.q_proj, query_input_BxPxD))
         flat = towards_BxHxPxD.reshape(batch, -1, width)
         scores = matmul(flat, context_BxTxD.swapaxes(1, 2)) * config.d_head**-0.5
         scores = scores.reshape(batch, config.n_heads, queries, -1)
         pattern_BxHxPxT = jax.nn.softmax(jnp.where(mask_Bx1xPxT, scores, -jnp.inf), axis=-1)
         mixed = matmul(pattern_BxHxPxT.reshape(batch, -1, pattern_BxHxPxT.shape[-1]), context_BxTxD)
-        mixed_HxBPxD = heads_first(mixed.reshape(batch, config.n_heads, queries, width))
-        z_BxPxHxE = heads_second(matmul(mixed_HxBPxD, by_head(self.v_proj))).swapaxes(1, 2)
-        bias_HxE = self.v_proj.variables["params"]["bias"].reshape(config.n_heads, config.d_head)
-        return z_BxPxHxE + bias_HxE[None, None]
+        z_BxPxHxE = self.values_of(mixed.reshape(batch, config.n_heads, queries, width)).swapaxes(1, 2)
+        return z_BxPxHxE + self.bias_of_heads("v_proj")[None, None]
+
+    def states_sought(self, q_BxHxPxE: jax.Array) -> jax.Array:
+        """Maps each head's queries back to states, W_K q, [B, H, P, D]: a key's score is the product with its state."""
+        return self._each_head(q_BxHxPxE, self._kernels("k_proj").swapaxes(1, 2))
+
+    def values_of(self, states_BxHxPxD: jax.Array) -> jax.Array:
+        """Maps each head's own states to its values without their bias, [B, H, P, E]."""
+        return self._each_head(states_BxHxPxD, self._kernels("v_proj"))
+
+    def bias_of_heads(self, projection: str) -> jax.Array:
+        """Cuts the bias of `q_proj`, `k_proj` or `v_proj` into heads, [H, E]."""
+        bias = getattr(self, projection).variables["params"]["bias"]
+        return bias.reshape(self.config.n_heads, self.config.d_head)
+
+    def _kernels(self, projection: str) -> jax.Array:
+        kernel = getattr(self, projection).variables["params"]["kernel"]
+        return kernel.reshape(len(kernel), self.config.n_heads, self.config.d_head).swapaxes(0, 1)  # [H, D, E]
+
+    def _each_head(self, x_BxHxPxN: jax.Array, kernel_HxNxM: jax.Array) -> jax.Array:
+        """Multiplies each head's rows by its own matrix, [B, H, P, M]: one product for each head."""
+        batch, heads, queries, _ = x_BxHxPxN.shape
+        rows = x_BxHxPxN.swapaxes(0, 1).reshape(heads, batch * queries, -1)
+        found = jnp.matmul(rows, kernel_HxNxM, precision=self.config.precision)
+        return found.reshape(heads, batch, queries, -1).swapaxes(0, 1)
 
     def write(self, z_BxPxHxE: jax.Array) -> jax.Array:
         """Projects the heads' z into the residual stream, [B, P, D]."""
@@ -292,6 +306,11 @@ class Block(nn.Module):
             attention_input("value_input"),
         )
         return self.attn.head_outputs(inputs, mask_Bx1xPxT, tap, prefix)
+
+    def read(self, resid_BxPxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Computes every head's queries, keys and values from the residual stream before the block, [B, H, P, E]."""
+        normed_BxPxD = self.ln_1(resid_BxPxD)
+        return tuple(self.attn.of_heads(name, normed_BxPxD) for name in ("q_proj", "k_proj", "v_proj"))
 
     def _few(self, queries: int, tap: Tap) -> bool:
         """Checks whether attention is cheaper without keys and values, and no edit or capture needs these."""
