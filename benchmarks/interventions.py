@@ -122,7 +122,8 @@ def _inputs(scratch: Path) -> tuple[RunDir, Benchmark, EncodedPairs, EncodedReco
 
 
 def _patch(config: DecoderConfig, places: tuple[Place, ...], params: Params, batch: PairBatch) -> Effects:
-    return patching_effects(params, config, batch.pairs, window=batch.window, direction=DENOISING, places=places)
+    runs = run_pairs(params, config, batch.pairs, DENOISING, window=batch.window)
+    return patching_effects(params, config, runs, places, batch.several)
 
 
 def _paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:

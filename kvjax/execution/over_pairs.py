@@ -24,10 +24,12 @@ class PairBatch:
     Attributes:
       pairs: B pairs.
       window: how many positions, from the first changed one on, a change can reach.
+      several: how many roles of one pair have more than one position, at most.
     """
 
     pairs: EncodedPairs
     window: int = dataclasses.field(metadata={"static": True})
+    several: int = dataclasses.field(metadata={"static": True})
 
 
 class Measurement(Protocol):
@@ -48,6 +50,7 @@ class OverPairs:
       devices: how many devices share the pairs.
       max_buckets: how many different sizes pairs are padded to; each is compiled.
       whole_streams: whether measurements compute streams from their first token on, not from the first changed one.
+      most_pairs: how many pairs of a window a microbatch may hold, for measurements that compute more than its tokens.
 
     Attributes:
       buckets: the pairs by window, or by length up to the last affected read, in microbatches.
@@ -61,9 +64,11 @@ class OverPairs:
         devices: int = 1,
         max_buckets: int = 2,
         whole_streams: bool = False,
+        most_pairs: Callable[[int], int] | None = None,
     ):
         bucket = bucket_by_last_affected if whole_streams else bucket_by_window
-        self.buckets = bucket(encoded, tokens_per_batch=tokens_per_batch, max_buckets=max_buckets, devices=devices)
+        sizes = {"tokens_per_batch": tokens_per_batch, "max_buckets": max_buckets, "devices": devices}
+        self.buckets = bucket(encoded, **sizes, most_pairs=most_pairs)
         self._num_pairs, self._devices = len(encoded), devices
 
     def run(self, measure: Measurement, stacked: Any, *shared: Any) -> dict[str, np.ndarray]:
@@ -82,9 +87,10 @@ class OverPairs:
 
         def dispatch(trees: list[Any]) -> list[dict[str, jax.Array]]:
             (tree,) = trees
+            of_buckets = [_InWindow(measure, bucket.window, bucket.several) for bucket in self.buckets]
             return [
-                over_microbatches(_InWindow(measure, bucket.window), placement, tree, bucket.batches, *shared)
-                for bucket in self.buckets
+                over_microbatches(own, placement, tree, bucket.batches, *shared)
+                for own, bucket in zip(of_buckets, self.buckets, strict=True)
             ]
 
         chunks = over_chunks(dispatch, checkpoints_of(stacked), size=1, in_flight=0)
@@ -98,9 +104,10 @@ class _InWindow:
 
     measure: Measurement
     window: int
+    several: int
 
     def __call__(self, tree: Any, pairs: EncodedPairs, *shared: Any) -> dict[str, jax.Array]:
-        return self.measure(tree, PairBatch(pairs, self.window), *shared)
+        return self.measure(tree, PairBatch(pairs, self.window, self.several), *shared)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

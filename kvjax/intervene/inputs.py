@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,13 +103,21 @@ class InterventionInputs:
         """Likewise, for measurements that compute whole streams, up to the last affected read."""
         return self._in_microbatches(self.encoded, whole_streams=True)
 
-    def _in_microbatches(self, encoded: EncodedPairs, *, whole_streams: bool = False) -> OverPairs:
+    def over_rows(self, rows: Callable[[int], int]) -> OverPairs:
+        """Likewise as `over_pairs`, for measurements that compute several variants of a pair at once.
+
+        Args:
+          rows: how many positions they compute at once of each pair, given its window.
+        """
+        return self._in_microbatches(self.encoded, most_pairs=lambda window: self.tokens_per_batch // rows(window))
+
+    def _in_microbatches(self, encoded: EncodedPairs, **sizes: Any) -> OverPairs:
         return OverPairs(
             encoded,
             tokens_per_batch=self.tokens_per_batch,
             devices=self.devices,
             max_buckets=self.max_buckets,
-            whole_streams=whole_streams,
+            **sizes,
         )
 
     @property

@@ -32,53 +32,86 @@ Effects = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairRuns:
-    """Both runs of a batch of pairs.
+    """Both runs of a batch of pairs, one of them to be intervened on.
 
     Attributes:
       base: the run that is intervened on.
       source: the run that activations are taken from.
       batch: the pairs.
       window_BxW: the positions that a change can reach, first to last; the last repeated if the stream ends before.
-      base_effects, source_effects: `answer_effects` of the two runs.
+      base_at_reads, source_at_reads: `read_effects` of the two runs.
     """
 
     base: CleanRun
     source: CleanRun
     batch: EncodedPairs
     window_BxW: jax.Array
-    base_effects: Effects
-    source_effects: Effects
+    base_at_reads: Effects
+    source_at_reads: Effects
+
+    @property
+    def base_effects(self) -> Effects:
+        """`answer_effects` of the base run."""
+        return over_reads(self.base_at_reads)
+
+    @property
+    def source_effects(self) -> Effects:
+        """`answer_effects` of the source run."""
+        return over_reads(self.source_at_reads)
 
 
-def run_pairs(
-    params: Params, config: DecoderConfig, batch: EncodedPairs, direction: jax.Array | int, *, window: int
-) -> PairRuns:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamRuns:
+    """The runs of both streams of a batch of pairs, for interventions in either direction.
+
+    Attributes:
+      clean, corrupted: each run with its `read_effects`.
+      batch: the pairs.
+      window_BxW: the positions that a change can reach, first to last; the last repeated if the stream ends before.
+    """
+
+    clean: tuple[CleanRun, Effects]
+    corrupted: tuple[CleanRun, Effects]
+    batch: EncodedPairs
+    window_BxW: jax.Array
+
+    def towards(self, direction: jax.Array | int) -> PairRuns:
+        """Names one run the base and the other the source; `direction` is an index into `DIRECTIONS`, maybe traced."""
+        base, source = self.corrupted, self.clean
+        if not isinstance(direction, int):
+            base, source = (
+                jax.tree.map(lambda a, b: jnp.where(direction == DENOISING, a, b), *both)
+                for both in ((base, source), (source, base))
+            )
+        elif direction == NOISING:
+            base, source = source, base
+        return PairRuns(base[0], source[0], self.batch, self.window_BxW, base[1], source[1])
+
+
+def run_streams(params: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int) -> StreamRuns:
     """Runs both streams of a batch of pairs, each keeping what restarts and patches need.
 
     Args:
       params, config: one checkpoint.
       batch: the pairs.
-      direction: index into `DIRECTIONS`; if it is traced, one program serves both.
       window: positions computed, from the first changed one on.
     """
-    runs, effects = [], []
-    for tokens in (batch.clean_tokens, batch.corrupted_tokens):
+
+    def of_stream(tokens: jax.Array) -> tuple[CleanRun, Effects]:
         logits, run = run_clean(params, config, jnp.asarray(tokens), PAIR_CAPTURE)
-        runs.append(run)
-        effects.append(answer_effects(take_positions(logits, batch.prediction_positions, 1), batch))
+        return run, read_effects(take_positions(logits, batch.prediction_positions, 1), batch)
+
     last = batch.clean_tokens.shape[1] - 1
     window_BxW = jnp.minimum(batch.first_changed[:, None] + jnp.arange(window)[None], last)
-    clean, corrupted = zip(runs, effects, strict=True)
-    if isinstance(direction, int):
-        (base, base_effects), (source, source_effects) = (
-            (corrupted, clean) if direction == DENOISING else (clean, corrupted)
-        )
-    else:
-        (base, base_effects), (source, source_effects) = (
-            jax.tree.map(lambda a, b: jnp.where(direction == DENOISING, a, b), *both)
-            for both in ((corrupted, clean), (clean, corrupted))
-        )
-    return PairRuns(base, source, batch, window_BxW, base_effects, source_effects)
+    return StreamRuns(of_stream(batch.clean_tokens), of_stream(batch.corrupted_tokens), batch, window_BxW)
+
+
+def run_pairs(
+    params: Params, config: DecoderConfig, batch: EncodedPairs, direction: jax.Array | int, *, window: int
+) -> PairRuns:
+    """Runs both streams of a batch of pairs for interventions in one direction; see `run_streams`."""
+    return run_streams(params, config, batch, window=window).towards(direction)
 
 
 def both_directions(function: Callable[[jax.Array], Effects]) -> Effects:
@@ -88,7 +121,12 @@ def both_directions(function: Callable[[jax.Array], Effects]) -> Effects:
 
 def answer_effects(logits_BxQxV: jax.Array, batch: EncodedPairs) -> Effects:
     """Sums what a run answers at the affected reads of each pair, [B] each, as `read_effects` finds it."""
-    return {name: jnp.sum(x, axis=-1) for name, x in read_effects(logits_BxQxV, batch).items()}
+    return over_reads(read_effects(logits_BxQxV, batch))
+
+
+def over_reads(at_reads: Effects) -> Effects:
+    """Sums effects over the reads of each pair, [B, Q] to [B]."""
+    return {name: jnp.sum(x, axis=-1) for name, x in at_reads.items()}
 
 
 def read_effects(logits_BxQxV: jax.Array, batch: EncodedPairs | StreamReads) -> Effects:

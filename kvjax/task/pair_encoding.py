@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -188,14 +189,16 @@ class PairBucket:
       batches: the arrays of `EncodedPairs`, reshaped to [microbatch, B, …].
       indices: [microbatch * B] the row of the original arrays that each row holds; -1 for padding.
       window: the number of positions, from the first changed token on, that a change can reach.
+      several: how many roles of one pair have more than one position, at most.
     """
 
     batches: EncodedPairs
     indices: np.ndarray
     window: int
+    several: int
 
 
-def bucket_by_window(encoded: EncodedPairs, **sizes: int) -> list[PairBucket]:
+def bucket_by_window(encoded: EncodedPairs, **sizes: Any) -> list[PairBucket]:
     """Sorts pairs into buckets by the distance from the first changed token to the last affected read.
 
     Args:
@@ -205,13 +208,14 @@ def bucket_by_window(encoded: EncodedPairs, **sizes: int) -> list[PairBucket]:
     return _buckets(encoded, _windows(encoded), **sizes)
 
 
-def bucket_by_last_affected(encoded: EncodedPairs, **sizes: int) -> list[PairBucket]:
+def bucket_by_last_affected(encoded: EncodedPairs, **sizes: Any) -> list[PairBucket]:
     """Sorts pairs into buckets by the position of the last affected read, for measurements of whole streams.
 
     Args:
       encoded: the pairs.
       **sizes: `tokens_per_batch`, about how many tokens a microbatch holds; `max_buckets`, how many different sizes to
-        pad to; `devices`, of which each gets as many microbatches of a bucket.
+        pad to; `devices`, of which each gets as many microbatches of a bucket; `most_pairs`, how many pairs of a window
+        a microbatch may hold.
     """
     return _buckets(encoded, encoded.last_affected + 1, **sizes)
 
@@ -220,8 +224,21 @@ def _windows(encoded: EncodedPairs) -> np.ndarray:
     return encoded.last_affected - encoded.first_changed + 1
 
 
+def _several(roles_NxT: np.ndarray) -> int:
+    """Counts the roles inside the window that a pair has at more than one position, at most."""
+    inside = [role for role in range(len(PAIR_ROLES)) if PAIR_ROLES[role] != "before"]
+    counts = np.stack([(roles_NxT == role).sum(axis=1) for role in inside])
+    return int((counts > 1).sum(axis=0).max())
+
+
 def _buckets(
-    encoded: EncodedPairs, spans: np.ndarray, *, tokens_per_batch: int, max_buckets: int = 3, devices: int = 1
+    encoded: EncodedPairs,
+    spans: np.ndarray,
+    *,
+    tokens_per_batch: int,
+    max_buckets: int = 3,
+    devices: int = 1,
+    most_pairs: Callable[[int], int] | None = None,
 ) -> list[PairBucket]:
     """Sorts pairs, cut after their last affected read and with these reads alone, into buckets of similar spans."""
     needed, windows = encoded.until_last_affected().at_affected_reads(), _windows(encoded)
@@ -229,7 +246,9 @@ def _buckets(
     for edge in length_edges(spans, max_buckets):
         members = np.flatnonzero((spans > shorter) & (spans <= edge))
         length = int(needed.lengths[members].max())
-        batches, indices = microbatches(needed, members, max(1, tokens_per_batch // length), devices=devices)
-        buckets.append(PairBucket(batches, indices, int(windows[members].max())))
+        window, size = int(windows[members].max()), max(1, tokens_per_batch // length)
+        size = size if most_pairs is None else max(1, min(size, most_pairs(window)))
+        batches, indices = microbatches(needed, members, size, devices=devices)
+        buckets.append(PairBucket(batches, indices, window, _several(needed.roles[members])))
         shorter = edge
     return buckets

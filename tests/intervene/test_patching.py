@@ -11,7 +11,8 @@ import torch
 from kvjax.execution.over_pairs import OverPairs
 from kvjax.intervene.kinds.activation_patching import patching_effects
 from kvjax.intervene.kinds.path_patching import path_effects
-from kvjax.intervene.pair_runs import DIRECTIONS
+from kvjax.intervene.pair_runs import DIRECTIONS, run_pairs
+from kvjax.intervene.patched_positions import patched_before
 from kvjax.intervene.paths import all_edges
 from kvjax.intervene.places import component_places, stage_places
 from kvjax.task.corruption import PAIR_ROLES
@@ -43,11 +44,25 @@ def measuring(function, config, **given):
     return measure
 
 
+@functools.cache
+def patching_everywhere(config):
+    """Makes the measurement of one direction, with the control before the change."""
+    places = tuple(PLACES.values())
+
+    def measure(params, batch, direction):
+        runs = run_pairs(params, config, batch.pairs, direction, window=batch.window)
+        before = patched_before(params, config, runs, places)
+        found = patching_effects(params, config, runs, places, batch.several)
+        return found | {f"{name}_before": x for name, x in before.items()}
+
+    return measure
+
+
 @pytest.fixture(scope="module", params=DIRECTIONS)
 def patched(request, model, encoded):
     _, params, config = model
     program = OverPairs(encoded, tokens_per_batch=300)
-    measure = measuring(patching_effects, config, places=tuple(PLACES.values()))
+    measure = patching_everywhere(config)
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
     base, source = tokens if request.param == "denoising" else tokens[::-1]
     return program.run(measure, stack(params), jnp.int32(DIRECTIONS.index(request.param))), base, source
@@ -82,6 +97,7 @@ def test_activation_patching(patched, model, encoded, name):
             if 3 * step < spans[pair]:
                 close(at[pair, 3 * step], values[pair])
     close(ours["logit_difference_before"][0, :, index], unpatched, err_msg="nothing differs before the change")
+    assert not ours["differs_before"].any()
     close(by_role[0], unpatched)
     close(ours["logit_difference_base"][0], unpatched)
 

@@ -12,7 +12,7 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.config.run import ModelConfig
 from kvjax.execution.over_pairs import OverPairs
 from kvjax.intervene.kinds.activation_patching import patching_effects
-from kvjax.intervene.pair_runs import DENOISING
+from kvjax.intervene.pair_runs import DENOISING, run_pairs
 from kvjax.intervene.places import component_places, stage_places
 from kvjax.model.decoder import DecoderConfig
 from kvjax.model.transforms import plain_forward
@@ -245,9 +245,8 @@ def test_patching_of_kvjax(small_benchmark, tmp_path):
     places = stage_places(MODEL.n_layers) | component_places(MODEL.n_layers, MODEL.n_heads)
 
     def measure(params, batch):
-        return patching_effects(
-            params, config, batch.pairs, window=batch.window, direction=DENOISING, places=tuple(places.values())
-        )
+        runs = run_pairs(params, config, batch.pairs, DENOISING, window=batch.window)
+        return patching_effects(params, config, runs, tuple(places.values()), batch.several)
 
     program = OverPairs(encoded, tokens_per_batch=400)
     ours = program.run(measure, jax.tree.map(lambda x: x[None], params))["logit_difference"][0]

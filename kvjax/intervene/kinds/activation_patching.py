@@ -13,8 +13,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
@@ -28,8 +26,7 @@ from kvjax.intervene.pair_runs import (
     Effects,
     PairRuns,
     both_directions,
-    effects_under,
-    run_pairs,
+    run_streams,
     with_runs,
 )
 from kvjax.intervene.pair_tables import (
@@ -44,68 +41,34 @@ from kvjax.intervene.pair_tables import (
     of_metrics,
     put_runs,
 )
-from kvjax.intervene.places import Place, component_places, over_places, patch_edit, stage_places
+from kvjax.intervene.patched_positions import differs_before, patched_before, patched_positions, single_rows
+from kvjax.intervene.places import Place, component_places, stage_places
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell, center_step, component_lines, failure, run_lines, shown_steps
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.task.corruption import PAIR_ROLES
-from kvjax.task.pair_encoding import EncodedPairs
 
 ROLES = (*PAIR_ROLES[1:], "all", PAIR_ROLES[0])
 
 
-def position_masks(runs: PairRuns) -> jax.Array:
-    """Lists where to patch, bool [K, B, T]: each position of the window, then those of each role, then all.
-
-    Roles are `PAIR_ROLES` but the first, `before`, which lies outside the window.
-    """
-    batch, window = runs.batch, runs.window_BxW.shape[1]
-    positions = jnp.arange(batch.clean_tokens.shape[1])
-    offsets_BxT = positions[None] - batch.first_changed[:, None]
-    reached_BxT = positions[None] <= batch.last_affected[:, None]
-    single = (offsets_BxT[None] == jnp.arange(window)[:, None, None]) & reached_BxT[None]
-    by_role = jnp.asarray(batch.roles)[None] == jnp.arange(1, len(PAIR_ROLES))[:, None, None]
-    return jnp.concatenate([single, by_role, jnp.ones((1, *offsets_BxT.shape), bool)])
-
-
 def patching_effects(
-    params: Params,
-    config: DecoderConfig,
-    batch: EncodedPairs,
-    *,
-    window: int,
-    direction: jax.Array | int,
-    places: Sequence[Place],
+    params: Params, config: DecoderConfig, runs: PairRuns, places: Sequence[Place], several: int
 ) -> Effects:
-    """Patches every place at the positions of `position_masks`, and before the change.
+    """Patches every place at each position of the window, at those of each role, and at all.
 
     Args:
       params, config: one checkpoint.
-      batch: a microbatch of pairs.
-      window: positions computed, from the first changed one on.
-      direction: which run is patched, an index into `DIRECTIONS`; may be traced.
+      runs: both runs of a microbatch of pairs.
       places: what to patch.
+      several: how many roles of one pair have more than one position, at most.
 
     Returns:
-      Of each of `answer_effects`: `<name>` [B, places, K]; `<name>_base`, `<name>_source` [B]; and
-      `<name>_before` [B, places], patched at all positions before the change with nothing left out of the
-      computation: a control that must equal the base.
+      Of each of `answer_effects`: `<name>` [B, places, K] in the order of the window's positions, `PAIR_ROLES` but the
+      first, and all; `<name>_base`, `<name>_source` [B]. `differs_before` [B]: whether an activation of a place differs
+      between the runs before the change.
     """
-    runs = run_pairs(params, config, batch, direction, window=window)
-    masks = position_masks(runs)
-    before_BxT = jnp.asarray(batch.roles) == PAIR_ROLES.index("before")
-
-    def patched(site: str, layer: jax.Array | int, head: jax.Array, mask_BxT: jax.Array, *, windowed: bool) -> Effects:
-        edits = patch_edit(config, runs.source, site, layer, head, mask_BxT)
-        return effects_under(params, config, runs, edits, layer, windowed=windowed)
-
-    def of_place(site: str, layer: jax.Array | int, head: jax.Array) -> tuple[Effects, Effects]:
-        at_masks = jax.lax.map(lambda mask: patched(site, layer, head, mask, windowed=True), masks)
-        return at_masks, patched(site, layer, head, before_BxT, windowed=False)
-
-    at_masks, before = over_places(places, config.n_layers, of_place)
-    result = {name: jnp.moveaxis(x, -1, 0) for name, x in at_masks.items()}
-    return with_runs(result | {f"{name}_before": x.T for name, x in before.items()}, runs)
+    found = patched_positions(params, config, runs, places, several)
+    return with_runs(found, runs) | {"differs_before": differs_before(runs, places)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +79,39 @@ class PatchPlaces:
     places: tuple[Place, ...]
 
     def __call__(self, params: Params, batch: PairBatch) -> Effects:
-        """Runs `patching_effects`, [B, directions, …]."""
+        """Runs `patching_effects` for each direction, [B, directions, …]."""
+        runs = run_streams(params, self.config, batch.pairs, window=batch.window)
+        return both_directions(
+            lambda at: patching_effects(params, self.config, runs.towards(at), self.places, batch.several)
+        )
 
-        def one(direction: jax.Array) -> Effects:
-            return patching_effects(
-                params, self.config, batch.pairs, window=batch.window, direction=direction, places=self.places
-            )
 
-        return both_directions(one)
+@dataclasses.dataclass(frozen=True)
+class PatchBefore:
+    """The measurement: every place patched before the change, in both directions."""
+
+    config: DecoderConfig
+    places: tuple[Place, ...]
+
+    def __call__(self, params: Params, batch: PairBatch) -> Effects:
+        """Runs `patched_before` for each direction, [B, directions, places]."""
+        runs = run_streams(params, self.config, batch.pairs, window=batch.window)
+        return both_directions(lambda at: patched_before(params, self.config, runs.towards(at), self.places))
+
+
+def _measure(inputs: InterventionInputs, places: tuple[Place, ...]) -> dict[str, np.ndarray]:
+    """Patches places in every pair at every checkpoint, [C, N, directions, …].
+
+    Patches before the change are a control. If no activation differs there by a bit, they change nothing, and their
+    effects, `<name>_before` [C, N, directions, places], are the base run's. Otherwise the whole model is run with each.
+    """
+    arrays = inputs.over_rows(single_rows).run(PatchPlaces(inputs.config, places), inputs.stacked)
+    if arrays.pop("differs_before").any():
+        before = inputs.over_pairs.run(PatchBefore(inputs.config, places), inputs.stacked)
+    else:
+        base = {name: arrays[f"{name}_base"] for name in (*METRICS, "clean_correct")}
+        before = {name: np.broadcast_to(x[..., None], (*x.shape, len(places))) for name, x in base.items()}
+    return arrays | {f"{name}_before": x for name, x in before.items()}
 
 
 def analyse(inputs: InterventionInputs) -> Outcome:
@@ -134,8 +122,7 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     )
     places = stages | components
     length = inputs.encoded.clean_tokens.shape[1]
-    measure = PatchPlaces(inputs.config, tuple(places.values()))
-    by_direction = each_direction(inputs.over_pairs.run(measure, inputs.stacked))
+    by_direction = each_direction(_measure(inputs, tuple(places.values())))
     dataset = inputs.dataset(
         direction=DIRECTIONS, place=places, position_role=ROLES, position=range(length), pair=inputs.pair_ids
     )
