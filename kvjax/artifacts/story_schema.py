@@ -202,7 +202,7 @@ class ShareTrajectory(_Part):
 
 
 class ToldFrom(_Part):
-    """What the story is made from, each by its `content_sha256`: windows, and interventions by `<kind>/<window>`."""
+    """What the story is made from: windows by their `content_sha256`, interventions by `<kind>/<window>` and arrays."""
 
     windows_sha256: str
     interventions: dict[str, str]

@@ -70,9 +70,11 @@ def compare_importance(results: RunResults, metric: str) -> dict[str, Any]:
     """Compares ablations and recoveries at every step that has both.
 
     Returns:
-      `metric`, `split`, and `steps`: by step as text, `components` (a row each: `accuracy_drop` by kind of ablation,
-      `recovery` by kind of pair, `largest_recovery`), `counted_pair_kinds`, and `rank_correlation` (`ablation`, `of`
-      heads or all, `recovery`: a kind of pair, or `largest` or `mean` over those that count; `value` with interval).
+      `metric`, `split`, and `steps`: by step as text,
+
+      - `components`, a row each: `accuracy_drop` by kind of ablation, `recovery` by kind of pair, `largest_recovery`;
+      - `counted_pair_kinds`: those whose clean run does not fail;
+      - `rank_correlation`, rows from `rank_correlations`.
 
     Raises:
       InputError: the sweep's tables are missing or damaged.
@@ -98,7 +100,7 @@ def _by_age(results: RunResults) -> list[xr.Dataset]:
 
 
 def _at_step(events: xr.Dataset, intervals: xr.Dataset, patched: xr.Dataset) -> dict[str, Any]:
-    ablated = ablation_drops(events)
+    ablated = ablation_drops(events, intervals["ablation"].values.tolist())
     recovered = component_recoveries_of(patched, ablated.names)
     rows = []
     largest = recovered.over_kinds(LARGEST) if recovered.counted else None
@@ -121,15 +123,19 @@ def _at_step(events: xr.Dataset, intervals: xr.Dataset, patched: xr.Dataset) -> 
     }
 
 
-def ablation_drops(events: xr.Dataset) -> Ablated:
-    """Forms the accuracy that each ablation costs, from the sweep's events of one checkpoint."""
+def ablation_drops(events: xr.Dataset, kinds: Sequence[str]) -> Ablated:
+    """Forms the accuracy that ablations cost, from the sweep's events of one checkpoint.
+
+    Args:
+      events: of the checkpoint.
+      kinds: of ablation, in their order; those that `events` lack, and controls, are left out.
+    """
     reads = events["is_read"].sum("read").values
     right = events["read_correct"].sum("read").values
     counts = resample_counts(np.unique(events["split"].values, return_inverse=True)[1])
     layers, heads = events.sizes["layer"], events.sizes["head"]
     names = [str(Component(layer, head)) for layer in range(layers) for head in range(heads)]
     names += [str(Component(layer)) for layer in range(layers)]
-    kinds = [name.removeprefix("head_").removesuffix("_correct") for name in events if name.startswith("head_")]
     drops, samples = {}, {}
     for kind in kinds:
         parts = [f"{part}_{kind}_correct" for part in ("head", "mlp")]
@@ -171,7 +177,11 @@ def component_recoveries_of(patched: xr.Dataset, names: Sequence[str]) -> Recove
 def rank_correlations(ablated: Ablated, recovered: Recovered) -> list[dict[str, Any]]:
     """Correlates by rank each kind of ablation's drops with the recoveries, over heads and over all components.
 
-    Intervals resample sequences and pairs, not components: those are all there are.
+    Each row names the `ablation`, `of` which components (`heads`, `all`) and with which `recovery`: of a kind of pair,
+    or the `largest` or `mean` over those that count. `headline` marks the rows to quote. `value` has an interval.
+
+    Intervals resample sequences and pairs, not components: those are all there are. `above_zero` is the difference from
+    zero ablation's correlation under the same resamples.
     """
     sides = {kind: (recovered.recoveries[kind], recovered.samples[kind]) for kind in recovered.counted}
     if recovered.counted:
@@ -180,11 +190,20 @@ def rank_correlations(ablated: Ablated, recovered: Recovered) -> list[dict[str, 
     found = []
     for of, chosen in (("heads", is_head), ("all", np.ones_like(is_head))):
         for recovery, (values, samples) in sides.items():
-            for ablation, drops in ablated.drops.items():
-                resampled = spearman(ablated.samples[ablation][:, chosen], samples[:, chosen])
-                value = _with_interval(spearman(drops[chosen], values[chosen]), resampled)
+            correlated = {
+                ablation: (
+                    spearman(drops[chosen], values[chosen]),
+                    spearman(ablated.samples[ablation][:, chosen], samples[:, chosen]),
+                )
+                for ablation, drops in ablated.drops.items()
+            }
+            for ablation, (value, resampled) in correlated.items():
                 row = {"ablation": ablation, "of": of, "components": int(chosen.sum()), "recovery": recovery}
-                found.append(row | {"value": value, "headline": row | HEADLINE == row})
+                row |= {"headline": row | HEADLINE == row, "value": _with_interval(value, resampled)}
+                if ablation != "zero" and "zero" in correlated:
+                    zero, of_zero = correlated["zero"]
+                    row["above_zero"] = _with_interval(value - zero, resampled - of_zero)
+                found.append(row)
     return found
 
 

@@ -139,8 +139,12 @@ def comparison_lines(document: Mapping[str, Any], *, shown: int = 12) -> list[st
         if own:
             what = f"the {own[0]['components']} heads" if of == "heads" else f"all {own[0]['components']} components"
             lines.append(f"rank correlation of the drops with the largest recovery over kinds of pair, of {what}:")
-            lines += [f"  {r['ablation']:<10} {interval(r['value'])}" for r in own]
+            lines += [f"  {r['ablation']:<10} {interval(r['value'])}{_above_zero(r)}" for r in own]
     return lines
+
+
+def _above_zero(row: Mapping[str, Any]) -> str:
+    return f"  (above zero ablation's by {interval(row['above_zero']).strip()})" if "above_zero" in row else ""
 
 
 def _sort_key(row: Mapping[str, Any]) -> float:

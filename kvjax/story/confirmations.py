@@ -42,7 +42,7 @@ def patched_windows(results: RunResults) -> tuple[list[xr.DataArray], list[str]]
 
 
 def interventions_of(results: RunResults) -> dict[str, str]:
-    """Maps each activation patching that a story can use to the hash of its summary; reads no arrays."""
+    """Maps each activation patching that a story can use to the hash of its arrays; reads none."""
     measured = {str(checkpoint.step): checkpoint.sha256 for checkpoint in results.sweep.checkpoints}
     found = {}
     for path in results.intervention_files(KIND):
@@ -51,7 +51,8 @@ def interventions_of(results: RunResults) -> dict[str, str]:
         except InputError:
             continue
         if _hashes(one).items() <= measured.items():
-            found[f"{KIND}/{path.stem}"] = one.document["content_sha256"]
+            # Of the arrays: the summary is another once another metric is asked for.
+            found[f"{KIND}/{path.stem}"] = one.document["arrays"]["sha256"]
     return found
 
 
@@ -114,5 +115,6 @@ def _hashes(one: Intervention) -> dict[str, str]:
 
 
 def _recovery(dataset: xr.Dataset) -> xr.DataArray:
-    recovery = dataset["recovery_by_role"].sel(position_role="all", direction="denoising")
-    return recovery.sel(metric=_METRIC) if "metric" in recovery.dims else recovery
+    """Selects the recoveries that are told; NaN for kinds of pair whose clean run fails, which recover nothing."""
+    recovery = dataset["recovery_by_role"].sel(position_role="all", direction="denoising", metric=_METRIC)
+    return recovery.where(~dataset["clean_run_fails"].sel(metric=_METRIC).any("failure"))

@@ -29,6 +29,7 @@ STEPS = (100, 200)
 COMPONENTS = ["L0H0", "L0H1", "L0.mlp", "L1H0", "L1H1", "L1.mlp"]
 SHARES = np.array([0.9, 0.1, 0.3, 0.0, 0.6, 0.2])  # recovered by each component for `value`
 PAIRS = 8  # of each kind
+KINDS = ["zero", "mean", "role_mean", "random"]  # of ablation; the mean was not measured
 
 
 def pairs_of(kinds, reads):
@@ -184,7 +185,7 @@ def events():
 def results(run, events):
     """The run's results, with these events as those of its sweep, and their drops as its intervals."""
     own = RunResults(run)
-    lost = ablation_drops(events.sel(step=200)).drops
+    lost = ablation_drops(events.sel(step=200), KINDS).drops
     intervals = xr.Dataset(coords={"statistic": ["estimate", "low", "high"], "split": ["all"], "step": [200]})
     intervals = intervals.assign_coords(ablation=list(lost), layer=[0, 1], head=[0, 1])
     drops = np.stack([np.broadcast_to(x, (3, 1, 1, 6)) for x in lost.values()], axis=3)  # [3, 1, 1, ablations, 6]
@@ -251,13 +252,15 @@ def test_rank_correlations_against_scipy(results):
         assert r["headline"] == ((r["of"], r["recovery"]) == ("heads", "largest"))
     headline = {r["ablation"]: r["value"]["estimate"] for r in at["rank_correlation"] if r["headline"]}
     assert headline["role_mean"] == pytest.approx(1) and headline["zero"] < 0
+    above = next(r["above_zero"] for r in at["rank_correlation"] if r["headline"] and r["ablation"] == "role_mean")
+    assert above["estimate"] == pytest.approx(1 - headline["zero"], abs=1e-5) and above["low"] > 0
 
 
 def test_drops_by_hand(events):
     """A drop is the right answers lost over all reads, of heads and then of MLPs."""
     events = events.sel(step=200)
-    found = ablation_drops(events)
-    assert set(found.drops) == {"zero", "role_mean"}
+    found = ablation_drops(events, KINDS)
+    assert list(found.drops) == ["zero", "role_mean"]
     np.testing.assert_allclose(found.drops["zero"][4:], [4 / 5, 3 / 5])
     np.testing.assert_allclose(found.drops["zero"][:4], [0, 0.8, 0.6, 0.2], atol=0.02)
     assert found.samples["zero"].shape == (1000, 6)

@@ -20,6 +20,7 @@ RECOVERED = {
     "swap": [(0.02, -0.1, 0.1), (0.98, 0.9, 1.0), (0.05, 0.01, 0.1), (0.3, 0.2, 0.4), (1.0, 1.0, 1.0)],
     "value": [(0.2, -0.1, 0.4), (0.01, -0.1, 0.1), (0.6, 0.5, 0.7), (0.0, -0.1, 0.1), (1.0, 1.0, 1.0)],
     "query": [(np.nan,) * 3] * 5,
+    "stale": [(0.9, 0.8, 1.0)] * 5,  # of a clean run that answers at chance
 }
 
 
@@ -45,7 +46,10 @@ def patched_run(tmp_path):
         "metric": ["answer_loss", "logit_difference"],
     }
     path = folder / "window_4000.json"
-    write_datasets(path.with_suffix(".nc"), [(None, xr.Dataset({"recovery_by_role": (dims, full)}, coords=coords))])
+    dataset = xr.Dataset({"recovery_by_role": (dims, full)}, coords=coords)
+    failing = (dataset["pair_kind"] == "stale").expand_dims(failure=["not_above_chance"], metric=coords["metric"])
+    dataset["clean_run_fails"] = failing.expand_dims(step=coords["step"])
+    write_datasets(path.with_suffix(".nc"), [(None, dataset)])
     arrays = FileHash.of(path.with_suffix(".nc"))
     document = {
         "kind": "activation_patching",
@@ -69,7 +73,7 @@ def test_confirmations_of_a_phase(patched_run):
     confirmed = {key for key, one in found.items() if one.confirmed}
     assert confirmed == {("swap", "L0H3"), ("swap", "L1.mlp"), ("value", "L1H2")}
     assert found["swap", "L0H3"].recovery == pytest.approx(0.98) and found["swap", "L0H3"].step == 6000
-    assert found["query", "L0H3"].recovery is None
+    assert found["query", "L0H3"].recovery is None and found["stale", "L0H3"].recovery is None
     assert {one.component for one in story.handovers[0].confirmations} >= {"L0H0", "L0H3", "L1H2"}
     assert list(story.told_from.interventions) == ["activation_patching/window_4000"]
     assert story.told_from.interventions == interventions_of(results)
