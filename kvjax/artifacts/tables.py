@@ -48,6 +48,21 @@ class LocalizedHead(_Row):
     query_attention_mean: Number
 
 
+class LargestHead(_Row):
+    """The head whose mean over reads of some attention is largest."""
+
+    layer: int
+    head: int
+    value: Number
+
+
+class SelectiveHead(LargestHead):
+    """The head with the largest mean key selectivity, beside the same for another key."""
+
+    null: Number
+    recency_selectivity: Number
+
+
 class AblatedMlp(_Row):
     """An MLP by the accuracy its ablation costs."""
 
@@ -99,6 +114,9 @@ _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "top_heads_by_ablation": list[AblatedHead],
             "top_heads_by_localization": list[LocalizedHead],
             "top_mlps_by_ablation": list[AblatedMlp],
+            "q_head": LargestHead,
+            "r_head": LargestHead,
+            "key_selectivity_head": SelectiveHead | None,
             "mlp_write_norm_by_layer": dict[str, WriteNorm],
         },
     ),

@@ -123,33 +123,50 @@ def relation_attention(
     return {name: sums[..., index] for index, name in enumerate(groups)}
 
 
-def selectivities(
-    current_LxBxHxQ: jax.Array, key_LxBxHxQ: jax.Array, value_LxBxHxQ: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Computes key and recency selectivity per read, [B, Q]; NaN if the denominator is below 1e-6.
+def head_selectivities(groups: Mapping[str, jax.Array], has_null_BxQ: jax.Array) -> dict[str, jax.Array]:
+    """Computes the selectivities of every head at every read, [L, B, H, Q] each; NaN if a denominator is below 1e-6.
 
-    Key selectivity is the largest share, over all heads, of a head's attention to values that goes to values of the key
-    read. Recency selectivity is the current value's share of that head's attention to values of the key.
+    Args:
+      groups: attention to the groups `current`, `key`, `null_key` and `value` of positions, [L, B, H, Q] each.
+      has_null_BxQ: whether the read has positions in `null_key`.
+
+    Returns:
+      `key`: the share of the key read in the attention to values. `key_null`: the share of the null's key. `recency`:
+      the current value's share of the key's part.
     """
-    share = jnp.where(
-        value_LxBxHxQ >= SELECTIVITY_FLOOR,
-        key_LxBxHxQ / jnp.maximum(value_LxBxHxQ, SELECTIVITY_FLOOR),
-        -jnp.inf,
-    )
+
+    def share(part: str, whole: str) -> jax.Array:
+        defined = groups[whole] >= SELECTIVITY_FLOOR
+        return jnp.where(defined, groups[part] / jnp.maximum(groups[whole], SELECTIVITY_FLOOR), jnp.nan)
+
+    key_null = jnp.where(has_null_BxQ[None, :, None], share("null_key", "value"), jnp.nan)
+    return {"key": share("key", "value"), "key_null": key_null, "recency": share("current", "key")}
+
+
+def read_selectivities(of_heads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Reduces the selectivities of heads to those of reads, [B, Q] each; NaN if undefined.
+
+    Args:
+      of_heads: as `head_selectivities` returns them.
+
+    Returns:
+      `key` and `key_null`: the largest of any head. `recency`: that of the head with the largest `key`.
+    """
 
     def heads_last(x_LxBxHxQ: jax.Array) -> jax.Array:
         layers, batch, heads, reads = x_LxBxHxQ.shape
         return jnp.moveaxis(x_LxBxHxQ, 0, 1).reshape(batch, layers * heads, reads).swapaxes(1, 2)
 
-    share, key, current = heads_last(share), heads_last(key_LxBxHxQ), heads_last(current_LxBxHxQ)
-    best = jnp.argmax(share, axis=-1)[..., None]
-    key_selectivity = jnp.take_along_axis(share, best, axis=-1)[..., 0]
-    key_part = jnp.take_along_axis(key, best, axis=-1)[..., 0]
-    current_part = jnp.take_along_axis(current, best, axis=-1)[..., 0]
-    defined = jnp.isfinite(key_selectivity)
-    recency = jnp.where(
-        defined & (key_part >= SELECTIVITY_FLOOR),
-        current_part / jnp.maximum(key_part, SELECTIVITY_FLOOR),
-        jnp.nan,
-    )
-    return jnp.where(defined, key_selectivity, jnp.nan), recency
+    key, key_null, recency = (heads_last(of_heads[name]) for name in ("key", "key_null", "recency"))
+    shares = jnp.where(jnp.isnan(key), -jnp.inf, key)
+    best = jnp.argmax(shares, axis=-1)[..., None]
+    return {
+        "key": jnp.take_along_axis(key, best, axis=-1)[..., 0],
+        "key_null": _largest_defined(key_null),
+        "recency": jnp.take_along_axis(recency, best, axis=-1)[..., 0],
+    }
+
+
+def _largest_defined(x: jax.Array) -> jax.Array:
+    largest = jnp.max(jnp.where(jnp.isnan(x), -jnp.inf, x), axis=-1)
+    return jnp.where(jnp.isfinite(largest), largest, jnp.nan)

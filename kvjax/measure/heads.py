@@ -21,14 +21,15 @@ def attention_per_read(
     """Measures where each head attends at each read, [L, B, H, Q] each.
 
     From p_e: `query_attention` to k_e, `support_attention` to s_e, `current_value_attention` to the current value and
-    its copies, `stale_attention` to the stale value and its copies, `key` and `value` to those groups of positions, and
-    `attention_entropy` in nats. From s_e: `binding_attention` to the key token of the same write.
+    its copies, `stale_attention` to the stale value and its copies, `current`, `key`, `null_key` and `value` to those
+    groups of positions, and `attention_entropy` in nats. From s_e: `binding_attention` to the key token of the same
+    write.
 
     Args:
       pattern_LxBxHxTxT: attention probabilities, queries on the second last axis.
       prediction_positions_BxQ, support_positions_BxQ: p_e and s_e.
       relations_BxQxT: the relation of each position to each read.
-      relation_groups: the relations in each of the groups `current`, `stale`, `key` and `value`.
+      relation_groups: the relations in each of the groups `current`, `stale`, `key`, `null_key` and `value`.
     """
 
     def rows(positions_BxQ: jax.Array) -> jax.Array:
@@ -49,6 +50,5 @@ def attention_per_read(
         "stale_attention": groups["stale"],
         "binding_attention": entries(from_support, write_key_positions),
         "attention_entropy": -jnp.sum(jax.scipy.special.xlogy(from_prediction, from_prediction), axis=-1),
-        "key": groups["key"],
-        "value": groups["value"],
+        **{name: groups[name] for name in ("current", "key", "null_key", "value")},
     }

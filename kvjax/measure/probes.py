@@ -166,8 +166,20 @@ def label_wins(scores_YxN: jax.Array, labels_N: jax.Array) -> jax.Array:
     return (own >= jnp.max(scores_YxN, axis=0)) & (labels_N != NO_LABEL)
 
 
-def ranks_above(scores_YxN: jax.Array, labels_N: jax.Array, others_N: jax.Array) -> jax.Array:
-    """Checks whether the row's label scores higher than another class, bool [N]; False if either is `NO_LABEL`."""
+def ranks_above(
+    scores_YxN: jax.Array, labels_N: jax.Array, others_N: jax.Array, *, minus_YxN: jax.Array | None = None
+) -> jax.Array:
+    """Checks whether the row's label scores higher than another class, bool [N]; False if either is `NO_LABEL`.
+
+    Args:
+      scores_YxN: of a probe.
+      labels_N, others_N: the classes.
+      minus_YxN: scores of a second probe, fitted on the same rows to the other class, that are subtracted. Differences
+        are the scores of the ridge regression to 1 for the label, -1 for the other class and 0 for all others: ridge
+        solutions are linear in their targets.
+    """
     both = jnp.maximum(jnp.stack([labels_N, others_N]), 0)
     own, other = jnp.take_along_axis(scores_YxN, both, axis=0)
+    if minus_YxN is not None:
+        own, other = jnp.stack([own, other]) - jnp.take_along_axis(minus_YxN, both, axis=0)
     return (own > other) & (labels_N != NO_LABEL) & (others_N != NO_LABEL)

@@ -28,7 +28,7 @@ class Reads:
       positions_BxQ, support_positions_BxQ: p_e and s_e.
       answers_BxQ, keys_BxQ: token ids of the answer and of the key read.
       relations_BxQxT: the relation of each position to each read.
-      relation_groups: the relations in each of the groups `current`, `stale`, `key` and `value`.
+      relation_groups: the relations in each of the groups `current`, `stale`, `key`, `null_key` and `value`.
       value_ids, key_ids: token ids of all values and of all keys.
     """
 
@@ -109,11 +109,15 @@ class Reads:
         )
 
     @functools.cached_property
-    def selectivities(self) -> tuple[jax.Array, jax.Array]:
-        """Key and recency selectivity, [B, Q] each; NaN if undefined."""
-        return behaviour.selectivities(
-            self.attention["current_value_attention"], self.attention["key"], self.attention["value"]
-        )
+    def head_selectivities(self) -> Mapping[str, jax.Array]:
+        """Selectivities of heads, [L, B, H, Q] each, as `behaviour.head_selectivities` returns them."""
+        has_null = jnp.any(jnp.isin(self.relations_BxQxT, jnp.array(self.relation_groups["null_key"])), axis=-1)
+        return behaviour.head_selectivities(self.attention, has_null)
+
+    @functools.cached_property
+    def selectivities(self) -> Mapping[str, jax.Array]:
+        """Selectivities of reads, [B, Q] each; NaN if undefined."""
+        return behaviour.read_selectivities(self.head_selectivities)
 
     @functools.cached_property
     def lens(self) -> Mapping[str, jax.Array]:

@@ -87,6 +87,9 @@ def sequence_sums(measure: Measure, arrays: Mapping[str, np.ndarray], counting: 
     if measure.level == "read":
         return SequenceSums(measure, *_over_reads(measure, arrays[sources[0]], counting))
     found = [arrays[source] for source in sources]
+    if measure.counted == "measured":
+        sums, counts = found
+        return SequenceSums(measure, sums, counts)
     if measure.combine is not None:
         sums = measure.combine(*found)
     elif "ablation" in measure.own_axes:

@@ -104,9 +104,10 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
 
     Returns:
       For each bucket, the sums of `measure_clean` and `measure_ablations`, [microbatch, …] each; with probes, also the
-      right answers per sequence `probe/<target>` [microbatch, B, 2 S] and `probe/current_vs_stale` [microbatch, B, S].
-      With probes, sums over the whole probe set: `null/<target>` [P - 1, splits, 2 S] and `null/current_vs_stale`
-      [P - 1, splits, S], right answers of probes fitted on permuted labels.
+      right answers per sequence: `probe/<target>` and `probe/current_vs_stale_binary` [microbatch, B, 2 S], and
+      `probe/current_vs_stale` [microbatch, B, S]. With probes, sums over the whole probe set: `null/<target>`,
+      `null/current_vs_stale_binary` [P - 1, splits, 2 S] and `null/current_vs_stale` [P - 1, splits, S], right answers
+      of probes fitted on permuted labels.
       If asked for, the states at all reads [2 S, reads, D] and their spread [2 S], as of `ReadStates`.
     """
     config = spec.config
@@ -201,33 +202,32 @@ def _score_probes(
     splits = jnp.concatenate([jnp.repeat(x.splits.reshape(-1), x.is_read.shape[-1]) for x in buckets])
     in_split = (splits[:, None] == jnp.arange(spec.num_splits)[None]).astype(jnp.float32)
 
-    def right_answers(target: str, weights_KxD: jax.Array, intercepts_K: jax.Array, rows_NxD: jax.Array) -> jax.Array:
-        """Checks whether each read's label wins and, for values, whether it beats the stale one: [1 or 2, reads]."""
-        scores = probe_scores(weights_KxD, intercepts_K, rows_NxD)
-        wins = label_wins(scores, labels[target])[None]
-        if target != "value":
-            return wins
-        return jnp.concatenate([wins, ranks_above(scores, labels["value"], labels["stale_value"])[None]])
+    def right_answers(probe: dict[str, tuple[jax.Array, jax.Array]], rows_NxD: jax.Array) -> dict[str, jax.Array]:
+        """Checks whether each read's label wins, and whether its current value beats the stale one: bool [reads]."""
+        scores = {target: probe_scores(*probe[target], rows_NxD) for target in PROBE_TARGETS}
+        right = {target: label_wins(scores[target], labels[target]) for target in PROBE_TARGETS}
+        both = labels["value"], labels["stale_value"]
+        right["current_vs_stale"] = ranks_above(scores["value"], *both)
+        right["current_vs_stale_binary"] = ranks_above(scores["value"], *both, minus_YxN=scores["stale_value"])
+        return right
 
-    def of_group(target: str, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_group(group: tuple[dict[str, jax.Array], jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         weights_PxKxD, rows_NxD = group
-        intercepts_PxK = probes[target].intercepts
+        fitted = {target: (weights_PxKxD[target], probes[target].intercepts) for target in PROBE_TARGETS}
 
-        def by_split(probe: tuple[jax.Array, jax.Array]) -> jax.Array:
-            right = right_answers(target, *probe, rows_NxD).astype(jnp.float32)
-            return jnp.matmul(right, in_split, precision="highest")
+        def by_split(probe: dict[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+            right = right_answers(probe, rows_NxD)
+            return {name: jnp.matmul(x.astype(jnp.float32), in_split, precision="highest") for name, x in right.items()}
 
-        permuted = jax.lax.map(by_split, (weights_PxKxD[1:], intercepts_PxK[1:]))
-        return right_answers(target, weights_PxKxD[0], intercepts_PxK[0], rows_NxD), permuted
+        real = right_answers(jax.tree.map(lambda x: x[0], fitted), rows_NxD)
+        return real, jax.lax.map(by_split, jax.tree.map(lambda x: x[1:], fitted))
 
+    # [2 S, reads] and [2 S, P - 1, splits] of each.
+    per_read, nulls = jax.lax.map(of_group, ({target: probes[target].weights for target in PROBE_TARGETS}, rows))
+    # The ranking is of the states at p_e alone.
     stages = len(rows) // 2
-    per_read, nulls = {}, {}
-    for target in PROBE_TARGETS:
-        groups = (probes[target].weights, rows)
-        real, permuted = jax.lax.map(functools.partial(of_group, target), groups)
-        per_read[target], nulls[target] = real[:, 0], permuted[:, :, 0]  # [2 S, reads], [2 S, P - 1, splits]
-        if target == "value":
-            per_read["current_vs_stale"], nulls["current_vs_stale"] = real[:stages, 1], permuted[:stages, :, 1]
+    per_read["current_vs_stale"] = per_read["current_vs_stale"][:stages]
+    nulls["current_vs_stale"] = nulls["current_vs_stale"][:stages]
     offset = 0
     for batches, sums in zip(buckets, results, strict=True):
         size = batches.is_read.size

@@ -14,6 +14,8 @@ from kvjax.sweeps.state_similarity import OTHERS
 
 NULL_PERCENTILE = 95
 
+_NEED_A_STALE_VALUE = ("stale_value", "current_vs_stale", "current_vs_stale_binary")
+
 
 def probe_nulls(
     arrays: Mapping[str, np.ndarray], counting: Counting, members: Sequence[np.ndarray]
@@ -21,7 +23,8 @@ def probe_nulls(
     """Takes the 95th percentile of the accuracies of probes fitted on permuted labels; nothing without probes.
 
     Returns:
-      `probe_null` [C, splits, targets, positions, S] and `probe_current_vs_stale_null` [C, splits, S].
+      `probe_null` [C, splits, targets, positions, S], `probe_current_vs_stale_null` [C, splits, S] and
+      `probe_current_vs_stale_binary_null` [C, splits, positions, S].
     """
     if f"null/{PROBE_TARGETS[0]}" not in arrays:
         return {}
@@ -35,6 +38,7 @@ def probe_nulls(
     return {
         "probe_null": _by_position(np.stack([null(target) for target in PROBE_TARGETS], axis=2)),
         "probe_current_vs_stale_null": null("current_vs_stale"),
+        "probe_current_vs_stale_binary_null": _by_position(null("current_vs_stale_binary")),
     }
 
 
@@ -106,7 +110,7 @@ def movements(
 
 def _scored(target: str | None, counting: Counting, members: Sequence[np.ndarray]) -> np.ndarray:
     """Counts the reads that a probe target is scored on, [splits]."""
-    counts = counting.counts["stale" if target in ("stale_value", "current_vs_stale") else "reads"]
+    counts = counting.counts["stale" if target in _NEED_A_STALE_VALUE else "reads"]
     return np.array([counts[own].sum() for own in members])
 
 

@@ -93,6 +93,13 @@ def checkpoint_rows(
             ("layer", "head"), whole["head_support_attention"], query_attention_mean=whole["head_query_attention"]
         ),
         "top_mlps_by_ablation": _top(("layer",), zero["mlp_accuracy_drop"], margin_drop=zero["mlp_margin_drop"]),
+        "q_head": _largest_head(whole["head_query_attention"]),
+        "r_head": _largest_head(whole["head_support_attention"]),
+        "key_selectivity_head": _largest_head(
+            whole["head_key_selectivity"],
+            null=whole["head_key_selectivity_null"],
+            recency_selectivity=whole["head_recency_selectivity"],
+        ),
         "mlp_write_norm_by_layer": _write_norms(whole["mlp_write_norm"]),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -301,6 +308,14 @@ def _stabilized(
         ordered = rank_correlations_C >= limits.head_rank_correlation
     families = {"residual": stays_stable(slow), "heads": stays_stable(ordered)}
     return [{family: bool(of[c]) for family, of in families.items()} for c in range(len(slow))]
+
+
+def _largest_head(by: xr.DataArray, **beside: xr.DataArray) -> list[Row | None]:
+    """Picks, for each checkpoint, the head with the largest mean over reads; None if it is defined for no head.
+
+    A maximum over heads of every read, as in `q`, `r` and `key_selectivity`, is biased upward; this one hardly is.
+    """
+    return [heads[0] if heads[0]["value"] is not None else None for heads in _top(("layer", "head"), by, **beside)]
 
 
 def _top(axes: tuple[str, ...], by: xr.DataArray, **beside: xr.DataArray) -> list[list[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
@@ -26,14 +27,16 @@ RELATION_CURRENT = 1  # the support value, and earlier answers that copied it
 RELATION_STALE = 2  # the value the support overwrote, and answers that copied that
 RELATION_OLDER = 3  # still older values of the key and their answers
 RELATION_OTHER_KEY = 4  # values and answers of other keys
+RELATION_NULL_KEY = 5  # those of one of the other keys, drawn for the read: the null of key selectivity
 
 # What attention is summed over: the support value and its copies; the overwritten value and its copies; all values and
-# answers of the key read; all values and answers before the read.
+# answers of the key read; those of the null's key; all values and answers before the read.
 RELATION_GROUPS = {
     "current": (RELATION_CURRENT,),
     "stale": (RELATION_STALE,),
     "key": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER),
-    "value": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER, RELATION_OTHER_KEY),
+    "null_key": (RELATION_NULL_KEY,),
+    "value": (RELATION_CURRENT, RELATION_STALE, RELATION_OLDER, RELATION_OTHER_KEY, RELATION_NULL_KEY),
 }
 
 
@@ -164,14 +167,26 @@ def encode_records(
             encoded.answers[n, q] = vocabulary.id_of[read.answer]
             encoded.keys[n, q] = vocabulary.id_of[read.key]
             relation = encoded.relations[n, q]
+            relation_of = {read.key: RELATION_OLDER}
+            if (null_key := _null_key(tokens[: read.answer_position])) is not None:
+                relation_of[null_key] = RELATION_NULL_KEY
             for position, key in value_positions:
                 if position < read.answer_position:
-                    relation[position] = RELATION_OLDER if key == read.key else RELATION_OTHER_KEY
+                    relation[position] = relation_of.get(key, RELATION_OTHER_KEY)
             if read.stale_value_position is not None:
                 encoded.stale_values[n, q] = encoded.tokens[n, read.stale_value_position]
                 relation[[read.stale_value_position, *read.stale_answer_positions]] = RELATION_STALE
             relation[[read.support_value_position, *read.earlier_answer_positions]] = RELATION_CURRENT
     return encoded
+
+
+def _null_key(tokens: Sequence[str]) -> str | None:
+    """Draws one of the other keys written before a read, the last of `tokens` being its key; None if there is none.
+
+    The draw is seeded by the tokens alone, so that the same stream has the same null wherever it stands.
+    """
+    others = sorted({tokens[at + 1] for at in range(1, len(tokens) - 2, 3)} - {tokens[-1]})
+    return others[zlib.crc32(" ".join(tokens).encode()) % len(others)] if others else None
 
 
 def copy_axes(encoded: EncodedRecords) -> dict[str, np.ndarray]:

@@ -9,9 +9,10 @@ from kvjax.measure.behaviour import (
     answer_logits,
     answer_loss,
     answer_margin,
+    head_selectivities,
     next_token_sums,
+    read_selectivities,
     relation_attention,
-    selectivities,
     wins_among,
 )
 from kvjax.measure.between_checkpoints import stays_stable
@@ -81,24 +82,32 @@ def test_targets_of_the_loss():
 
 def test_selectivities_by_hand():
     """Key and recency selectivity of two heads, by hand."""
-    # Two heads of one layer, one read. Relations: current, stale, older, other key, none.
-    pattern = jnp.array([[0.3, 0.2, 0.1, 0.2, 0.2], [0.1, 0.1, 0.0, 0.6, 0.2]]).reshape(1, 1, 2, 1, 5)
-    groups = relation_attention(pattern, jnp.array([1, 2, 3, 4, 0]).reshape(1, 1, 5), RELATION_GROUPS)
+    # Two heads of one layer, one read. Relations: current, stale, older, other key, the null's key, none.
+    pattern = jnp.array([[0.3, 0.2, 0.1, 0.05, 0.15, 0.2], [0.1, 0.1, 0.0, 0.2, 0.4, 0.2]]).reshape(1, 1, 2, 1, 6)
+    groups = relation_attention(pattern, jnp.array([1, 2, 3, 4, 5, 0]).reshape(1, 1, 6), RELATION_GROUPS)
     np.testing.assert_allclose(groups["key"].ravel(), [0.6, 0.2], rtol=1e-6)
     np.testing.assert_allclose(groups["value"].ravel(), [0.8, 0.8], rtol=1e-6)
-    key, recency = selectivities(groups["current"], groups["key"], groups["value"])
-    np.testing.assert_allclose(key, [[0.75]], rtol=1e-6)  # the first head's 0.6 / 0.8
-    np.testing.assert_allclose(recency, [[0.5]], rtol=1e-6)  # its 0.3 / 0.6
+    of_heads = head_selectivities(groups, jnp.array([[True]]))
+    np.testing.assert_allclose(of_heads["key"].ravel(), [0.6 / 0.8, 0.2 / 0.8], rtol=1e-6)
+    np.testing.assert_allclose(of_heads["key_null"].ravel(), [0.15 / 0.8, 0.4 / 0.8], rtol=1e-6)
+    np.testing.assert_allclose(of_heads["recency"].ravel(), [0.3 / 0.6, 0.1 / 0.2], rtol=1e-6)
+    of_reads = read_selectivities(of_heads)
+    np.testing.assert_allclose(of_reads["key"], [[0.75]], rtol=1e-6)  # the first head's
+    np.testing.assert_allclose(of_reads["key_null"], [[0.5]], rtol=1e-6)  # the second's: the null has its own maximum
+    np.testing.assert_allclose(of_reads["recency"], [[0.5]], rtol=1e-6)  # the first's
+    alone = head_selectivities(groups, jnp.array([[False]]))
+    assert np.isnan(read_selectivities(alone)["key_null"]).all(), "no other key was written"
 
 
 def test_selectivities_without_attention():
     """Selectivities do not exist if no value is attended to."""
-    nothing = jnp.zeros((1, 1, 2, 1))
-    key, recency = selectivities(nothing, nothing, nothing)
-    assert np.isnan(key).all() and np.isnan(recency).all()
+    nothing, there = jnp.zeros((1, 1, 2, 1)), jnp.array([[True]])
+    groups = dict.fromkeys(("current", "key", "null_key", "value"), nothing)
+    found = read_selectivities(head_selectivities(groups, there))
+    assert all(np.isnan(x).all() for x in found.values())
     some = jnp.full((1, 1, 2, 1), 0.5)
-    key, recency = selectivities(nothing, nothing, some)
-    assert key.tolist() == [[0.0]] and np.isnan(recency).all(), "no part of the key to share"
+    found = read_selectivities(head_selectivities(groups | {"value": some}, there))
+    assert found["key"].tolist() == [[0.0]] and np.isnan(found["recency"]).all(), "no part of the key to share"
 
 
 def test_drift():

@@ -81,6 +81,23 @@ def test_winners_by_hand():
     assert ranks_above(scores, jnp.array([0, 2, 1]), jnp.array([1, NO_LABEL, 2])).tolist() == [False, False, True]
 
 
+def test_binary_probe(fitted):
+    """The binary probe decides as scikit-learn's Ridge fitted to 1 for the current value and -1 for the stale one."""
+    groups, tests, labels, system, probes = fitted
+    rows = standardise(system, jnp.asarray(tests))[0]
+    current, stale = labels[1], labels[2]  # rows without one have no 1, or no -1
+    of_current, of_stale = (probe_scores(probes.weights[0, p], probes.intercepts[p], rows) for p in (1, 2))
+    classes = np.arange(CLASSES)
+    targets = (current[:, None] == classes).astype(float) - (stale[:, None] == classes)
+    scaler = StandardScaler().fit(groups[0].astype(np.float64))
+    model = Ridge(alpha=RIDGE * ROWS).fit(scaler.transform(groups[0].astype(np.float64)), targets)
+    theirs = model.predict(scaler.transform(tests[0].astype(np.float64)))
+    shown = np.random.default_rng(6).permuted(np.tile(classes, (len(theirs), 1)), axis=1)[:, :2]
+    lead = np.diff(np.take_along_axis(theirs, shown, axis=1), axis=1)[:, 0]
+    ours = ranks_above(of_current, jnp.asarray(shown[:, 1]), jnp.asarray(shown[:, 0]), minus_YxN=of_stale)
+    assert (abs(lead) > 1e-4).all() and ours.tolist() == (lead > 0).tolist()
+
+
 def test_logistic_predictions(fitted):
     """Logistic probes predict as scikit-learn's."""
     groups, tests, labels, system, _ = fitted

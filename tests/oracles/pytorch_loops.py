@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,18 @@ def reads_of(tokens: list[str]) -> list[dict[str, Any]]:
                     "stale": [stale, *copies.get(stale, [])] if stale is not None else [],
                     "of_key": [p for p, k in values if k == key],
                     "of_any": [p for p, _ in values],
+                    "of_null": [p for p, k in values if k == null_key(tokens[:at])],
                 }
             )
             copies.setdefault(support, []).append(at)
         values.append((at, key))
     return found
+
+
+def null_key(tokens: list[str]) -> str | None:
+    """Returns the other key that the last token, a key that is read, is compared with."""
+    others = sorted({tokens[at] for at in range(2, len(tokens) - 1, 3) if tokens[at] != tokens[-1]})
+    return others[zlib.crc32(" ".join(tokens).encode("ascii")) % len(others)] if others else None
 
 
 def margin(logits: torch.Tensor, answer: int, value_ids: list[int]) -> float:
@@ -97,7 +105,13 @@ def attention_of_read(patterns: list[list], read: dict[str, Any]) -> dict[tuple[
                 "attention_entropy": -sum(float(p) * math.log(float(p)) for p in row if p > 0),
                 "of_key": float(sum(row[p] for p in read["of_key"])),
                 "of_any": float(sum(row[p] for p in read["of_any"])),
+                "of_null": float(sum(row[p] for p in read["of_null"])),
             }
+            of = result[layer, head]
+            seen, any_null = of["of_any"] >= 1e-6, bool(read["of_null"])
+            of["key_selectivity"] = of["of_key"] / of["of_any"] if seen else None
+            of["key_selectivity_null"] = of["of_null"] / of["of_any"] if seen and any_null else None
+            of["recency_selectivity"] = of["current_value_attention"] / of["of_key"] if of["of_key"] >= 1e-6 else None
     return result
 
 
@@ -173,6 +187,14 @@ def measure(
                     "q": max(a["query_attention"] for a in attention.values()),
                     "r": max(a["support_attention"] for a in attention.values()),
                     "key_selectivity": shares[chosen] if chosen else None,
+                    "key_selectivity_null": max(
+                        (
+                            a["key_selectivity_null"]
+                            for a in attention.values()
+                            if a["key_selectivity_null"] is not None
+                        ),
+                        default=None,
+                    ),
                     "recency_selectivity": (
                         attention[chosen]["current_value_attention"] / key_part if key_part >= 1e-6 else None
                     ),

@@ -16,6 +16,7 @@ from kvjax.task.encoding import encode_records
 SPLITS = ("validation_iid", "heldout_pairs")
 STAGES = ("embedding", "layer_0_post_attn", "layer_0_post_mlp", "final_norm")
 NAN = np.nan
+SELECTIVITIES = ("key_selectivity", "key_selectivity_null", "recency_selectivity")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def arrays(probe):
         "read/r": per_read(([0.1] * 3, [0.1] * 4), ([0.7] * 3, [0.0] * 4)),
         # A read whose heads attend to no value has no selectivity.
         "read/key_selectivity": per_read(([0.6, NAN, 0.8], [NAN] * 4), ([0.9] * 3, [0.2] * 4)),
+        "read/key_selectivity_null": per_read(([NAN, 0.2, 0.4], [NAN] * 4), ([0.1] * 3, [NAN] * 4)),
         "read/recency_selectivity": per_read(([0.5, NAN, NAN], [NAN] * 4), ([1.0] * 3, [0.5] * 4)),
         "token/loss": both([[60, 90], [30, 45]]),
         "token/role_correct": np.stack([targets * 0, targets]),
@@ -88,6 +90,9 @@ def arrays(probe):
             and "ablation" not in measure.own_axes
         ):
             arrays[measure.sources[0]] = both([[[[0.3, 0.6]], [[0.4, 0.8]]], [[[1.5, 0.0]], [[2.0, 4.0]]]])
+    # At the first checkpoint one read of the first sequence counts, and none of the second head's.
+    defined = both([[[[1, 0]], [[0, 0]]], [[[3, 2]], [[4, 4]]]])
+    arrays |= {f"head/{name}_defined": defined for name in SELECTIVITIES}
     for term in ("embedding", "final_norm_bias"):
         arrays[f"attribution/{term}"] = both([[3, 4], [6, 8]])
     for term in ("head", "attn_bias", "mlp"):
@@ -160,6 +165,7 @@ def test_behaviour(rows):
     # Two of seven reads have a key selectivity at the first checkpoint, one a recency selectivity.
     assert first["key_selectivity"] == pytest.approx(0.7) and first["recency_selectivity"] == pytest.approx(0.5)
     assert first["split_metrics"]["heldout_pairs"]["key_selectivity"] is None
+    assert first["key_selectivity_null"] == pytest.approx(0.3) and last["key_selectivity_null"] == pytest.approx(0.1)
     assert last["key_selectivity"] == pytest.approx(3.5 / 7) and last["delta_key_selectivity"] == pytest.approx(-0.2)
     assert last["difficulty_accuracy"] == {"easy": 1.0, "hard": 0.5}
     assert last["split_difficulty_accuracy"]["heldout_pairs"] == {"easy": None, "hard": 0.5}
@@ -222,6 +228,12 @@ def test_heads(dataset, intervals, rows):
     assert table[2]["support_attention_mean"] == pytest.approx(0.5)
     assert table[3]["query_attention_mean"] == pytest.approx(4 / 7)
     assert table[0]["direct_logit_attribution"] == pytest.approx(2.0)
+    for name in SELECTIVITIES:
+        # Sums (0.7, 1.4) and (3.5, 4) over 1, 0, 7 and 6 reads for which they are defined.
+        assert [row[name] for row in table] == [pytest.approx(0.7), None, pytest.approx(0.5), pytest.approx(4 / 6)]
+    assert rows[0]["q_head"] == {"layer": 0, "head": 1, "value": pytest.approx(1.4 / 7)}
+    selective = [(row["key_selectivity_head"]["head"], row["key_selectivity_head"]["null"]) for row in rows]
+    assert selective == [(0, pytest.approx(0.7)), (1, pytest.approx(4 / 6))]
     assert table[0]["delta_accuracy_drop"] is None and table[2]["delta_accuracy_drop"] == pytest.approx(4 / 7)
     assert table[2]["accuracy_drop_mean"] is None and table[2]["ablations_disagree"] is None
     top = rows[1]["top_heads_by_ablation"]

@@ -103,7 +103,7 @@ def test_estimates(intervals, means):
                 estimate, means[name].transpose(*estimate.dims), rtol=1e-5, atol=1e-6, err_msg=name
             )
             compared += 1
-    assert compared == 13 + 4 + 6 + 4 + 2 + 4
+    assert compared == 14 + 4 + 9 + 4 + 2 + 5
 
 
 def test_order_of_ends(intervals):

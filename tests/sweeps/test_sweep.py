@@ -54,6 +54,7 @@ def test_behaviour(rows, truth, step):
         "q": "q",
         "r": "r",
         "key_selectivity": "key_selectivity",
+        "key_selectivity_null": "key_selectivity_null",
         "recency_selectivity": "recency_selectivity",
     }.items():
         close(row[ours], of(reads, theirs), ours)
@@ -66,7 +67,7 @@ def test_behaviour(rows, truth, step):
         close(accuracy, of(reads, "correct", split), split)
         for ours, theirs in {"q": "q", "r": "r", "w": "margin", "key_selectivity": "key_selectivity"}.items():
             close(row["split_metrics"][split][ours], of(reads, theirs, split), f"{split} {ours}")
-        for name in ("answer_loss", "answer_logit", "answer_logit_centred"):
+        for name in ("answer_loss", "answer_logit", "answer_logit_centred", "key_selectivity_null"):
             close(row["split_metrics"][split][name], of(reads, name, split), f"{split} {name}")
 
 
@@ -203,14 +204,36 @@ def test_heads(swept, truth):
         ):
             expected = mean([read["attention"][head][name] for read in truth[step]["reads"]])
             close(row[f"{name}_mean"], expected, f"{name} {head}")
-        entropy = mean([read["attention"][head]["attention_entropy"] for read in truth[step]["reads"]])
-        close(row["attention_entropy"], entropy)
+        for name in ("attention_entropy", "key_selectivity", "key_selectivity_null", "recency_selectivity"):
+            close(row[name], mean([read["attention"][head][name] for read in truth[step]["reads"]]), f"{name} {head}")
         previous = STEPS[STEPS.index(step) - 1] if step != STEPS[0] else None
         change = None if previous is None else accuracy[step][head] - accuracy[previous][head]
         close(row["delta_accuracy_drop"], change)
         ahead = [h for h in HEADS if (-by_role[step][h], h) < (-by_role[step][head], head)]
         assert row["rank"] == len(ahead) + 1 and row["ranked_by"] == "role_mean"
     assert any(np.argmax(list(accuracy[s].values())) != np.argmax(list(by_role[s].values())) for s in STEPS)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_largest_heads(rows, truth, step):
+    """The maximum after averaging names its head, and is below the average of the maxima."""
+    row, reads = rows[step], truth[step]["reads"]
+    of_heads = {
+        name: {head: mean([read["attention"][head][name] for read in reads]) for head in HEADS}
+        for name in (
+            *("query_attention", "support_attention"),
+            *("key_selectivity", "key_selectivity_null", "recency_selectivity"),
+        )
+    }
+    for field, name in {"q": "query_attention", "r": "support_attention", "key_selectivity": "key_selectivity"}.items():
+        found, means = row[f"{field}_head"], of_heads[name]
+        head = max(HEADS, key=lambda h: means[h])
+        assert (found["layer"], found["head"]) == head
+        close(found["value"], means[head], field)
+        assert found["value"] < row[field]
+    head = row["key_selectivity_head"]["layer"], row["key_selectivity_head"]["head"]
+    close(row["key_selectivity_head"]["null"], of_heads["key_selectivity_null"][head])
+    close(row["key_selectivity_head"]["recency_selectivity"], of_heads["recency_selectivity"][head])
 
 
 def test_mlps(swept, truth):

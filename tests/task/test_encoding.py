@@ -1,5 +1,7 @@
 """Encoding: positions, roles and relations by hand; buckets lose and repeat nothing."""
 
+import binascii
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from kvjax.errors import InputError
 from kvjax.task.encoding import (
     RELATION_CURRENT,
+    RELATION_NULL_KEY,
     RELATION_OLDER,
     RELATION_OTHER,
     RELATION_OTHER_KEY,
@@ -39,7 +42,7 @@ def test_relations_by_hand():
     relation = encoded.relations[0, 2]
     assert {position: int(relation[position]) for position in (3, 6, 9, 12, 15, 18)} == {
         3: RELATION_OLDER,
-        6: RELATION_OTHER_KEY,
+        6: RELATION_NULL_KEY,  # of the only other key
         9: RELATION_STALE,
         12: RELATION_STALE,  # an answer that copied the stale value
         15: RELATION_CURRENT,
@@ -51,6 +54,23 @@ def test_relations_by_hand():
     assert encoded.answers[0].tolist() == [VOCABULARY.id_of[v] for v in ("V002", "V003", "V003")]
     roles = [TOKEN_ROLES[role] if role >= 0 else None for role in encoded.token_roles[0]]
     assert roles[0] is None and roles[-1] == "eos" and roles[10:13] == ["op_read", "key_read", "value_answer"]
+
+
+def test_null_key_by_hand():
+    """One of the other keys written before is the null's, by the checksum of the tokens up to the read's key."""
+    program = Program(
+        (("K00", "V000"), ("K01", "V001"), ("K02", "V002"), ("K01", "V003")),
+        (Read(0, "K00", 0), Read(3, "K00", 0)),
+    )
+    encoded = encode_records([record(program)], VOCABULARY, ["a"], max_seq_len=64)
+    first, second = encoded.relations[0]
+    assert RELATION_NULL_KEY not in first, "no other key is written yet"
+    # position: 1 W K00 3 | 4 R K00 6 | 7 W K01 9 | 10 W K02 12 | 13 W K01 15 | 16 R K00 18
+    tokens = "<bos> W K00 V000 R K00 V000 W K01 V001 W K02 V002 W K01 V003 R K00"
+    null = ("K01", "K02")[binascii.crc32(tokens.encode()) % 2]
+    expected = {"K01": [9, 15], "K02": [12]}
+    assert np.flatnonzero(second == RELATION_NULL_KEY).tolist() == expected[null]
+    assert np.flatnonzero(second == RELATION_OTHER_KEY).tolist() == expected["K02" if null == "K01" else "K01"]
 
 
 def programs(num_writes):

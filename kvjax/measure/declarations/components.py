@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvjax.measure.declaration import LEVEL_AXES, Counted, Level, Measure, RowField
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
 
@@ -46,6 +47,29 @@ def _attention(name: str, field: str, *, units: str = "1", counted: Counted = "r
 def drop_field(quantity: str, kind: str) -> str:
     """Names the field of a row that shows what a kind of ablation costs in accuracy or margin."""
     return f"{quantity}_drop" if kind == "zero" else f"{quantity}_drop_{kind}"
+
+
+def _selectivity(kind: str, description: str) -> Measure:
+    """Declares a selectivity of heads, a mean over the reads for which it is defined."""
+
+    def compute(reads: Any) -> tuple[jax.Array, jax.Array]:
+        import jax.numpy as jnp
+
+        values = reads.head_selectivities[kind]
+        defined = ~jnp.isnan(values)
+        return jnp.where(defined, values, 0.0), defined
+
+    name = {"key": "key_selectivity", "key_null": "key_selectivity_null", "recency": "recency_selectivity"}[kind]
+    return Measure(
+        f"head_{name}",
+        "head",
+        "1",
+        description,
+        sources=(f"head/{name}", f"head/{name}_defined"),
+        counted="measured",
+        compute=compute,
+        fields=(RowField(name),),
+    )
 
 
 def _drops(component: Literal["head", "mlp"]) -> Iterator[Measure]:
@@ -108,6 +132,9 @@ MEASURES: tuple[Measure, ...] = (
     _attention("stale_attention", "stale_attention_mean", counted="stale"),
     _attention("binding_attention", "binding_attention_mean"),
     _attention("attention_entropy", "attention_entropy", units="nats"),
+    _selectivity("key", "mean share of the read key in a head's attention to values"),
+    _selectivity("key_null", "mean share of another key of the stream in a head's attention to values"),
+    _selectivity("recency", "mean share of the current value in a head's attention to values of the read key"),
     *_drops("head"),
     *_drops("mlp"),
     Measure(

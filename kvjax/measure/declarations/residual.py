@@ -20,6 +20,11 @@ def _by_target_and_position(*right_CxNxG: np.ndarray) -> np.ndarray:
     return stacked.reshape(*stacked.shape[:3], 2, -1)
 
 
+def _by_position(right_CxNxG: np.ndarray) -> np.ndarray:
+    """Arranges right answers at both positions: [C, N, positions, S]."""
+    return right_CxNxG.reshape(*right_CxNxG.shape[:2], 2, -1)
+
+
 def _lens(name: str, source: str, meaning: str, *, field: str | None = None, margin: bool = False) -> Measure:
     return Measure(
         name,
@@ -58,6 +63,14 @@ def _probe_fields(suffix: str = "") -> tuple[RowField, ...]:
     return tuple(
         RowField(f"{name}{suffix}_by_layer", {"target": target, "position_role": position})
         for name, (target, position) in _PROBE_CELLS.items()
+    )
+
+
+def _binary_fields(suffix: str = "") -> tuple[RowField, ...]:
+    at = {"": "prediction", "_at_support": "support"}
+    return tuple(
+        RowField(f"probe_current_vs_stale_binary{where}{suffix}_by_layer", {"position_role": position})
+        for where, position in at.items()
     )
 
 
@@ -100,6 +113,27 @@ PROBES: tuple[Measure, ...] = (
         "95th percentile of that share with permuted fit labels",
         "statistic",
         fields=(RowField("probe_current_vs_stale_null_by_layer"),),
+    ),
+    Measure(
+        "probe_current_vs_stale_binary",
+        "stage",
+        "1",
+        "share of reads at which the probe trained to tell current from stale values does; chance 0.5",
+        "rate",
+        axes=("position_role", "stage"),
+        sources=("probe/current_vs_stale_binary",),
+        combine=_by_position,
+        counted="stale",
+        fields=_binary_fields(),
+    ),
+    Measure(
+        "probe_current_vs_stale_binary_null",
+        "stage",
+        "1",
+        "95th percentile of that share with permuted fit labels",
+        "statistic",
+        axes=("position_role", "stage"),
+        fields=_binary_fields("_null"),
     ),
     Measure(
         "logistic_probe_accuracy",
