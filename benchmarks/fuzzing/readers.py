@@ -28,6 +28,7 @@ from benchmarks.fuzzing.reading import (
     read_resumed_state,
     read_run_config,
     read_store,
+    read_story_and_status,
     read_summary,
     read_sums,
     read_sweep_and_status,
@@ -192,6 +193,13 @@ def readers_of(step: int) -> dict[str, Reader]:
             _SEALED,
             check_unsealed,
             names=("checkpoints: expected the window's checkpoint",),
+        ),
+        "story.json": Reader(
+            "`kvjax.open_results`, `status`",
+            [f"{_ANALYSIS}/story.json"],
+            _JSON,
+            read_story_and_status,
+            _DETECTED,
         ),
         "intervention's summary": Reader(
             "`kvjax.open_results`, reuse by `intervene`",

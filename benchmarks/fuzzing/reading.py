@@ -193,6 +193,12 @@ def read_windows_and_status(root: Path, file: Path) -> Any:
     return windows, chosen_windows(run, InterventionSettings(force=True)), state
 
 
+def read_story_and_status(root: Path, file: Path) -> Any:
+    """Reads the story of a run, and prints it as `status` does."""
+    state = _status(root)
+    return open_results(root / RUN).story, state
+
+
 def read_summary(root: Path, file: Path) -> Any:
     """Reads the summary of an intervention and prints it, as one that is reused."""
     run, path = RunDir.open(root / RUN), file.with_suffix(".json")

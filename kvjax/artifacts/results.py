@@ -18,6 +18,7 @@ from kvjax.artifacts.files import FileHash, file_sha256, read_json, read_json_li
 from kvjax.artifacts.identity import check_seal
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.story_schema import Story, read_story
 from kvjax.artifacts.sweep_schema import Sweep, read_sweep
 from kvjax.artifacts.tables import read_dataset
 from kvjax.errors import command, unusable
@@ -139,6 +140,16 @@ class RunResults:
         if found.measured_on != self.sweep.measured_on:
             expected = f"birth windows of {self.run.layout.sweep.name} as it is ({self._remedy('birth-windows')})"
             raise unusable(path, expected, "those of a sweep that has changed since")
+        return found
+
+    @functools.cached_property
+    def story(self) -> Story:
+        """What happened in the run, as told from its birth windows."""
+        path, windows = self.run.layout.story, self.windows
+        found = read_story(path)
+        if found.told_from.windows_sha256 != windows.content_sha256:
+            expected = f"the story of {self.run.layout.birth_windows.name} as it is ({self._remedy('birth-windows')})"
+            raise unusable(path, expected, "that of windows found before")
         return found
 
     def interventions(self, kind: str | None = None) -> Iterator[Intervention]:

@@ -10,7 +10,7 @@ import pydantic
 from kvjax.artifacts.files import read_json, replace_file, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.artifacts.layout import RunLayout
-from kvjax.errors import misfit
+from kvjax.errors import misfit, unusable
 
 Ends = tuple[float, float]
 
@@ -264,10 +264,13 @@ def read_story(path: Path) -> Story:
     Raises:
       InputError: the file is missing, does not fit the schema, or was edited.
     """
+    expected = f"the story of a run ({REMEDY})"
+    if not path.is_file():
+        raise unusable(path, expected, "no such file")
     document = read_json(path)
     try:
         found = Story.model_validate(document)
     except pydantic.ValidationError as error:
-        raise misfit(path, error, f"the story of a run ({REMEDY})") from None
+        raise misfit(path, error, expected) from None
     check_seal(document, path, REMEDY)
     return found

@@ -6,7 +6,7 @@ import dataclasses
 
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.story_schema import Story, read_story, write_story
+from kvjax.artifacts.story_schema import Story, write_story
 from kvjax.errors import InputError, command, note
 from kvjax.pipeline.current import Current
 from kvjax.story.build import build_story
@@ -52,20 +52,11 @@ class StoryState:
 
 def story_state(run: RunDir) -> StoryState:
     """Reads the story of a run and says whether anything was found or measured since it was told."""
-    rerun, path = command("birth-windows", run_dirs=[run.path]), run.layout.story
-    results = RunResults(run)
+    rerun, results = command("birth-windows", run_dirs=[run.path]), RunResults(run)
     try:
-        windows = results.windows
-    except InputError as error:
-        return StoryState(Current(False, f"it is told from birth windows: {error}", rerun), None)
-    if not path.is_file():
-        return StoryState(Current(False, f"{path} does not exist", rerun), None)
-    try:
-        story = read_story(path)
+        story = results.story
     except InputError as error:
         return StoryState(Current(False, str(error), rerun), None)
-    if story.told_from.windows_sha256 != windows.content_sha256:
-        return StoryState(Current(False, "birth windows were found again since it was told", rerun), None)
     if story.told_from.interventions != interventions_of(results):
         return StoryState(Current(False, "interventions were measured again since it was told", rerun), story)
     return StoryState(Current(True, f"it is told in {run.layout.story_text}"), story)

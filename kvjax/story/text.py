@@ -261,13 +261,16 @@ def _confirmed(confirmations: Sequence[Confirmation], carriers: Sequence[str]) -
         confirmed = [one for one in own if one.confirmed and one.component in carriers]
         others = [one for one in own if one.confirmed and one.component not in carriers and ".mlp" not in one.component]
         missing = [one.component for one in own if not one.confirmed]
-        parts = [
-            f"confirms {_names(map(_recovered, confirmed))}" if confirmed else f"confirms none of {_names(carriers)}"
-        ]
+        adds = _names(map(_recovered, others[:_NAMED])) if others else ""
+        if not carriers:
+            lines.append(f"{told} finds {adds or 'no head'}.")
+            continue
+        confirms = _names(map(_recovered, confirmed)) if confirmed else f"none of {_names(carriers)}"
+        parts = [f"confirms {confirms}"]
         if confirmed and missing:
             parts.append(f"not {_names(missing)}")
-        if others:
-            parts.append(f"and adds {_names(map(_recovered, others[:_NAMED]))}")
+        if adds:
+            parts.append(f"and adds {adds}")
         lines.append(f"{told} {', '.join(parts)}.")
     return lines
 

@@ -8,13 +8,16 @@ import torch
 import xarray as xr
 
 from kvjax.artifacts.birth_windows_schema import read_birth_windows
+from kvjax.artifacts.files import file_sha256
 from kvjax.artifacts.identity import sealed
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.story_schema import read_story
 from kvjax.commands.main import main
+from kvjax.pipeline.story import complete_story
 from kvjax.story.text import sections, story_markdown, summary_lines
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
 from tests.helpers.commands import refused, sweep_arguments
+from tests.helpers.story import write_patching
 
 STEPS = tuple(range(100, 900, 100))
 SMALL = ("--pairs_per_kind=2", "--noprogress")
@@ -252,16 +255,39 @@ class TestStory:
         other = json.loads(whole)
         other["told_from"]["windows_sha256"] = "0" * 64
         for content, says in (
-            (None, "story.json does not exist"),
+            (None, "expected the story of a run (run kvjax birth-windows again); found no such file"),
             (whole.replace("formed", "edited"), "expected the content that its own hash names"),
             ("[]", "expected the story of a run"),
-            (json.dumps(sealed({k: v for k, v in other.items() if k != "content_sha256"})), "were found again since"),
+            (
+                json.dumps(sealed({k: v for k, v in other.items() if k != "content_sha256"})),
+                "found that of windows found before",
+            ),
         ):
             path.unlink() if content is None else path.write_text(content)
             capsys.readouterr()
             assert status(run) == 0
             (line,) = [line for line in lines_of(capsys) if line.startswith("The story is not up to date")]
             assert says in line and f"(kvjax birth-windows --run_dirs={run})" in line
+
+    def test_story_after_interventions(self, folder, capsys):
+        """Interventions make a story stale; it is completed by what they measured, as `intervene` does at its end."""
+        run = folder / "formed"
+        find(run)
+        opened = RunDir.open(run)
+        hashes = {step: file_sha256(opened.checkpoints[step]) for step in (500, 600)}
+        recovered = {"value": [(0.9, 0.8, 1.0)], "swap": [(0.0, -0.1, 0.1)]}
+        path = opened.layout.intervention("activation_patching", "window_500")
+        write_patching(path, recovered, ["L0H0"], hashes)
+        capsys.readouterr()
+        assert status(run) == 0
+        assert any("interventions were measured again since it was told" in line for line in lines_of(capsys))
+        complete_story(opened)
+        assert status(run) == 0
+        told = lines_of_text(capsys.readouterr().out)
+        assert "not up to date" not in told
+        assert "Patching on value pairs at step 600" in told
+        story = read_story(opened.layout.story)
+        assert [one.confirmed for one in story.phases[0].confirmations if one.kind == "value"] == [True]
 
     def test_story_in_another_folder(self, folder, tmp_path, capsys):
         """With `--output_dir`, the story lies with the other results, and `status` of that folder tells it."""

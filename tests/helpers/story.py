@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,9 @@ import numpy as np
 import xarray as xr
 
 from kvjax.artifacts.birth_windows_schema import BirthWindows
+from kvjax.artifacts.files import FileHash, write_json
+from kvjax.artifacts.identity import sealed
+from kvjax.artifacts.tables import write_datasets
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 
@@ -99,3 +104,43 @@ def results_of(events: xr.Dataset, windows=WINDOWS, *, verdict="windows", **part
     return SimpleNamespace(
         windows=found, sweep=SimpleNamespace(breaks=found.breaks), run=run, events=events, metrics=metrics
     )
+
+
+def write_patching(path: Path, recovered, places, hashes: Mapping[int, str], *, failing: Sequence[str] = ()) -> Path:
+    """Writes activation patching with given recoveries at the last step, and none at the others; returns the summary.
+
+    Args:
+      path: of the summary.
+      recovered: by kind of pair, estimate, low and high of each place.
+      places: names of the places.
+      hashes: of the checkpoint files, by step.
+      failing: kinds of pairs whose clean runs answer at chance.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    last = np.array(list(recovered.values()))  # [kinds, places, 3]
+    recovery = np.stack([*[np.zeros_like(last)] * (len(hashes) - 1), last], axis=1)
+    dims = ("pair_kind", "step", "place", "statistic", "position_role", "direction", "metric")
+    # One role, direction and metric is what a story tells; the others hold something else.
+    full = np.full((*recovery.shape, 2, 2, 2), 9.0)
+    full[..., 1, 0, 1] = recovery
+    coords = {
+        "pair_kind": list(recovered),
+        "step": list(hashes),
+        "place": list(places),
+        "statistic": ["estimate", "low", "high"],
+        "position_role": ["answer", "all"],
+        "direction": ["denoising", "noising"],
+        "metric": ["answer_loss", "logit_difference"],
+    }
+    dataset = xr.Dataset({"recovery_by_role": (dims, full)}, coords=coords)
+    fails = dataset["pair_kind"].isin(list(failing)).expand_dims(failure=["not_above_chance"], metric=coords["metric"])
+    dataset["clean_run_fails"] = fails.expand_dims(step=coords["step"])
+    write_datasets(path.with_suffix(".nc"), [(None, dataset)])
+    document = {
+        "kind": "activation_patching",
+        "steps": list(hashes),
+        "measured_on": {"inputs": {"checkpoints": {str(step): sha256 for step, sha256 in hashes.items()}}},
+        "arrays": dataclasses.asdict(FileHash.of(path.with_suffix(".nc"))),
+    }
+    write_json(path, sealed(document))
+    return path

@@ -4,15 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import xarray as xr
 
-from kvjax.artifacts.files import FileHash, write_json
-from kvjax.artifacts.identity import sealed
-from kvjax.artifacts.tables import write_datasets
 from kvjax.story.build import build_story
 from kvjax.story.confirmations import interventions_of, patched_windows, with_confirmations
 from kvjax.story.text import story_markdown
-from tests.helpers.story import reference_like_events, results_of
+from tests.helpers.story import reference_like_events, results_of, write_patching
 
 PLACES = ("L0H0", "L0H3", "L1H2", "L1.mlp", "layer_0_post_mlp")
 # Estimate, low and high of each place, by kind of pair.
@@ -28,36 +24,7 @@ RECOVERED = {
 def patched_run(tmp_path):
     """The reference-like run, patched at its last two steps."""
     folder = tmp_path / "interventions" / "activation_patching"
-    folder.mkdir(parents=True)
-    values = np.array([list(of_kind) for of_kind in RECOVERED.values()])  # [kinds, places, 3]
-    recovery = np.stack([values, values], axis=1)  # and steps
-    recovery[:, 0] = 0.0  # at the earlier step nothing
-    dims = ("pair_kind", "step", "place", "statistic", "position_role", "direction", "metric")
-    # Only one role, direction and metric is told; the others hold something else.
-    full = np.full((*recovery.shape, 2, 2, 2), 9.0)
-    full[..., 1, 0, 1] = recovery
-    coords = {
-        "pair_kind": list(RECOVERED),
-        "step": [4000, 6000],
-        "place": list(PLACES),
-        "statistic": ["estimate", "low", "high"],
-        "position_role": ["answer", "all"],
-        "direction": ["denoising", "noising"],
-        "metric": ["answer_loss", "logit_difference"],
-    }
-    path = folder / "window_4000.json"
-    dataset = xr.Dataset({"recovery_by_role": (dims, full)}, coords=coords)
-    failing = (dataset["pair_kind"] == "stale").expand_dims(failure=["not_above_chance"], metric=coords["metric"])
-    dataset["clean_run_fails"] = failing.expand_dims(step=coords["step"])
-    write_datasets(path.with_suffix(".nc"), [(None, dataset)])
-    arrays = FileHash.of(path.with_suffix(".nc"))
-    document = {
-        "kind": "activation_patching",
-        "steps": [4000, 6000],
-        "measured_on": {"inputs": {"checkpoints": {"4000": "a", "6000": "b"}}},
-        "arrays": {"sha256": arrays.sha256, "bytes": arrays.bytes},
-    }
-    write_json(path, sealed(document))
+    path = write_patching(folder / "window_4000.json", RECOVERED, PLACES, {4000: "a", 6000: "b"}, failing=["stale"])
     results = results_of(reference_like_events())
     results.sweep.checkpoints = [SimpleNamespace(step=step, sha256=x) for step, x in ((4000, "a"), (6000, "b"))]
     results.intervention_files = lambda kind: sorted((tmp_path / "interventions" / kind).glob("*.json"))
@@ -88,6 +55,18 @@ def test_words_of_confirmations(patched_run):
     assert "Patching on query pairs at step 6000 shows nothing" in text
     assert "Components were patched as well: activation_patching/window_4000." in text
     assert "rests on ablations alone" not in text
+
+
+def test_words_without_carriers(patched_run):
+    """A phase that no head carries is told with what patching finds, or with nothing."""
+    results, _ = patched_run
+    story = with_confirmations(build_story(results), results)
+    phase = story.phases[1].model_copy(update={"carriers": [], "carriers_before": []})
+    text = story_markdown(story.model_copy(update={"phases": [phase], "handovers": []}))
+    assert "Patching on swap pairs at step 6000 finds L0H3 0.98 (0.90 to 1.00)." in text
+    nothing = [one.model_copy(update={"confirmed": False}) for one in phase.confirmations]
+    text = story_markdown(story.model_copy(update={"phases": [phase.model_copy(update={"confirmations": nothing})]}))
+    assert "Patching on swap pairs at step 6000 finds no head." in text
 
 
 @pytest.mark.parametrize("damage", ["checkpoints", "summary", "arrays", "contents"])
