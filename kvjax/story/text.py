@@ -256,7 +256,7 @@ def _confirmed(confirmations: Sequence[Confirmation], carriers: Sequence[str]) -
         own = [one for one in confirmations if one.kind == kind]
         told = f"Patching on {kind} pairs at step {own[0].step}"
         if all(one.recovery is None for one in own):
-            lines.append(f"{told} shows nothing: the clean and the corrupted run do not differ.")
+            lines.append(f"{told} shows nothing: the clean run fails on them, or the corrupted run answers alike.")
             continue
         confirmed = [one for one in own if one.confirmed and one.component in carriers]
         others = [one for one in own if one.confirmed and one.component not in carriers and ".mlp" not in one.component]
