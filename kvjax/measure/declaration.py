@@ -18,9 +18,10 @@ Level = Literal["read", "token", "stage", "head", "mlp", "layer", "model"]
 # The first three are ratios of sums over sequences, which have intervals; the others are formed by code of their own.
 Kind = Literal["rate", "mean", "difference of rates", "statistic", "count"]
 
-# What a mean is divided by: `present` leaves out reads for which the measure is undefined (NaN), and `measured` means
-# that a second source holds the number of reads for which it is defined.
-Counted = Literal["reads", "present", "stale", "targets", "role targets", "measured"]
+# What a mean is divided by: `present` leaves out reads for which the measure is undefined (NaN), `contrasted` those
+# whose support is the only value before them, and `measured` means that a second source holds the number of reads for
+# which it is defined.
+Counted = Literal["reads", "present", "stale", "contrasted", "targets", "role targets", "measured"]
 
 Table = Literal["checkpoint", "heads", "mlps"]
 

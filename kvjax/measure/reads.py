@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.measure import attribution, behaviour, heads, residual
+from kvjax.measure.qk_separation import qk_separation
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.model.sites import Trace, take_positions
 
@@ -30,6 +31,7 @@ class Reads:
       relations_BxQxT: the relation of each position to each read.
       relation_groups: the relations in each of the groups `current`, `stale`, `key`, `null_key` and `value`.
       value_ids, key_ids: token ids of all values and of all keys.
+      key_directions_LxHxDxR: the leading right singular directions of every head's W_QK.
     """
 
     params: Params
@@ -48,6 +50,7 @@ class Reads:
     relation_groups: Mapping[str, Sequence[int]]
     value_ids: jax.Array
     key_ids: jax.Array
+    key_directions_LxHxDxR: jax.Array
 
     @functools.cached_property
     def logits_BxQxV(self) -> jax.Array:
@@ -106,6 +109,20 @@ class Reads:
             self.support_positions_BxQ,
             self.relations_BxQxT,
             self.relation_groups,
+        )
+
+    @functools.cached_property
+    def qk_separation(self) -> tuple[jax.Array, jax.Array]:
+        """How far scores tell the support from other values, [L, B, H, Q] in nats, in full and by 8 directions."""
+        return qk_separation(
+            self.params,
+            self.config,
+            self.trace,
+            self.key_directions_LxHxDxR,
+            prediction_positions_BxQ=self.positions_BxQ,
+            support_positions_BxQ=self.support_positions_BxQ,
+            relations_BxQxT=self.relations_BxQxT,
+            value_relations=self.relation_groups["value"],
         )
 
     @functools.cached_property

@@ -26,6 +26,7 @@ def measure_clean(
     config: DecoderConfig,
     batch: EncodedRecords,
     *,
+    key_directions: jax.Array,
     value_ids: jax.Array,
     key_ids: jax.Array,
     num_splits: int,
@@ -59,6 +60,7 @@ def measure_clean(
         relation_groups=RELATION_GROUPS,
         value_ids=value_ids,
         key_ids=key_ids,
+        key_directions_LxHxDxR=key_directions,
     )
     sums: Sums = {}
     for measure in registry.computed():

@@ -16,10 +16,11 @@ from kvjax.execution.memory_plan import plan_chunks
 from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.execution.states_at_reads import ReadStates
 from kvjax.execution.unbucket import unbucket
-from kvjax.model.decoder import DecoderConfig, Params, stack_params
+from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
+from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.clean import Sums
-from kvjax.sweeps.measure_checkpoint import SweepData, SweepSpec, measure_checkpoints
+from kvjax.sweeps.measure_checkpoint import SweepData, SweepSpec, SweptModel, measure_checkpoints
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.donors import donors_by_bucket, draw_donors
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length
@@ -113,14 +114,20 @@ class CompiledSweep:
         self.data = jax.device_put(data, plan.placement.whole)
         self._measure: dict[bool, Callable[..., Any]] = {}  # by whether unembeddings are tied
 
-    def dispatch(self, params: Sequence[Params]) -> tuple[tuple[list[Sums], Sums], ReadStates | None]:
+    def dispatch(
+        self, params: Sequence[Params], spectra: Sequence[HeadSpectra]
+    ) -> tuple[tuple[list[Sums], Sums], ReadStates | None]:
         """Starts the devices on exactly `chunk` checkpoints, without waiting for them.
+
+        Args:
+          params: their parameters.
+          spectra: those of each one's heads.
 
         Returns:
           What `collect` takes, and the states at the reads if they are wanted, [C, …] each.
         """
-        stacked = stack_params(params)
-        tied = "unembedding" not in stacked
+        stacked = SweptModel.stack(params, spectra)
+        tied = "unembedding" not in stacked.params
         if tied not in self._measure:
             spec = dataclasses.replace(self.spec, config=dataclasses.replace(self.spec.config, tied=tied))
             self._measure[tied] = kept_lowered(measure_checkpoints, spec, stacked, self.data)
@@ -136,7 +143,11 @@ class CompiledSweep:
 
     def measure(self, params: Iterable[Params]) -> list[CheckpointArrays]:
         """Measures checkpoints, with one mapping of arrays each."""
-        chunks = over_chunks(lambda chunk: self.dispatch(chunk)[0], params, size=self.chunk)
+
+        def dispatch(chunk: list[Params]) -> tuple[list[Sums], Sums]:
+            return self.dispatch(chunk, [head_spectra(own, self.spec.config.n_heads) for own in chunk])[0]
+
+        chunks = over_chunks(dispatch, params, size=self.chunk)
         return [arrays for chunk in chunks for arrays in self.collect(chunk.outputs)]
 
 

@@ -125,6 +125,9 @@ def build_events(
     dataset = xr.Dataset(coords={"step": list(steps), "sequence": list(probe.sample_ids), "stage": stages})
     dataset["split"] = (("sequence",), np.array(probe.splits)[probe.encoded.splits])
     dataset["is_read"] = (("sequence", "read"), probe.encoded.is_read)
+    others = np.where(probe.encoded.is_read, probe.other_values, -1).astype(np.int32)
+    meaning = "value positions before each read beside its support, -1 for none"
+    dataset["other_values"] = (("sequence", "read"), others, {"long_name": meaning, "units": "1"})
     for axis, of_reads in probe.axis_values.items():
         values = np.where(probe.encoded.is_read, of_reads, -1).astype(np.int32)
         dataset[axis] = (("sequence", "read"), values, {"long_name": f"{axis} of each read, -1 for none", "units": "1"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from kvjax.execution.states_at_reads import flatten_reads, spread_of_states
 from kvjax.measure import registry
 from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.measure.weight_spectra import HeadSpectra
+from kvjax.model.decoder import DecoderConfig, Params, stack_params
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import over_checkpoints
+from kvjax.model.weights import HEAD_MATRICES
 from kvjax.sweeps.ablations import measure_ablations
 from kvjax.sweeps.clean import Sums, measure_clean
 from kvjax.task.encoding import EncodedRecords
@@ -84,22 +87,43 @@ class SweepData:
     permutations: jax.Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SweptModel:
+    """A checkpoint's weights as a sweep measures them; with a leading axis C on every array, those of several.
+
+    Attributes:
+      params: the parameters.
+      key_directions: [L, H, D, R] the leading right singular directions of every head's W_QK. The host finds them, for
+        singular vectors need LAPACK.
+    """
+
+    params: Params
+    key_directions: jax.Array
+
+    @classmethod
+    def stack(cls, params: Sequence[Params], spectra: Sequence[HeadSpectra]) -> SweptModel:
+        """Stacks several checkpoints, with the spectra of each."""
+        directions = [of_checkpoint.right[HEAD_MATRICES.index("qk")] for of_checkpoint in spectra]
+        return cls(stack_params(params), np.stack(directions).astype(np.float32))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def measure_checkpoints(spec: SweepSpec, stacked_params: Params, data: SweepData) -> Measured:
+def measure_checkpoints(spec: SweepSpec, stacked: SweptModel, data: SweepData) -> Measured:
     """Measures stacked checkpoints.
 
     Args:
       spec: the static settings.
-      stacked_params: parameters with a leading checkpoint axis C, a multiple of the devices that share it.
+      stacked: weights with a leading checkpoint axis C, a multiple of the devices that share it.
       data: the records.
 
     Returns:
       See `measure_checkpoint`, with a leading axis C on every array.
     """
-    return over_checkpoints(functools.partial(measure_checkpoint, spec), spec.placement)(stacked_params, data)
+    return over_checkpoints(functools.partial(measure_checkpoint, spec), spec.placement)(stacked, data)
 
 
-def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Measured:
+def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> Measured:
     """Measures one checkpoint.
 
     Returns:
@@ -110,7 +134,7 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
       of probes fitted on permuted labels.
       If asked for, the states at all reads [2 S, reads, D] and their spread [2 S], as of `ReadStates`.
     """
-    config = spec.config
+    config, params = spec.config, model.params
     key_ids, value_ids = np.array(spec.key_ids), np.array(spec.value_ids)
     means = features = None
     if data.fit is not None:
@@ -120,6 +144,7 @@ def measure_checkpoint(spec: SweepSpec, params: Params, data: SweepData) -> Meas
         measure_clean,
         params,
         config,
+        key_directions=model.key_directions,
         value_ids=value_ids,
         key_ids=key_ids,
         num_splits=spec.num_splits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from kvjax.measure.registry import ALL_SPLITS
 from kvjax.measure.sequence_sums import Counting
 from kvjax.model.sites import stage_names
 from kvjax.sweeps.settings import ABLATIONS
-from kvjax.task.encoding import TOKEN_ROLES, EncodedRecords, copy_axes
+from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES, EncodedRecords, copy_axes
 from kvjax.task.stream import EVENT_AXES, SEQUENCE_AXES, Record
 from kvjax.task.vocabulary import PAD_ID
 
@@ -84,6 +85,11 @@ class ProbeIndex:
                 slices[f"{axis}={value}{'+' if value == last else ''}"] = is_read & (grouped == value)
         return slices
 
+    @functools.cached_property
+    def other_values(self) -> np.ndarray:
+        """Counts the value positions before each read beside its support, [N, Q]."""
+        return np.isin(self.encoded.relations, RELATION_GROUPS["value"]).sum(axis=-1) - 1
+
     def members(self) -> list[np.ndarray]:
         """Lists the indices of the records of `all` and of each split."""
         everyone = np.arange(len(self.encoded))
@@ -101,6 +107,7 @@ class ProbeIndex:
             is_read=is_read,
             counts={
                 "reads": is_read.sum(axis=1),
+                "contrasted": (is_read & (self.other_values > 0)).sum(axis=1),
                 "stale": (is_read & (self.encoded.stale_values != PAD_ID)).sum(axis=1),
                 "targets": of_role.sum(axis=1),
                 "role targets": of_role,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.files import read_json
 from kvjax.artifacts.identity import Identity, check_seal
@@ -20,6 +22,7 @@ from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
 from kvjax.measure import registry
+from kvjax.measure.weight_spectra import HeadSpectra
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.clean import VALUE_LOGITS
@@ -118,6 +121,7 @@ class RunSweep:
         self._similarities = Similarities(store, anew=self._anew)
         self._value_logits = ValueLogits(store, inputs.encoded, inputs.benchmark.vocabulary.value_ids)
         self._weights = WeightComparisons(store, anew=self._anew)
+        self._measured_weights: dict[str, tuple[dict[str, np.ndarray], HeadSpectra]] = {}  # until results are stored
         self._results: dict[str, CheckpointResult] = {}
         refuse = settings.contradiction == "refuse"
         self._voucher = Voucher(inputs.run, inputs.benchmark, refuse=refuse, way_on="contradiction=note")
@@ -206,7 +210,12 @@ class RunSweep:
             advance(1)
 
         def dispatch(chunk: list[NamedCheckpoint]) -> tuple[Any, Any]:
-            sums, states = self._sweep.dispatch([checkpoint.params for _, checkpoint in chunk])
+            weights = {
+                name: measure_weights(checkpoint.params, checkpoint.config) for name, checkpoint in dict(chunk).items()
+            }
+            self._measured_weights |= weights
+            spectra = [weights[name][1] for name, _ in chunk]
+            sums, states = self._sweep.dispatch([checkpoint.params for _, checkpoint in chunk], spectra)
             compared = states and arriving.dispatch(chunk[0][0], states)
             meanwhile()
             for _, checkpoint in chunk:
@@ -249,7 +258,7 @@ class RunSweep:
                 **self._provenance,
             }
             self._value_logits.save(name, checkpoint.sha256, checkpoint.step, arrays.pop(VALUE_LOGITS))
-            weights, spectra = measure_weights(checkpoint.params, checkpoint.config)
+            weights, spectra = self._measured_weights.pop(name)
             self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays | weights, info)
             self._weights.arrive(name, checkpoint, spectra)
             self.log.measured.append(checkpoint.step)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.execution.inputs import RunInputs, prepare_run
+from kvjax.measure.weight_spectra import head_spectra
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.pipeline.sweep import checkpoint_source as source
 from kvjax.sweeps.compiled_sweep import CompiledSweep
+from kvjax.sweeps.measure_checkpoint import SweptModel
 from kvjax.sweeps.results import SweepReport
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 
-__all__ = ["SMALL_SWEEP", "prepared_run", "small_program", "source", "sweep"]
+__all__ = ["SMALL_SWEEP", "prepared_run", "small_program", "source", "sweep", "swept_models"]
 
 SMALL_SWEEP = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch="2")
 _SPLIT = "validation_iid"
@@ -34,6 +38,11 @@ def sweep(run, *, steps="all", reference="final", **settings) -> SweepReport:
     prepared = prepared_run(run, steps=steps, reference=reference)
     (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
     return report
+
+
+def swept_models(params: Sequence[Params], n_heads: int) -> SweptModel:
+    """Stacks checkpoints as the sweep's program takes them."""
+    return SweptModel.stack(params, [head_spectra(own, n_heads) for own in params])
 
 
 def small_program(

@@ -115,6 +115,46 @@ def attention_of_read(patterns: list[list], read: dict[str, Any]) -> dict[tuple[
     return result
 
 
+def attention_scores(module: TorchDecoder, batch: torch.Tensor, rank: int | None = None) -> list[torch.Tensor]:
+    """Returns each layer's scores before the softmax, [H, T, T], of one sequence.
+
+    With a rank, every head's whole W_QK is cut to that many singular directions, and its query bias reaches the keys
+    through the same directions; terms that are equal for all keys are left out.
+    """
+    inputs: list[torch.Tensor] = []
+    hooks = [block.ln_1.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])) for block in module.blocks]
+    module(batch)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for block, x in zip(module.blocks, inputs, strict=True):
+        attn, norm = block.attn, block.ln_1
+        width = attn.q_proj.out_features // attn.n_heads
+        of_layer = []
+        for head in range(attn.n_heads):
+            rows = slice(head * width, (head + 1) * width)
+            if rank is None:
+                q, k = attn.q_proj(norm(x))[:, rows], attn.k_proj(norm(x))[:, rows]
+                of_layer.append(q @ k.T / math.sqrt(width))
+                continue
+            gain = torch.diag(norm.weight)
+            matrix = gain @ attn.q_proj.weight[rows].T @ attn.k_proj.weight[rows] @ gain
+            u, s, vh = torch.linalg.svd(matrix)
+            cut = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
+            bias = attn.q_proj.weight[rows] @ norm.bias + attn.q_proj.bias[rows]
+            towards = bias @ attn.k_proj.weight[rows] @ gain @ vh[:rank].T @ vh[:rank]
+            plain = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=norm.eps)
+            of_layer.append((plain @ cut + towards) @ plain.T / math.sqrt(width))
+        found.append(torch.stack(of_layer))
+    return found
+
+
+def separation(scores_TxT: torch.Tensor, read: dict[str, Any]) -> float | None:
+    """Returns a read's score of the support minus the mean score of the other values, None if there are none."""
+    row, others = scores_TxT[read["predict"]], [p for p in read["of_any"] if p != read["support"]]
+    return float(row[read["support"]]) - sum(float(row[p]) for p in others) / len(others) if others else None
+
+
 def lens(module: TorchDecoder, trace: dict[str, list[torch.Tensor]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Returns stage -> (states [T, D], lens logits [T, V]) of one sequence."""
     stages = {"embedding": trace["embedding"][0]}
@@ -156,6 +196,7 @@ def measure(
         if means is not None:
             ablated["role_mean_ablated"] = role_mean_ablations(module, names, batch, means)
         patterns = [pattern[0].tolist() for pattern in trace["pattern"]]
+        scores = attention_scores(module, batch)
         for index, read in enumerate(reads_of(names)):
             at, answer, key = read["predict"], ids[read["answer"]], ids[read["predict"]]
             probs = logits[at].softmax(-1)
@@ -199,6 +240,7 @@ def measure(
                         attention[chosen]["current_value_attention"] / key_part if key_part >= 1e-6 else None
                     ),
                     "attention": attention,
+                    "separation": {(i, j): separation(scores[i][j], read) for i, j in attention},
                     "state": {stage: x[at].numpy().astype(np.float64) for stage, (x, _) in stages.items()},
                     "support_state": {
                         stage: x[read["support"]].numpy().astype(np.float64) for stage, (x, _) in stages.items()

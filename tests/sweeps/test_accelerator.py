@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvjax.execution.memory_plan import checkpoint_bytes
-from kvjax.model.decoder import Decoder, DecoderConfig, stack_params
+from kvjax.model.decoder import Decoder, DecoderConfig
 from kvjax.sweeps import compiled_sweep
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.compiled_sweep import CompiledSweep
@@ -13,6 +13,7 @@ from kvjax.sweeps.measure_checkpoint import measure_checkpoints
 from kvjax.sweeps.settings import ABLATIONS, SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
+from tests.helpers.sweeping import swept_models
 
 SETTINGS = SweepSettings(ablations=ABLATIONS, resample_draws=2, checkpoint_batch="2")
 SPLITS = ["validation_iid", "test_iid"]
@@ -66,7 +67,7 @@ def test_export_for_accelerators(sweep_of, on_accelerator, platform):
     """No operation of it lacks a lowering there, or is one that JAX refuses to export."""
     make, params = sweep_of
     program = make()
-    leaves, tree = jax.tree.flatten((stack_params(params), program.data))
+    leaves, tree = jax.tree.flatten((swept_models(params, 2), program.data))
 
     def of_leaves(*leaves):
         return measure_checkpoints(program.spec, *jax.tree.unflatten(tree, leaves))
@@ -81,7 +82,7 @@ def test_memory_estimate(sweep_of, on_accelerator, draws):
     make, params = sweep_of
     settings = SweepSettings(ablations=("zero", "resample"), resample_draws=draws, probe="none", checkpoint_batch="2")
     program = make(settings)
-    compiled = measure_checkpoints.lower(program.spec, stack_params(params), program.data).compile()
+    compiled = measure_checkpoints.lower(program.spec, swept_models(params, 2), program.data).compile()
     needed = compiled.memory_analysis().temp_size_in_bytes
     (bucket,) = program.buckets
     tokens, config = bucket.batches.tokens.size, program.spec.config

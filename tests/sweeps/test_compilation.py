@@ -9,7 +9,7 @@ import pytest
 from kvjax.sweeps.measure_checkpoint import measure_checkpoint, measure_checkpoints
 from kvjax.sweeps.settings import ABLATIONS
 from kvjax.task.benchmark import Benchmark
-from tests.helpers.sweeping import SMALL_SWEEP, small_program
+from tests.helpers.sweeping import SMALL_SWEEP, small_program, swept_models
 
 
 def operations(jaxpr):
@@ -26,7 +26,8 @@ def operations(jaxpr):
 def traced(program, params):
     """Returns the operations of the program that measures one checkpoint."""
     static, data = program.spec, program.data
-    return list(operations(jax.make_jaxpr(lambda p, d: measure_checkpoint(static, p, d))(params, data).jaxpr))
+    model = jax.tree.map(lambda x: x[0], swept_models([params], static.config.n_heads))
+    return list(operations(jax.make_jaxpr(lambda m, d: measure_checkpoint(static, m, d))(model, data).jaxpr))
 
 
 def test_traces_of_chunks(small_benchmark, monkeypatch):

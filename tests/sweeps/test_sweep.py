@@ -206,6 +206,9 @@ def test_heads(swept, truth):
             close(row[f"{name}_mean"], expected, f"{name} {head}")
         for name in ("attention_entropy", "key_selectivity", "key_selectivity_null", "recency_selectivity"):
             close(row[name], mean([read["attention"][head][name] for read in truth[step]["reads"]]), f"{name} {head}")
+        separation = mean([read["separation"][head] for read in truth[step]["reads"]])
+        close(row["qk_separation"], separation)
+        close(row["qk_separation_rank8"], separation)  # its heads have 6 directions
         previous = STEPS[STEPS.index(step) - 1] if step != STEPS[0] else None
         change = None if previous is None else accuracy[step][head] - accuracy[previous][head]
         close(row["delta_accuracy_drop"], change)

@@ -44,6 +44,19 @@ def _attention(name: str, field: str, *, units: str = "1", counted: Counted = "r
     )
 
 
+def _separation(name: str, how: str, index: int, trigger: str | None = None) -> Measure:
+    return Measure(
+        f"head_{name}",
+        "head",
+        "nats",
+        f"score p_e -> s_e before the softmax minus the mean score of the other earlier values{how}",
+        sources=(f"head/{name}",),
+        counted="contrasted",
+        compute=lambda reads: reads.qk_separation[index],
+        fields=(RowField(name, trigger=trigger),),
+    )
+
+
 def drop_field(quantity: str, kind: str) -> str:
     """Names the field of a row that shows what a kind of ablation costs in accuracy or margin."""
     return f"{quantity}_drop" if kind == "zero" else f"{quantity}_drop_{kind}"
@@ -135,6 +148,8 @@ MEASURES: tuple[Measure, ...] = (
     _selectivity("key", "mean share of the read key in a head's attention to values"),
     _selectivity("key_null", "mean share of another key of the stream in a head's attention to values"),
     _selectivity("recency", "mean share of the current value in a head's attention to values of the read key"),
+    _separation("qk_separation", "", 0),
+    _separation("qk_separation_rank8", ", W_QK cut to 8 singular directions", 1),
     *_drops("head"),
     *_drops("mlp"),
     Measure(
