@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from kvjax.artifacts.birth_windows_schema import TriggerEntry
 from kvjax.artifacts.story_schema import Moved
+from kvjax.measure.registry import ALL_SPLITS
 from kvjax.story.handovers import Span
 from kvjax.story.shares import Shares
 
@@ -38,11 +39,11 @@ def _agree(earlier: Span, later: Span, shares: Shares) -> bool:
 def largest_shifts(triggers: Iterable[TriggerEntry], *, rises: bool) -> list[Moved]:
     """Picks the strongest rise, or fall, of each measure of behaviour among triggers, the highest score first.
 
-    Those of single components are left out: a phase tells of them by their drops.
+    Those of single components are left out, for a phase tells of them by their drops, and so are those of weights.
     """
     strongest: dict[str, TriggerEntry] = {}
     for trigger in triggers:
-        if (trigger.size > 0) != rises or "." in trigger.metric:
+        if (trigger.size > 0) != rises or "." in trigger.metric or trigger.split == ALL_SPLITS:
             continue
         if trigger.metric not in strongest or trigger.score > strongest[trigger.metric].score:
             strongest[trigger.metric] = trigger

@@ -68,7 +68,7 @@ def component_changes(
     """
     levels: dict[str, dict[Component, dict[str, tuple[float, float]]]] = {"rose": {}, "fell": {}}
     for direction, sign in (("rose", 1), ("fell", -1)):
-        moved = [shift for shift in shifts if run.metrics[shift.metric].layer is not None and shift.size * sign > 0]
+        moved = [shift for shift in shifts if run.metrics[shift.metric].is_importance and shift.size * sign > 0]
         for index in sorted({shift.metric for shift in moved}):
             metric, of_metric = run.metrics[index], [shift for shift in moved if shift.metric == index]
             first, last = min(shift.first for shift in of_metric), max(shift.last for shift in of_metric)

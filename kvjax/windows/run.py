@@ -18,7 +18,7 @@ from kvjax.windows.births import births
 from kvjax.windows.breaks import Breaks
 from kvjax.windows.score_runs import RunFinding, find_in_runs
 from kvjax.windows.summary import verdict_sentence, window_entries
-from kvjax.windows.trajectories import component_drops, needed_events, run_trajectories
+from kvjax.windows.trajectories import component_drops, needed_events, needed_means, run_trajectories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _open(results: RunResults) -> _Swept:
     measured_on, means, events, path = results.sweep.measured_on, results.metrics, results.events, run.layout.arrays
     ranked_by = results.sweep.ranked_by
     if missing := sorted(needed_events(ranked_by) - set(events.data_vars)) or sorted(
-        {"residual_drift"} - set(means.data_vars)
+        needed_means() - set(means.data_vars)
     ):
         raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
     steps = means["step"].values.tolist()

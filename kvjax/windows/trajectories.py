@@ -12,6 +12,8 @@ from kvjax.config.windows import WindowConfig
 from kvjax.measure import registry
 from kvjax.measure.between_checkpoints import rank_correlation_to_previous
 from kvjax.measure.declaration import Measure, RowField
+from kvjax.measure.declarations import weights
+from kvjax.measure.registry import ALL_SPLITS
 from kvjax.measure.sequence_sums import Counting, SequenceSums, sequence_sums, source_names
 from kvjax.measure.uncertainty import resample_counts, resampled_ratios
 from kvjax.model.components import Component
@@ -23,6 +25,9 @@ _FEWEST_RANKED_HEADS = 6
 # Cosine drift below this is rounding.
 _SMALLEST_DRIFT = 1e-6
 
+# A relative change of all weights below this, per 1000 steps, is none.
+_SMALLEST_CHANGE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -32,7 +37,7 @@ class Metric:
       kind: of trigger, as in the window config.
       measure: metric name without the split. Trajectories of one measure pool their noise estimate across splits and
         appear once in the order of a window.
-      split: the split it is measured on.
+      split: the split it is measured on; `all` for measures of weights, which no split has.
       layer: of a component, else None.
       head: of a head, else None.
       resampled: whether it varies with the sequences that are drawn. If not, its dates have no interval.
@@ -45,6 +50,11 @@ class Metric:
     head: int | None = None
     resampled: bool = True
 
+    @property
+    def is_importance(self) -> bool:
+        """Checks whether it is the accuracy that ablating a component costs."""
+        return self.kind in ("head_accuracy_drop", "mlp_accuracy_drop")
+
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
@@ -55,8 +65,9 @@ class Trajectories:
       metrics: M of them.
       values_CxM: NaN if a value does not exist.
       breaks: where they are no trajectory.
-      samples_JxCxM: under resamples of sequences, the same for all checkpoints and metrics. Residual drift has no
-        per-sequence values: its resamples repeat the values, and its noise is its wobble alone.
+      samples_JxCxM: under resamples of sequences, the same for all checkpoints and metrics. Residual drift
+        and measures of weights have no per-sequence values: their resamples repeat the values, and their noise is their
+        wobble alone.
     """
 
     steps: np.ndarray
@@ -112,6 +123,7 @@ def run_trajectories(
     # In the order of the file, so that equal runs have equal metrics.
     for split in dict.fromkeys(splits_N.tolist()):
         series.extend(_split_series(means, watched, split, np.flatnonzero(splits_N == split), counts_JxN, breaks))
+    series.extend(_weight_series(means, breaks, resamples=len(counts_JxN)))
     return Trajectories(
         steps=means["step"].values.astype(np.int64),
         metrics=tuple(one.metric for one in series),
@@ -138,7 +150,7 @@ def component_drops(events: xr.Dataset, config: WindowConfig, *, ranked_by: str 
     everyone = np.arange(counts_JxN.shape[1])
     components, drops, deviations = [], [], []
     for sums in _watched_sums(events, ranked_by):
-        if sums.measure.level in ("head", "mlp"):
+        if sums.measure.lost_from is not None:
             for component, values_C, samples_JxC in _components(sums, everyone, counts_JxN):
                 components.append(component)
                 drops.append(values_C)
@@ -148,7 +160,12 @@ def component_drops(events: xr.Dataset, config: WindowConfig, *, ranked_by: str 
 
 def needed_events(ranked_by: str) -> set[str]:
     """Names the variables of the events that trajectories are made from, given the kind that ranks components."""
-    return {"split", "is_read", *map(_variable, _watched_sources(ranked_by))}
+    return {"split", "is_read", "other_values", *map(_variable, _watched_sources(ranked_by))}
+
+
+def needed_means() -> set[str]:
+    """Names the measures of the means that trajectories are made from: those that no sequence has a share in."""
+    return {"residual_drift", *(measure.name for measure, _ in _watched_weights())}
 
 
 def _labels(ranked_by: str) -> dict[str, tuple[str, ...]]:
@@ -174,7 +191,9 @@ def _variable(source: str) -> str:
 def _watched_sums(events: xr.Dataset, ranked_by: str) -> Iterator[SequenceSums]:
     """Forms the sums of every ratio that a trigger watches, as the sweep formed them."""
     is_read = events["is_read"].values.astype(bool)
-    counting = Counting(is_read, counts={"reads": is_read.sum(axis=1)}, groups={}, labels=_labels(ranked_by))
+    counts = {"reads": is_read, "contrasted": is_read & (events["other_values"].values > 0)}
+    of_sequences = {name: counted.sum(axis=1) for name, counted in counts.items()}
+    counting = Counting(is_read, counts=of_sequences, groups={}, labels=_labels(ranked_by))
     arrays = {source: events[_variable(source)].values for source in _watched_sources(ranked_by)}
     for measure in dict.fromkeys(measure.name for measure, _ in registry.triggers() if measure.is_ratio):
         sums = sequence_sums(registry.declared(measure), arrays, counting)
@@ -205,7 +224,7 @@ def _split_series(
         for component, values, samples in _components(sums, members, counts_JxN):
             name = f"{field.trigger}.{component}"
             yield _Series(Metric(field.trigger, name, split, component.layer, component.head), values, samples)
-            if not component.is_mlp:
+            if field.trigger == "head_accuracy_drop":
                 head_values.append(values)
                 head_samples.append(samples)
     if len(head_values) >= _FEWEST_RANKED_HEADS:
@@ -230,6 +249,35 @@ def _drift_series(means: xr.Dataset, split: str, breaks: Breaks, *, resamples: i
         yield _Series(metric, per_step, np.broadcast_to(per_step, (resamples, len(steps))))
 
 
+def _watched_weights() -> Iterator[tuple[Measure, RowField]]:
+    """Yields the fields of weights that a trigger watches."""
+    for measure, field in registry.triggers():
+        if measure in weights.MEASURES:
+            yield measure, field
+
+
+def _weight_series(means: xr.Dataset, breaks: Breaks, *, resamples: int) -> Iterator[_Series]:
+    """Yields measures of weights, which repeat their values as resamples: of the whole model, and of each head.
+
+    Changes are taken by their logarithm. There is none from a checkpoint of another trajectory.
+    """
+    steps = means["step"].values.tolist()
+    for measure, field in _watched_weights():
+        values = means[measure.name].sel(dict(field.where))
+        axes = [axis for axis in values.dims if axis != "step"]
+        for index in np.ndindex(*(values.sizes[axis] for axis in axes)):
+            of_one = values.isel(dict(zip(axes, index, strict=True))).values.astype(float)
+            if measure.level == "model":
+                of_one = np.log10(np.maximum(of_one, _SMALLEST_CHANGE))
+                of_one[[step in breaks.no_drift for step in steps]] = np.nan
+                metric = Metric(field.trigger, field.trigger, ALL_SPLITS, resampled=False)
+            else:
+                component = Component(*index)
+                name = f"{field.trigger}.{component}"
+                metric = Metric(field.trigger, name, ALL_SPLITS, component.layer, component.head, resampled=False)
+            yield _Series(metric, of_one, np.broadcast_to(of_one, (resamples, len(steps))))
+
+
 def _field_on(measure: Measure, split: str) -> RowField:
     """Picks the watched field of a measure: the one for this split alone if there is one, else the one for all."""
     watched = [field for field in measure.fields if field.trigger is not None]
@@ -239,11 +287,12 @@ def _field_on(measure: Measure, split: str) -> RowField:
 def _components(
     sums: SequenceSums, members: np.ndarray, counts_JxN: np.ndarray
 ) -> Iterator[tuple[Component, np.ndarray, np.ndarray]]:
-    """Yields each component with the accuracy its ablation costs: values [C] and resamples [J, C]."""
+    """Yields each component with its measure, such as the accuracy its ablation costs: values [C], resamples [J, C]."""
     whole, counts = sums.of_sequences(members)
-    costs = whole[:, :, 0]  # of the one kind of ablation: [C, N, L] or [C, N, L, H]
-    for index in np.ndindex(*costs.shape[2:]):
+    # Of the one kind of ablation, if it is a measure of ablations: [C, N, L] or [C, N, L, H].
+    of_each = whole[:, :, 0] if "ablation" in sums.measure.own_axes else whole
+    for index in np.ndindex(*of_each.shape[2:]):
         values, samples = resampled_ratios(
-            counts_JxN[:, members], costs[:, :, *index], counts.reshape(counts.shape[:2])
+            counts_JxN[:, members], of_each[:, :, *index], counts.reshape(counts.shape[:2])
         )
         yield Component(*index), values, samples

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from kvjax.artifacts.tables import read_dataset
+from kvjax.config.files import find_config, read_config
+from kvjax.config.windows import WindowConfig
+from kvjax.windows.trajectories import run_trajectories
 from tests.helpers.building import STEPS, read_lines
 
 # Names of PyTorch's modules by those of tensor groups.
@@ -79,6 +82,43 @@ def test_weights_in_the_rows(swept, means):
         for kernel in ("fc_in", "fc_out"):
             norm = state[f"blocks.{row['layer']}.ff.{kernel}.weight"].norm().item()
             assert row[f"{kernel}_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trajectories(swept, means):
+    """The swept run's trajectories by kind of trigger: (metric, values, range over resamples)."""
+    config = read_config(find_config("default", "windows"), WindowConfig).model_copy(update={"resamples": 50})
+    events = read_dataset(swept / "analysis" / "checkpoint_metrics.nc", group="events", expected="a sweep's arrays")
+    found = run_trajectories(means, events, config)
+    by_kind = {}
+    for m, metric in enumerate(found.metrics):
+        spread = np.ptp(found.samples_JxCxM[:, :, m], axis=0)
+        by_kind.setdefault(metric.kind, []).append((metric, found.values_CxM[:, m], spread))
+    return by_kind
+
+
+def test_trajectories_of_weights(trajectories, means):
+    """Changes are taken by their logarithm, ranks as they are, once for all splits; no resample differs."""
+    ((metric, values, spread),) = trajectories["weight_change"]
+    np.testing.assert_allclose(values, np.log10(means["weight_change"].sel(tensor_group="all")))
+    assert (metric.split, metric.resampled) == ("all", False) and not np.nan_to_num(spread).any()
+    for matrix in ("qk", "ov"):
+        ranks = trajectories[f"{matrix}_effective_rank"]
+        assert [metric.head for metric, _, _ in ranks] == [0, 1, 2, 3] * 3
+        for metric, values, spread in ranks:
+            at = {"matrix": matrix, "layer": metric.layer, "head": metric.head}
+            np.testing.assert_array_equal(values, means["head_effective_rank"].sel(at))
+            assert metric.split == "all" and not spread.any()
+
+
+def test_trajectories_of_separations(trajectories, means):
+    """Every head has one on every split, which varies with the sequences drawn."""
+    found = trajectories["qk_separation"]
+    assert len(found) == 12 * (means.sizes["split"] - 1)
+    for metric, values, spread in found:
+        at = {"split": metric.split, "layer": metric.layer, "head": metric.head}
+        np.testing.assert_allclose(values, means["head_qk_separation"].sel(at), rtol=1e-9)
+        assert metric.resampled and (spread > 0).all()
 
 
 def test_overlap_with_the_reference(means):

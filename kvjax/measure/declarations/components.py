@@ -148,7 +148,7 @@ MEASURES: tuple[Measure, ...] = (
     _selectivity("key", "mean share of the read key in a head's attention to values"),
     _selectivity("key_null", "mean share of another key of the stream in a head's attention to values"),
     _selectivity("recency", "mean share of the current value in a head's attention to values of the read key"),
-    _separation("qk_separation", "", 0),
+    _separation("qk_separation", "", 0, trigger="qk_separation"),
     _separation("qk_separation_rank8", ", W_QK cut to 8 singular directions", 1),
     *_drops("head"),
     *_drops("mlp"),

@@ -13,9 +13,12 @@ def _weights(name: str, level: Level, description: str, *axes: str, fields: tupl
     return Measure(name, level, "1", description, "statistic", axes=axes, by_split=False, fields=fields)
 
 
-def _of_heads(name: str, description: str, suffix: str) -> Measure:
+def _of_heads(name: str, description: str, suffix: str, *, watched: bool = False) -> Measure:
     """Declares a number of every head's W_QK and W_OV."""
-    fields = tuple(RowField(f"{matrix}_{suffix}", {"matrix": matrix}) for matrix in _MATRICES)
+    names = {matrix: f"{matrix}_{suffix}" for matrix in _MATRICES}
+    fields = tuple(
+        RowField(field, {"matrix": matrix}, trigger=field if watched else None) for matrix, field in names.items()
+    )
     return _weights(f"head_{name}", "head", description, "matrix", "layer", "head", fields=fields)
 
 
@@ -38,7 +41,8 @@ def _changes() -> Iterator[Measure]:
             (),
         ),
     ):
-        yield _weights(name, "model", description, "tensor_group", fields=(RowField(name, whole), *more))
+        shown = RowField(name, whole, trigger=name if name == "weight_change" else None)
+        yield _weights(name, "model", description, "tensor_group", fields=(shown, *more))
 
 
 MEASURES: tuple[Measure, ...] = (
@@ -48,7 +52,7 @@ MEASURES: tuple[Measure, ...] = (
         "singular values of a head's W_QK or W_OV, LayerNorm gain folded in, the largest first",
         *("matrix", "layer", "head", "singular_value"),
     ),
-    _of_heads("effective_rank", "exp of the entropy of the normalised singular values", "effective_rank"),
+    _of_heads("effective_rank", "exp of the entropy of the normalised singular values", "effective_rank", watched=True),
     _of_heads("participation_ratio", "(sum of s^2)^2 / (sum of s^4) of singular values s", "participation_ratio"),
     _of_heads("matrix_norm", "Frobenius norm of W_QK or W_OV, LayerNorm gain folded in", "norm"),
     _of_heads(
