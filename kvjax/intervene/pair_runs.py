@@ -102,9 +102,8 @@ def run_streams(params: Params, config: DecoderConfig, batch: EncodedPairs, *, w
         logits, run = run_clean(params, config, jnp.asarray(tokens), PAIR_CAPTURE)
         return run, read_effects(take_positions(logits, batch.prediction_positions, 1), batch)
 
-    last = batch.clean_tokens.shape[1] - 1
-    window_BxW = jnp.minimum(batch.first_changed[:, None] + jnp.arange(window)[None], last)
-    return StreamRuns(of_stream(batch.clean_tokens), of_stream(batch.corrupted_tokens), batch, window_BxW)
+    streams = of_stream(batch.clean_tokens), of_stream(batch.corrupted_tokens)
+    return StreamRuns(*streams, batch, window_positions(batch, window))
 
 
 def run_pairs(
@@ -112,6 +111,12 @@ def run_pairs(
 ) -> PairRuns:
     """Runs both streams of a batch of pairs for interventions in one direction; see `run_streams`."""
     return run_streams(params, config, batch, window=window).towards(direction)
+
+
+def window_positions(batch: EncodedPairs, window: int) -> jax.Array:
+    """Lists the positions that a change can reach, [B, W], as `PairRuns` holds them."""
+    last = batch.clean_tokens.shape[1] - 1
+    return jnp.minimum(batch.first_changed[:, None] + jnp.arange(window)[None], last)
 
 
 def both_directions(function: Callable[[jax.Array], Effects]) -> Effects:

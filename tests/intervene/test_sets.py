@@ -212,7 +212,9 @@ def test_states_across_checkpoints(model, other_model, encoded):
     program = OverPairs(encoded, tokens_per_batch=2000, whole_streams=True)
     both = jax.tree.map(lambda a, b: np.stack([a, b]), params, other_params)
 
-    ours = program.run(TakeStates(config), both, both)["logit_difference"]  # [A, N, B, stages, roles]
+    together = jax.tree.map(lambda x: x[None], both)
+    found = program.run(TakeStates(config), together)
+    ours = found["logit_difference"][0].swapaxes(0, 1)  # [A, N, B, stages, roles]
     tokens = torch.tensor(encoded.clean_tokens).long()
     with torch.no_grad():
         theirs = forward(other_module, tokens)

@@ -21,72 +21,99 @@ from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import ANSWER_ACCURACY, CLEAN_METRIC, InterventionInputs, Outcome, numbers
 from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.metrics import METRICS
-from kvjax.intervene.pair_runs import PAIR_CAPTURE, Effects, answer_effects
+from kvjax.intervene.pair_runs import Effects, answer_effects, window_positions
 from kvjax.intervene.pair_tables import baselines, put_runs
 from kvjax.intervene.places import over_places, patch_edit, stage_places
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import interval, run_lines
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.restart import restart, run_clean
-from kvjax.model.sites import take_positions
+from kvjax.model.restart import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
+from kvjax.model.sites import STAGE_SITES, Trace, take_positions
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs
 
 ROLES = ("all", *PAIR_ROLES)
 
+_CAPTURE = (*RESTART_CAPTURE, *WINDOW_CAPTURE)
 
-def across_effects(params: Params, config: DecoderConfig, batch: EncodedPairs, stacked_others: Any) -> Effects:
-    """Runs the clean streams at checkpoint A with each stage taken from each checkpoint B.
+
+def across_effects(stacked: Params, config: DecoderConfig, batch: EncodedPairs, *, window: int) -> Effects:
+    """Runs the clean streams at each checkpoint A with each stage taken from each checkpoint B.
+
+    States of A itself are taken whole alone, as a control: at the positions of a role they are A's own run.
 
     Args:
-      params: of checkpoint A.
-      config: the shape of all.
+      stacked: parameters of all checkpoints, stacked on a leading axis C.
+      config: their shape.
       batch: a microbatch of pairs.
-      stacked_others: parameters of the checkpoints B, stacked on a leading axis.
+      window: positions from the first changed one to the last affected read; roles after `before` lie there.
 
     Returns:
-      Of each of `answer_effects`: `<name>` [B, others, stages, `ROLES`], and A's own `<name>_base` [B].
+      Of each of `answer_effects`: `<name>` [B, A, B's checkpoint, stages, `ROLES`], and A's own `<name>_base` [B, A].
     """
-    tokens = jnp.asarray(batch.clean_tokens)
-    logits, own = run_clean(params, config, tokens, PAIR_CAPTURE)
-    base = answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)
-    roles = jnp.asarray(batch.roles)
-    masks = jnp.concatenate(
-        [jnp.ones((1, *roles.shape), bool), roles[None] == jnp.arange(len(PAIR_ROLES))[:, None, None]]
-    )
+    tokens, roles = jnp.asarray(batch.clean_tokens), jnp.asarray(batch.roles)
+    window_BxW = window_positions(batch, window)
+    whole = jnp.stack([jnp.ones_like(roles, bool), roles == PAIR_ROLES.index("before")])
+    later = jnp.stack([roles == index for index in range(1, len(PAIR_ROLES))])
+    stages = tuple(stage_places(config.n_layers).values())
+    traces = jax.lax.map(lambda params: run_clean(params, config, tokens, STAGE_SITES)[1].trace, stacked)
 
-    def taken_from(other: Params) -> Effects:
-        _, theirs = run_clean(other, config, tokens, PAIR_CAPTURE)
+    def at_checkpoint(at: tuple[jax.Array, Params]) -> Effects:
+        own_index, params = at
+        logits, own = run_clean(params, config, tokens, _CAPTURE)
+        base = answer_effects(take_positions(logits, batch.prediction_positions, 1), batch)
 
-        def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
-            def at_role(mask_BxT: jax.Array) -> Effects:
-                edits = patch_edit(config, theirs, site, layer, head, mask_BxT)
-                read = restart(params, config, own, edits, layer=layer, positions_BxQ=batch.prediction_positions)
-                return answer_effects(read, batch)
+        def taken_from(at: tuple[jax.Array, Trace]) -> Effects:
+            other_index, trace = at
+            theirs, is_own = CleanRun(tokens, trace), own_index == other_index
 
-            return jax.lax.map(at_role, masks)
+            def at_stage(site: str, layer: jax.Array | int, head: jax.Array) -> Effects:
+                def under(mask_BxT: jax.Array, *, windowed: bool) -> Effects:
+                    edits = patch_edit(config, theirs, site, layer, head, mask_BxT)
+                    within = {"window_BxW": window_BxW} if windowed else {}
+                    positions = batch.prediction_positions
+                    return answer_effects(
+                        restart(params, config, own, edits, layer=layer, positions_BxQ=positions, **within), batch
+                    )
 
-        return over_places(tuple(stage_places(config.n_layers).values()), config.n_layers, at_stage)
+                def over(masks: jax.Array, is_control: jax.Array, *, windowed: bool) -> Effects:
+                    def one(at: tuple[jax.Array, jax.Array]) -> Effects:
+                        mask_BxT, runs = at
+                        return jax.lax.cond(runs, lambda: under(mask_BxT, windowed=windowed), lambda: base)
 
-    found = jax.lax.map(taken_from, stacked_others)
-    return {name: jnp.moveaxis(x, -1, 0) for name, x in found.items()} | {f"{n}_base": x for n, x in base.items()}
+                    return jax.lax.map(one, (masks, ~is_own | is_control))
+
+                at_whole = over(whole, jnp.array([True, False]), windowed=False)
+                at_later = over(later, jnp.zeros(len(later), bool), windowed=True)
+                return jax.tree.map(lambda *x: jnp.concatenate(x), at_whole, at_later)
+
+            return over_places(stages, config.n_layers, at_stage)
+
+        found = jax.lax.map(taken_from, (jnp.arange(num_checkpoints), traces))
+        return found | {f"{name}_base": x for name, x in base.items()}
+
+    num_checkpoints = len(jax.tree.leaves(stacked)[0])
+    found = jax.lax.map(at_checkpoint, (jnp.arange(num_checkpoints), stacked))
+    return {name: jnp.moveaxis(x, -1, 0) for name, x in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class TakeStates:
-    """The measurement: one checkpoint run on with the states of all."""
+    """The measurement: every checkpoint run on with the states of every other."""
 
     config: DecoderConfig
 
-    def __call__(self, params: Params, batch: PairBatch, stacked_others: Params) -> Effects:
+    def __call__(self, stacked: Params, batch: PairBatch) -> Effects:
         """Runs `across_effects`."""
-        return across_effects(params, self.config, batch.pairs, stacked_others)
+        return across_effects(stacked, self.config, batch.pairs, window=batch.window)
 
 
 def analyse(inputs: InterventionInputs) -> Outcome:
     """Runs each checkpoint on with each stage's states of each other."""
     stages = list(stage_places(inputs.config.n_layers))
-    arrays = inputs.over_streams.run(TakeStates(inputs.config), inputs.stacked, inputs.stacked)
+    together = jax.tree.map(lambda x: x[None], inputs.stacked)
+    found = inputs.over_streams.run(TakeStates(inputs.config), together)
+    arrays = {name: x[0].swapaxes(0, 1) for name, x in found.items()}  # [A, N, …]
     dataset = inputs.dataset(states_of=inputs.steps, stage=stages, position_role=ROLES)
     dims = ("pair_kind", "step", "states_of", "stage", "position_role")
     metric = np.stack([means_per_read(inputs.groups, arrays[name]) for name in METRICS], axis=1)
@@ -98,8 +125,8 @@ def analyse(inputs: InterventionInputs) -> Outcome:
     )
     put_runs(dataset, inputs, arrays, clean="base")
     same = np.abs(
-        arrays["logit_difference"][np.arange(len(inputs.steps)), :, np.arange(len(inputs.steps))]
-        - arrays["logit_difference_base"][..., None, None]
+        arrays["logit_difference"][np.arange(len(inputs.steps)), :, np.arange(len(inputs.steps)), :, 0]
+        - arrays["logit_difference_base"][..., None]
     )
     controls = {"largest_effect_of_own_states_in_logits": float(same.max())}
     return Outcome(dataset, summarise(dataset, inputs.metric) | {"controls": controls})
