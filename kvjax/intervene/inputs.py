@@ -91,17 +91,22 @@ class InterventionInputs:
         return self._in_microbatches(self.encoded)
 
     @functools.cached_property
+    def over_predictions(self) -> OverPairs:
+        """Likewise, for edits at the affected reads' p_e: from the first of them on, which is most often the last."""
+        return self._from_first(self.encoded.prediction_positions, widen=4)
+
+    @functools.cached_property
     def over_supports(self) -> OverPairs:
-        """Likewise, for edits at supports of affected reads, which may lie before the first changed token."""
-        encoded = self.encoded
-        supports = np.where(encoded.is_affected, encoded.support_positions, encoded.first_changed[:, None])
-        first = np.minimum(supports.min(axis=1), encoded.first_changed)
-        return self._in_microbatches(dataclasses.replace(encoded, first_changed=first))
+        """Likewise, for edits at the affected reads' supports in the clean stream."""
+        return self._from_first(self.encoded.support_positions, widen=2)
 
     @functools.cached_property
     def over_streams(self) -> OverPairs:
-        """Likewise, for measurements that compute whole streams, up to the last affected read."""
-        return self._in_microbatches(self.encoded, whole_streams=True)
+        """Likewise, for measurements that compute whole streams, up to the last affected read.
+
+        Half as many sizes, here and for edits at reads: these programs take longer to compile than padding costs.
+        """
+        return self._in_microbatches(self.encoded, whole_streams=True, max_buckets=self.max_buckets // 2)
 
     def over_rows(self, rows: Callable[[int], int]) -> OverPairs:
         """Likewise as `over_pairs`, for measurements that compute several variants of a pair at once.
@@ -111,14 +116,17 @@ class InterventionInputs:
         """
         return self._in_microbatches(self.encoded, most_pairs=lambda window: self.tokens_per_batch // rows(window))
 
-    def _in_microbatches(self, encoded: EncodedPairs, **sizes: Any) -> OverPairs:
-        return OverPairs(
-            encoded,
-            tokens_per_batch=self.tokens_per_batch,
-            devices=self.devices,
-            max_buckets=self.max_buckets,
-            **sizes,
-        )
+    def _from_first(self, positions_NxQ: np.ndarray, *, widen: int) -> OverPairs:
+        """Computes pairs from the first of some positions on; microbatches are so many times as large."""
+        first = np.where(self.encoded.is_affected, positions_NxQ, np.iinfo(np.int32).max).min(axis=1)
+        encoded = dataclasses.replace(self.encoded, first_changed=first.astype(np.int32))
+        tokens = widen * self.tokens_per_batch
+        return self._in_microbatches(encoded, tokens_per_batch=tokens, max_buckets=self.max_buckets // 2)
+
+    def _in_microbatches(self, encoded: EncodedPairs, **other: Any) -> OverPairs:
+        """Cuts pairs into microbatches; `other` says what is not as usual."""
+        usual = {"tokens_per_batch": self.tokens_per_batch, "max_buckets": self.max_buckets}
+        return OverPairs(encoded, devices=self.devices, **usual | other)
 
     @property
     def max_buckets(self) -> int:

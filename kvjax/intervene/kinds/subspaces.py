@@ -108,7 +108,7 @@ def subspace_effects(
       tree: one checkpoint's `params`, `mean` [2 S, D] and `bases` [2 S, subspaces, rank, D].
       config: its shape.
       batch: a microbatch of pairs.
-      window: positions computed, from the first edited or changed one on.
+      window: positions computed, from the first edited one on, which the pairs hold as their first changed one.
       num_values: of the vocabulary.
       position: index into `POSITIONS`, where states are edited.
 
@@ -195,10 +195,9 @@ def analyse(inputs: InterventionInputs) -> Outcome:
         ]
     )
     tree = {"params": inputs.stacked, "mean": directions["mean"], "bases": bases}
-    # A support may lie before the first changed token.
     each = [
         over.run(EditSubspaces(inputs.config, num_values, position), tree)
-        for position, over in enumerate((inputs.over_pairs, inputs.over_supports))
+        for position, over in enumerate((inputs.over_predictions, inputs.over_supports))
     ]
     arrays = each[0] | {name: np.stack([x[name] for x in each], axis=3) for name in (*METRICS, "clean_correct")}
     dataset = inputs.dataset(
