@@ -29,6 +29,7 @@ STEPS = (100, 200)
 COMPONENTS = ["L0H0", "L0H1", "L0.mlp", "L1H0", "L1H1", "L1.mlp"]
 SHARES = np.array([0.9, 0.1, 0.3, 0.0, 0.6, 0.2])  # recovered by each component for `value`
 PAIRS = 8  # of each kind
+BETTER = {"logit_difference": 1, "answer_loss": -1, "answer_logit": 1}  # the sign of a clean run that answers
 KINDS = ["zero", "mean", "role_mean", "random"]  # of ablation; the mean was not measured
 
 
@@ -82,8 +83,8 @@ def runs():
     base = rng.normal(size=gap.shape)
     arrays = {"clean_correct_source": right, "clean_correct_base": 0 * right}
     arrays |= {"corrupted_correct_source": 0 * right, "corrupted_correct_base": right}
-    for name, metric in METRICS.items():
-        arrays |= {f"{name}_base": base, f"{name}_source": base + metric.better * gap}
+    for name, better in BETTER.items():
+        arrays |= {f"{name}_base": base, f"{name}_source": base + better * gap}
     return pairs_of(kinds, np.ones(len(kinds), int)), arrays
 
 
@@ -237,6 +238,10 @@ def test_rank_correlations_against_scipy(results):
     rows = at["components"]
     assert [row["component"] for row in rows] == ["L0H0", "L0H1", "L1H0", "L1H1", "L0.mlp", "L1.mlp"]
     assert set(rows[0]["accuracy_drop"]) == {"zero", "role_mean"}
+    expected = dict(zip(COMPONENTS, SHARES, strict=True))
+    for row in rows:
+        for recovery in (row["recovery"]["value"], row["largest_recovery"]):
+            assert recovery["estimate"] == pytest.approx(expected[row["component"]], abs=1e-5), row["component"]
     assert {(r["ablation"], r["of"], r["recovery"]) for r in at["rank_correlation"]} == {
         (kind, of, over)
         for kind in ("zero", "role_mean")
