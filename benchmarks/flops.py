@@ -1,4 +1,4 @@
-"""Counts the arithmetic that a sweep cannot avoid: products over real tokens, no padding, no elementwise work."""
+"""Counts the arithmetic that sweeps and interventions cannot avoid: products over real tokens, without padding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from kvjax.model.decoder import DecoderConfig
 from kvjax.task.encoding import EncodedRecords
+from kvjax.task.pair_encoding import EncodedPairs
 
 
 def zero_ablation_flops(config: DecoderConfig, encoded: EncodedRecords) -> float:
@@ -35,3 +36,71 @@ def zero_ablation_flops(config: DecoderConfig, encoded: EncodedRecords) -> float
         total += config.n_heads * (here * head_change + later + reads * unembedding)
         total += later + reads * unembedding
     return float(total)
+
+
+def activation_patching_flops(
+    config: DecoderConfig, pairs: EncodedPairs, *, directions: int = 2, components: bool = True
+) -> float:
+    """Counts the operations of patching every stage, and components too, at every position, role and all positions.
+
+    Both runs, the corrupted one from the first changed token on; the state that each place leads to, its queries, keys
+    and values, at each position; and for each different set of positions what comes after them. The two halves of a
+    stage lead to one state. Attention's own products are left out.
+    """
+    width, reads = pairs.last_affected - pairs.first_changed + 1.0, pairs.is_affected.sum(axis=1)
+    sets, rows = width.copy(), width * (width + 1) / 2
+    for role in range(1, int(pairs.roles.max()) + 1):
+        has = pairs.roles == role
+        several = has.sum(axis=1) > 1
+        sets += several
+        rows += np.where(several, pairs.last_affected - has.argmax(axis=1) + 1, 0)
+    sets += width > 1
+    rows += np.where(width > 1, width, 0)
+    projection, mlp, head = _products(config)
+    layers, heads = config.n_layers, config.n_heads if components else 0
+    per_layer = heads + 2 if components else 1
+    read_out = 2 * config.d_model * config.vocab_size
+    positions, at_reads = width.sum(), (sets * reads).sum()
+    total = 0.0
+    for layer in range(layers):  # that a state enters
+        states = 1 if layer == 0 else per_layer
+        total += states * 3 * projection * positions
+        if layer == layers - 1:
+            total += states * at_reads * (projection + mlp + read_out)
+        else:
+            middle = (layers - 2 - layer) * (4 * projection + mlp)
+            total += states * (rows.sum() * (projection + mlp + middle) + at_reads * (4 * projection + mlp + read_out))
+    total += heads * ((layers - 1) * positions * head + reads.sum() * (head + read_out))
+    return float(_run_flops(config, pairs) + directions * total)
+
+
+def path_patching_flops(config: DecoderConfig, pairs: EncodedPairs, *, directions: int = 2) -> float:
+    """Counts the operations of patching every direct path; as `activation_patching_flops` does."""
+    positions = (pairs.last_affected - pairs.first_changed + 1.0).sum()
+    reads = float(pairs.is_affected.sum())
+    projection, mlp, head = _products(config)
+    layers, heads = config.n_layers, config.n_heads
+    read_out, block = 2 * config.d_model * config.vocab_size, 4 * projection + mlp
+    total = layers * heads * positions * 2 * config.d_head * config.d_model  # what each head sends
+    for layer in range(layers):
+        senders, last = 1 + layer * (heads + 1), layer == layers - 1
+        here = reads if last else positions
+        total += senders * projection * (2 * positions + here)
+        after = 0.0 if last else (layers - 2 - layer) * block * positions + block * reads
+        total += 3 * heads * senders * (here * head + after + reads * read_out)
+        total += (senders + heads) * (here * mlp + after + reads * read_out)
+    total += (1 + layers * (heads + 1)) * reads * read_out
+    return float(_run_flops(config, pairs) + directions * total)
+
+
+def _products(config: DecoderConfig) -> tuple[float, float, float]:
+    """Counts the operations at one position of a projection, an MLP, and what one head's change adds."""
+    width, hidden = config.d_model, config.d_ff
+    return 2 * width**2, 4 * width * hidden, 2 * config.d_head * (width + hidden) + 2 * hidden * width
+
+
+def _run_flops(config: DecoderConfig, pairs: EncodedPairs) -> float:
+    """Counts the operations of both runs of pairs; they are equal before the first changed token."""
+    projection, mlp, _ = _products(config)
+    positions = (2 * pairs.last_affected - pairs.first_changed + 2.0).sum()
+    return positions * config.n_layers * (4 * projection + mlp)

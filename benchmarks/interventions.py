@@ -23,6 +23,7 @@ from absl import app, flags
 from kvjax.converters.convert import convert_checkpoint
 from kvjax.converters.to_torch import to_torch
 
+from benchmarks.flops import activation_patching_flops, path_patching_flops
 from benchmarks.reporting import machine, median_seconds, torch_device, write_result
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import share_cpu_cores
@@ -31,11 +32,13 @@ from kvjax.execution.over_pairs import OverPairs, PairBatch
 from kvjax.intervene.inputs import CPU_TOKENS_PER_BATCH
 from kvjax.intervene.kinds.activation_patching import patching_effects
 from kvjax.intervene.kinds.neurons import neuron_sums
-from kvjax.intervene.kinds.path_patching import path_edits, path_effects
+from kvjax.intervene.kinds.path_patching import path_effects
 from kvjax.intervene.pair_runs import DENOISING, Effects, PairRuns, answer_effects, run_pairs
 from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import Place, stage_places
 from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.interventions import Edit, Interventions
+from kvjax.model.restart import before_layer
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import plain_forward
 from kvjax.task.benchmark import Benchmark
@@ -84,6 +87,14 @@ def main(argv: list[str]) -> None:
             "each_of_several": median_seconds(lambda n=name: program.run(measures[n], together), FLAGS.repeats)
             / devices,
         }
+    peak = result["machine"]["matmul_2048_float32_gflops"] * 1e9
+    flops = {
+        "activation_patching": activation_patching_flops(config, encoded, directions=1, components=False),
+        "path_patching": path_patching_flops(config, encoded, directions=1),
+    }
+    for name, operations in flops.items():
+        floor = operations / peak
+        result[name] |= {"floor": floor, "share_of_matmul_rate": floor / result[name]["each_of_several"]}
     loop = functools.partial(_plain_paths, config)
     plain = program.run(loop, alone)
     result["path_patching"]["plain_loop"] = median_seconds(lambda: program.run(loop, alone), 1)
@@ -127,7 +138,22 @@ def _patch(config: DecoderConfig, places: tuple[Place, ...], params: Params, bat
 
 
 def _paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:
-    return path_effects(params, config, batch.pairs, window=batch.window, direction=DENOISING)
+    return path_effects(params, config, run_pairs(params, config, batch.pairs, DENOISING, window=batch.window))
+
+
+def path_edits(
+    runs: PairRuns, config: DecoderConfig, site: str, layer: jax.Array | int, head: jax.Array | int, change: jax.Array
+) -> Interventions:
+    """Makes the edit that adds a change [B, T, D] to a receiver's input in the base run."""
+    one_layer = jnp.arange(config.n_layers) == layer
+    if site == "logits_input":
+        return {site: Edit(jnp.ones((1, 1, 1), bool), runs.base.trace["post_mlp"][-1] + change)}
+    if site == "mlp_input":
+        post_attn = jax.lax.dynamic_index_in_dim(runs.base.trace["post_attn"], layer, 0, keepdims=False)
+        return {site: Edit(one_layer[:, None, None, None], (post_attn + change)[None])}
+    mask = one_layer[:, None, None, None, None] & (jnp.arange(config.n_heads) == head)[None, None, None, :, None]
+    value = before_layer(runs.base.trace, layer) + change
+    return {site: Edit(mask, value[None, :, :, None, :])}
 
 
 def _plain_paths(config: DecoderConfig, params: Params, batch: PairBatch) -> Effects:

@@ -60,14 +60,14 @@ class HeadWrites:
 
         Args:
           layer, head: the head's address, which may be traced.
-          change_BxPxE: the new z minus the old.
+          change_BxPxE: the new z minus the old; any axes may stand before the last, as in the arrays it is added to.
           post_attn_BxPxD, mlp_pre_BxPxF: before the change.
           precision: of the product.
         """
         added = jnp.matmul(change_BxPxE, self.kernels[layer, head], precision=precision)
         width = post_attn_BxPxD.shape[-1]
         changed = post_attn_BxPxD + added[..., :width]
-        offsets = self.offsets[layer][None, None]
+        offsets = jnp.expand_dims(self.offsets[layer], tuple(range(mlp_pre_BxPxF.ndim - 1)))
         before_scaling = (mlp_pre_BxPxF - offsets) * _deviation(post_attn_BxPxD)
         return changed, (before_scaling + added[..., width:]) / _deviation(changed) + offsets
 

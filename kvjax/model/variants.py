@@ -226,6 +226,48 @@ def run_on(
     return _read_last_layer(params, config, base, rows_BxNxD, rows)
 
 
+def heads_with_changed_input(
+    config: DecoderConfig,
+    block: Block,
+    base: WindowRun,
+    change_BxWxD: jax.Array,
+    layer: jax.Array | int,
+    queries_BxP: jax.Array | None = None,
+) -> jax.Array:
+    """Computes every head's z with a change of its query input alone, its key input, and its value input.
+
+    Args:
+      config: the model's shape.
+      block: the layer, with its parameters.
+      base: the run that is changed.
+      change_BxWxD: what is added to the residual stream before the layer, in the window.
+      layer: which; may be traced.
+      queries_BxP: the positions of the window whose z is computed; all if None.
+
+    Returns:
+      [B, 3, P, H, E]: with other queries, keys, values.
+    """
+    before_BxWxD, sees_BxPxW = base.before_LxBxWxD[layer], base.sees_BxWxW
+    changed_BxWxD = before_BxWxD + change_BxWxD
+    k, v = base.own_keys[layer], base.own_values[layer]
+    _, k_changed, v_changed = block.read(changed_BxWxD)
+    asking = [before_BxWxD, changed_BxWxD]
+    if queries_BxP is not None:
+        asking = [take_positions(x, queries_BxP, 1) for x in asking]
+        sees_BxPxW = take_positions(sees_BxPxW, queries_BxP, 1)
+    q_both = block.read(jnp.concatenate(asking, axis=1))[0]
+    halves = [jnp.split(x, 2, axis=2) for x in _before_window(config, base, q_both, layer)]
+    before, before_changed = (_Partial(*(x[i] for x in halves)) for i in range(2))
+    q, q_changed = jnp.split(q_both, 2, axis=2)
+
+    def attend(q: jax.Array, before: _Partial, k: jax.Array, v: jax.Array) -> jax.Array:
+        weights, total, largest = _weights(_scores(config, q, k), sees_BxPxW[:, None], before.largest)
+        return _mixed(before, largest, total, _product(config, weights, v)).swapaxes(1, 2)
+
+    each = [attend(q_changed, before_changed, k, v), attend(q, before, k_changed, v), attend(q, before, k, v_changed)]
+    return jnp.stack(each, axis=1)
+
+
 def _first_attention(
     config: DecoderConfig,
     base: WindowRun,

@@ -35,11 +35,11 @@ def oracle_place(place):
 
 
 @functools.cache
-def measuring(function, config, **given):
+def patching_paths(config):
     """Makes the measurement of one direction, which is an argument, so that both are one program."""
 
     def measure(params, batch, direction):
-        return function(params, config, batch.pairs, window=batch.window, direction=direction, **given)
+        return path_effects(params, config, run_pairs(params, config, batch.pairs, direction, window=batch.window))
 
     return measure
 
@@ -107,7 +107,7 @@ def test_path_patching(model, encoded, direction):
     """Every direct path equals plain PyTorch path patching."""
     module, params, config = model
     program = OverPairs(encoded, tokens_per_batch=300, devices=2)
-    measure = measuring(path_effects, config)
+    measure = patching_paths(config)
     ours = program.run(measure, stack(params, 2), jnp.int32(DIRECTIONS.index(direction)))["logit_difference"]
     np.testing.assert_array_equal(ours[0], ours[1])
     tokens = [torch.tensor(encoded.corrupted_tokens).long(), torch.tensor(encoded.clean_tokens).long()]
