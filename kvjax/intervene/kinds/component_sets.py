@@ -214,8 +214,8 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     metric = document["metric"].replace("_", " ")
     lines = [
         *run_lines(document, [step]),
-        f"the smallest faithful set, or the one named, under {ablation} ablation at step {step}: faithfulness,",
-        f"completeness, and the {metric} of the full model and with everything ablated, which are its 1 and 0:",
+        f"the smallest faithful set, or the one named, under {ablation} ablation at step {step}:",
+        f"faithfulness, completeness, {metric} of the full model (their 1) and of all ablated (their 0), members",
     ]
     for effect in document["effects"]:
         if effect["step"] == step:
