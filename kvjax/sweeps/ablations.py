@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from kvjax.execution.fit_set import ComponentMeans
+from kvjax.execution.fit_set import NUM_ROLES, ComponentMeans
 from kvjax.measure import behaviour
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.model.head_writes import HeadWrites
@@ -69,41 +69,63 @@ class _Microbatch:
         return {name: jnp.sum(jnp.where(self.batch.is_read, x, 0), axis=-1) for name, x in per_read.items()}
 
 
+# Rows of `replacement_rows`: zeros, the mean, the means of the roles, then the tokens of the probe set.
+_ZERO, _MEAN, _ROLES, _TOKENS = 0, 1, 2, 2 + NUM_ROLES
+
+
+def replacement_rows(config: DecoderConfig, means: ComponentMeans | None, runs: Sequence[CleanRun]) -> Trace:
+    """Collects everything that a component's output can be replaced by, so that choosing is a lookup.
+
+    Args:
+      config: the checkpoint's shape.
+      means: over the fit set; None if no kind of ablation needs them, and zeros stand in their rows.
+      runs: clean runs [microbatch, …] of every bucket, for resampling; may be empty.
+
+    Returns:
+      `head_z` [L, rows, H, E] and `mlp_out` [L, rows, D]: a row of zeros, one of means, one of means for each role, and
+      one for each token of the runs.
+    """
+    rows: Trace = {}
+    for name, shape in (("head_z", (config.n_heads, config.d_head)), ("mlp_out", (config.d_model,))):
+        fixed = [jnp.zeros((config.n_layers, _MEAN if means else _TOKENS, *shape))]
+        if means is not None:
+            fixed += [means.overall[name][:, :, 0], means.by_role[name]]
+        by_token = [jnp.moveaxis(run.trace[name], 1, 0) for run in runs]  # [L, M, B, T, …]
+        of_runs = [x.reshape(len(x), -1, *shape) for x in by_token]
+        rows[name] = jnp.concatenate([*fixed, *of_runs], axis=1)
+    return rows
+
+
 class _Replacements:
     """The replacements of components' outputs, of every kind and draw, as data: all are one compiled restart.
 
     Args:
       kinds: of `kvjax.sweeps.settings.ABLATIONS`, without `random`.
-      means, store, donors_JxBxT: see `measure_ablations`.
+      rows, donors_JxBxT: see `measure_ablations`.
+      roles_BxT: of the tokens; -1, the first token's, is the last of the role means.
     """
 
     def __init__(
-        self, kinds: tuple[str, ...], means: ComponentMeans | None, store: Trace, donors_JxBxT: jax.Array | None
+        self, kinds: tuple[str, ...], rows: Trace | None, roles_BxT: jax.Array, donors_JxBxT: jax.Array | None
     ):
-        self._kinds, self._means, self._store, self._donors_JxBxT = kinds, means, store, donors_JxBxT
+        self._kinds, self._rows = kinds, rows
         self._slots = ablation_slots(kinds, draws=0 if donors_JxBxT is None else len(donors_JxBxT))
-        self._kind_of_slot = jnp.array([kinds.index(kind) for kind, _ in self._slots])
-        self._draw_of_slot = jnp.array([draw for _, draw in self._slots])
+        row_of = {
+            "zero": lambda draw: jnp.full(roles_BxT.shape, _ZERO),
+            "mean": lambda draw: jnp.full(roles_BxT.shape, _MEAN),
+            "role_mean": lambda draw: _ROLES + roles_BxT.astype(jnp.int32) % NUM_ROLES,
+            "resample": lambda draw: _TOKENS + donors_JxBxT[draw],
+        }
+        self._row_KxBxT = jnp.stack([row_of[kind](draw) for kind, draw in self._slots])
 
     def __len__(self) -> int:
         return len(self._slots)
 
-    def value(
-        self, run: _Microbatch, name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array
-    ) -> jax.Array:
+    def value(self, clean: CleanRun, name: str, layer: jax.Array | int, slot: jax.Array, *head: jax.Array) -> jax.Array:
         """Forms a slot's replacement of a component's output, [B, T, E or D]."""
-        batch_size, length = run.clean.tokens.shape
-        shape = (batch_size, length, run.clean.trace[name].shape[-1])
-        roles_BxT = run.batch.token_roles[:, :length]  # -1, the first token's, is the last of the role means
-        by_kind = {
-            "zero": lambda: jnp.zeros(shape),
-            "mean": lambda: jnp.broadcast_to(self._means.overall[name][layer, 0, 0, *head][None, None], shape),
-            "role_mean": lambda: self._means.by_role[name][layer, :, *head][roles_BxT],
-            "resample": lambda: self._store[name][
-                layer, self._donors_JxBxT[self._draw_of_slot[slot], :, :length], *head
-            ],
-        }
-        return jax.lax.switch(self._kind_of_slot[slot], [by_kind[kind] for kind in self._kinds])
+        if self._rows is None:
+            return jnp.zeros((*clean.tokens.shape, clean.trace[name].shape[-1]))
+        return self._rows[name][layer, self._row_KxBxT[slot, :, : clean.tokens.shape[1]], *head]
 
     def by_kind(self, x_LxKx: jax.Array) -> Iterator[tuple[str, jax.Array]]:
         """Yields each kind with the mean over its draws, [L, …], from an array of all slots, [L, slots, …]."""
@@ -123,8 +145,7 @@ def measure_ablations(
     lift: Lift,
     value_ids: jax.Array,
     num_splits: int,
-    means: ComponentMeans | None,
-    store: Trace,
+    rows: Trace | None,
     donors_JxBxT: jax.Array | None,
 ) -> Sums:
     """Ablates every head and MLP, and sums right answers and margins over the reads of each sequence.
@@ -138,9 +159,8 @@ def measure_ablations(
       lift: how the heads of one layer are run.
       value_ids: token ids of values.
       num_splits: Z, number of splits the records are in.
-      means: over the fit set, which mean and role-mean ablation put in; None if neither is among the kinds.
-      store: `head_z` [L, tokens, H, E] and `mlp_out` [L, tokens, D] of the whole probe set, for resampling.
-      donors_JxBxT: rows of `store` that each position is resampled from, in J draws.
+      rows: what outputs are replaced by, from `replacement_rows`; None if that is zeros alone.
+      donors_JxBxT: tokens of the probe set that each position is resampled from, in J draws; None without resampling.
 
     Returns:
       `head/<kind>/correct`, `head/<kind>/margin` [B, L, H] and the same of `mlp/<kind>` [B, L]; means over draws.
@@ -148,7 +168,8 @@ def measure_ablations(
       and `draws/mlp/correct`, … [J, Z, L].
     """
     microbatch = _Microbatch(params, config, writes, clean, batch, lift, value_ids)
-    replacements = _Replacements(tuple(kind for kind in kinds if kind != "random"), means, store, donors_JxBxT)
+    replaced_by = tuple(kind for kind in kinds if kind != "random")
+    replacements = _Replacements(replaced_by, rows, batch.token_roles, donors_JxBxT)
     sums: Sums = {}
     for component, of_layer in (("head", _replace_heads), ("mlp", _replace_mlp)):
         replaced = over_layers(functools.partial(of_layer, microbatch, replacements), config.n_layers)
@@ -172,7 +193,7 @@ def _replace_heads(run: _Microbatch, replacements: _Replacements, layer: jax.Arr
 
     def one(pair: tuple[jax.Array, jax.Array]) -> Sums:
         head, slot = pair
-        value = replacements.value(run, "head_z", layer, slot, head)
+        value = replacements.value(run.clean, "head_z", layer, slot, head)
         at = {"layer": layer, "head": head, "positions_BxQ": run.batch.prediction_positions}
         return run.answers_in(restart_from_head(run.params, run.config, run.clean, run.writes, value, **at))
 
@@ -185,7 +206,7 @@ def _replace_mlp(run: _Microbatch, replacements: _Replacements, layer: jax.Array
     """Puts every replacement in place of a layer's MLP: [slots, B]."""
 
     def one(slot: jax.Array) -> Sums:
-        value = replacements.value(run, "mlp_out", layer, slot)[None]
+        value = replacements.value(run.clean, "mlp_out", layer, slot)[None]
         return run.answers_under(ablate_mlp(layer, n_layers=run.config.n_layers, value=value), layer)
 
     return over_interventions(one, lift=run.lift)(jnp.arange(len(replacements)))

@@ -27,7 +27,7 @@ from kvjax.model.restart import CleanRun
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import over_checkpoints
 from kvjax.model.weights import HEAD_MATRICES
-from kvjax.sweeps.ablations import measure_ablations
+from kvjax.sweeps.ablations import measure_ablations, replacement_rows
 from kvjax.sweeps.clean import Sums, measure_clean
 from kvjax.task.encoding import EncodedRecords
 
@@ -153,7 +153,9 @@ def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> M
 
     writes = HeadWrites.of(params, config)  # once, not per microbatch
 
-    def ablate(batch: EncodedRecords, run: CleanRun, horizon: int, store: Trace, donors: jax.Array | None) -> Sums:
+    def ablate(
+        batch: EncodedRecords, run: CleanRun, horizon: int, rows: Trace | None, donors: jax.Array | None
+    ) -> Sums:
         return measure_ablations(
             params,
             config,
@@ -164,8 +166,7 @@ def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> M
             lift=spec.interventions,
             value_ids=value_ids,
             num_splits=spec.num_splits,
-            means=means,
-            store=store,
+            rows=rows,
             donors_JxBxT=donors,
         )
 
@@ -178,15 +179,17 @@ def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> M
             results.append(sums)
             runs.append(run)
             states.append(at_reads)
-        store = _token_store(runs)
+        rows = replacement_rows(config, means, runs)
         for sums, *parts, horizon in zip(results, data.buckets, runs, data.donors, spec.horizons, strict=True):
-            sums |= jax.lax.map(lambda part, h=horizon: ablate(part[0], part[1], h, store, part[2]), tuple(parts))
+            sums |= jax.lax.map(lambda part, h=horizon: ablate(part[0], part[1], h, rows, part[2]), tuple(parts))
     else:
+        by_mean = {"mean", "role_mean"} & set(spec.ablations)
+        rows = replacement_rows(config, means, ()) if by_mean else None
 
         def clean_and_ablations(batch: EncodedRecords, horizon: int) -> tuple[Sums, jax.Array]:
             # One microbatch after another, so that its clean run is still in cache when it is restarted from.
             sums, run, at_reads = clean_pass(batch)
-            return sums | (ablate(batch, run, horizon, {}, None) if spec.ablations else {}), at_reads
+            return sums | (ablate(batch, run, horizon, rows, None) if spec.ablations else {}), at_reads
 
         for batches, horizon in zip(data.buckets, spec.horizons, strict=True):
             sums, at_reads = jax.lax.map(functools.partial(clean_and_ablations, horizon=horizon), batches)
@@ -200,15 +203,6 @@ def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> M
         return results, {}, kept
     system, probes = fit_all_probes(features, data.fit, data.permutations, key_ids=key_ids, value_ids=value_ids)
     return *_score_probes(spec, system, probes, data.buckets, at_reads, results), kept
-
-
-def _token_store(runs: list[CleanRun]) -> Trace:
-    """Collects every component's output at every token of the probe set: [L, tokens, …]."""
-    store = {}
-    for name in ("head_z", "mlp_out"):
-        by_token = [jnp.moveaxis(run.trace[name], 1, 0) for run in runs]  # [L, M, B, T, …]
-        store[name] = jnp.concatenate([x.reshape(len(x), -1, *x.shape[4:]) for x in by_token], axis=1)
-    return store
 
 
 def _score_probes(
