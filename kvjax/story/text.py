@@ -251,12 +251,12 @@ def _held(moved: Movement) -> str:
 
 def _confirmed(confirmations: Sequence[Confirmation], carriers: Sequence[str]) -> list[str]:
     """Says, by kind of pair, which components recover the clean answer when they are patched, and which do not."""
-    lines = []
+    lines, silent = [], []
     for kind in dict.fromkeys(one.kind for one in confirmations):
         own = [one for one in confirmations if one.kind == kind]
         told = f"Patching on {kind} pairs at step {own[0].step}"
         if all(one.recovery is None for one in own):
-            lines.append(f"{told} shows nothing: the clean run fails on them, or the corrupted run answers alike.")
+            silent.append(kind)
             continue
         confirmed = [one for one in own if one.confirmed and one.component in carriers]
         others = [one for one in own if one.confirmed and one.component not in carriers and ".mlp" not in one.component]
@@ -272,6 +272,11 @@ def _confirmed(confirmations: Sequence[Confirmation], carriers: Sequence[str]) -
         if adds:
             parts.append(f"and adds {adds}")
         lines.append(f"{told} {', '.join(parts)}.")
+    if silent:
+        lines.append(
+            f"Patching on {_names(silent)} pairs at step {confirmations[0].step} shows nothing: the clean run fails on "
+            "them, or the corrupted run answers alike."
+        )
     return lines
 
 

@@ -52,7 +52,7 @@ def test_words_of_confirmations(patched_run):
     text = story_markdown(with_confirmations(build_story(results), results))
     assert "Patching on swap pairs at step 6000 confirms L0H3 0.98 (0.90 to 1.00), not L1H2 and L0H0." in text
     assert "Patching on value pairs at step 6000 confirms L1H2 0.60 (0.50 to 0.70), not L0H0 and L0H3." in text
-    assert "Patching on query pairs at step 6000 shows nothing" in text
+    assert "Patching on query and stale pairs at step 6000 shows nothing" in text
     assert "Components were patched as well: activation_patching/window_4000." in text
     assert "rests on ablations alone" not in text
 

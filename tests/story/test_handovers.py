@@ -59,6 +59,14 @@ def test_several_successors():
     assert found.between == (5, 7), "the second rises a checkpoint later"
 
 
+def test_successor_that_ends_below():
+    """One that doubles and still ends below a member that handed over takes nothing over from it."""
+    falls = [0, 0] + [0.9] * 4 + [0.3] * 4
+    above, below = [0, 0] + [0.05] * 4 + [0.42] * 4, [0, 0] + [0.05] * 4 + [0.28] * 4
+    (found,) = handovers(falls, above, below)
+    assert members(found) == [[0], [1]]
+
+
 DECOYS = {
     "moves within noise": {"trajectories": (LEADER, HEIR, REST), "noise": 0.6},
     "falls without a successor": {"trajectories": (LEADER, [0.1] * 10, [0.1] * 10, [0.1] * 10)},
@@ -67,7 +75,18 @@ DECOYS = {
     "does not double": {"trajectories": (LEADER, [0, 0] + [0.35] * 4 + [0.6] * 4)},
     "ends below": {"trajectories": ([0, 0] + [0.9] * 4 + [0.5] * 4, [0, 0] + [0.05] * 4 + [0.4] * 4)},
     "goes back at once": {"trajectories": ([*LEADER[:6], 0.2, 0.8, 0.8, 0.8], [*HEIR[:6], 0.6, 0.1, 0.1, 0.1])},
-    "one checkpoint at the end": {"trajectories": ([0, 0] + [0.8] * 7 + [0.2], [0, 0] + [0.1] * 7 + [0.6])},
+    "one checkpoint at the end": {
+        "trajectories": ([0, 0] + [0.8] * 7 + [0.2], [0, 0] + [0.1] * 7 + [0.6]),
+        "windows": [WINDOWS[0], Span(7, 8, 9, 1)],
+    },
+    "loses a third in half of the resamples": {
+        "trajectories": ([0, 0] + [0.6] * 4 + [0.39] * 4, [0, 0] + [0.2] * 4 + [0.6] * 4),
+        "noise": 0.02,
+    },
+    "doubles in half of the resamples": {
+        "trajectories": ([0, 0] + [0.7] * 4 + [0.1] * 4, [0, 0] + [0.3] * 4 + [0.61] * 4),
+        "noise": 0.02,
+    },
     "answers are lost": {"trajectories": (LEADER[:6] + [0.0] * 4, HEIR[:6] + [0.0] * 4)},
 }
 
@@ -75,7 +94,8 @@ DECOYS = {
 @pytest.mark.parametrize("decoy", DECOYS.values(), ids=DECOYS.keys())
 def test_decoys(decoy):
     """What looks like a handover and is none is not found."""
-    assert handovers(*decoy["trajectories"], noise=decoy.get("noise", 0.005)) == []
+    more = {name: value for name, value in decoy.items() if name != "trajectories"}
+    assert handovers(*decoy["trajectories"], **more) == []
 
 
 def test_chance_before_the_first_window():
