@@ -11,6 +11,7 @@ from kvjax.measure import registry
 from kvjax.measure.between_checkpoints import change_from_previous
 from kvjax.measure.sequence_sums import Counting, all_sequence_sums
 from kvjax.model.sites import stage_names
+from kvjax.sweeps.component_orders import component_orders
 from kvjax.sweeps.probe_index import MARGIN_STATISTICS, POSITION_ROLES, ProbeIndex
 from kvjax.sweeps.random_control import random_spreads
 from kvjax.sweeps.residual_means import drifts, logistic_accuracies, movements, probe_nulls
@@ -25,6 +26,7 @@ def build_dataset(
     *,
     reference: Mapping[str, np.ndarray] | None,
     weights: Sequence[Mapping[str, np.ndarray]],
+    ranked_by: str,
     moved: Sequence[Mapping[str, np.ndarray]] | None = None,
     logistic: Sequence[Mapping[str, np.ndarray] | None] = (),
 ) -> xr.Dataset:
@@ -36,6 +38,7 @@ def build_dataset(
       probe: the records.
       reference: the arrays of the checkpoint that drift is also measured to; that drift is NaN if None.
       weights: how each checkpoint's weights differ from others', as `WeightComparisons` returns it.
+      ranked_by: the kind of ablation that ranks components.
       moved: how each checkpoint's states differ from others', as `measure_movement` returns it; None if not asked.
       logistic: each checkpoint's logistic probes, None for those that have none; empty if not asked.
 
@@ -63,9 +66,11 @@ def build_dataset(
     labels = dict(counting.labels) | weight_labels(arrays)
     if "probe_accuracy" not in values:
         del labels["target"]
-    attrs = {"conventions": "means over read events; see docs/definitions.md"}
+    attrs = {"conventions": "means over read events; see docs/definitions.md", "ranked_by": ranked_by}
     dataset = xr.Dataset(coords={"step": list(steps), **labels}, attrs=attrs)
     dataset = dataset.assign({name: _variable(name, found) for name, found in values.items()})
+    orders = component_orders(dataset, ranked_by)
+    dataset = dataset.assign({name: _variable(name, found) for name, found in orders.items()})
     if "probe_accuracy" in dataset:
         dataset["probe_accuracy"].attrs["controls"] = (
             "query_key at prediction and value at support are the token that stands there: controls, not findings"

@@ -14,9 +14,7 @@ from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.config.run import BirthThresholds, Stabilization
 from kvjax.measure.between_checkpoints import (
     change_from_previous,
-    rank_correlation_to_previous,
     stays_stable,
-    turnover_from_previous,
 )
 from kvjax.measure.declaration import Measure, RowField, Table
 from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT, drop_fields, row_fields, triggers
@@ -57,16 +55,7 @@ def checkpoint_rows(
     steps = dataset["step"].values.tolist()
     splits = [split for split in dataset["split"].values.tolist() if split != ALL_SPLITS]
     ranked_by = dataset.attrs["ranked_by"]
-    zero, ranked = (whole[_ABLATION_DROPS].sel(ablation=kind) for kind in ("zero", ranked_by))
-    head_drops, mlp_drops = ranked["head_accuracy_drop"].values, ranked["mlp_accuracy_drop"].values  # [C, L, H], [C, L]
-    flat_heads = head_drops.reshape(len(head_drops), -1)
-    rank_correlations = rank_correlation_to_previous(flat_heads)
-    dynamics = {
-        "head_rank_correlation_prev": rank_correlations,
-        "mlp_rank_correlation_prev": rank_correlation_to_previous(mlp_drops),
-        "head_turnover": turnover_from_previous(flat_heads, max(1, flat_heads.shape[1] // 4)),
-        "mlp_turnover": turnover_from_previous(mlp_drops, 1),
-    }
+    zero = whole[_ABLATION_DROPS].sel(ablation="zero")
     split_metrics = _split_metrics(dataset, splits)
     # Every field as a list over checkpoints: labelled selection by checkpoint would take most of the time.
     columns = {
@@ -76,13 +65,12 @@ def checkpoint_rows(
         "step": steps,
         "ranked_by": [ranked_by] * len(steps),
         **_declared_fields(dataset),
-        **{name: [_number(value) for value in values] for name, values in dynamics.items()},
         "split_accuracy": [{s: of[s]["answer_accuracy"] for s in splits} for of in split_metrics],
         "split_metrics": split_metrics,
         **_slices(whole),
         "split_difficulty_accuracy": _by_split(dataset["difficulty_accuracy"], splits),
         "birth_flags": _birth_flags(dataset, thresholds),
-        "stabilized": _stabilized(whole, rank_correlations, stabilization),
+        "stabilized": _stabilized(whole, stabilization),
         "trajectory_breaks": [[found.reason for found in breaks if found.after == step] for step in steps],
         "top_heads": _leaders(dataset, intervals, "heads", ("layer", "head")),
         "top_mlps": _leaders(dataset, intervals, "mlps", ("layer",)),
@@ -295,9 +283,7 @@ def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]
     return [{layer: of[c] for layer, of in by_layer.items()} for c in range(norms.sizes["step"])]
 
 
-def _stabilized(
-    whole: xr.Dataset, rank_correlations_C: np.ndarray, limits: Stabilization | None
-) -> list[dict[str, bool | None]]:
+def _stabilized(whole: xr.Dataset, limits: Stabilization | None) -> list[dict[str, bool | None]]:
     """Checks, for each checkpoint and family, whether the run stays stable from it on; None while it is incomplete."""
     if limits is None:
         return [{"residual": None, "heads": None} for _ in range(whole.sizes["step"])]
@@ -305,7 +291,7 @@ def _stabilized(
     thousands = np.diff(whole["step"].values, prepend=np.nan) / 1000
     with np.errstate(invalid="ignore"):
         slow = (drift / thousands[:, None] <= limits.residual_drift).all(axis=1)
-        ordered = rank_correlations_C >= limits.head_rank_correlation
+        ordered = whole["head_rank_correlation_prev"].values >= limits.head_rank_correlation
     families = {"residual": stays_stable(slow), "heads": stays_stable(ordered)}
     return [{family: bool(of[c]) for family, of in families.items()} for c in range(len(slow))]
 

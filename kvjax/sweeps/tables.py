@@ -56,13 +56,13 @@ def publish(
         index,
         reference=reference and reference.arrays,
         weights=measured.weights,
+        ranked_by=settings.ranked_by,
         moved=measured.moved,
         logistic=measured.logistic,
     )
     intervals = build_intervals(arrays, steps, index)
     dataset.attrs |= run.config.attributes
     dataset.attrs |= {
-        "ranked_by": settings.ranked_by,
         "benchmark_sha256": inputs.benchmark.sha256,
         "probe_set_sha256": inputs.probe.manifest.content_sha256,
         "num_values": len(inputs.benchmark.vocabulary.value_tokens),

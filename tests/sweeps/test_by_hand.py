@@ -128,8 +128,7 @@ def means_of(arrays, probe, ranked_by):
             "overlap/reference": 4 * overlap,
         },
     ]
-    dataset = build_dataset(arrays, [100, 300], probe, reference=reference, weights=weights)
-    return dataset.assign_attrs(ranked_by=ranked_by)
+    return build_dataset(arrays, [100, 300], probe, reference=reference, weights=weights, ranked_by=ranked_by)
 
 
 def rows_of(dataset, intervals):
@@ -294,6 +293,12 @@ def test_ranking_kind(more_arrays, probe, ranked_by):
     # Role means: head 0 costs 1/7 and head 1 nothing at first, and the other way round later.
     order = {"zero": (None, 0.0), "role_mean": (-1.0, 1.0)}[ranked_by]
     assert (last["head_rank_correlation_prev"], last["head_turnover"]) == order
+    # On the second split: role means of head 0 cost nothing, then 0 of 4; of head 1 nothing, then 1 of 4.
+    held = dataset.sel(split="heldout_pairs")
+    assert held["head_rank"].values.tolist() == ([[[1, 2]]] * 2 if ranked_by == "zero" else [[[1, 2]], [[2, 1]]])
+    assert held["head_turnover"].values.tolist() == pytest.approx([NAN, order[1]], nan_ok=True)
+    assert np.isnan(held["head_rank_correlation_prev"]).all(), "at first nothing has an order there"
+    assert dataset["mlp_rank"].dims == ("step", "split", "layer") and (dataset["mlp_rank"] == 1).all()
     for row in (first, last):
         row_schema("checkpoint").model_validate(row)
 

@@ -255,6 +255,24 @@ def test_mlps(swept, truth):
         close(row["answer_margin_delta_mean"], mean(added))
 
 
+def test_orders_by_split(swept, truth):
+    """Ranks, rank correlations and turnovers of every split follow from PyTorch's drops there."""
+    means = xr.open_dataset(swept / "analysis" / "checkpoint_metrics.nc", engine="netcdf4").load()
+    for split in means["split"].values[1:]:
+        reads = {step: [r for r in truth[step]["reads"] if r["split"] == split] for step in STEPS}
+        for before, step in itertools.pairwise(STEPS):
+            a, b = (drops({"reads": reads[s]}, HEADS, "correct", "role_mean_ablated") for s in (before, step))
+            here = means.sel(split=split, step=step)
+            by_place = sorted(HEADS, key=lambda h, of=b: (-of[h], h))
+            assert [here["head_rank"].sel(layer=layer, head=head) for layer, head in by_place] == [*range(1, 13)]
+            ranks = [scipy.stats.rankdata(list(x.values())) for x in (a, b)]
+            varies = all(len(set(x)) > 1 for x in ranks)
+            expected = float(np.corrcoef(*ranks)[0, 1]) if varies else None
+            close(number(here["head_rank_correlation_prev"]), expected, split)
+            tops = [set(sorted(HEADS, key=lambda h, x=x: (-x[h], h))[:3]) for x in (a, b)]
+            close(float(here["head_turnover"]), 1 - len(tops[0] & tops[1]) / len(tops[0] | tops[1]))
+
+
 def test_order_and_turnover(rows, truth):
     """Rank correlation, turnover and the top heads follow from PyTorch's drops."""
     first = rows[STEPS[0]]

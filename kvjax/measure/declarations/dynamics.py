@@ -47,15 +47,16 @@ def _between(other: Literal["previous", "reference"]) -> Iterator[Measure]:
 
 
 def _order(name: str, description: str, trigger: str | None = None) -> Measure:
-    """Statistics that rows alone have: how the order of components changes from checkpoint to checkpoint."""
-    return Measure(
-        name, "model", "1", description, "statistic", by_split=False, fields=(RowField(name, trigger=trigger),)
-    )
+    """Declares how the order of components changes from checkpoint to checkpoint."""
+    return Measure(name, "model", "1", description, "statistic", fields=(RowField(name, trigger=trigger),))
 
 
 MEASURES: tuple[Measure, ...] = (
     *_between("previous"),
     *_between("reference"),
+    # The component tables show the ranks of the whole probe set.
+    Measure("head_rank", "head", "1", "place of a head by accuracy drop, from 1", "statistic"),
+    Measure("mlp_rank", "mlp", "1", "place of an MLP by accuracy drop, from 1", "statistic"),
     _order(
         "head_rank_correlation_prev",
         "Spearman correlation of the heads' accuracy drops with the previous checkpoint's",
