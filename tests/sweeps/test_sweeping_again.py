@@ -8,6 +8,7 @@ import pytest
 import torch
 from kvjax.converters.parameter_store import read_stored_run
 
+from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.config.files import find_config, read_config
@@ -121,7 +122,7 @@ def test_other_ranking(swept, rows, tmp_path):
         places = [(head["layer"], head["head"], head["accuracy_drop"]) for head in row["top_heads"]]
         assert places == [(head["layer"], head["head"], head["value"]) for head in row["top_heads_by_ablation"]]
     config = read_config(find_config("default", "windows"), WindowConfig)
-    assert write_windows([RunDir.open(run)], config)[0].document["ranked_by"] == "zero"
+    assert write_windows([RunResults(RunDir.open(run))], config)[0].document["ranked_by"] == "zero"
     (run / "analysis" / "checkpoint_metrics.jsonl").unlink()
     remedy = checkpoints_are_measured(RunDir.open(run)).command
     assert "--rank_by=zero" in remedy and "--ablations" not in remedy
