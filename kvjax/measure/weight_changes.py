@@ -60,4 +60,5 @@ def _sum_of_squares(tensors: list[np.ndarray] | None) -> float:
     if tensors is None:
         return np.nan
     flat = (tensor.astype(np.float64, copy=False).ravel() for tensor in tensors)
-    return float(sum(np.dot(x, x) for x in flat))
+    # Not `dot`: BLAS would start threads for it, which take the cores from the devices.
+    return float(sum(np.einsum("n,n->", x, x) for x in flat))

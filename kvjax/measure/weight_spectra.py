@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
+import threadpoolctl
 
 from kvjax.model.decoder import Params
 from kvjax.model.weights import head_factors
@@ -34,11 +36,19 @@ def head_spectra(params: Params, n_heads: int) -> HeadSpectra:
     QR decompositions. Its directions are those of the small product, times Q.
     """
     factors = head_factors(params, n_heads)
-    q, r = np.linalg.qr(factors)
-    u, values, v_transposed = np.linalg.svd(r[:, 0] @ r[:, 1].swapaxes(-1, -2))
+    # Threads of BLAS wait by spinning: beside busy devices they take many times the work's own time.
+    with _blas().limit(limits=1, user_api="blas"):
+        q, r = np.linalg.qr(factors)
+        u, values, v_transposed = np.linalg.svd(r[:, 0] @ r[:, 1].swapaxes(-1, -2))
     rank = min(LEADING, values.shape[-1])
     right = v_transposed[..., :rank, :].swapaxes(-1, -2)
     return HeadSpectra(values, q[:, 0] @ u[..., :rank], q[:, 1] @ right)
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    """Finds the process's thread pools, once: looking for them takes a millisecond."""
+    return threadpoolctl.ThreadpoolController()
 
 
 def effective_rank(values_xN: np.ndarray) -> np.ndarray:
