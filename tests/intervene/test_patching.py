@@ -11,10 +11,11 @@ import torch
 from kvjax.execution.over_pairs import OverPairs
 from kvjax.intervene.kinds.activation_patching import patching_effects
 from kvjax.intervene.kinds.path_patching import path_effects
-from kvjax.intervene.pair_runs import DIRECTIONS, run_pairs
-from kvjax.intervene.patched_positions import patched_before
+from kvjax.intervene.pair_runs import DIRECTIONS, PairRuns, run_pairs
+from kvjax.intervene.patched_positions import differs_before, patched_before
 from kvjax.intervene.paths import all_edges
-from kvjax.intervene.places import component_places, stage_places
+from kvjax.intervene.places import Place, component_places, stage_places
+from kvjax.model.restart import CleanRun
 from kvjax.task.corruption import PAIR_ROLES
 from tests.oracles.patching import Node, Receiver, activation_patch, difference, path_patches
 
@@ -100,6 +101,17 @@ def test_activation_patching(patched, model, encoded, name):
     assert not ours["differs_before"].any()
     close(by_role[0], unpatched)
     close(ours["logit_difference_base"][0], unpatched)
+
+
+def test_activations_that_differ_before_the_change(encoded):
+    """A difference of one activation is found in its pair if it lies before the change, and only then."""
+    base = np.zeros((*encoded.clean_tokens.shape, 2), np.float32)
+    source = base.copy()
+    source[0, 0, 1] = 1e-30  # the smallest counts
+    source[1, encoded.first_changed[1], 0] = 1.0
+    both = (CleanRun(jnp.asarray(encoded.clean_tokens), {"embedding": jnp.asarray(x)}) for x in (base, source))
+    runs = PairRuns(*both, encoded, jnp.zeros((len(encoded), 1), int), {}, {})
+    assert np.flatnonzero(differs_before(runs, [Place("embedding")])).tolist() == [0]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
