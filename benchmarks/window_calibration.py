@@ -2,10 +2,10 @@
 
     python -m benchmarks.window_calibration
 
-A run has the metrics of a small model: 6 behavioural measures, 12 heads, 3 MLPs, rank order and residual drift, on 4
-splits. Every value is a level, plus the mean of sequences that keep their own difficulty over checkpoints and err anew
-at each (clustered, paired event noise), plus a wobble of training that is autocorrelated. Both noises are partly shared
-between metrics. Sizes are in standard deviations of one checkpoint's total noise.
+A run has the metrics of a small model: every behavioural measure that is a trigger, 12 heads, 3 MLPs, rank order and
+residual drift, on 4 splits. Every value is a level, plus the mean of sequences that keep their own difficulty over
+checkpoints and err anew at each (clustered, paired event noise), plus a wobble of training that is autocorrelated. Both
+noises are partly shared between metrics. Sizes are in standard deviations of one checkpoint's total noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,9 +38,13 @@ SEQUENCES = 96  # per split
 # A metric's noise is its expected wobble times exp of a normal with this standard deviation: between measures, and
 # between the splits of one.
 MEASURE_SPREAD, SPLIT_SPREAD = 0.4, 0.2
-# Shares of a noise's variance that metrics have in common: all of a run, and the splits of one measure. Layer 0's MLP,
-# without which nothing is answered, copies answer accuracy altogether.
+# Shares of a noise's variance that metrics have in common: all of a run, and the splits of one measure.
 SHARED_BY_ALL, SHARED_BY_SPLITS = 0.2, 0.4
+# What copies another measure altogether: without layer 0's MLP nothing is answered, and the competitor stays the same.
+COPIES = {f"mlp_accuracy_drop.{Component(0)}": "answer_accuracy", "fixed_margin": "w"}
+
+# Steps as many trainers save them while a run is young.
+LOG_STEPS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000])
 
 _RUNS_PER_BATCH = 20
 
@@ -65,11 +69,13 @@ class Truth:
     """The events of a simulated run.
 
     Attributes:
-      kind: flat, drift, shift, two shifts, or spike.
+      kind: flat, drift, shift, two shifts, or spike. A spike that lasts as long as a shift must hold is two shifts.
       size: of it, in noise standard deviations (a drift's over the whole run).
       measures: number of behavioural measures that change.
       splits: number of splits they change on.
       missing: share of the run's checkpoints that were not saved, so that steps are uneven.
+      length: of a spike, in checkpoints.
+      spaced: whether the run has every 250th step or `LOG_STEPS`.
     """
 
     kind: str
@@ -77,6 +83,8 @@ class Truth:
     measures: int = 2
     splits: int = 4
     missing: float = 0.0
+    length: int = 1
+    spaced: Literal["evenly", "log"] = "evenly"
 
 
 def metrics() -> tuple[Metric, ...]:
@@ -109,8 +117,11 @@ def simulate(
     if truth.missing:
         full = round(checkpoints / (1 - truth.missing))
         steps = np.sort(rng.choice(np.arange(1, full + 1), checkpoints, replace=False)) * 250
-    opening = [name for name in BEHAVIOUR if getattr(config.triggers, name).opens_window]
-    level, gaps = _levels(rng, steps, listed, total, truth, opening)
+    if truth.spaced == "log":
+        steps = LOG_STEPS[:checkpoints]
+    # Those measures move whose shifts can open a window.
+    opening = [name for name in BEHAVIOUR if name not in COPIES and getattr(config.triggers, name).opens_window]
+    level, gaps = _levels(rng, steps, listed, total, truth, opening, hold=config.side_checkpoints)
     common = _autocorrelated(rng, checkpoints, 1, noise.autocorrelation)
     shared = _autocorrelated(rng, checkpoints, family.max() + 1, noise.autocorrelation)[:, family]
     own = _autocorrelated(rng, checkpoints, len(listed), noise.autocorrelation)
@@ -129,12 +140,11 @@ def simulate(
         values[:, columns] = level[:, columns] + sequences.mean(axis=0)
         drawn = (counts / SEQUENCES) @ sequences.reshape(SEQUENCES, -1)
         samples[:, :, columns] = level[:, columns] + drawn.reshape(len(counts), checkpoints, -1)
+    place = {(metric.measure.removeprefix("heldout_"), metric.split): i for i, metric in enumerate(listed)}
     for split in SPLITS:
-        accuracy, copy = (
-            next(i for i, m in enumerate(listed) if m.split == split and m.measure.removeprefix("heldout_") == name)
-            for name in ("answer_accuracy", f"mlp_accuracy_drop.{Component(0)}")
-        )
-        values[:, copy], samples[:, :, copy] = values[:, accuracy], samples[:, :, accuracy]
+        for copy, original in COPIES.items():
+            to, of = place[copy, split], place[original, split]
+            values[:, to], samples[:, :, to] = values[:, of], samples[:, :, of]
     return Trajectories(steps, listed, values, samples), gaps
 
 
@@ -145,11 +155,10 @@ def _levels(
     total: np.ndarray,
     truth: Truth,
     opening: Sequence[str],
+    *,
+    hold: int,
 ) -> tuple[np.ndarray, list[int]]:
-    """Draws the noiseless trajectories and the gaps of true shifts, three checkpoints or more from the ends.
-
-    Those measures change that `opening` names: the ones whose shifts can open a window.
-    """
+    """Draws the noiseless trajectories and the gaps of true shifts, three checkpoints or more from the ends."""
     n = len(steps)
     level = np.zeros((n, len(listed)))
     if truth.kind == "flat":
@@ -166,8 +175,10 @@ def _levels(
         level[:, moved] = ((steps - steps[0]) / (steps[-1] - steps[0]))[:, None] * size
         return level, []
     if truth.kind == "spike":
-        level[rng.integers(n), moved] = size
-        return level, []
+        # Of one checkpoint anywhere; a longer one comes and goes inside the run.
+        begin = int(rng.integers(n) if truth.length == 1 else rng.integers(1, n - truth.length))
+        level[begin : begin + truth.length, moved] = size
+        return level, [begin - 1, begin + truth.length - 1] if truth.length >= hold else []
     places = [int(rng.integers(2, n - 3))]
     if truth.kind == "two shifts":
         places = [int(rng.integers(2, n // 2 - 1)), int(rng.integers(n // 2 + 2, n - 3))]
@@ -188,7 +199,7 @@ def measure(
 ) -> dict[str, Any]:
     """Counts simulated runs with windows, and true shifts that a window is centred on within a checkpoint."""
     rng = np.random.default_rng(seed)
-    with_windows = shifts = found = extra = 0
+    with_windows = shifts = found = extra = ramps = 0
     for start in range(0, runs, _RUNS_PER_BATCH):
         batch = [simulate(rng, checkpoints, noise, truth, config) for _ in range(min(_RUNS_PER_BATCH, runs - start))]
         for finding, (_, gaps) in zip(find_in_runs([run for run, _ in batch], config), batch, strict=True):
@@ -198,6 +209,7 @@ def measure(
             shifts += len(gaps)
             found += len(hits)
             extra += len(_unexplained(finding, gaps)) > 0
+            ramps += len(finding.ramps) > 0
     return {
         "checkpoints": checkpoints,
         **dataclasses.asdict(noise),
@@ -207,6 +219,7 @@ def measure(
         "true_shifts": shifts,
         "found": found,
         "runs_with_false_windows": extra,
+        "runs_with_ramps": ramps,
     }
 
 
@@ -224,40 +237,41 @@ def main() -> None:
     parser.add_argument("--config", default="default")
     parser.add_argument("--runs", type=int, default=200, help="simulated runs per row")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", help="comma-separated names of tables, instead of all")
     arguments = parser.parse_args()
     config = read_config(find_config(arguments.config, "windows"), WindowConfig)
     # Noise is estimated from resamples only by its standard deviation; 200 give it within 5 %.
     config = config.model_copy(update={"resamples": 200})
     plan: list[tuple[str, int, Noise, Truth]] = []
-    for length in LENGTHS:
-        for noise in NOISES:
-            plan.append(("flat", length, noise, Truth("flat")))
-            plan.append(("shift", length, noise, Truth("shift", 7.0)))
-    for length in (4, 5):
-        plan.extend(("few checkpoints", length, noise, Truth("flat")) for noise in NOISES)
+    for noise in reversed(NOISES):  # the hardest first: what has been measured is written after every row
+        plan.extend(("flat", length, noise, Truth("flat")) for length in LENGTHS)
+        plan.append(("log steps", len(LOG_STEPS), noise, Truth("flat", spaced="log")))
+    plan.extend(("spike", 16, MIDDLING, Truth("spike", 20.0, length=length)) for length in (1, 2, 3, 4, 6))
+    for kind, size in (("drift", 10.0), ("spike", 20.0), ("shift", 7.0)):
+        plan.append(("log steps", len(LOG_STEPS), MIDDLING, Truth(kind, size, spaced="log")))
+    plan.extend(("drift", 48, MIDDLING, Truth("drift", size)) for size in (5.0, 10.0, 20.0, 40.0))
+    for noise in reversed(NOISES):
+        plan.extend(("shift", length, noise, Truth("shift", 7.0)) for length in LENGTHS)
+        plan.extend(("few checkpoints", length, noise, Truth("flat")) for length in (4, 5))
     for scale in (0.5, 2.0):
         for length in (8, 48):
-            plan.append(
-                ("noise unlike the expected", length, dataclasses.replace(MIDDLING, scale=scale), Truth("flat"))
-            )
-            plan.append(
-                ("noise unlike the expected", length, dataclasses.replace(MIDDLING, scale=scale), Truth("shift", 7.0))
-            )
-    for size in (10.0, 20.0, 40.0):
-        plan.append(("spike", 16, MIDDLING, Truth("spike", size)))
+            other = dataclasses.replace(MIDDLING, scale=scale)
+            plan.append(("noise unlike the expected", length, other, Truth("flat")))
+            plan.append(("noise unlike the expected", length, other, Truth("shift", 7.0)))
+    plan.extend(("spike", 16, MIDDLING, Truth("spike", size)) for size in (10.0, 40.0))
     plan.append(("spike", 6, MIDDLING, Truth("spike", 20.0)))
-    for size in (5.0, 10.0, 20.0, 40.0):
-        plan.append(("drift", 48, MIDDLING, Truth("drift", size)))
-    for length in (12, 16, 48):
-        plan.append(("two shifts", length, MIDDLING, Truth("two shifts", 7.0)))
+    plan.extend(("two shifts", length, MIDDLING, Truth("two shifts", 7.0)) for length in (12, 16, 48))
     for kind in ("flat", "drift", "shift"):
         plan.append(("missing steps", 16, MIDDLING, Truth(kind, 7.0 if kind != "flat" else 0.0, missing=0.5)))
     for measures, splits in ((1, 1), (1, 4), (2, 4), (6, 4)):
-        for size in (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 15.0):
+        for size in (3.0, 5.0, 7.0, 10.0, 15.0):
             plan.append(("power", 16, MIDDLING, Truth("shift", size, measures, splits)))
-    rows = []
+    wanted = arguments.tables.split(",") if arguments.tables else {table for table, *_ in plan}
+    rows, described = [], machine()
     begun = time.perf_counter()
     for number, (table, length, noise, truth) in enumerate(plan):
+        if table not in wanted:
+            continue
         row = measure(length, noise, truth, config, runs=arguments.runs, seed=arguments.seed + number)
         rows.append({"table": table, **row})
         found = f", {row['found']}/{row['true_shifts']} found" if row["true_shifts"] else ""
@@ -268,14 +282,15 @@ def main() -> None:
             f"{row['runs_with_false_windows']} false{found}",
             flush=True,
         )
-    result = {
-        "machine": machine(),
-        "config": config.model_dump(mode="json"),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "rows": rows,
-    }
+        result = {
+            "machine": described,
+            "config": config.model_dump(mode="json"),
+            "seconds": round(time.perf_counter() - begun, 1),
+            "rows": rows,
+        }
+        written = write_result("window_calibration", result)
     print(markdown(rows))
-    print("written to", write_result("window_calibration", result))
+    print("written to", written)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -295,14 +310,20 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             same = found.get(tuple(row[k] for k in key))
             cells = [*(str(row[k]) for k in key), share(row["runs_with_windows"], row["runs"])]
             lines.append("| " + " | ".join([*cells, share(same["found"], same["true_shifts"]) if same else "–"]) + " |")
-    lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found | with a ramp |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        if row["table"] in ("noise unlike the expected", "spike", "drift", "two shifts", "missing steps"):
+        if row["table"] in ("noise unlike the expected", "spike", "drift", "two shifts", "missing steps", "log steps"):
             what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
             what += ", half the steps missing" if row["missing"] else ""
+            what += f", {row['length']} checkpoints long" if row["kind"] == "spike" else ""
+            if row["spaced"] == "log":
+                what += (
+                    f", log-spaced steps, wobble {row['wobble_share']:g}, autocorrelation {row['autocorrelation']:g}"
+                )
             cells = [what, str(row["checkpoints"]), f"{row['scale']:g}", share(row["runs_with_windows"], row["runs"])]
             cells += [share(row["runs_with_false_windows"], row["runs"]), share(row["found"], row["true_shifts"])]
+            cells.append(share(row["runs_with_ramps"], row["runs"]))
             lines.append("| " + " | ".join(cells) + " |")
     power = [row for row in rows if row["table"] == "power"]
     sizes = sorted({row["size"] for row in power})

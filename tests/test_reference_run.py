@@ -271,7 +271,13 @@ def test_birth_windows(swept):
     # The head that carried the first version is let go: the largest change of any head after that formation.
     assert heads(second.fell) == {"L0H0"} and not first.fell
     assert "window around step 1750" in done.stdout and "window around step 4000" in done.stdout
-    assert not found.complete and all(birth.half_rise_step is None for birth in found.births.values())
+    # The run was stopped at 6000 of 16000 steps: half-rises are to its last checkpoint, and marked.
+    assert not found.complete and all(birth.provisional for birth in found.births.values())
+    assert found.births["answer_accuracy"].half_rise_step == 1750
+    assert found.births["heldout_answer_accuracy"].threshold == 0.5
+    # At step 250 everything is answered by chance: no component is above the null then.
+    mlp = next(part for part in first.components if (part.layer, part.head) == (0, None))
+    assert mlp.first_step_above_null == 1500 and not mlp.left_censored
     status = [sys.executable, "-m", "kvjax.commands.main", "status", f"--run_dirs={run}"]
     told = subprocess.run(status, capture_output=True, text=True, env=optimised_environment()).stdout
     assert "no   reference fixed" in told and "yes  sweep complete" in told and "yes  windows identified" in told

@@ -36,7 +36,8 @@ class BirthEntry(_Part):
 
     `censored` says that the run ends before the birth can be seen; `reason` says how. `left_censored` says that the
     first measured checkpoint is past it already: it came at `step` or before. An end of an interval is null if it lies
-    beyond the measured checkpoints. Half-rises need the whole run and are null while it is unfinished.
+    beyond the measured checkpoints. `provisional` says that the run has not reached its planned end: half-rises are to
+    its last checkpoint, and may yet change.
     """
 
     split: str
@@ -48,10 +49,15 @@ class BirthEntry(_Part):
     half_rise_step: int | None
     half_rise_interval: StepInterval | None
     reason: str
+    provisional: bool = False
 
 
 class TriggerEntry(_Part):
-    """A level shift in a window: `size` in the metric's unit at `step`, the first checkpoint after it."""
+    """A level shift in a window: `size` in the metric's unit at `step`, the first checkpoint after it.
+
+    `repeats` names the metric whose shift on the split it repeats, as the drop of a component without which nothing is
+    answered repeats accuracy. Such a trigger is no evidence of its own.
+    """
 
     kind: str
     metric: str
@@ -59,6 +65,7 @@ class TriggerEntry(_Part):
     step: int
     size: float
     score: float
+    repeats: str | None = None
 
 
 class OrderEntry(_Part):
@@ -121,6 +128,19 @@ class ComponentChange(_Part):
     splits: dict[str, tuple[float, float]]
 
 
+class RampEntry(_Part):
+    """Steady growth of a metric over many checkpoints, which makes no window; levels at both ends, in its unit."""
+
+    kind: str
+    metric: str
+    split: str
+    start_step: int
+    end_step: int
+    before: float
+    after: float
+    score: float
+
+
 class WindowEntry(_Part):
     """One birth window; `center_step` is the first checkpoint after the largest shift.
 
@@ -167,6 +187,7 @@ class BirthWindows(_Part):
     config: dict[str, Any]
     births: dict[str, BirthEntry]
     windows: list[WindowEntry]
+    ramps: list[RampEntry] = []
     breaks: list[TrajectoryBreak]
     content_sha256: str = ""
 

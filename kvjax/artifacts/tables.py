@@ -108,6 +108,7 @@ _BESIDE: dict[Table, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "split_difficulty_accuracy": dict[str, dict[str, Number]],
             "birth_flags": dict[str, bool | None],
             "stabilized": dict[str, bool | None],
+            "provisional": bool,
             "trajectory_breaks": list[str],
             "top_heads": list[_with_drops("LeadingHead", "heads", _Head)],
             "top_mlps": list[_with_drops("LeadingMlp", "mlps", _Mlp)],

@@ -43,10 +43,14 @@ class ModelConfig(Section):
 class BirthThresholds(Section):
     """A metric is born at the checkpoint where its `validation_iid` value reaches its threshold.
 
-    A metric without one, as other trainers record none, has no birth.
+    A metric without one, as other trainers record none, has no birth. Held-out accuracy, on `heldout_pairs`, has a
+    default, because recorded configs do not know it: halfway between chance and 1, for pairs never answered in training
+    are either looked up or not. `q` has none: the key of a read stands at p_e itself, so q is self-attention and no
+    sign of lookup.
     """
 
     answer_accuracy: float | None = None
+    heldout_answer_accuracy: float | None = pydantic.Field(default=0.5, ge=0.0, le=1.0)
     q: float | None = None
     r: float | None = None
     w: float | None = None

@@ -93,6 +93,7 @@ def prepare_run(
     probe_set: str | None,
     steps: str | int | Sequence[int],
     reference: str,
+    still_training: bool = False,
     opened: OpenedInputs | None = None,
 ) -> RunInputs:
     """Finds and checks everything that a sweep of a run needs; nothing is measured yet.
@@ -103,6 +104,8 @@ def prepare_run(
       probe_set: file of the probe set; the one in the run's analysis folder if None, which is made if absent.
       steps: the checkpoints to measure, as `select_steps` takes them.
       reference: `final`, `best` or a step.
+      still_training: whether the final checkpoint is still to come. If not, the last is the final one, also of a run
+        that stopped before its planned end.
       opened: the inputs opened for other runs.
 
     Raises:
@@ -112,7 +115,7 @@ def prepare_run(
     benchmark = opened.benchmark(run.benchmark_dir(benchmark_dir))
     wanted = {step_name(step): (step, run.checkpoints[step]) for step in run.select_steps(steps)}
     named = frozenset(wanted)
-    reference_name = _reference_name(run, reference)
+    reference_name = _reference_name(run, reference, still_training=still_training)
     if reference_name is not None:
         wanted[reference_name] = result_file(run, reference_name)
     given = Path(probe_set) if probe_set else None
@@ -140,9 +143,10 @@ def result_file(run: RunDir, name: str) -> tuple[int | None, Path]:
     return files[name]
 
 
-def _reference_name(run: RunDir, reference: str) -> str | None:
+def _reference_name(run: RunDir, reference: str, *, still_training: bool) -> str | None:
     if reference == "final":
-        return step_name(max(run.checkpoints)) if run.complete else None
+        to_come = still_training and not run.complete
+        return None if to_come else step_name(max(run.checkpoints))
     if reference == BEST:
         return BEST
     if not reference.isdecimal():

@@ -44,7 +44,9 @@ def follow(
         for name in waited_for:
             note(f"{name}: waiting for its first checkpoint")
         if begun:
-            reports = sweep(dataclasses.replace(runs, run_dirs=begun), inputs, settings, progress, results)
+            begun_runs = dataclasses.replace(runs, run_dirs=begun)
+            # Each round would have another last checkpoint, to which all were compared anew.
+            reports = sweep(begun_runs, inputs, settings, progress, results, still_training=True)
             yield reports
             before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
             if not waited_for and refused == before and all(report.run.complete for report in reports):

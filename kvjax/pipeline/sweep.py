@@ -28,6 +28,7 @@ def sweep(
     results: ResultSettings = DEFAULT_RESULTS,
     *,
     mixed: Mixed = "separate",
+    still_training: bool = False,
 ) -> list[SweepReport]:
     """Measures checkpoints of runs, writes their tables and returns what each has.
 
@@ -39,6 +40,7 @@ def sweep(
       results: where tables go.
       mixed: whether the results are put into one (`join`, `refuse`), and what becomes of runs that would be measured
         on several benchmarks or probe sets then.
+      still_training: whether unfinished runs have no final checkpoint yet, instead of the last one.
 
     Raises:
       InputError: a run, its benchmark, the probe set or a checkpoint cannot be used, a run was measured before with
@@ -53,6 +55,7 @@ def sweep(
                 probe_set=inputs.probe_set,
                 steps=inputs.steps,
                 reference=inputs.reference,
+                still_training=still_training,
                 opened=opened,
             )
             for run in found

@@ -44,6 +44,11 @@ def reference_is_fixed(run: RunDir) -> Current:
         return Current(False, f"the reference {name} is no longer in the run's checkpoints")
     if (why := sweep.refused.get(file.name)) is not None:
         return Current(False, f"the reference {name} could not be used: {why}", _rerun(run, sweep))
+    if sweep.reference_given == "final" and not run.complete:
+        reason = (
+            f"the reference {name} is the last checkpoint of an unfinished run ({last} of {run.planned_steps} steps)"
+        )
+        return Current(False, reason, _rerun(run, sweep, reference=last))
     return Current(True, f"the reference is {name}")
 
 

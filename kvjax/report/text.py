@@ -89,7 +89,8 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
         say(f"    {len(window['triggers'])} triggers, the strongest:")
         for trigger in window["triggers"][:show]:
             shift = f"{trigger['size']:+.3f} at {trigger['step']}, score {trigger['score']:.1f}"
-            say(f"      {trigger['metric']:<30} {trigger['split']:<16} {shift}")
+            repeats = f", repeats {trigger['repeats']}" if trigger["repeats"] else ""
+            say(f"      {trigger['metric']:<30} {trigger['split']:<16} {shift}{repeats}")
         say("    order of metrics (onset, midpoint, completion; the midpoint was observed between):")
         for moved in window["order"][:show]:
             between = "-" if moved["interval"] is None else "{} and {}".format(*moved["interval"])
@@ -109,6 +110,13 @@ def print_windows_report(report: WindowsReport, *, show: int) -> None:
             above = f"above the null from {first}{before}" if first is not None else ""
             name = str(Component(part["layer"], part["head"]))
             say(f"      {name:<30} {costs}  {above}".rstrip())
+    if ramps := document["ramps"]:
+        say("  steady growth, which makes no window:")
+        for ramp in ramps[:show]:
+            levels = f"{ramp['before']:.3f} to {ramp['after']:.3f} between {ramp['start_step']} and {ramp['end_step']}"
+            say(f"      {ramp['metric']:<30} {ramp['split']:<16} {levels}")
+        if len(ramps) > show:
+            say(f"      and {len(ramps) - show} more in the file")
     births = [f"{name} {_birth(entry)}" for name, entry in document["births"].items()]
     if births:
         say(f"  births: {'; '.join(births)}")
@@ -132,7 +140,7 @@ def _birth(entry: dict[str, Any]) -> str:
     elif entry["censored"]:
         parts.append("not yet")
     if entry["half_rise_step"] is not None:
-        parts.append(f"half-rise at {entry['half_rise_step']}")
+        parts.append(f"half-rise at {entry['half_rise_step']}{' so far' if entry['provisional'] else ''}")
     return ", ".join(parts) or "-"
 
 

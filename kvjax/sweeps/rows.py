@@ -39,6 +39,7 @@ def checkpoint_rows(
     seed: int | None,
     thresholds: BirthThresholds,
     stabilization: Stabilization | None,
+    provisional: bool = False,
     breaks: Sequence[TrajectoryBreak] = (),
 ) -> list[Row]:
     """Draws one row per checkpoint from the means, in step order.
@@ -48,7 +49,8 @@ def checkpoint_rows(
       intervals: of the means.
       run_name, seed: of the run.
       thresholds: of births.
-      stabilization: limits of stability; None while the run is incomplete, for its end is not known to be stable.
+      stabilization: limits of stability; None if the table lacks a checkpoint of the run.
+      provisional: whether the run has not reached its planned end, so that what lasts to its last checkpoint may not.
       breaks: checkpoints that cannot be neighbours in one training run.
     """
     whole = dataset.sel(split=ALL_SPLITS)
@@ -71,6 +73,7 @@ def checkpoint_rows(
         "split_difficulty_accuracy": _by_split(dataset["difficulty_accuracy"], splits),
         "birth_flags": _birth_flags(dataset, thresholds),
         "stabilized": _stabilized(whole, stabilization),
+        "provisional": [provisional] * len(steps),
         "trajectory_breaks": [[found.reason for found in breaks if found.after == step] for step in steps],
         "top_heads": _leaders(dataset, intervals, "heads", ("layer", "head")),
         "top_mlps": _leaders(dataset, intervals, "mlps", ("layer",)),
@@ -263,14 +266,12 @@ def _slices(whole: xr.Dataset) -> dict[str, list[dict[str, dict[str, Any]]]]:
 
 
 def _birth_flags(dataset: xr.Dataset, thresholds: BirthThresholds) -> list[dict[str, bool | None]]:
-    if BIRTH_SPLIT not in dataset["split"].values:
-        return [dict.fromkeys(BirthThresholds.model_fields) for _ in range(dataset.sizes["step"])]
-    measure_of = {field.trigger: measure.name for measure, field in triggers()}
-    reached = {
-        name: dataset[measure_of[name]].sel(split=BIRTH_SPLIT).values >= threshold
-        for name, threshold in thresholds.model_dump().items()
-        if threshold is not None
-    }
+    reached: dict[str, np.ndarray] = {}
+    of_kind = {field.trigger: (measure.name, field.where.get("split", BIRTH_SPLIT)) for measure, field in triggers()}
+    for name, threshold in thresholds.model_dump().items():
+        measure, split = of_kind[name]
+        if threshold is not None and split in dataset["split"].values:
+            reached[name] = dataset[measure].sel(split=split).values >= threshold
     return [
         {name: bool(reached[name][c]) if name in reached else None for name in BirthThresholds.model_fields}
         for c in range(dataset.sizes["step"])
@@ -284,7 +285,7 @@ def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]
 
 
 def _stabilized(whole: xr.Dataset, limits: Stabilization | None) -> list[dict[str, bool | None]]:
-    """Checks, for each checkpoint and family, whether the run stays stable from it on; None while it is incomplete."""
+    """Checks, for each checkpoint and family, whether the run stays stable from it on; None without limits."""
     if limits is None:
         return [{"residual": None, "heads": None} for _ in range(whole.sizes["step"])]
     drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]

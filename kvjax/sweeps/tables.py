@@ -74,8 +74,9 @@ def publish(
         run_name=run.config.run_name,
         seed=run.config.seed,
         thresholds=run.config.evaluation.birth_thresholds,
-        # What lasts until the run's end is known once every checkpoint up to it is in the table.
-        stabilization=run.config.evaluation.stabilization if run.complete and steps == list(run.checkpoints) else None,
+        # What lasts until the last checkpoint is known once every checkpoint up to it is in the table.
+        stabilization=run.config.evaluation.stabilization if steps == list(run.checkpoints) else None,
+        provisional=not run.complete,
         breaks=breaks,
     )
     write_rows(run.layout.rows, rows, row_schema("checkpoint"))
@@ -95,7 +96,13 @@ def publish(
     if inputs.reference is None:
         notes.append(
             f"drift to the final checkpoint is null: the run has checkpoints up to {max(run.checkpoints)} of "
-            f"{run.planned_steps} steps (name another with `reference`)"
+            f"{run.planned_steps} steps, and is still followed"
+        )
+    elif not run.complete:
+        what = "drift to the reference and `stabilized` are" if inputs.reference_given == "final" else "`stabilized` is"
+        notes.append(
+            f"{what} provisional, to the last checkpoint of an unfinished run: "
+            f"it has reached {max(run.checkpoints)} of {run.planned_steps} steps"
         )
     notes += [found.reason for found in breaks]
     vouched = vouched_by(checkpoints, reference)

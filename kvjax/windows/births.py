@@ -14,6 +14,12 @@ from kvjax.measure.uncertainty import LEVEL
 from kvjax.windows.onset import birth, birth_indices, half_rise_indices
 from kvjax.windows.trajectories import Metric, Trajectories
 
+# Why a metric has no threshold of its own accord.
+_NO_THRESHOLD = {
+    "q": "it has no default threshold: the key of a read stands at p_e, so that q is attention of p_e to itself and no "
+    "sign of lookup"
+}
+
 
 def births(
     run: Trajectories, *, thresholds: Mapping[str, float], config: WindowConfig, complete: bool
@@ -24,7 +30,8 @@ def births(
       run: its trajectories.
       thresholds: metric -> the value at which it counts as born; metrics without one have a half-rise only.
       config: persistence, sides and floors.
-      complete: whether the run is finished. Half-rises need its plateau, and are None otherwise.
+      complete: whether the run has reached its planned end. If not, half-rises are to the plateau at its last
+        checkpoints and are provisional.
     """
     entries = {}
     for measure, field in registry.triggers():
@@ -36,11 +43,11 @@ def births(
             continue
         values, samples = run.values_CxM[:, index], run.samples_JxCxM[:, :, index]
         entry: dict[str, Any] = {"split": split, "threshold": thresholds.get(name)}
-        entry |= _birth_entry(run.steps, values, samples, thresholds.get(name), config.persistence)
-        entry |= {"half_rise_step": None, "half_rise_interval": None}
+        entry |= _birth_entry(name, run.steps, values, samples, thresholds.get(name), config.persistence)
+        entry |= {"half_rise_step": None, "half_rise_interval": None, "provisional": not complete}
         if entry["step"] is not None and run.steps.tolist().index(entry["step"]) - 1 in run.breaks.jumps:
             entry["reason"] += "; the checkpoint before it is of another trajectory"
-        if complete and len(run.steps) >= config.min_checkpoints:
+        if len(run.steps) >= config.min_checkpoints:
             floor = getattr(config.triggers, name).shift_floor
             side = min(config.side_checkpoints, len(run.steps) // 2)
             (half,) = half_rise_indices(values[None], side=side, floor=floor).tolist()
@@ -58,11 +65,11 @@ def _index_of(metrics: Sequence[Metric], measure: str, split: str) -> int | None
 
 
 def _birth_entry(
-    steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
+    name: str, steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
 ) -> dict[str, Any]:
     nothing = {"step": None, "interval": None, "censored": False, "left_censored": False}
     if threshold is None:
-        return nothing | {"reason": "the run's config has no threshold for it"}
+        return nothing | {"reason": _NO_THRESHOLD.get(name, "the run's config has no threshold for it")}
     born = birth(values, threshold, persistence=persistence)
     if born.index is not None:
         interval = _step_interval(birth_indices(samples, threshold, persistence=persistence), steps)
@@ -85,12 +92,18 @@ def _birth_entry(
 
 
 def _step_interval(indices_J: np.ndarray, steps: np.ndarray) -> tuple[int | None, int | None]:
-    """Computes the percentile interval of checkpoint indices, as steps; None for an end beyond the run.
+    """Computes the interval of a birth from its checkpoint's index under resamples, as steps.
 
-    A low end at the first checkpoint lies beyond the run too: what was there already came before.
+    It came after the checkpoint before the earliest 2.5 % of them and not after that of the latest 2.5 %. An end is
+    None if it lies beyond the run: what was there at the first checkpoint came before.
     """
     ordered = np.sort(indices_J)
     tail = (1 - LEVEL) / 2
-    ends = [ordered[int(np.floor(tail * (len(ordered) - 1)))], ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))]]
-    low, high = (int(steps[end]) if end < len(steps) else None for end in ends)
-    return None if ends[0] == 0 else low, high
+    low, high = (
+        ordered[int(np.floor(tail * (len(ordered) - 1)))],
+        ordered[int(np.ceil((1 - tail) * (len(ordered) - 1)))],
+    )
+    return (
+        int(steps[low - 1]) if 0 < low < len(steps) else None,
+        int(steps[high]) if high < len(steps) else None,
+    )

@@ -30,7 +30,7 @@ def component_entries(
     inside = drops[window.first + 1 : window.last].mean(axis=0)
     after = drops[window.last : window.last + side].mean(axis=0)
     ranks = [places(values) for values in (before, inside, after)]
-    above = _first_above_null(drops, components.deviations_CxX)
+    above = first_above_null(components)
     entries = []
     for x in np.argsort(-inside, kind="stable").tolist():
         component = components.components[x]
@@ -88,19 +88,23 @@ def component_changes(
     }
 
 
-def _first_above_null(drops_CxX: np.ndarray, deviations_CxX: np.ndarray) -> np.ndarray:
-    """Finds the first checkpoint where ablating each component costs accuracy significantly, there and at the next.
+def first_above_null(components: ComponentDrops) -> np.ndarray:
+    """Finds the first checkpoint from which ablating each component costs more than guessing explains.
 
-    The null hypothesis is that ablating costs nothing. It is rejected if the drop exceeds its bootstrap standard
-    deviation times the normal quantile at 5 % over all components and checkpoints together (Bonferroni). The next
-    checkpoint must reject it too, if there is one.
+    The null hypothesis is a model that guesses among the values: its accuracy is chance, and an ablation may take all
+    of it. A drop is above it if it exceeds chance by its deviation times the normal quantile of 5 % over all components
+    and checkpoints together (Bonferroni). The deviation is the bootstrap's, and at least a guesser's: resamples of a
+    few right answers hardly vary. The next checkpoint must exceed the null too, if there
+    is one.
 
     Returns:
       Checkpoint indices [X]; C if there is none.
     """
-    n = len(drops_CxX)
-    quantile = -ndtri((1 - LEVEL) / drops_CxX.size)
-    above = (drops_CxX > 0) & (drops_CxX > quantile * deviations_CxX)
+    drops, chance = components.drops_CxX, components.chance
+    n = len(drops)
+    quantile = -ndtri((1 - LEVEL) / drops.size)
+    guessing = np.sqrt(chance * (1 - chance) / components.num_reads)
+    above = drops - chance > quantile * np.maximum(components.deviations_CxX, guessing)
     stays = above.copy()
     stays[:-1] &= above[1:]
     return np.where(stays.any(axis=0), stays.argmax(axis=0), n)

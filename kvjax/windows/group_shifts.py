@@ -180,6 +180,7 @@ def find_windows(
     kinds: Sequence[str],
     opens: Sequence[bool],
     *,
+    origins: Mapping[Shift, Shift],
     steps: np.ndarray,
     num_tests: int,
     settings: DetectionSettings,
@@ -198,6 +199,7 @@ def find_windows(
       courses: [shifts, 2] the steps at which each leaves its floor and reaches its plateau; NaN if unknown.
       kinds: kind of each metric; a kind counts once per gap, however many splits it has.
       opens: whether each metric can open a window; one that cannot may still join one.
+      origins: the shift that each repeats, or itself (`kvjax.windows.disguises`). One and its repetitions count once.
       steps: [C] training steps.
       num_tests: number of (gap, metric) pairs scored.
       settings: thresholds.
@@ -206,31 +208,33 @@ def find_windows(
     course_of = dict(zip(shifts, courses, strict=True))
     groups = []
     left = [shift for shift in shifts if opens[shift.metric]]
+    kind_of = {shift: kinds[origins[shift].metric] for shift in left}
     moving = np.zeros(len(steps) - 1, int)
     for shift in left:
-        moving[shift.first : shift.last + 1] += 1
+        if origins[shift] is shift:
+            moving[shift.first : shift.last + 1] += 1
     while left:
-        gap = _busiest_gap(left, kinds)
+        gap = _busiest_gap(left, kind_of)
         near = [shift for shift in left if abs(shift.gap - gap) <= 1]
         left = [shift for shift in left if abs(shift.gap - gap) > 1]
-        strong = sum(shift.score >= together for shift in near)
+        strong = len({origins[shift] for shift in near if shift.score >= together})
         if strong >= settings.corroboration or max(shift.score for shift in near) >= alone:
             groups.append(Window(gap, *_extent(gap, near, course_of, steps), tuple(near)))
     windows: list[Window] = []
     for group in sorted(groups, key=lambda group: group.gap):
-        if windows and _are_one(windows[-1], group, moving, kinds, settings):
-            group = _joined(windows.pop(), group, kinds)
+        if windows and _are_one(windows[-1], group, moving, kind_of, settings):
+            group = _joined(windows.pop(), group, kind_of)
         windows.append(group)
-    windows = _apart(windows, kinds)
+    windows = _apart(windows, kind_of)
     joining = [shift for shift in shifts if not opens[shift.metric]]
     return [_with(window, [s for s in joining if window.first <= s.gap < window.last]) for window in windows]
 
 
-def _support(shifts: Sequence[Shift], kinds: Sequence[str]) -> dict[int, float]:
-    """Sums, for each gap, the largest relative shift of each kind of metric there."""
+def _support(shifts: Sequence[Shift], kind_of: Mapping[Shift, str]) -> dict[int, float]:
+    """Sums, for each gap, the largest relative shift of each kind of metric there; a repetition is of its origin's."""
     largest: dict[tuple[int, str], float] = {}
     for shift in shifts:
-        key = (shift.gap, kinds[shift.metric])
+        key = (shift.gap, kind_of[shift])
         largest[key] = max(largest.get(key, 0.0), shift.relative)
     support: dict[int, float] = {}
     for (gap, _), relative in largest.items():
@@ -238,21 +242,21 @@ def _support(shifts: Sequence[Shift], kinds: Sequence[str]) -> dict[int, float]:
     return support
 
 
-def _busiest_gap(shifts: Sequence[Shift], kinds: Sequence[str]) -> int:
+def _busiest_gap(shifts: Sequence[Shift], kind_of: Mapping[Shift, str]) -> int:
     """Finds the gap with the largest support; the first of equal ones."""
-    support = _support(shifts, kinds)
+    support = _support(shifts, kind_of)
     return min(support, key=lambda gap: (-support[gap], gap))
 
 
 def _are_one(
-    earlier: Window, later: Window, moving_G: np.ndarray, kinds: Sequence[str], settings: DetectionSettings
+    earlier: Window, later: Window, moving_G: np.ndarray, kind_of: Mapping[Shift, str], settings: DetectionSettings
 ) -> bool:
     unbroken = (moving_G[earlier.gap + 1 : later.gap] >= settings.corroboration).all()
-    weights = sorted(max(_support(group.shifts, kinds).values()) for group in (earlier, later))
+    weights = sorted(max(_support(group.shifts, kind_of).values()) for group in (earlier, later))
     return bool(unbroken) and weights[0] >= settings.similar_support * weights[1]
 
 
-def _apart(windows: Sequence[Window], kinds: Sequence[str]) -> list[Window]:
+def _apart(windows: Sequence[Window], kind_of: Mapping[Shift, str]) -> list[Window]:
     """Cuts the lighter of two overlapping windows at the beginning or end of the other.
 
     It always keeps one checkpoint on each side of its centre.
@@ -260,7 +264,7 @@ def _apart(windows: Sequence[Window], kinds: Sequence[str]) -> list[Window]:
     apart = list(windows)
     for i in range(len(apart) - 1):
         earlier, later = apart[i], apart[i + 1]
-        weights = [max(_support(window.shifts, kinds).values()) for window in (earlier, later)]
+        weights = [max(_support(window.shifts, kind_of).values()) for window in (earlier, later)]
         if weights[0] < weights[1]:
             last = min(earlier.last, max(later.first, earlier.gap + 2))
             apart[i] = dataclasses.replace(earlier, last=last)
@@ -270,9 +274,9 @@ def _apart(windows: Sequence[Window], kinds: Sequence[str]) -> list[Window]:
     return apart
 
 
-def _joined(earlier: Window, later: Window, kinds: Sequence[str]) -> Window:
+def _joined(earlier: Window, later: Window, kind_of: Mapping[Shift, str]) -> Window:
     shifts = (*earlier.shifts, *later.shifts)
-    gap = _busiest_gap(shifts, kinds)
+    gap = _busiest_gap(shifts, kind_of)
     return Window(gap, min(earlier.first, later.first), max(earlier.last, later.last), shifts)
 
 

@@ -17,7 +17,7 @@ from kvjax.errors import unusable
 from kvjax.windows.births import births
 from kvjax.windows.breaks import Breaks
 from kvjax.windows.score_runs import RunFinding, find_in_runs
-from kvjax.windows.summary import verdict_sentence, window_entries
+from kvjax.windows.summary import ramp_entries, verdict_sentence, window_entries
 from kvjax.windows.trajectories import component_drops, needed_events, needed_means, run_trajectories
 
 
@@ -76,6 +76,8 @@ def _open(results: RunResults) -> _Swept:
         needed_means() - set(means.data_vars)
     ):
         raise unusable(path, "the arrays of a sweep (run kvjax checkpoint-sweep again)", f"no {', '.join(missing)}")
+    if "num_values" not in means.attrs:  # a sweep of an older version
+        raise unusable(path, "the number of values, num_values (run kvjax checkpoint-sweep again)", "none")
     steps = means["step"].values.tolist()
     if steps != measured_on.steps:
         found = f"{len(steps)} steps in the one and {len(measured_on.steps)} in the other"
@@ -87,7 +89,8 @@ def _open(results: RunResults) -> _Swept:
 
 
 def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[str, Any]:
-    components = component_drops(one.events, config, ranked_by=one.ranked_by)
+    chance = 1 / one.means.attrs["num_values"]
+    components = component_drops(one.events, config, chance=chance, ranked_by=one.ranked_by)
     return {
         "schema_version": SCHEMA_VERSION,
         "run_name": one.run.config.run_name,
@@ -104,6 +107,7 @@ def _document(one: _Swept, finding: RunFinding, config: WindowConfig) -> dict[st
             complete=one.run.complete,
         ),
         "windows": window_entries(finding, components, config),
+        "ramps": ramp_entries(finding),
         "breaks": [found.model_dump() for found in one.breaks],
     }
 
@@ -130,7 +134,8 @@ def _notes(one: _Swept, finding: RunFinding) -> list[str]:
     if not one.run.complete:
         last, end = max(one.run.checkpoints, default=0), one.run.planned_steps
         notes.append(
-            f"the run is unfinished ({last} of {end} steps): half-rises are null, and windows may yet be added"
+            f"the run is unfinished ({last} of {end} steps): half-rises are provisional, to its last checkpoint, and "
+            "windows may yet be added"
         )
     if one.where_broken.dropped:
         notes.append(f"windows leave out {_steps(sorted(one.where_broken.dropped))}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config.windows import WindowConfig
+from kvjax.windows.disguises import origins
 from kvjax.windows.group_shifts import DetectionSettings, Shift, Window, find_shifts, find_windows
 from kvjax.windows.onset import movement_steps
+from kvjax.windows.ramps import Ramp, find_ramps, is_growth
 from kvjax.windows.shift_scores import MetricTraits, ShiftSettings, shift_scores
 from kvjax.windows.trajectories import Metric, Trajectories, pooling_matrix
 
@@ -35,6 +37,8 @@ class RunFinding:
       windows: in order; none unless the verdict is `windows`.
       largest: the shift with the largest score among those that hold, strong enough or not; None if none holds.
       joining: shifts above the threshold of kinds that open no window.
+      origins: the shift that each repeats, or itself.
+      ramps: steady growth, which makes no window.
     """
 
     trajectories: Trajectories
@@ -42,6 +46,8 @@ class RunFinding:
     windows: tuple[Window, ...]
     largest: Shift | None
     joining: tuple[Shift, ...]
+    origins: Mapping[Shift, Shift] = dataclasses.field(default_factory=dict)
+    ramps: tuple[Ramp, ...] = ()
 
 
 def find_in_runs(runs: Sequence[Trajectories], config: WindowConfig) -> list[RunFinding]:
@@ -185,20 +191,34 @@ def _finding(
     every = found(0.0)
     openers = [shift for shift in every if opens[shift.metric]]
     largest = max(openers, key=lambda shift: shift.score, default=None)
-    shifts = found(config.threshold)
+    traits = [getattr(config.triggers, metric.kind) for metric in run.metrics]
+    floors = np.array([trigger.shift_floor for trigger in traits])
+    at = {"threshold": config.threshold, "side": config.side_checkpoints}
+    shifts = [
+        shift
+        for shift in found(config.threshold)
+        if not is_growth(shift, run.values_CxM[:, shift.metric], run.steps, floor=floors[shift.metric], **at)
+    ]
+    repeats = origins(shifts, run, side=config.side_checkpoints)
     courses = course_steps(run.values_CxM[None], run.steps, shifts, shifts, side=config.side_checkpoints)[0]
     windows = find_windows(
         shifts,
         courses[:, [0, 2]],
         [metric.kind for metric in run.metrics],
         opens,
+        origins=repeats,
         steps=run.steps,
         num_tests=num_tests,
         settings=settings,
     )
     joining = tuple(shift for shift in shifts if not opens[shift.metric])
     verdict: Verdict = "windows" if windows else "no transition"
-    return RunFinding(run, verdict, tuple(windows), largest, joining)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        errors = np.ma.masked_invalid(np.abs(size) / score)
+    noise = np.ma.median(errors, axis=0).filled(np.nan)
+    needed = {"alone": config.threshold_alone, "corroboration": config.corroboration}
+    ramps = find_ramps(run.values_CxM, noise, floors, shifts, **at, **needed)
+    return RunFinding(run, verdict, tuple(windows), largest, joining, repeats, tuple(ramps))
 
 
 def _range(values_CxM: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ def window_entries(finding: RunFinding, components: ComponentDrops, config: Wind
                 "center_step": int(run.steps[window.gap + 1]),
                 "end_step": int(run.steps[window.last]),
                 "steps": run.steps[window.first : window.last + 1].tolist(),
-                "triggers": [_trigger(run, shift) for shift in window.shifts],
+                "triggers": [_trigger(finding, shift) for shift in window.shifts],
                 "order": order,
                 "precedes": precedes,
                 "components": component_entries(run.steps, window, components, config),
@@ -68,7 +68,29 @@ def window_entries(finding: RunFinding, components: ComponentDrops, config: Wind
     return entries
 
 
-def _trigger(run: Trajectories, shift: Shift) -> dict[str, Any]:
+def ramp_entries(finding: RunFinding) -> list[dict[str, Any]]:
+    """Describes the ramps of a run, ready for `RampEntry`, the largest score first."""
+    run = finding.trajectories
+    entries = []
+    for ramp in sorted(finding.ramps, key=lambda ramp: -ramp.score):
+        metric = run.metrics[ramp.metric]
+        entries.append(
+            {
+                "kind": metric.kind,
+                "metric": metric.measure,
+                "split": metric.split,
+                "start_step": int(run.steps[ramp.first]),
+                "end_step": int(run.steps[ramp.last]),
+                "before": ramp.before,
+                "after": ramp.after,
+                "score": ramp.score,
+            }
+        )
+    return entries
+
+
+def _trigger(finding: RunFinding, shift: Shift) -> dict[str, Any]:
+    run, origin = finding.trajectories, finding.origins.get(shift, shift)
     metric = run.metrics[shift.metric]
     return {
         "kind": metric.kind,
@@ -77,6 +99,7 @@ def _trigger(run: Trajectories, shift: Shift) -> dict[str, Any]:
         "step": int(run.steps[shift.gap + 1]),
         "size": shift.size,
         "score": shift.score,
+        "repeats": None if origin is shift else run.metrics[origin.metric].measure,
     }
 
 

@@ -92,11 +92,15 @@ class ComponentDrops:
       components: the heads, then the MLPs.
       drops_CxX: at each checkpoint.
       deviations_CxX: their bootstrap standard deviations.
+      chance: accuracy of guessing among the values.
+      num_reads: of the probe set.
     """
 
     components: tuple[Component, ...]
     drops_CxX: np.ndarray
     deviations_CxX: np.ndarray
+    chance: float
+    num_reads: int
 
 
 def run_trajectories(
@@ -140,11 +144,14 @@ def pooling_matrix(metrics: tuple[Metric, ...]) -> np.ndarray:
     return same / same.sum(axis=1, keepdims=True)
 
 
-def component_drops(events: xr.Dataset, config: WindowConfig, *, ranked_by: str = "zero") -> ComponentDrops:
+def component_drops(
+    events: xr.Dataset, config: WindowConfig, *, chance: float, ranked_by: str = "zero"
+) -> ComponentDrops:
     """Measures the accuracy that every head's and MLP's ablation costs over the whole probe set.
 
     Args:
       events, config, ranked_by: see `run_trajectories`.
+      chance: accuracy of guessing among the values.
     """
     counts_JxN = _resample_counts(events, config)
     everyone = np.arange(counts_JxN.shape[1])
@@ -155,7 +162,8 @@ def component_drops(events: xr.Dataset, config: WindowConfig, *, ranked_by: str 
                 components.append(component)
                 drops.append(values_C)
                 deviations.append(samples_JxC.std(axis=0))
-    return ComponentDrops(tuple(components), np.stack(drops, axis=1), np.stack(deviations, axis=1))
+    reads = int(events["is_read"].values.sum())
+    return ComponentDrops(tuple(components), np.stack(drops, axis=1), np.stack(deviations, axis=1), chance, reads)
 
 
 def needed_events(ranked_by: str) -> set[str]:

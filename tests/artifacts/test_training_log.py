@@ -125,7 +125,8 @@ def test_run_without_seed_and_thresholds(small_run):
     path.write_text(json.dumps(document))
     config = RunDir.open(small_run).config
     assert config.title == "small_run (no seed recorded)" and config.attributes == {"run_name": "small_run"}
-    assert config.evaluation.birth_thresholds.model_dump() == {"answer_accuracy": None, "q": 0.2, "r": None, "w": None}
+    expected = {"answer_accuracy": None, "heldout_answer_accuracy": 0.5, "q": 0.2, "r": None, "w": None}
+    assert config.evaluation.birth_thresholds.model_dump() == expected
     del document["seed"], document["evaluation"]["birth_thresholds"]
     path.write_text(json.dumps(document))
     assert RunDir.open(small_run).config.seed is None

@@ -174,7 +174,7 @@ class TestStatus:
         assert any(line.startswith("no   probe set fixed") and "edited" in line for line in lines_of(capsys))
 
     def test_reference_of_an_unfinished_run(self, folder, capsys):
-        """An unfinished run needs a named reference."""
+        """An unfinished run is measured against its last checkpoint, which is no fixed reference until it is named."""
         run = folder / "formed"
         config = run / "run_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_steps": 2000}))
@@ -182,7 +182,8 @@ class TestStatus:
         capsys.readouterr()
         status(run)
         lines = lines_of(capsys)
-        assert any("no reference checkpoint is named" in line and "800 of 2000" in line for line in lines)
+        last = "the reference step_000800 is the last checkpoint of an unfinished run (800 of 2000 steps)"
+        assert f"no   reference fixed: {last}" in lines
         assert f"Next: kvjax checkpoint-sweep --run_dirs={run} --reference=800" in lines
         main(sweep_arguments(run, reference="800"))
         capsys.readouterr()

@@ -26,16 +26,16 @@ SMALL_SWEEP = SweepSettings(ablations=("zero",), probe="none", checkpoint_batch=
 _SPLIT = "validation_iid"
 
 
-def prepared_run(run, *, probe_set=None, steps="all", reference="final", opened=None) -> RunInputs:
+def prepared_run(run, *, probe_set=None, steps="all", reference="final", **how) -> RunInputs:
     """Prepares a run directory, with its own benchmark."""
     return prepare_run(
-        RunDir.open(run), benchmark_dir=None, probe_set=probe_set, steps=steps, reference=reference, opened=opened
+        RunDir.open(run), benchmark_dir=None, probe_set=probe_set, steps=steps, reference=reference, **how
     )
 
 
-def sweep(run, *, steps="all", reference="final", **settings) -> SweepReport:
+def sweep(run, *, steps="all", reference="final", still_training=False, **settings) -> SweepReport:
     """Sweeps a run directory and returns the report."""
-    prepared = prepared_run(run, steps=steps, reference=reference)
+    prepared = prepared_run(run, steps=steps, reference=reference, still_training=still_training)
     (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
     return report
 

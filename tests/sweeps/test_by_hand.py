@@ -170,8 +170,10 @@ def test_behaviour(rows):
     assert last["split_difficulty_accuracy"]["heldout_pairs"] == {"easy": None, "hard": 0.5}
     # Only the first sequence, which is easy, is of the training distribution.
     assert first["easy_iid_accuracy"] == pytest.approx(1 / 3) and last["hard_iid_accuracy"] is None
-    assert last["birth_flags"] == {"answer_accuracy": True, "q": False, "r": True, "w": True}
-    assert first["birth_flags"] == {"answer_accuracy": False, "q": False, "r": False, "w": False}
+    # Half of the held-out reads are answered at the last step, which is the default threshold.
+    held, not_held = {"heldout_answer_accuracy": True}, {"heldout_answer_accuracy": False}
+    assert last["birth_flags"] == {"answer_accuracy": True, "q": False, "r": True, "w": True} | held
+    assert first["birth_flags"] == {"answer_accuracy": False, "q": False, "r": False, "w": False} | not_held
     assert first["delta_answer_accuracy"] is None and last["delta_answer_accuracy"] == pytest.approx(4 / 7)
 
 
@@ -182,7 +184,9 @@ def test_run_without_seed_and_thresholds(dataset, intervals):
     )
     for row in made:
         reached = row["split_metrics"]["validation_iid"]["q"] >= 0.3
-        assert row["birth_flags"] == {"answer_accuracy": None, "q": reached, "r": None, "w": None}
+        held = row["split_metrics"]["heldout_pairs"]["answer_accuracy"] >= 0.5
+        expected = {"answer_accuracy": None, "heldout_answer_accuracy": held, "q": reached, "r": None, "w": None}
+        assert row["birth_flags"] == expected
         assert row_schema("checkpoint").model_validate(row).seed is None
 
 

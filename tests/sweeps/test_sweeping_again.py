@@ -130,19 +130,23 @@ def test_other_ranking(swept, rows, tmp_path):
 
 
 def test_reference_of_an_incomplete_run(small_run, truth):
-    """Drift and margins to the final checkpoint are null while the run is incomplete, and complete with a reference."""
+    """A run that stopped early is measured against its last checkpoint, and marked; one still followed against none."""
     (small_run / "checkpoints" / "step_000300.pt").unlink()
     report = sweep(small_run)
-    assert {v for row in report.rows for v in row["residual_drift_to_reference_by_layer"].values()} == {None}
-    assert any("null" in note for note in report.notes)
-    assert [row["fixed_margin"] for row in report.rows] == [None, None]
-    named = sweep(small_run, reference="200")
-    assert named.log.measured == [], "competitors are found in stored logits"
-    for row in named.rows:
+    for row in report.rows:
         expected = fixed_margins(truth[row["step"]]["reads"], truth[200]["reads"])
         close(row["fixed_margin"], mean(expected))
-    assert named.rows[0]["residual_drift_to_reference_by_layer"]["final_norm"] > 1e-4
-    assert abs(named.rows[1]["residual_drift_to_reference_by_layer"]["final_norm"]) < 1e-9
+        assert row["provisional"] and None not in row["stabilized"].values()
+    assert report.rows[0]["residual_drift_to_reference_by_layer"]["final_norm"] > 1e-4
+    assert abs(report.rows[1]["residual_drift_to_reference_by_layer"]["final_norm"]) < 1e-9
+    assert any("provisional" in note and "200 of 300 steps" in note for note in report.notes)
+    followed = sweep(small_run, still_training=True)
+    assert {v for row in followed.rows for v in row["residual_drift_to_reference_by_layer"].values()} == {None}
+    assert [row["fixed_margin"] for row in followed.rows] == [None, None]
+    assert any("still followed" in note for note in followed.notes)
+    named = sweep(small_run, reference="200")
+    assert named.log.measured == [], "competitors are found in stored logits"
+    assert [row["fixed_margin"] for row in named.rows] == [row["fixed_margin"] for row in report.rows]
 
 
 def test_best_checkpoint_as_reference(small_run):

@@ -16,11 +16,12 @@ def shift(metric, gap, *, score=6.0, first=None, last=None, size=1.0, relative=0
     return Shift(metric, gap, first, last, size, score, relative)
 
 
-def windows(shifts, *, opens=None, kinds=None, courses=None, steps=STEPS):
+def windows(shifts, *, opens=None, kinds=None, courses=None, steps=STEPS, origins=None):
     opens = [True] * 20 if opens is None else opens
     kinds = [f"kind{i}" for i in range(20)] if kinds is None else kinds
     courses = np.full((len(shifts), 2), np.nan) if courses is None else np.asarray(courses, float)
-    return find_windows(shifts, courses, kinds, opens, steps=steps, num_tests=900, settings=SETTINGS)
+    origins = {shift: shift for shift in shifts} | (origins or {})
+    return find_windows(shifts, courses, kinds, opens, origins=origins, steps=steps, num_tests=900, settings=SETTINGS)
 
 
 def test_corroboration():
@@ -112,3 +113,14 @@ def test_shift_over_neighbouring_gaps():
         (4, 5, 5, 2.0, 0.5),
     ]
     assert find_shifts(size, score, holds, np.array([4.0]), threshold=6.5) == []
+
+
+def test_shifts_that_repeat_another():
+    """A shift and those that repeat it count once, also where the centre is chosen."""
+    accuracy, its_copy, third, other = shift(0, 5), shift(1, 5), shift(2, 5), shift(3, 5)
+    assert windows([accuracy, its_copy, third], origins={its_copy: accuracy}) == []
+    (window,) = windows([accuracy, its_copy, third, other], origins={its_copy: accuracy})
+    assert len(window.shifts) == 4, "the repetition is listed as well"
+    later = [shift(i, 6, relative=0.75) for i in (4, 5)]
+    assert windows([accuracy, its_copy, *later])[0].gap == 5, "0.8 twice against 0.75 twice"
+    assert windows([accuracy, its_copy, *later], origins={its_copy: accuracy})[0].gap == 6
