@@ -227,7 +227,7 @@ class Story(_Part):
 
     schema_version: int
     run_name: str
-    seed: int
+    seed: int | None
     told_from: ToldFrom
     verdict: Literal["windows", "no transition", "undecidable"]
     reason: str

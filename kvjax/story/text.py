@@ -93,7 +93,8 @@ def sections(story: Story) -> list[Section]:
 
 
 def _title(story: Story) -> str:
-    return f"What happened in {story.run_name} (seed {story.seed})"
+    seed = "no seed recorded" if story.seed is None else f"seed {story.seed}"
+    return f"What happened in {story.run_name} ({seed})"
 
 
 def _nothing(story: Story) -> str:

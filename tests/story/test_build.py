@@ -151,3 +151,10 @@ def test_fall_of_accuracy():
     assert phase.carriers == [] and phase.accuracy["validation_iid"].change < -0.9
     assert "what was learnt is lost" in story_markdown(story)
     assert np.isfinite(phase.accuracy["validation_iid"].interval).all()
+
+
+def test_run_without_a_seed():
+    """A run that records no seed has a story, which says so."""
+    results = results_of(reference_like_events())
+    results.run.config.seed = None
+    assert story_lines(build_story(results))[0] == "What happened in reference_like (no seed recorded)"
