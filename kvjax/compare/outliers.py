@@ -1,0 +1,65 @@
+"""Names what sets a seed apart from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import stdtr
+
+FEWEST_SEEDS = 4  # two others have no spread to speak of
+LEVEL = 0.01  # share of summaries of equal, normal seeds in which any seed is named
+
+
+def outliers(values: Sequence[float | None]) -> list[int]:
+    """Finds the seeds whose value is unlike the others'.
+
+    The largest of some values always lies outside the range of the rest. So a seed is named only if its deviation from
+    the others' mean is significant as well: the deleted studentised residual, at `LEVEL` over all seeds (Bonferroni).
+    Source: Cook and Weisberg, Residuals and Influence in Regression (1982), section 2.2.
+
+    Args:
+      values: one per seed; None or NaN if it has none, which is not judged here.
+    """
+    numbers = np.array([np.nan if value is None else value for value in values], float)
+    known = np.flatnonzero(np.isfinite(numbers))
+    count = len(known)
+    if count < FEWEST_SEEDS:
+        return []
+    found = []
+    for index in known.tolist():
+        others = numbers[known[known != index]]
+        if others.min() <= numbers[index] <= others.max():
+            continue
+        error = others.std(ddof=1) * np.sqrt(1 + 1 / (count - 1))
+        distance = abs(numbers[index] - others.mean())
+        # Others that agree in every digit leave no doubt but rounding.
+        probability = 2 * stdtr(count - 2, -distance / error) if error > 1e-12 * distance else 0.0
+        if probability < LEVEL / count:
+            found.append(index)
+    return found
+
+
+def outlying_stretches(values_RxC: np.ndarray, *, persistence: int) -> list[tuple[int, int, int]]:
+    """Finds stretches of steps over which a seed's trajectory is unlike the others'.
+
+    Args:
+      values_RxC: one trajectory per seed.
+      persistence: further steps, directly after, for which it must hold.
+
+    Returns:
+      (seed, first step, last step) as indices: the longest stretch of each seed that has one.
+    """
+    runs, steps = values_RxC.shape
+    outside = np.zeros((runs, steps), bool)
+    for step in range(steps):
+        outside[outliers(values_RxC[:, step].tolist()), step] = True
+    found = []
+    for index in range(runs):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], outside[index].astype(int), [0]])))
+        stretches = [(int(first), int(end) - 1) for first, end in zip(edges[::2], edges[1::2], strict=True)]
+        stretches = [(first, last) for first, last in stretches if last - first >= persistence]
+        if stretches:
+            first, last = max(stretches, key=lambda pair: pair[1] - pair[0])
+            found.append((index, first, last))
+    return found

@@ -1,0 +1,45 @@
+"""Seeds that stand apart, against SciPy's t distribution and simulated rates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from kvjax.compare.outliers import LEVEL, outliers, outlying_stretches
+
+
+@pytest.mark.parametrize("count", [4, 5, 10])
+def test_rate_among_equal_seeds(count):
+    """Of 3,000 groups of equal normal seeds the stated share has a named one, within four standard errors."""
+    generator = np.random.default_rng(count)
+    named = np.mean([bool(outliers(generator.normal(size=count).tolist())) for _ in range(3000)])
+    assert abs(named - LEVEL) < 4 * np.sqrt(LEVEL / 3000)
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_limit_agrees_with_scipy(factor):
+    """A seed is named just beyond the t quantile of its distance to the others, not just within."""
+    others = np.array([0.90, 0.91, 0.93, 0.92])
+    limit = scipy.stats.t.ppf(1 - LEVEL / 10, 3) * others.std(ddof=1) * np.sqrt(1 + 1 / 4)
+    assert outliers([*others, others.mean() - factor * limit]) == ([4] if factor > 1 else [])
+
+
+def test_seed_unlike_equal_others():
+    """Where the others agree in every digit, any other value stands apart; equal values never do."""
+    assert outliers([1.0, 1.0, 1.0, 1.0, 0.5]) == [4]
+    assert outliers([1.0] * 5) == []
+
+
+def test_too_few_seeds():
+    """Three seeds, or four of which one has no value, are not judged."""
+    assert outliers([0.0, 0.0, 100.0]) == []
+    assert outliers([0.0, 0.01, 100.0, None]) == []
+
+
+def test_stretch_of_a_trajectory():
+    """A seed that leaves the others for three steps is named with them; one step alone does not count."""
+    values = np.tile(np.array([0.5, 0.51, 0.49, 0.5, 0.5])[:, None], (1, 8))
+    values[2, 3:6] = 5.0
+    values[0, 0] = 5.0
+    assert outlying_stretches(values, persistence=1) == [(2, 3, 5)]
