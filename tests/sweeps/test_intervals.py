@@ -103,7 +103,7 @@ def test_estimates(intervals, means):
                 estimate, means[name].transpose(*estimate.dims), rtol=1e-5, atol=1e-6, err_msg=name
             )
             compared += 1
-    assert compared == 14 + 4 + 9 + 4 + 2 + 5
+    assert compared == 16 + 2 + 4 + 13 + 2 + 3, "of reads, tokens, the lens, heads, MLPs and probes"
 
 
 def test_order_of_ends(intervals):
