@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in.
 _PUBLIC = {
     "sweep": "kvjax.api",
+    "compare_seeds": "kvjax.api",
     "open_run": "kvjax.opened_run",
     "open_results": "kvjax.artifacts.results",
     "ablate": "kvjax.intervene.public",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.devices import start_jax
 from kvjax.errors import bad_argument, note, unusable
-from kvjax.pipeline.settings import ResultSettings, RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.settings import ComparisonOutput, ResultSettings, Runs, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep as sweep_stage
 from kvjax.sweeps.settings import SweepSettings
 
@@ -95,6 +95,50 @@ def sweep(
     return joined.assign_coords(
         {name: ("run", [dataset.attrs.get(name, absent) for dataset in datasets]) for name, absent in of_runs.items()}
     )
+
+
+def compare_seeds(
+    run_dirs: str | Path | Sequence[str | Path],
+    *,
+    align: str = "exact",
+    allow_other_probe_sets: bool = False,
+    null_draws: int = 1000,
+    output_dir: str | Path | None = None,
+) -> xr.DataTree:
+    """Compares swept runs that differ in their seed (docs/definitions.md, "Across seeds").
+
+    Args:
+      run_dirs: run directories with a sweep and birth windows, or globs.
+      align: how runs with other steps or planned lengths are compared: `exact` refuses them, `intersection` takes the
+        steps that all have, `interpolate` fills in between.
+      allow_other_probe_sets: whether runs measured on different probe sets may stand side by side.
+      null_draws: draws of the nulls that matched roles and addresses are compared with.
+      output_dir: where the command's files go as well; none are written if None.
+
+    Returns:
+      At the root every measure [run, step, …], role scores and the trajectories of roles; groups `events` (births,
+      half-rises, stabilization, with censoring), `order` and `matching`. The attribute `findings` has the sentences.
+
+    Raises:
+      InputError: a run lacks a result, or the runs cannot be compared.
+    """
+    import xarray as xr
+
+    from kvjax.compare.labelled import groups_of
+    from kvjax.compare.settings import CompareSettings
+    from kvjax.pipeline import compare_seeds as stage
+
+    given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
+    runs = Runs(run_dirs=tuple(map(str, given)))
+    settings = CompareSettings(align=align, allow_other_probe_sets=allow_other_probe_sets, null_draws=null_draws)
+    if output_dir is None:
+        made = stage.compare_runs(runs, settings)
+    else:
+        made = stage.compare_seeds(runs, settings, ComparisonOutput(output_dir=str(output_dir))).comparison
+    groups = {f"/{name or ''}": dataset for name, dataset in groups_of(made.dataset, made.document)}
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs["findings"] = made.document["findings"]
+    return tree
 
 
 def _check_choice(parameter: str, value: str, choices: Sequence[str]) -> None:

@@ -176,6 +176,37 @@ class RunLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComparisonLayout:
+    """The files of a comparison of runs.
+
+    Attributes:
+      path: the folder they are in.
+    """
+
+    path: Path
+
+    @property
+    def comparison(self) -> Path:
+        """What was found, and on which runs."""
+        return self.path / "comparison.json"
+
+    @property
+    def arrays(self) -> Path:
+        """Every measure of every run at common steps, and the roles of heads."""
+        return self.path / "comparison.nc"
+
+    @property
+    def page(self) -> Path:
+        """The finding in words, with tables."""
+        return self.path / "comparison.md"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of figures."""
+        return self.path / "figures"
+
+
+@dataclasses.dataclass(frozen=True)
 class ProbeSetLayout:
     """The files of a probe set, which share a stem.
 

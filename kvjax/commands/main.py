@@ -27,6 +27,7 @@ _LONGEST_MESSAGE = 2000  # characters: enough for two paths of the greatest leng
 # Command -> what it does, in the order a study runs them.
 COMMANDS = {
     "quickstart": "see a lookup mechanism form: small benchmark, two seeds, sweep, figures",
+    "pipeline": "run a whole study: benchmark, seeds, sweep, windows, interventions, comparison",
     "generate-benchmark": "draw a key-value benchmark from a config, with its fairness checks",
     "train": "train a decoder on a benchmark, many seeds as one program",
     "generate-probe-set": "choose the fixed records that every checkpoint is measured on",
@@ -36,6 +37,7 @@ COMMANDS = {
     "checkpoint-sweep": "measure every checkpoint of one or several runs",
     "birth-windows": "find the few checkpoints between which something formed, or say that nothing did",
     "intervene": "inside birth windows: patching, paths, component sets, subspaces, neurons",
+    "compare-seeds": "say what repeats across seeds: births, order, roles that move from head to head",
     "status": "say which conditions for circuit work a run meets, and what to do next",
 }
 

@@ -123,6 +123,13 @@ class SelectSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonOutput(Settings):
+    """Where a comparison goes."""
+
+    output_dir: str = required("Folder for comparison.json, comparison.nc, comparison.md and figures.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeSetSettings(Settings):
     """A probe set to choose."""
 
@@ -194,6 +201,24 @@ class QuickstartSettings(Settings):
     benchmark_config: str = setting("symbolic_kv_quickstart", "Benchmark config, shipped or a JSON file.")
     train_config: str = setting("symbolic_kv_quickstart", "Training config, shipped or a JSON file.")
     seeds: tuple[int, ...] = setting((7, 11), "Seeds to train.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineSettings(Settings):
+    """A study from a config, or of runs that exist."""
+
+    config: str | None = setting(None, "Training config, shipped or a JSON file; else name `run_dirs`.")
+    run_dirs: tuple[str, ...] | None = setting(
+        None, "Runs that exist, in place of a config: a comma list, globs allowed; may be repeated.", repeated=True
+    )
+    benchmark_config: str | None = setting(
+        None, "Benchmark config; by default the shipped one of the training config's name."
+    )
+    seeds: tuple[int, ...] | None = setting(None, "Seeds to train, such as 7,11,13; by default the config's own.")
+    output_dir: str = setting("study", "Where benchmark, runs and comparison go.")
+    pairs_per_kind: int | None = setting(
+        None, "Pairs of each kind that interventions use; by default all 96.", minimum=2
+    )
 
 
 def check_logistic_steps(inputs: SweepInputs, settings: SweepSettings) -> None:

@@ -15,6 +15,7 @@ from kvjax.report.text import print_windows_report, say
 if TYPE_CHECKING:
     from kvjax.artifacts.run_dir import RunDir
     from kvjax.converters.convert_run import ConversionReport
+    from kvjax.pipeline.compare_seeds import WrittenComparison
     from kvjax.pipeline.evaluate import EvaluatedCheckpoint
     from kvjax.pipeline.generate import GeneratedBenchmark
     from kvjax.pipeline.status import Readiness
@@ -142,3 +143,13 @@ def print_sweep_example(run: RunDir) -> None:
     """Prints the line of Python that opens a run's results."""
     path = run.layout.arrays
     say(f'Next: xarray.open_dataset({str(path)!r}) (README, "Reading the results").')
+
+
+def print_comparison(made: WrittenComparison) -> None:
+    """Prints what a comparison found, in sentences, and where its files are."""
+    document = made.comparison.document
+    for sentence in document["findings"]:
+        say(sentence)
+    for sentence in document["notes"]:
+        say(f"note: {sentence}")
+    say(f"Comparison in {made.layout.page}, with {made.layout.comparison.name}, {made.layout.arrays.name} and figures.")

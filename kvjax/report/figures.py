@@ -28,7 +28,7 @@ SPLIT_COLOURS = {
     "counterfactual": "#CC79A7",
 }
 _OTHER_COLOUR = "#555555"
-_LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _FORMATS = ("png", "svg")
 _MOST_STEP_LABELS = 8
 
@@ -48,7 +48,7 @@ def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
             _line(row[1], here[margin.name], split, colour)
         shown = run.sel(split=BIRTH_SPLIT if BIRTH_SPLIT in splits else ALL_SPLITS)
         attention = [measure for measure in registry.MEASURES if measure.panel == "attention" and measure.name in run]
-        for measure, colour in zip(attention, itertools.cycle(_LINE_COLOURS), strict=False):
+        for measure, colour in zip(attention, itertools.cycle(LINE_COLOURS), strict=False):
             _line(row[2], shown[measure.name], measure.axis_label(), colour)
         row[0].set_ylabel(f"{_title(run)}\n{accuracy.axis_label()}")
         row[0].set_ylim(-0.03, 1.03)

@@ -1,0 +1,20 @@
+"""Compare runs that differ in their seed: what formed in how many, when, in which order, and which heads carry it.
+
+The runs need a sweep on one probe set and birth windows. A run in which something has not formed counts as such, and is
+not left out. Heads are matched by role, for the same role can sit at another address. Writes comparison.json,
+comparison.nc, comparison.md and figures.
+"""
+
+from __future__ import annotations
+
+from kvjax.compare.settings import CompareSettings
+from kvjax.pipeline.settings import ComparisonOutput, Runs
+
+SETTINGS = (Runs, CompareSettings, ComparisonOutput)
+
+
+def run(runs: Runs, settings: CompareSettings, output: ComparisonOutput) -> None:
+    from kvjax.pipeline.compare_seeds import compare_seeds
+    from kvjax.pipeline.text import print_comparison
+
+    print_comparison(compare_seeds(runs, settings, output))

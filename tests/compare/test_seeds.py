@@ -1,0 +1,184 @@
+"""Comparison of seeds with planted circuits: what formed in how many, where the roles sit, and what differs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from kvjax.artifacts.comparison_schema import Comparison
+from kvjax.compare.findings import findings
+from kvjax.compare.labelled import groups_of
+from kvjax.compare.seeds import compare
+from kvjax.compare.settings import CompareSettings
+from kvjax.errors import InputError
+from kvjax.report.comparison_page import page
+from tests.helpers.comparing import STEPS, seed_run
+
+EXACT = CompareSettings(null_draws=100)
+
+
+@pytest.fixture(scope="module")
+def five():
+    """Five seeds: four form the lookup at steps 300 to 500 with heads elsewhere, one does not by its end."""
+    runs = [
+        seed_run("a", forms_at=300, binder=0, retriever=1),
+        seed_run("b", forms_at=400, binder=3, retriever=2),
+        seed_run("c", forms_at=400, binder=1, retriever=0),
+        seed_run("d", forms_at=500, binder=2, retriever=3),
+        seed_run("e", forms_at=None),
+    ]
+    made = compare(runs, EXACT)
+    made.document["findings"] = findings(made.document)
+    return made
+
+
+def test_document_of_five_seeds(five):
+    """The document fits its schema once its arrays have a hash."""
+    document = json.loads(json.dumps(five.document)) | {"arrays": {"sha256": "0" * 64, "bytes": 1}}
+    assert Comparison.model_validate(document).runs[3].best_step == 500
+
+
+def test_births_with_a_censored_seed(five):
+    """Four of five formed; the share that has not is 4/5, 2/5, 1/5, so that the median is 400."""
+    birth = five.document["births"]["answer_accuracy"]
+    assert (birth["formed"], birth["total"], birth["median"]) == (4, 5, 400)
+    assert [(point["step"], round(point["share"], 9)) for point in birth["curve"]] == [
+        (300, 0.8),
+        (400, 0.4),
+        (500, 0.2),
+    ]
+    assert [(run["run"], run["step"], run["formed"]) for run in birth["runs"]][-1] == ("e", 800, False)
+
+
+def test_order_of_five_seeds(five):
+    """Attention moves one interval before accuracy in all seeds that formed; four of four are enough to say so."""
+    (pair,) = five.document["order"]["pairs"]
+    assert (pair["first"], pair["second"], pair["before"], pair["undetermined"]) == ("r", "answer_accuracy", 4, 1)
+    assert pair["holds"]
+    assert five.document["order"]["consensus"] == [["r"], ["answer_accuracy"]]
+
+
+def test_roles_at_moving_addresses(five):
+    """Each role's head is found in every seed that has one, and seeds that formed match each other's."""
+    winners = {
+        role: {one["run"]: one["component"] for one in own} for role, own in five.document["roles"]["winners"].items()
+    }
+    assert [winners["binder"][run] for run in "abcd"] == ["L0H0", "L0H3", "L0H1", "L0H2"]
+    assert [winners["retriever"][run] for run in "abcd"] == ["L1H1", "L1H2", "L1H0", "L1H3"]
+    for entry in five.document["matching"]:
+        if "e" not in (entry["run_a"], entry["run_b"]):
+            for role in ("binder", "retriever"):
+                assert entry["heads"][winners[role][entry["run_a"]]] == winners[role][entry["run_b"]]
+
+
+def test_trajectory_of_a_role(five):
+    """The followed binder scores high at the last step in every seed that formed, wherever it is."""
+    followed = five.dataset["role_trajectory"].sel(role="binder", step=STEPS[-1])
+    assert (followed.sel(run=list("abcd")) > 0.35).all() and followed.sel(run="e") < 0.1
+    mean = five.dataset["role_trajectory_mean"].sel(role="binder", step=STEPS[-1])
+    assert float(mean) == pytest.approx(float(followed.mean()))
+
+
+def test_seed_that_stands_apart(five):
+    """The seed that has not formed it, though it was followed for longer than the others took, is named."""
+    named = {(one["run"], one["what"]) for one in five.document["outliers"]}
+    assert ("e", "birth of answer_accuracy") in named
+    assert {run for run, _ in named} == {"e"}
+
+
+def test_sentences_of_five_seeds(five):
+    """The findings say how many formed, the order, the addresses and who stands apart."""
+    text = " ".join(five.document["findings"])
+    assert "answer_accuracy reached 0.9 on validation_iid in 4 of 5 runs, between steps 300 and 500" in text
+    assert "r before answer_accuracy in 4 of 4" in text
+    assert "L0H0 in 1, L0H3 in 1" in text
+    assert "e stands apart" in text
+
+
+def test_page_of_five_seeds(five):
+    """The page has a row for each run, marks the censored one and names every run's roles."""
+    text = page(five.document)
+    assert "| answer_accuracy | 300 | 400 | 400 | 500 | >800 | 4 of 5 |" in text
+    assert "| median |" in text and "## Heads by role" in text and "None" not in text
+
+
+def test_groups_of_the_file(five):
+    """The file's groups hold the same numbers, with the order seen from both sides."""
+    groups = dict(groups_of(five.dataset, five.document))
+    assert float(groups["order"]["order_share"].sel(first="r", second="answer_accuracy")) == 1
+    assert float(groups["order"]["order_share"].sel(first="answer_accuracy", second="r")) == 0
+    event = groups["events"].sel(event="birth.answer_accuracy")
+    assert float(event["event_median"]) == 400 and float(event["event_formed"].sel(run="e")) == 0
+    matched = groups["matching"]["matched_head"]
+    there = str(matched.sel(run_a="a", run_b="b", component="L0H0").values)
+    assert str(matched.sel(run_a="b", run_b="a", component=there).values) == "L0H0"
+
+
+def test_exact_alignment_refuses_other_steps():
+    """Runs with other steps or another planned length are refused by default, with the way on."""
+    usual = seed_run("a", forms_at=300)
+    with pytest.raises(InputError, match=r"measured steps of a.*align=intersection"):
+        compare([usual, seed_run("b", forms_at=500, steps=(*STEPS[::2], 800))], EXACT)
+    with pytest.raises(InputError, match=r"planned lengths of a, 800 steps.*found 900 steps"):
+        compare([usual, seed_run("b", forms_at=300, planned_steps=900)], EXACT)
+
+
+@pytest.mark.parametrize(("how", "steps"), [("intersection", (100, 300, 500, 700)), ("interpolate", STEPS[:7])])
+def test_alignment_of_other_steps(how, steps):
+    """Asked for, runs stand side by side at common or at interpolated steps, and the difference is noted."""
+    runs = [seed_run("a", forms_at=500), seed_run("b", forms_at=500, steps=STEPS[::2])]
+    made = compare(runs, CompareSettings(align=how, null_draws=20))
+    assert tuple(made.dataset["step"].values) == steps
+    assert any("different measured steps" in note for note in made.document["alignment"]["notes"])
+    accuracy = made.dataset["answer_accuracy"].sel(run="b", split="validation_iid")
+    assert not np.isnan(accuracy).any()
+    if how == "interpolate":
+        assert float(accuracy.sel(step=400)) == pytest.approx((0.02 + 0.95) / 2)
+
+
+def test_probe_sets_that_differ():
+    """Runs measured on other probe sets are refused unless that is allowed, and then it is noted."""
+    runs = [seed_run("a", forms_at=300), seed_run("b", forms_at=300, probe_set="q")]
+    with pytest.raises(InputError, match="the probe set of a"):
+        compare(runs, EXACT)
+    made = compare(runs, CompareSettings(allow_other_probe_sets=True, null_draws=20))
+    assert any("different probe sets" in note for note in made.document["notes"])
+
+
+def test_models_that_differ():
+    """Runs of another shape cannot be matched head by head."""
+    with pytest.raises(InputError, match="the shape of a: d_model 8"):
+        compare([seed_run("a", forms_at=300), seed_run("b", forms_at=300, d_model=16)], EXACT)
+
+
+def test_seeds_without_a_circuit():
+    """Where nothing formed, nothing is claimed: no births, no phases, no role that chance would not give."""
+    made = compare([seed_run(name, forms_at=None) for name in "abcde"], EXACT)
+    text = " ".join(findings(made.document))
+    assert "in none of 5 runs by step 800" in text
+    assert made.document["roles"]["role_stability"]["null"]["probability"] > 0.05
+    assert "cannot be told from chance" in text
+
+
+def test_roles_stable_beyond_chance():
+    """Eight seeds with the same circuit at random addresses: stable roles at addresses that move."""
+    generator = np.random.default_rng(0)
+    runs = [
+        seed_run(f"run{i}", forms_at=300, binder=int(generator.integers(4)), retriever=int(generator.integers(4)))
+        for i in range(8)
+    ]
+    made = compare(runs, EXACT)
+    roles = made.document["roles"]
+    assert roles["role_stability"]["null"]["probability"] < 0.02
+    assert roles["address_stability"]["null"]["probability"] > 0.05
+    assert isinstance(made.dataset, xr.Dataset)
+
+
+def test_unfinished_run():
+    """A run that has not reached its planned end is named, for its half-rises may change."""
+    runs = [seed_run(name, forms_at=300, planned_steps=900) for name in "ab"]
+    made = compare(runs, CompareSettings(null_draws=20))
+    assert any("unfinished runs" in note and note.endswith("a, b") for note in made.document["notes"])
