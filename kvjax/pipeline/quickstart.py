@@ -58,7 +58,7 @@ def study_of(settings: QuickstartSettings) -> Study:
     config = read_config(find_config(settings.train_config, "train"), TrainConfig)
     config = config.model_copy(update={"benchmark_dir": str((output / "benchmark").resolve())})
     runs = run_directories(config, settings.seeds, str(output / "runs"))
-    return Study(output / "benchmark", benchmark, runs, output / "ranking.json")
+    return Study(output / "benchmark", benchmark, runs, output / "ranking.json", output / "comparison")
 
 
 def run_globs(settings: QuickstartSettings) -> list[str]:

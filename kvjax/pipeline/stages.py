@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.compare.settings import CompareSettings
 from kvjax.config.benchmark import BenchmarkConfig
-from kvjax.config.train import TrainConfig
+from kvjax.config.run import RunConfig
 from kvjax.errors import unusable
+from kvjax.intervene.analysis import InterventionReport
 from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.compare_seeds import compare_seeds, comparison_is_current
 from kvjax.pipeline.convert import conversion_is_current, convert
 from kvjax.pipeline.current import Current, all_current
 from kvjax.pipeline.evaluate import evaluate, evaluation_is_current
@@ -21,6 +24,7 @@ from kvjax.pipeline.probe_set import ensure_probe_set, probe_set_is_current
 from kvjax.pipeline.progress import Progress
 from kvjax.pipeline.select_reference import rank_runs, ranking_is_current
 from kvjax.pipeline.settings import (
+    ComparisonOutput,
     ConvertSettings,
     EvaluateSettings,
     PairSource,
@@ -34,9 +38,11 @@ from kvjax.pipeline.story import story_is_current
 from kvjax.pipeline.sweep import sweep
 from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.train import runs_are_trained, train_missing_runs
-from kvjax.pipeline.windows import find_birth_windows, windows_are_current
+from kvjax.pipeline.windows import find_birth_windows, windows_are_current, windows_are_identified
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
+
+DEFAULT_INTERVENTIONS = InterventionSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +51,19 @@ class Study:
 
     Attributes:
       benchmark_dir: the benchmark.
-      benchmark_config: what it is drawn from.
-      runs: run directory -> what it is trained from.
+      benchmark_config: what it is drawn from; None if it is there already.
+      runs: run directory -> what it is trained from, or was.
       ranking: the file that ranks the runs.
+      comparison: the folder of the comparison of the runs.
+      interventions: what is done in windows, and how.
     """
 
     benchmark_dir: Path
-    benchmark_config: BenchmarkConfig
-    runs: Mapping[Path, TrainConfig]
+    benchmark_config: BenchmarkConfig | None
+    runs: Mapping[Path, RunConfig]
     ranking: Path
+    comparison: Path
+    interventions: InterventionSettings = DEFAULT_INTERVENTIONS
 
     def open_runs(self) -> list[RunDir]:
         """Opens the run directories.
@@ -116,6 +126,29 @@ def _runs(study: Study) -> RunsOnBenchmark:
     return RunsOnBenchmark.of(study.runs)
 
 
+def _with_windows(study: Study) -> list[RunDir]:
+    """Finds the runs in which something formed; nothing is intervened in the others."""
+    return [run for run in study.open_runs() if windows_are_identified(run).holds]
+
+
+def _windows_are_studied(study: Study) -> Current:
+    missing = [path for path in study.runs if not path.is_dir()]
+    if missing:
+        return Current(False, f"{missing[0]} does not exist")
+    looked_for = all_current(windows_are_current(run) for run in study.open_runs())
+    if not looked_for.holds:
+        return looked_for
+    runs = _with_windows(study)
+    if not runs:
+        return Current(True, "no run has a birth window to intervene in")
+    return all_current(interventions_are_current(run, study.interventions) for run in runs)
+
+
+def _intervene(study: Study, progress: Progress) -> list[InterventionReport]:
+    runs = [run.path for run in _with_windows(study)]
+    return intervene(RunsOnBenchmark.of(runs), PairSource(), study.interventions, progress) if runs else []
+
+
 GENERATE = Stage(
     "generate",
     "generate-benchmark",
@@ -166,12 +199,15 @@ WINDOWS = Stage(
     _of_every_run(lambda run: all_current(current(run) for current in (windows_are_current, story_is_current))),
     lambda study, progress: find_birth_windows(Runs.of(study.runs), WindowSettings()),
 )
-INTERVENE = Stage(
-    "intervene",
-    "intervene",
+INTERVENE = Stage("intervene", "intervene", ("windows",), _windows_are_studied, _intervene)
+COMPARE = Stage(
+    "compare",
+    "compare-seeds",
     ("windows",),
-    _of_every_run(lambda run: interventions_are_current(run, InterventionSettings())),
-    lambda study, progress: intervene(_runs(study), PairSource(), InterventionSettings(), progress),
+    lambda study: comparison_is_current(study.open_runs(), study.comparison),
+    lambda study, progress: compare_seeds(
+        Runs.of(study.runs), CompareSettings(), ComparisonOutput(output_dir=str(study.comparison))
+    ),
 )
 
-STAGES = (GENERATE, TRAIN, CONVERT, EVALUATE, SELECT, PROBE_SET, SWEEP, WINDOWS, INTERVENE)
+STAGES = (GENERATE, TRAIN, CONVERT, EVALUATE, SELECT, PROBE_SET, SWEEP, WINDOWS, INTERVENE, COMPARE)

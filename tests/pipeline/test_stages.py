@@ -55,9 +55,8 @@ def train_config(folder, **changes):
 def study_in(folder, *, benchmark=None, **changes):
     """Plans a study of one run in a folder."""
     config = BenchmarkConfig.model_validate(small_benchmark_config(**(benchmark or {})))
-    return Study(
-        folder / "benchmark", config, {folder / "run": train_config(folder, **changes)}, folder / "ranking.json"
-    )
+    runs = {folder / "run": train_config(folder, **changes)}
+    return Study(folder / "benchmark", config, runs, folder / "ranking.json", folder / "comparison")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_needs_of_stages():
     for stage in STAGES:
         assert set(stage.needs) <= seen, stage.name
         seen.add(stage.name)
-    assert len({stage.command for stage in STAGES}) == len(STAGES) == 9
+    assert len({stage.command for stage in STAGES}) == len(STAGES) == 10
 
 
 def test_study_that_was_moved(folder):

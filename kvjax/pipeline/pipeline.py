@@ -1,0 +1,120 @@
+"""The whole study in one command: the stages in order, each run if it has something left to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from kvjax.artifacts.find_runs import find_run_dirs
+from kvjax.config.benchmark import BenchmarkConfig
+from kvjax.config.files import find_config, read_config
+from kvjax.config.train import TrainConfig
+from kvjax.errors import InputError, bad_argument, command
+from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.settings import PipelineSettings
+from kvjax.pipeline.stages import (
+    COMPARE,
+    EVALUATE,
+    GENERATE,
+    INTERVENE,
+    PROBE_SET,
+    SWEEP,
+    TRAIN,
+    WINDOWS,
+    Stage,
+    Study,
+)
+from kvjax.pipeline.train import run_directories
+from kvjax.report.text import say
+
+_ANALYSIS = (PROBE_SET, SWEEP, WINDOWS, EVALUATE, INTERVENE)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageReport:
+    """What became of a stage: whether it was skipped, since its results are current, and the seconds it took."""
+
+    stage: Stage
+    skipped: bool
+    seconds: float
+
+
+def run_pipeline(settings: PipelineSettings, progress: Progress = no_progress) -> list[StageReport]:
+    """Runs the stages of a study that have something left to do, and prints a line each.
+
+    Raises:
+      InputError: a config or run cannot be used, or a stage refuses; what earlier stages wrote stays.
+    """
+    study, stages = study_of(settings), stages_of(settings)
+    reports = []
+    for number, stage in enumerate(stages, start=1):
+        label, began = f"{number}/{len(stages)}  {stage.name}", time.monotonic()
+        state = stage.current(study)
+        if not state.holds:
+            say(f"{label} ({state.reason})")
+            stage.run(study, progress)
+        seconds = time.monotonic() - began
+        say(f"{label}: {'current, skipped' if state.holds else f'done in {_duration(seconds)}'}")
+        reports.append(StageReport(stage, state.holds, seconds))
+    return reports
+
+
+def stages_of(settings: PipelineSettings) -> tuple[Stage, ...]:
+    """Lists the stages of a study; runs that exist are not trained, and one run is not compared."""
+    trained = settings.run_dirs is not None
+    several = len(study_of(settings).runs) > 1
+    return (*(() if trained else (GENERATE, TRAIN)), *_ANALYSIS, *((COMPARE,) if several else ()))
+
+
+def study_of(settings: PipelineSettings) -> Study:
+    """Says where the parts of a study lie, and what they are made from.
+
+    Raises:
+      InputError: neither a config nor runs are named, or one of them cannot be used.
+    """
+    if (settings.config is None) == (settings.run_dirs is None):
+        found = "both" if settings.config else "neither"
+        raise bad_argument("config", "a training config, or `run_dirs` of runs that exist", found)
+    output, interventions = Path(settings.output_dir), InterventionSettings(pairs_per_kind=settings.pairs_per_kind)
+    places = {"ranking": output / "ranking.json", "comparison": output / "comparison", "interventions": interventions}
+    if settings.run_dirs is not None:
+        found = find_run_dirs(settings.run_dirs, needs="checkpoints")
+        benchmark_dir = found[0].benchmark_dir(None)
+        return Study(benchmark_dir, None, {run.path: run.config for run in found}, **places)
+    config = read_config(find_config(settings.config, "train"), TrainConfig)
+    benchmark = read_config(_benchmark_config(settings), BenchmarkConfig)
+    config = config.model_copy(update={"benchmark_dir": str((output / "benchmark").resolve())})
+    seeds = settings.seeds or (config.seed,)
+    return Study(output / "benchmark", benchmark, run_directories(config, seeds, str(output / "runs")), **places)
+
+
+def _benchmark_config(settings: PipelineSettings) -> Path:
+    """Finds the benchmark config: the one named, or the shipped one of the training config's name."""
+    if settings.benchmark_config is not None:
+        return find_config(settings.benchmark_config, "benchmark")
+    try:
+        return find_config(Path(settings.config).stem, "benchmark")
+    except InputError as error:
+        expected = f"a benchmark config, for none has the name of the training config ({error})"
+        raise bad_argument("benchmark_config", expected, "none") from None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> None:
+    """Prints what was done, what was found, and where to look."""
+    study = study_of(settings)
+    ran = [report for report in reports if not report.skipped]
+    total = _duration(sum(report.seconds for report in reports))
+    say(f"\n{len(ran)} of {len(reports)} stages run in {total}, the others were current.")
+    for path in study.runs:
+        say(f"  {path}: story in {path / 'analysis' / 'story.md'}")
+    if (study.comparison / "comparison.md").is_file():
+        say((study.comparison / "comparison.md").read_text(encoding="utf-8").partition("\n## ")[0].rstrip())
+        say(f"\nComparison with tables and figures: {study.comparison / 'comparison.md'}")
+    say(f"Next: {command('status', run_dirs=list(study.runs))}")

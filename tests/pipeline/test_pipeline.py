@@ -1,0 +1,128 @@
+"""The whole study in one command: stages run once, are skipped when current, and end in a comparison."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import xarray as xr
+
+import kvjax
+from kvjax.artifacts.comparison_schema import read_comparison
+from kvjax.commands.main import main
+from kvjax.errors import InputError
+from kvjax.pipeline.pipeline import run_pipeline
+from kvjax.pipeline.settings import PipelineSettings
+from tests.helpers.building import SMALL_MODEL, small_benchmark_config
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Benchmark, one short run and all its results, made by the pipeline from two configs."""
+    folder = tmp_path_factory.mktemp("study")
+    train = {
+        "run_name": "tiny",
+        "seed": 3,
+        "benchmark_dir": "elsewhere",
+        "output_dir": "elsewhere",
+        "batch_size": 8,
+        "num_steps": 16,
+        "log_every_steps": 8,
+        "eval_every_steps": 8,
+        "checkpoint_every_steps": 8,
+        "model": SMALL_MODEL | {"n_layers": 1, "n_heads": 2},
+        "optimization": {"learning_rate": 3e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95},
+        "evaluation": {"batch_size": 8, "tracked_splits": ["validation_iid", "heldout_pairs"]},
+        "checkpointing": {"best_checkpoint_split": "validation_iid"},
+    }
+    (folder / "train.json").write_text(json.dumps(train))
+    (folder / "benchmark.json").write_text(json.dumps(small_benchmark_config()))
+    reports = run_pipeline(_from_configs(folder))
+    assert [report.stage.name for report in reports if report.skipped] == ["intervene"], "nothing formed in 16 steps"
+    return folder
+
+
+def _from_configs(folder):
+    named = {"config": str(folder / "train.json"), "benchmark_config": str(folder / "benchmark.json")}
+    return PipelineSettings(**named, seeds=(3,), output_dir=str(folder / "study"))
+
+
+def test_study_that_is_current(study, capsys):
+    """A second call runs nothing, and says so of each stage."""
+    reports = run_pipeline(_from_configs(study))
+    assert [report.stage.name for report in reports] == [
+        *("generate", "train", "probe set", "sweep", "windows", "evaluate", "intervene")
+    ]
+    assert all(report.skipped for report in reports)
+    assert capsys.readouterr().out.count("current, skipped") == 7
+
+
+@pytest.fixture
+def two_runs(study, tmp_path):
+    """Two runs of one benchmark; the second is a copy that records another seed."""
+    folder = shutil.copytree(study / "study", tmp_path / "study")
+    for seed in (3, 5):
+        run = folder / "runs" / f"seed_{seed}"
+        if seed == 5:
+            shutil.copytree(folder / "runs" / "seed_3", run)
+        document = json.loads((run / "run_config.json").read_text())
+        document |= {"seed": seed, "run_name": f"tiny_seed_{seed}", "benchmark_dir": str(folder / "benchmark")}
+        (run / "run_config.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_pipeline_of_existing_runs(two_runs, capsys):
+    """Runs that exist are not trained; their comparison is made, and is current from then on."""
+    arguments = ["pipeline", f"--run_dirs={two_runs}/runs/*", f"--output_dir={two_runs}", "--noprogress"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "compare: done" in printed and "1 of 6 stages run" in printed and "# Comparison of 2 runs" in printed
+    found = read_comparison(two_runs / "comparison" / "comparison.json")
+    assert [run.seed for run in found.runs] == [3, 5] and len(found.matching) == 1
+    with xr.open_dataset(two_runs / "comparison" / "comparison.nc", group="order") as order:
+        assert "order_share" in order
+    assert (two_runs / "comparison" / "figures" / "roles.png").stat().st_size > 1000
+    assert main(arguments) == 0
+    assert "0 of 6 stages run" in capsys.readouterr().out
+
+
+def test_comparison_from_python(two_runs):
+    """The function returns labelled arrays and sentences; two copies of a run agree in everything."""
+    tree = kvjax.compare_seeds(f"{two_runs}/runs/*", null_draws=20)
+    accuracy = tree["answer_accuracy"]
+    assert accuracy.sizes["run"] == 2 and bool((accuracy.isel(run=0) == accuracy.isel(run=1)).all())
+    assert any("answer accuracy at each run's best" in sentence for sentence in tree.attrs["findings"])
+    assert not (two_runs / "comparison").exists()
+
+
+def test_edited_comparison(two_runs, capsys):
+    """A comparison that was edited is made again."""
+    arguments = ["pipeline", f"--run_dirs={two_runs}/runs/*", f"--output_dir={two_runs}", "--noprogress"]
+    assert main(arguments) == 0
+    path = two_runs / "comparison" / "comparison.json"
+    path.write_text(path.read_text().replace('"findings": [', '"findings": ["made up", '))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "edited file" in capsys.readouterr().out
+    assert "made up" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "a training config, or `run_dirs`"),
+        ({"config": "symbolic_kv_quickstart", "run_dirs": ("runs",)}, "found both"),
+        ({"config": "symbolic_kv_formation"}, "benchmark_config: expected a benchmark config"),
+    ],
+)
+def test_study_that_cannot_be(given, expected):
+    """A study needs a config or runs, and a benchmark to draw."""
+    with pytest.raises(InputError, match=expected):
+        run_pipeline(PipelineSettings(**given))
+
+
+def test_single_run_to_compare(two_runs, capsys):
+    """One run is no comparison: one line, status 2."""
+    assert main(["compare-seeds", f"--run_dirs={two_runs}/runs/seed_3", f"--output_dir={two_runs}/one"]) == 2
+    assert "two or more runs to compare" in capsys.readouterr().err
