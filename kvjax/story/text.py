@@ -135,7 +135,8 @@ def _headline(phase: Phase) -> str:
         if accuracy is not None and accuracy.holds:
             better = accuracy.change > 0
             on = "" if split == BIRTH_SPLIT else f" on {split}"
-            return f"answers get {'better' if better else 'worse'}{on}"
+            by = "" if phase.carriers else ", carried by no head yet"  # as when the model first answers with any value
+            return f"answers get {'better' if better else 'worse'}{on}{by}"
     return "components change, and answers do not"
 
 

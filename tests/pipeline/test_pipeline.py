@@ -15,27 +15,15 @@ from kvjax.errors import InputError
 from kvjax.pipeline.pipeline import run_pipeline
 from kvjax.pipeline.settings import PipelineSettings
 from tests.helpers.building import SMALL_MODEL, small_benchmark_config
+from tests.helpers.training import small_train_config
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """Benchmark, one short run and all its results, made by the pipeline from two configs."""
     folder = tmp_path_factory.mktemp("study")
-    train = {
-        "run_name": "tiny",
-        "seed": 3,
-        "benchmark_dir": "elsewhere",
-        "output_dir": "elsewhere",
-        "batch_size": 8,
-        "num_steps": 16,
-        "log_every_steps": 8,
-        "eval_every_steps": 8,
-        "checkpoint_every_steps": 8,
-        "model": SMALL_MODEL | {"n_layers": 1, "n_heads": 2},
-        "optimization": {"learning_rate": 3e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95},
-        "evaluation": {"batch_size": 8, "tracked_splits": ["validation_iid", "heldout_pairs"]},
-        "checkpointing": {"best_checkpoint_split": "validation_iid"},
-    }
+    config = small_train_config("elsewhere", num_steps=16, model=SMALL_MODEL | {"n_layers": 1, "n_heads": 2})
+    train = config.model_dump(mode="json")
     (folder / "train.json").write_text(json.dumps(train))
     (folder / "benchmark.json").write_text(json.dumps(small_benchmark_config()))
     reports = run_pipeline(_from_configs(folder))
