@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from kvjax.artifacts.find_runs import find_run_dirs
+from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
@@ -72,11 +73,8 @@ def study_of(settings: PipelineSettings) -> Study:
     """Says where the parts of a study lie, and what they are made from.
 
     Raises:
-      InputError: neither a config nor runs are named, or one of them cannot be used.
+      InputError: a config or a run cannot be used.
     """
-    if (settings.config is None) == (settings.run_dirs is None):
-        found = "both" if settings.config else "neither"
-        raise bad_argument("config", "a training config, or `run_dirs` of runs that exist", found)
     output, interventions = Path(settings.output_dir), InterventionSettings(pairs_per_kind=settings.pairs_per_kind)
     places = {"ranking": output / "ranking.json", "comparison": output / "comparison", "interventions": interventions}
     if settings.run_dirs is not None:
@@ -112,9 +110,10 @@ def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> Non
     ran = [report for report in reports if not report.skipped]
     total = _duration(sum(report.seconds for report in reports))
     say(f"\n{len(ran)} of {len(reports)} stages run in {total}, the others were current.")
-    for path in study.runs:
-        say(f"  {path}: story in {path / 'analysis' / 'story.md'}")
-    if (study.comparison / "comparison.md").is_file():
-        say((study.comparison / "comparison.md").read_text(encoding="utf-8").partition("\n## ")[0].rstrip())
-        say(f"\nComparison with tables and figures: {study.comparison / 'comparison.md'}")
+    for run in study.open_runs():
+        say(f"  {run.path}: story in {run.layout.story_text}")
+    page = ComparisonLayout(study.comparison).page
+    if page.is_file():
+        say(page.read_text(encoding="utf-8").partition("\n## ")[0].rstrip())
+        say(f"\nComparison with tables and figures: {page}")
     say(f"Next: {command('status', run_dirs=list(study.runs))}")

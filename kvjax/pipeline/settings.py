@@ -207,9 +207,11 @@ class QuickstartSettings(Settings):
 class PipelineSettings(Settings):
     """A study from a config, or of runs that exist."""
 
-    config: str | None = setting(None, "Training config, shipped or a JSON file; else name `run_dirs`.")
+    config: str = setting("symbolic_kv_quickstart", "Training config, shipped or a JSON file.")
     run_dirs: tuple[str, ...] | None = setting(
-        None, "Runs that exist, in place of a config: a comma list, globs allowed; may be repeated.", repeated=True
+        None,
+        "Runs that exist, instead of a config: a comma list, globs allowed; may be repeated.",
+        repeated=True,
     )
     benchmark_config: str | None = setting(
         None, "Benchmark config; by default the shipped one of the training config's name."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvjax.artifacts.layout import BenchmarkLayout, ProbeSetLayout, RunLayout, arrays_beside, step_of
+from kvjax.artifacts.layout import BenchmarkLayout, ComparisonLayout, ProbeSetLayout, RunLayout, arrays_beside, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted([*(ROOT / "kvjax").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
@@ -18,6 +18,7 @@ FILES = (
     *("run_config.json", "metrics.jsonl", "summary.json", "best_checkpoint.json", "best.pt", "last.pt"),
     *("probe_set.jsonl", "sweep.json", "checkpoint_metrics.jsonl", "checkpoint_metrics.nc"),
     *("heads.jsonl", "mlps.jsonl", "neurons.jsonl", "birth_windows.json", "story.json", "story.md"),
+    *("comparison.json", "comparison.nc", "comparison.md"),
     "metadata.json",
     *(
         ".metadata.json",
@@ -50,6 +51,8 @@ def test_names_of_a_run():
     assert probe.pairs_manifest == Path("run/analysis/probe_set.pairs.metadata.json")
     assert probe.fit == Path("run/analysis/probe_set.fit.jsonl")
     assert BenchmarkLayout(Path("b")).split("train") == Path("b/train.jsonl")
+    comparison = ComparisonLayout(Path("c"))
+    assert (comparison.comparison, comparison.arrays) == (Path("c/comparison.json"), Path("c/comparison.nc"))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_defaults_of_a_command(command):
         assert refusal.value.parameter == missing[0]
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"quickstart"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"quickstart", "pipeline"}))
 def test_missing_flag_imports_nothing_heavy(command):
     """The answer to a missing flag needs neither JAX nor NumPy nor anything else that takes time to import."""
     code = (

@@ -169,6 +169,8 @@ def test_interventions(folder):
     """Interventions are current once every kind asked for is measured on the checkpoints that there are."""
     study, run = study_in(folder), RunDir.open(folder / "run")
     state = INTERVENE.current(study)
+    assert state.holds and state.reason == "no run has a birth window to intervene in"
+    state = interventions_are_current(run, InterventionSettings())
     assert not state.holds and "ready for circuit work" in state.reason
     settings = InterventionSettings(kinds=("necessity",), steps="16", pairs_per_kind=2, force=True)
     before = interventions_are_current(run, settings)
