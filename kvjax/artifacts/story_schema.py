@@ -215,7 +215,7 @@ class Story(_Part):
       ablation: the kind of ablation that shares are of.
       persistence: further checkpoints at which a handover must hold.
       floor: smallest drop that means anything.
-      steps: of the checkpoints it is told from.
+      steps: of the checkpoints that it covers.
       planned_steps: last step that training is to reach.
       reads: number of reads, and `sequences` of streams, of the probe set.
       chance: accuracy of guessing a value; null if unknown.

@@ -107,7 +107,7 @@ def _roles(document: Mapping[str, Any]) -> Iterator[str]:
     elif role_sure:
         yield f"The same roles return at addresses that change as by chance: {numbers}."
     else:
-        yield f"That the same roles return cannot be told from chance: {numbers}."
+        yield f"Chance may explain that the same roles return: {numbers}."
     for role, winners in roles["winners"].items():
         named = [winner["component"] for winner in winners if winner["component"] is not None]
         if named:

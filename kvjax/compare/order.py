@@ -67,7 +67,7 @@ def precedences(onsets: Mapping[str, Sequence[Onset | None]]) -> list[Precedence
     """Counts for each pair of metrics in how many seeds one preceded the other.
 
     Args:
-      onsets: of each metric, one entry per seed in the same order; None where a seed has no such metric.
+      onsets: of each metric, one entry per seed in the same order; None for a seed without the metric.
 
     Returns:
       Every pair, the surest first.

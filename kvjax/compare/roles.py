@@ -127,12 +127,3 @@ def _at_steps(
         if own:
             rows[index] = np.mean(own, axis=0)
     return rows
-
-
-def winners(scores_XxR: np.ndarray, heads: Sequence[Component]) -> dict[str, tuple[Component, float] | None]:
-    """Picks the head with the largest score of each role, and the score; None if no head has one."""
-    best = {}
-    for index, role in enumerate(ROLES):
-        own = scores_XxR[:, index]
-        best[role] = (heads[int(own.argmax())], float(own.max())) if own.max() > 0 else None
-    return best

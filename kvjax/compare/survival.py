@@ -37,7 +37,7 @@ class Survival:
     Attributes:
       steps: at which at least one seed formed it, ascending.
       shares: not formed after each of these steps.
-      low, high: 95 % limits of each share; None where they are undefined (a share of 0 or 1).
+      low, high: 95 % limits of each share; None if the share is 0 or 1.
       median: the first step after which at most half of the seeds have not formed it; None if there is none.
       median_low, median_high: 95 % limits of the median; None for a limit beyond what was observed.
       formed, total: seeds.

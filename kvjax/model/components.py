@@ -54,8 +54,3 @@ def all_components(n_layers: int, n_heads: int) -> tuple[Component, ...]:
 def all_heads(n_layers: int, n_heads: int) -> tuple[Component, ...]:
     """Lists every head, layer by layer."""
     return tuple(Component(layer, head) for layer in range(n_layers) for head in range(n_heads))
-
-
-def all_mlps(n_layers: int) -> tuple[Component, ...]:
-    """Lists every MLP, layer by layer."""
-    return tuple(Component(layer) for layer in range(n_layers))

@@ -59,7 +59,7 @@ def story_state(run: RunDir) -> StoryState:
         return StoryState(Current(False, str(error), rerun), None)
     if story.told_from.interventions != interventions_of(results):
         return StoryState(Current(False, "interventions were measured again since it was told", rerun), story)
-    return StoryState(Current(True, f"it is told in {run.layout.story_text}"), story)
+    return StoryState(Current(True, f"{run.layout.story_text} tells it"), story)
 
 
 def story_is_current(run: RunDir) -> Current:

@@ -136,13 +136,13 @@ def print_told(state: Readiness, *, in_full: bool) -> None:
         say(f"  The story is not up to date: {current.reason} ({current.command})")
     if story is not None:
         print_story(story, in_full=in_full)
-        say(f"  The story is told in {state.run.layout.story_text}.")
+        say(f"  The whole story: {state.run.layout.story_text}")
 
 
 def print_sweep_example(run: RunDir) -> None:
     """Prints the line of Python that opens a run's results."""
     path = run.layout.arrays
-    say(f'Next: xarray.open_dataset({str(path)!r}) (README, "Reading the results").')
+    say(f'Next: xarray.open_dataset({str(path)!r}) (README, "From Python").')
 
 
 def print_comparison(made: WrittenComparison) -> None:

@@ -44,7 +44,7 @@ ZERO = "zero"
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """What a story is told from.
+    """The sweep and windows that a story is made from.
 
     Attributes:
       steps: [C] of the checkpoints that are one trajectory.

@@ -15,7 +15,7 @@ KIND = "activation_patching"
 
 # A component is confirmed if patching it recovers this part of the gap or more, and its interval lies above 0.
 _CONFIRMED = 0.1
-# The metric that recoveries of components are told in, if there are several.
+# The metric whose recoveries a story gives, if several are stored.
 _METRIC = "logit_difference"
 
 
@@ -115,6 +115,6 @@ def _hashes(one: Intervention) -> dict[str, str]:
 
 
 def _recovery(dataset: xr.Dataset) -> xr.DataArray:
-    """Selects the recoveries that are told; NaN for kinds of pair whose clean run fails, which recover nothing."""
+    """Selects the recoveries that a story gives; NaN for kinds of pair whose clean run fails, which recover nothing."""
     recovery = dataset["recovery_by_role"].sel(position_role="all", direction="denoising", metric=_METRIC)
     return recovery.where(~dataset["clean_run_fails"].sel(metric=_METRIC).any("failure"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from kvjax.artifacts.story_schema import (
     Carrier,
@@ -19,6 +19,21 @@ from kvjax.artifacts.story_schema import (
 from kvjax.measure import registry
 from kvjax.measure.declaration import HELDOUT_SPLIT
 from kvjax.measure.registry import BIRTH_SPLIT
+from kvjax.story.wording import (
+    both_values,
+    cell,
+    count,
+    distance,
+    from_to,
+    inflected,
+    joined,
+    numbers,
+    percent,
+    points,
+    share_change,
+    with_change,
+    with_interval,
+)
 
 # How many components, or measures, a sentence names.
 _NAMED = 4
@@ -99,29 +114,29 @@ def _title(story: Story) -> str:
 
 def _nothing(story: Story) -> str:
     told = {"undecidable": "Whether something formed cannot be decided", "no transition": "Nothing formed"}
-    return f"{told.get(story.verdict, 'No window is told as a phase')}: {story.reason}."
+    return f"{told.get(story.verdict, 'No window makes a phase')}: {story.reason}."
 
 
 def _phase_summary(phase: Phase) -> str:
     carriers = [carrier.component for carrier in phase.carriers]
-    heads = f" {_names(carriers)} {_s('carry', carriers)} the answers." if carriers else ""
-    shown = [f"{split} {_ends(one)}" for split, one in _shown(phase.accuracy).items()]
+    heads = f" {joined(carriers)} {inflected('carry', carriers)} the answers." if carriers else ""
+    shown = [f"{split} {both_values(one)}" for split, one in _shown(phase.accuracy).items()]
     followed = f" Accuracy: {', '.join(shown)}." if shown else ""
     reach = phase.reach.get(BIRTH_SPLIT)
     back = ""
     if reach is not None and reach.after is not None and reach.after != reach.before:
         extent = "the longest measured" if reach.after == reach.longest else f"not the {reach.longest} measured"
         back = f" Values are found up to {reach.after} tokens back, {extent}."
-    return f"Steps {_span(phase.between)}: {_headline(phase)}.{heads}{followed}{back}"
+    return f"Steps {from_to(phase.between)}: {_headline(phase)}.{heads}{followed}{back}"
 
 
 def _handover_summary(one: HandoverEntry) -> str:
     held_out = one.accuracy.get(HELDOUT_SPLIT)
-    more = f" Accuracy on {HELDOUT_SPLIT}: {_ends(held_out)}." if held_out is not None and held_out.holds else ""
+    more = f" Accuracy on {HELDOUT_SPLIT}: {both_values(held_out)}." if held_out is not None and held_out.holds else ""
     givers, takers = one.from_components, one.to_components
     provisional = "" if one.persisted else " (provisional)"
-    span = f"{one.between[0]} and {one.between[1]}"
-    return f"Between steps {span} {_names(givers)} {_s('hand', givers)} over to {_names(takers)}{provisional}.{more}"
+    span, hand = f"{one.between[0]} and {one.between[1]}", inflected("hand", givers)
+    return f"Between steps {span} {joined(givers)} {hand} over to {joined(takers)}{provisional}.{more}"
 
 
 def _headline(phase: Phase) -> str:
@@ -141,9 +156,9 @@ def _headline(phase: Phase) -> str:
 
 
 def _phase_section(story: Story, number: int, phase: Phase) -> Section:
-    lines = [f"Accuracy on {split}: {_change(one)}." for split, one in phase.accuracy.items() if one.holds]
+    lines = [f"Accuracy on {split}: {with_change(one)}." for split, one in phase.accuracy.items() if one.holds]
     if still := [split for split, one in phase.accuracy.items() if not one.holds]:
-        lines.append(f"No change beyond its interval on {_names(still)}.")
+        lines.append(f"No change beyond its interval on {joined(still)}.")
     lines += _who_carries(story, phase)
     reach = phase.reach.get(BIRTH_SPLIT)
     if reach is not None:
@@ -154,8 +169,8 @@ def _phase_section(story: Story, number: int, phase: Phase) -> Section:
             lines.append(f"With it {verb}: {listed}.")
     lines += _confirmed(phase.confirmations, [c.component for c in phase.carriers])
     if len(phase.windows) > 1:
-        lines.append(f"It holds {len(phase.windows)} windows, around steps {_names(map(str, phase.windows))}.")
-    return Section(f"Phase {number}, steps {_span(phase.between)}: {_headline(phase)}", tuple(lines))
+        lines.append(f"It holds {len(phase.windows)} windows, around steps {joined(map(str, phase.windows))}.")
+    return Section(f"Phase {number}, steps {from_to(phase.between)}: {_headline(phase)}", tuple(lines))
 
 
 def _who_carries(story: Story, phase: Phase) -> list[str]:
@@ -169,7 +184,7 @@ def _who_carries(story: Story, phase: Phase) -> list[str]:
     if not phase.carriers_before:
         lines.append(f"Who carried it at step {before}: no head; no drop reached {story.floor:g} and exceeded noise.")
     elif [c.component for c in phase.carriers_before] != [c.component for c in phase.carriers]:
-        shares = _names(f"{c.component} ({_percent(c.share)}, drop {c.drop:.3f})" for c in phase.carriers_before)
+        shares = joined(f"{c.component} ({percent(c.share)}, drop {c.drop:.3f})" for c in phase.carriers_before)
         lines.append(f"Who carried it at step {before}: {shares}.")
     for rose, verb in ((True, "grow"), (False, "shrink")):
         changed = [c for c in phase.components if (c.drop.change > 0) == rose and ".mlp" not in c.component][:_NAMED]
@@ -177,20 +192,20 @@ def _who_carries(story: Story, phase: Phase) -> list[str]:
             lines.append(f"Drops that {verb}: {'; '.join(map(_drop_change, changed))}.")
     named = {c.component for c in (*phase.carriers, *phase.carriers_before)}
     if story.ablation != "zero" and (others := [c for c in phase.carriers_by_zero if c not in named]):
-        lines.append(f"Zero ablation would also name {_names(others)}, with a drop below half the leader's here.")
+        lines.append(f"Zero ablation would also name {joined(others)}, with a drop below half the leader's here.")
     if phase.mlps:
-        lines.append(f"The MLPs that matter most: {_names(f'{c.component} (drop {c.drop:.3f})' for c in phase.mlps)}.")
+        lines.append(f"The MLPs that matter most: {joined(f'{c.component} (drop {c.drop:.3f})' for c in phase.mlps)}.")
     return lines
 
 
 def _carrier(carrier: Carrier) -> str:
-    share, ends = _percent(carrier.share), " to ".join(map(_percent, carrier.share_interval))
-    drop = f"a drop of {carrier.drop:.3f} ({_numbers(carrier.drop_interval)})"
+    share, ends = percent(carrier.share), " to ".join(map(percent, carrier.share_interval))
+    drop = f"a drop of {carrier.drop:.3f} ({numbers(carrier.drop_interval)})"
     return f"{carrier.component} has {share} of all drops ({ends}), {drop}"
 
 
 def _drop_change(one: Component) -> str:
-    return f"{one.component} {_arrow(one.drop)}"
+    return f"{one.component} {with_interval(one.drop)}"
 
 
 def _range_lines(reach: Reach) -> list[str]:
@@ -201,7 +216,7 @@ def _range_lines(reach: Reach) -> list[str]:
     interval = "" if reach.after_interval is None else f" ({reach.after_interval[0]} to {reach.after_interval[1]})"
     before = "" if reach.before in (None, reach.after) else f" Before it was {reach.before}."
     by_distance = "; ".join(
-        f"{_tokens(d.tokens)} tokens {d.before:.2f} to {d.after:.2f}"
+        f"{distance(d.tokens)} tokens {d.before:.2f} to {d.after:.2f}"
         for d in reach.distances
         if d.before is not None and d.after is not None
     )
@@ -216,17 +231,17 @@ def _handover_section(story: Story, one: HandoverEntry) -> Section:
     lines = []
     for moved in one.movements:
         verb = "falls" if moved.component in one.from_components else "rises"
-        ends, change = _shares(moved.share), _points(moved.share.interval)
+        ends, change = share_change(moved.share), points(moved.share.interval)
         lines.append(
             f"The share of {moved.component} {verb} from {ends} (change {change}). It is halfway at step "
             f"{moved.midpoint:.0f}, between checkpoints {moved.interval[0]} and {moved.interval[1]}. {_held(moved)}"
         )
     if story.ablation != "zero":
-        shares = "; ".join(f"{m.component} from {_shares(m.share_by_zero)}" for m in one.movements)
+        shares = "; ".join(f"{m.component} from {share_change(m.share_by_zero)}" for m in one.movements)
         lines.append(f"By zero ablation the shares go: {shares}.")
     start, end = one.measured_at
     lines += [
-        f"Accuracy on {split} from step {start} to {end}: {_change(accuracy)}."
+        f"Accuracy on {split} from step {start} to {end}: {with_change(accuracy)}."
         for split, accuracy in one.accuracy.items()
         if accuracy.holds
     ]
@@ -234,10 +249,12 @@ def _handover_section(story: Story, one: HandoverEntry) -> Section:
     if reach is not None and reach.before is not None and reach.after is not None:
         lines.append(f"Range on {BIRTH_SPLIT}: {reach.before} tokens at step {start}, {reach.after} at step {end}.")
     lines += _confirmed(one.confirmations, [*one.from_components, *one.to_components])
-    givers, takers = _names(one.from_components), _names(one.to_components)
+    givers, takers = joined(one.from_components), joined(one.to_components)
+    lose = inflected("lose", one.from_components)
+    double, rise = (inflected(verb, one.to_components) for verb in ("double", "end"))
     lines.append(
-        f"How sure: in {_percent(one.support)} of the resamples {givers} {_s('lose', one.from_components)} a third or "
-        f"more, and {takers} at least {_s('double', one.to_components)} and {_s('end', one.to_components)} above."
+        f"How sure: in {percent(one.support)} of the resamples {givers} {lose} a third or more, and {takers} at least "
+        f"{double} and {rise} above."
     )
     if not one.persisted:
         lines.append(f"It is provisional: not all of it is seen at {story.persistence} further checkpoints yet.")
@@ -248,7 +265,7 @@ def _handover_section(story: Story, one: HandoverEntry) -> Section:
 def _held(moved: Movement) -> str:
     if not moved.further_checkpoints:
         return f"This is seen at step {moved.held_from} alone, the last one."
-    return f"This is seen from step {moved.held_from} on, at {_count(moved.further_checkpoints, 'further checkpoint')}."
+    return f"This is seen from step {moved.held_from} on, at {count(moved.further_checkpoints, 'further checkpoint')}."
 
 
 def _confirmed(confirmations: Sequence[Confirmation], carriers: Sequence[str]) -> list[str]:
@@ -263,35 +280,35 @@ def _confirmed(confirmations: Sequence[Confirmation], carriers: Sequence[str]) -
         confirmed = [one for one in own if one.confirmed and one.component in carriers]
         others = [one for one in own if one.confirmed and one.component not in carriers and ".mlp" not in one.component]
         missing = [one.component for one in own if not one.confirmed]
-        adds = _names(map(_recovered, others[:_NAMED])) if others else ""
+        adds = joined(map(_recovered, others[:_NAMED])) if others else ""
         if not carriers:
             lines.append(f"{told} finds {adds or 'no head'}.")
             continue
-        confirms = _names(map(_recovered, confirmed)) if confirmed else f"none of {_names(carriers)}"
+        confirms = joined(map(_recovered, confirmed)) if confirmed else f"none of {joined(carriers)}"
         parts = [f"confirms {confirms}"]
         if confirmed and missing:
-            parts.append(f"not {_names(missing)}")
+            parts.append(f"not {joined(missing)}")
         if adds:
             parts.append(f"and adds {adds}")
         lines.append(f"{told} {', '.join(parts)}.")
     if silent:
         lines.append(
-            f"Patching on {_names(silent)} pairs at step {confirmations[0].step} shows nothing: the clean run fails on "
+            f"Patching on {joined(silent)} pairs at step {confirmations[0].step} shows nothing: the clean run fails on "
             "them, or the corrupted run answers alike."
         )
     return lines
 
 
 def _recovered(one: Confirmation) -> str:
-    return f"{one.component} {one.recovery:.2f} ({_numbers(one.interval, 2)})"
+    return f"{one.component} {one.recovery:.2f} ({numbers(one.interval, 2)})"
 
 
 def _at_the_ends(story: Story) -> list[str]:
     first, last = story.steps[0], story.steps[-1]
     if first == last:
-        return [f"Accuracy on {split} at step {first}: {_cell(values[0])}." for split, values in story.accuracy.items()]
+        return [f"Accuracy on {split} at step {first}: {cell(values[0])}." for split, values in story.accuracy.items()]
     return [
-        f"Accuracy on {split}: {_cell(values[0])} at step {first}, {_cell(values[-1])} at step {last}."
+        f"Accuracy on {split}: {cell(values[0])} at step {first}, {cell(values[-1])} at step {last}."
         for split, values in story.accuracy.items()
     ]
 
@@ -299,7 +316,7 @@ def _at_the_ends(story: Story) -> list[str]:
 def _how_sure(story: Story) -> list[str]:
     steps = story.steps
     lines = [
-        f"Told from {_count(len(steps), 'checkpoint')}, steps {_span((steps[0], steps[-1]))}, measured on "
+        f"Told from {count(len(steps), 'checkpoint')}, steps {from_to((steps[0], steps[-1]))}, measured on "
         f"{story.reads} reads of {story.sequences} streams.",
         "Numbers in brackets are 95 % intervals over streams: other streams might give other numbers. They do not "
         "cover other seeds.",
@@ -311,7 +328,7 @@ def _how_sure(story: Story) -> list[str]:
         )
     lines += [f"Not told: {sentence}." for sentence in story.untold]
     if any(one.confirmations for one in (*story.phases, *story.handovers)):
-        lines.append(f"Components were patched as well: {_names(story.told_from.interventions)}.")
+        lines.append(f"Components were patched as well: {joined(story.told_from.interventions)}.")
     elif story.phases:
         lines.append("Which components carry it rests on ablations alone. `kvjax intervene` checks it by patching.")
     return lines + [f"Note: {note}." for note in story.notes]
@@ -360,65 +377,3 @@ def _shown(accuracy: dict[str, Change]) -> dict[str, Change]:
     """Picks the splits that a short sentence names: like training, and held out, if they changed."""
     preferred = [split for split in (BIRTH_SPLIT, HELDOUT_SPLIT) if split in accuracy] or list(accuracy)
     return {split: accuracy[split] for split in preferred if accuracy[split].holds}
-
-
-def _ends(one: Change) -> str:
-    return f"{one.before:.2f} to {one.after:.2f}"
-
-
-def _change(one: Change) -> str:
-    return f"{one.before:.3f} to {one.after:.3f}, a change of {one.change:+.3f} ({_signed(one.interval)})"
-
-
-def _arrow(one: Change) -> str:
-    return f"{one.before:.3f} to {one.after:.3f} (change {_signed(one.interval)})"
-
-
-def _shares(one: Change) -> str:
-    ends = ("none" if share is None else _percent(share) for share in (one.before, one.after))
-    return " to ".join(ends)
-
-
-def _numbers(ends: tuple[float, float] | None, digits: int = 3) -> str:
-    return "no interval" if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
-
-
-def _signed(ends: tuple[float, float] | None) -> str:
-    return "no interval" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
-
-
-def _points(ends: tuple[float, float] | None) -> str:
-    return "no interval" if ends is None else f"{100 * ends[0]:+.0f} to {100 * ends[1]:+.0f} points"
-
-
-def _percent(share: float) -> str:
-    return f"{abs(100 * share) if -0.005 < share < 0 else 100 * share:.0f} %"
-
-
-def _cell(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
-
-
-def _tokens(ends: tuple[int, int]) -> str:
-    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def _span(ends: tuple[int, int]) -> str:
-    return f"{ends[0]} to {ends[1]}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _names(names: Iterable[str]) -> str:
-    """Joins names as a sentence does."""
-    listed = list(names)
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
-
-
-def _s(verb: str, subjects: Sequence[str]) -> str:
-    """Inflects a verb for one subject or for several."""
-    if len(subjects) != 1:
-        return verb
-    return f"{verb[:-1]}ies" if verb.endswith("y") else f"{verb}s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvjax.errors import InputError
-from kvjax.model.components import Component, all_components, all_heads, all_mlps
+from kvjax.model.components import Component, all_components, all_heads
 
 
 @pytest.mark.parametrize(("component", "spelling"), [(Component(1, 3), "L1H3"), (Component(10), "L10.mlp")])
@@ -31,5 +31,4 @@ def test_older_spelling_of_an_mlp():
 def test_every_component():
     """Heads and MLPs come layer by layer."""
     assert list(map(str, all_heads(2, 2))) == ["L0H0", "L0H1", "L1H0", "L1H1"]
-    assert list(map(str, all_mlps(2))) == ["L0.mlp", "L1.mlp"]
     assert list(map(str, all_components(2, 2))) == ["L0H0", "L0H1", "L0.mlp", "L1H0", "L1H1", "L1.mlp"]

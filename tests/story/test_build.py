@@ -144,7 +144,7 @@ def test_windows_with_settings_of_another_version():
 
 
 def test_fall_of_accuracy():
-    """A run that forgets is told as that."""
+    """The story of a run that forgets says so."""
     backwards = reference_like_events().isel(step=[7, 7, 7, 7, 7, 0, 0, 0]).assign_coords(step=list(STEPS))
     story = build_story(results_of(backwards, windows=(window(2000, 3000, 4000),)))
     (phase,) = story.phases

@@ -58,7 +58,7 @@ def test_words_of_confirmations(patched_run):
 
 
 def test_words_without_carriers(patched_run):
-    """A phase that no head carries is told with what patching finds, or with nothing."""
+    """A phase that no head carries gives what patching finds, or nothing."""
     results, _ = patched_run
     story = with_confirmations(build_story(results), results)
     phase = story.phases[1].model_copy(update={"carriers": [], "carriers_before": []})
