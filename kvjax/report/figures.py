@@ -92,7 +92,7 @@ def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
         axis.set_xlabel("training step")
         axis.set_title(_title(run), fontsize=11)
     named = " or ".join(kind.replace("_", "-") for kind in dict.fromkeys(kinds))
-    figure.colorbar(image, ax=axes[0].tolist(), label=f"answer accuracy lost under {named} ablation of the head")
+    figure.colorbar(image, ax=axes[0].tolist(), label=f"accuracy lost by {named} ablation")
     return figure
 
 

@@ -41,7 +41,7 @@ def test_head_map(run):
     np.testing.assert_array_equal(images[0].get_array()[2], drops.sel(layer=1, head=0))
     assert images[0].get_clim() == images[1].get_clim() == (-float(np.abs(drops).max()), float(np.abs(drops).max()))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["L0H0", "L0H1", "L1H0", "L1H1"]
-    assert figure.axes[2].get_ylabel() == "answer accuracy lost under role-mean ablation of the head"
+    assert figure.axes[2].get_ylabel() == "accuracy lost by role-mean ablation"
 
 
 def test_head_map_of_an_older_sweep(run):
