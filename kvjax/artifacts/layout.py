@@ -207,6 +207,79 @@ class ComparisonLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScreenLayout:
+    """The folders and files of a factor screen.
+
+    Attributes:
+      path: the folder they are in.
+    """
+
+    path: Path
+
+    @property
+    def benchmarks(self) -> Path:
+        """The folder of benchmarks: the base's, and one per value of a factor that changes the data."""
+        return self.path / "benchmarks"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of runs, by factor and value."""
+        return self.path / "runs"
+
+    @property
+    def base_probe_set(self) -> Path:
+        """The probe set on which runs of other data are measured too."""
+        return self.path / "base_probe_set.jsonl"
+
+    def benchmark(self, setting: str) -> Path:
+        """Names the benchmark of a setting, `base` or `factor/value`."""
+        return self.benchmarks / setting
+
+    def on_base(self, setting: str) -> Path:
+        """Names the folder of a setting's results on the base's probe set."""
+        return self.path / "on_base_probe_set" / setting
+
+    def comparison(self, setting: str) -> ComparisonLayout:
+        """Names the comparison of a setting's seeds."""
+        return ComparisonLayout(self.path / "seeds" / setting)
+
+    def factor(self, name: str) -> FactorLayout:
+        """Names the comparison of a factor's values."""
+        return FactorLayout(self.path / "factors" / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorLayout:
+    """The files of a comparison of a factor's values.
+
+    Attributes:
+      path: the folder they are in.
+    """
+
+    path: Path
+
+    @property
+    def comparison(self) -> Path:
+        """What was found, and on which runs."""
+        return self.path / "factor.json"
+
+    @property
+    def arrays(self) -> Path:
+        """Trajectories by value, seed and step."""
+        return self.path / "factor.nc"
+
+    @property
+    def page(self) -> Path:
+        """The finding in words, with tables."""
+        return self.path / "factor.md"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of figures."""
+        return self.path / "figures"
+
+
+@dataclasses.dataclass(frozen=True)
 class ProbeSetLayout:
     """The files of a probe set, which share a stem.
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "birth-windows": "find the few checkpoints between which something formed, or say that nothing did",
     "intervene": "inside birth windows: patching, paths, component sets, subspaces, neurons",
     "compare-seeds": "say what repeats across seeds: births, order, roles that move from head to head",
+    "factor-screen": "vary one factor at a time, and say what each changes beside what seeds change",
     "status": "say which conditions for circuit work a run meets, and what to do next",
 }
 

@@ -53,7 +53,7 @@ def compare(runs: Sequence[SweptRun], settings: CompareSettings) -> SeedComparis
     pairs = precedences(events.onsets(runs))
     order = [dataclasses.asdict(pair) | {"holds": pair.holds} for pair in pairs]
     metrics = list(dict.fromkeys(name for pair in pairs for name in (pair.first, pair.second)))
-    accuracy = _accuracies(runs, best)
+    accuracy = accuracies(runs, best)
     happened = {
         "births": events.births(runs),
         "half_rises": events.half_rises(runs),
@@ -70,7 +70,7 @@ def compare(runs: Sequence[SweptRun], settings: CompareSettings) -> SeedComparis
         **happened,
         "order": {"pairs": order, "consensus": consensus_order(metrics, pairs)},
         "story": {one.name: _story(one) for one in runs},
-        "leaders": [_leaders(one, best[one.name]) for one in runs],
+        "leaders": [leaders(one, best[one.name]) for one in runs],
         "accuracy": accuracy,
         "probes": _probes(runs, best),
         "roles": evidence.document(),
@@ -123,22 +123,23 @@ def _story(one: SweptRun) -> dict[str, Any]:
     return {"phases": story["phases"], "handovers": story["handovers"]}
 
 
-def _leaders(one: SweptRun, step: int) -> dict[str, Any]:
+def leaders(one: SweptRun, step: int) -> dict[str, Any]:
+    """Lists the leading components of a run at a checkpoint, ready for `RunLeaders`."""
     kind = one.results.sweep.ranked_by
     metrics = one.results.metrics.sel(split=ALL_SPLITS, step=step)
-    leaders: dict[str, Any] = {"run": one.name, "step": step, "ranked_by": kind}
+    found: dict[str, Any] = {"run": one.name, "step": step, "ranked_by": kind}
     for field, name in (("heads", "head_accuracy_drop"), ("mlps", "mlp_accuracy_drop")):
         drops = metrics[name].sel(ablation=kind)
         flat = drops.values.reshape(-1)
         at = [Component(*map(int, np.unravel_index(index, drops.shape))) for index in ranking(flat)[:LEADERS]]
-        leaders[field] = [
+        found[field] = [
             {"component": str(component), "accuracy_drop": _number(flat[index])}
             for component, index in zip(at, ranking(flat)[:LEADERS], strict=True)
         ]
-    return leaders
+    return found
 
 
-def _accuracies(runs: Sequence[SweptRun], best: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def accuracies(runs: Sequence[SweptRun], best: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Summarises accuracy on each split at each run's best and last checkpoint, ready for `SpreadEntry`."""
     found: dict[str, dict[str, Any]] = {}
     for split in runs[0].results.metrics["split"].values.tolist():

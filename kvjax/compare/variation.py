@@ -1,4 +1,8 @@
-"""Summarises how far a number differs between seeds."""
+"""Summarises how far a number differs between seeds, and splits its variance between settings and their seeds.
+
+One-way random effects by the analysis of variance; the interval of the share is exact for balanced normal data.
+Source: Searle, Casella and McCulloch, Variance Components (1992), chapter 3; Shrout and Fleiss 1979, ICC(1,1).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,61 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import fdtri
+
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class VarianceShares:
+    """How the variance of a summary splits.
+
+    Attributes:
+      between: variance between groups; 0 if groups differ less than their members do.
+      within: variance within groups.
+      share: between / (between + within); None if nothing varies.
+      low, high: its 95 % interval, cut at 0; None without one.
+    """
+
+    between: float
+    within: float
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+def variance_shares(groups: Sequence[np.ndarray]) -> VarianceShares | None:
+    """Estimates variances between and within groups; None unless there are two groups and one has two members.
+
+    Args:
+      groups: the values of each group's members; NaN is left out. Groups of unequal size use the mean size n0 of
+        unbalanced one-way designs, and their interval is approximate.
+    """
+    kept = [values[np.isfinite(values)] for values in (np.asarray(group, float) for group in groups)]
+    kept = [values for values in kept if len(values)]
+    total, count = sum(map(len, kept)), len(kept)
+    if count < 2 or total <= count:
+        return None
+    sizes = np.array([len(values) for values in kept])
+    means = np.array([values.mean() for values in kept])
+    grand = float(np.concatenate(kept).mean())
+    mean_square_between = float((sizes * (means - grand) ** 2).sum()) / (count - 1)
+    mean_square_within = sum(float(((v - v.mean()) ** 2).sum()) for v in kept) / (total - count)
+    size = (total - (sizes**2).sum() / total) / (count - 1)
+    between = max(0.0, (mean_square_between - mean_square_within) / size)
+    spread = between + mean_square_within
+    if spread == 0:
+        return VarianceShares(0.0, 0.0, None, None, None)
+    if mean_square_within == 0:
+        return VarianceShares(between, 0.0, 1.0, None, None)  # all members alike: no ratio to form limits of
+    ratio, freedom, tail = mean_square_between / mean_square_within, (count - 1, total - count), (1 - LEVEL) / 2
+    # A limit of the ratio of mean squares is one of the share.
+    limits = [ratio / fdtri(*freedom, 1 - tail), ratio / fdtri(*freedom, tail)]
+    low, high = (float((limit - 1) / (limit - 1 + size)) for limit in limits)
+    if high <= 0:  # the groups agree better than any share allows
+        return VarianceShares(between, mean_square_within, between / spread, None, None)
+    low = max(0.0, low)
+    return VarianceShares(between, mean_square_within, between / spread, low, high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal
 import pydantic
 
 from kvjax.config.base import Section
+from kvjax.config.benchmark import IntRange
 from kvjax.config.run import EvaluationConfig, ModelConfig, RunConfig
 
 
@@ -80,6 +81,33 @@ class CheckpointingConfig(Section):
     best_checkpoint_maximize: bool = True
 
 
+CURRICULUM_AXES = ("active_keys", "overwrite_count", "num_queries", "query_lag")
+
+
+class CurriculumStage(Section):
+    """Until which step only some of the training records are drawn: those within every range that is given.
+
+    `query_lag` bounds the number of writes between each read of a record and the write it returns.
+    """
+
+    until_step: int = pydantic.Field(ge=1)
+    active_keys: IntRange | None = None
+    overwrite_count: IntRange | None = None
+    num_queries: IntRange | None = None
+    query_lag: IntRange | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _limits_something(self) -> CurriculumStage:
+        if not self.limits():
+            raise ValueError(f"the stage until step {self.until_step} limits none of {', '.join(CURRICULUM_AXES)}")
+        return self
+
+    def limits(self) -> dict[str, IntRange]:
+        """Returns the ranges that are given, by axis."""
+        given = {axis: getattr(self, axis) for axis in CURRICULUM_AXES}
+        return {axis: limits for axis, limits in given.items() if limits is not None}
+
+
 class TrainConfig(RunConfig):
     """A training run. Older configs may hold `device` and `num_workers`, which are ignored: JAX picks the device."""
 
@@ -94,6 +122,14 @@ class TrainConfig(RunConfig):
     optimization: OptimizationConfig
     evaluation: TrainingEvaluationConfig
     checkpointing: CheckpointingConfig
+    curriculum: tuple[CurriculumStage, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _stages_follow_each_other(self) -> TrainConfig:
+        ends = [stage.until_step for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"curriculum: expected stages by ascending until_step; found {ends}")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _best_is_tracked(self) -> TrainConfig:

@@ -27,6 +27,7 @@ from kvjax.pipeline.stages import (
     Stage,
     Study,
 )
+from kvjax.pipeline.text import in_minutes
 from kvjax.pipeline.train import run_directories
 from kvjax.report.text import say
 
@@ -57,7 +58,7 @@ def run_pipeline(settings: PipelineSettings, progress: Progress = no_progress) -
             say(f"{label} ({state.reason})")
             stage.run(study, progress)
         seconds = time.monotonic() - began
-        say(f"{label}: {'current, skipped' if state.holds else f'done in {_duration(seconds)}'}")
+        say(f"{label}: {'current, skipped' if state.holds else f'done in {in_minutes(seconds)}'}")
         reports.append(StageReport(stage, state.holds, seconds))
     return reports
 
@@ -99,16 +100,11 @@ def _benchmark_config(settings: PipelineSettings) -> Path:
         raise bad_argument("benchmark_config", expected, "none") from None
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> None:
     """Prints what was done, what was found, and where to look."""
     study = study_of(settings)
     ran = [report for report in reports if not report.skipped]
-    total = _duration(sum(report.seconds for report in reports))
+    total = in_minutes(sum(report.seconds for report in reports))
     say(f"\n{len(ran)} of {len(reports)} stages run in {total}, the others were current.")
     for run in study.open_runs():
         say(f"  {run.path}: story in {run.layout.story_text}")

@@ -232,3 +232,13 @@ def check_logistic_steps(inputs: SweepInputs, settings: SweepSettings) -> None:
     if settings.probe == "logistic" and inputs.steps == "all":
         expected = "steps to fit logistic probes at (`steps`), for they take far longer than ridge"
         raise bad_argument("probe", expected, "`steps=all`")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactorSettings(Settings):
+    """A factor screen."""
+
+    config: str = required("Factor config: a JSON file, or the name of a shipped one, such as quick.")
+    seeds: tuple[int, ...] | None = setting(None, "Seeds of every setting; by default the config's.")
+    output_dir: str | None = setting(None, "Where benchmarks, runs and comparisons go; by default the config's.")
+    dry_run: bool = setting(False, "Print the runs, and about what time and disk they take; start nothing.")

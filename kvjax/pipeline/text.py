@@ -153,3 +153,11 @@ def print_comparison(made: WrittenComparison) -> None:
     for sentence in document["notes"]:
         say(f"note: {sentence}")
     say(f"Comparison in {made.layout.page}, with {made.layout.comparison.name}, {made.layout.arrays.name} and figures.")
+
+
+def in_minutes(seconds: float) -> str:
+    """Writes a time as people read it: seconds below a minute, else minutes, or hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

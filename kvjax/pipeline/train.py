@@ -241,3 +241,9 @@ def _state(training: Training, run: ResumedRun) -> TrainState:
     optimizer = training.program.optimizer
     restored = restore_adam(optimizer, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=step)
     return TrainState(params, restored)
+
+
+def diverged_at(path: Path) -> int | None:
+    """Finds the step at which a run's loss stopped being finite; None if it did not."""
+    summary = RunLayout(path).summary
+    return read_json(summary).get("diverged_at_step") if summary.is_file() else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvjax.compare.findings import step_interval
+from kvjax.report.markdown import table
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -18,7 +19,7 @@ def page(document: Mapping[str, Any]) -> str:
     lines += ["", "## Accuracy at the best checkpoint", ""]
     splits = list(document["accuracy"])
     best = {split: document["accuracy"][split]["best"] for split in splits}
-    lines += _table(
+    lines += table(
         ["run", "seed", "step", *splits],
         [
             [one["name"], one["seed"], one["best_step"], *(best[split]["values"][one["name"]] for split in splits)]
@@ -37,7 +38,7 @@ def page(document: Mapping[str, Any]) -> str:
             lines += ["None in any run."]
             continue
         lines += ["`>` marks a run that had not formed it by that step.", ""]
-        lines += _table(
+        lines += table(
             ["", *(one["name"] for one in runs), "formed", "median [95 %]"],
             [
                 [name, *_steps_of(entry, runs), f"{entry['formed']} of {entry['total']}", _median(entry)]
@@ -45,7 +46,7 @@ def page(document: Mapping[str, Any]) -> str:
             ],
         )
     lines += ["", "## Heads by role", ""]
-    lines += _table(
+    lines += table(
         ["role", *(one["name"] for one in runs)],
         [
             [role, *(f"{w['component'] or '-'} {w['score']:.2f} ({w['second_score']:.2f})" for w in winners)]
@@ -55,7 +56,7 @@ def page(document: Mapping[str, Any]) -> str:
     evidence = {"ablation": "ablation", "interventions": "patching"}[document["roles"]["evidence"]]
     lines += ["", f"A score is attention times the share of the causal effect (by {evidence}); in brackets the next"]
     lines += ["head's. Which head answers to which: `matching` in comparison.json.", "", "## Leading components", ""]
-    lines += _table(
+    lines += table(
         ["run", "step", "heads", "MLPs"],
         [[own["run"], own["step"], _leaders(own["heads"]), _leaders(own["mlps"])] for own in document["leaders"]],
     )
@@ -103,15 +104,3 @@ def _median(entry: Mapping[str, Any]) -> str:
 
 def _ends(spread: Mapping[str, Any]) -> str:
     return "-" if spread["low"] is None else f"{spread['low']:.3f} to {spread['high']:.3f}"
-
-
-def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
-    def cells(values: Sequence[Any]) -> str:
-        return "| " + " | ".join(map(_cell, values)) + " |"
-
-    return [cells(header), cells(["---"] * len(header)), *map(cells, rows)]
-
-
-def _cell(value: Any) -> str:
-    text = "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -18,13 +18,13 @@ from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
+from kvjax.train.curriculum import draw_batches, draw_phases
 from kvjax.train.memory import check_memory
 from kvjax.train.schedule import adam_moments
 from kvjax.train.trainer import (
     StepMetrics,
     TrainProgram,
     TrainState,
-    batch_indices,
     initial_params,
     plan_training,
     start_training,
@@ -74,12 +74,14 @@ class Training:
         self.config = config
         self.seeds = tuple(seeds)
         self.decoder = DecoderConfig.from_model_config(config.model, len(benchmark.vocabulary.tokens))
+        records, source = benchmark.read_split(TRAIN_SPLIT), benchmark.layout.split(TRAIN_SPLIT)
+        self._phases = draw_phases(config.curriculum, records, source)
         encoded = encode_records(
-            benchmark.read_split(TRAIN_SPLIT),
+            records,
             benchmark.vocabulary,
             [TRAIN_SPLIT],
             max_seq_len=config.model.max_seq_len,
-            source=benchmark.layout.split(TRAIN_SPLIT),
+            source=source,
         )
         self._tokens = encoded.tokens
         program = plan_training(
@@ -153,7 +155,7 @@ class Training:
     def _batches(self, first_step: int, steps: int) -> np.ndarray:
         return np.stack(
             [
-                batch_indices(seed, first_step, steps, num_records=len(self._tokens), batch_size=self.config.batch_size)
+                draw_batches(seed, first_step, steps, self._phases, batch_size=self.config.batch_size)
                 for seed in self.seeds
             ]
         )

@@ -14,31 +14,12 @@ from kvjax.commands.main import main
 from kvjax.errors import InputError
 from kvjax.pipeline.pipeline import run_pipeline
 from kvjax.pipeline.settings import PipelineSettings
-from tests.helpers.building import SMALL_MODEL, small_benchmark_config
-from tests.helpers.training import small_train_config
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """Benchmark, one short run and all its results, made by the pipeline from two configs."""
-    folder = tmp_path_factory.mktemp("study")
-    config = small_train_config("elsewhere", num_steps=16, model=SMALL_MODEL | {"n_layers": 1, "n_heads": 2})
-    train = config.model_dump(mode="json")
-    (folder / "train.json").write_text(json.dumps(train))
-    (folder / "benchmark.json").write_text(json.dumps(small_benchmark_config()))
-    reports = run_pipeline(_from_configs(folder))
-    assert [report.stage.name for report in reports if report.skipped] == ["intervene"], "nothing formed in 16 steps"
-    return folder
-
-
-def _from_configs(folder):
-    named = {"config": str(folder / "train.json"), "benchmark_config": str(folder / "benchmark.json")}
-    return PipelineSettings(**named, seeds=(3,), output_dir=str(folder / "study"))
+from tests.helpers.studies import study_settings
 
 
 def test_study_that_is_current(study, capsys):
     """A second call runs nothing, and says so of each stage."""
-    reports = run_pipeline(_from_configs(study))
+    reports = run_pipeline(study_settings(study))
     assert [report.stage.name for report in reports] == [
         *("generate", "train", "probe set", "sweep", "windows", "evaluate", "intervene")
     ]

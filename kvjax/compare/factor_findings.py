@@ -1,0 +1,95 @@
+"""Says in plain sentences what a factor changes, with numbers, and where seeds differ as much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kvjax.measure.declaration import HELDOUT_SPLIT
+from kvjax.measure.registry import BIRTH_SPLIT
+
+_FEWEST_FOR_A_CLAIM = 3  # seeds per setting
+
+
+def factor_findings(document: Mapping[str, Any]) -> list[str]:
+    """States what differs between the settings of a factor, the most general first."""
+    return [
+        *_behaviour(document),
+        *_births(document),
+        *_shares(document),
+        *_carriers(document),
+        *_diverged(document),
+        *_limits(document),
+    ]
+
+
+def _behaviour(document: Mapping[str, Any]) -> Iterator[str]:
+    for split in (BIRTH_SPLIT, HELDOUT_SPLIT):
+        parts = []
+        for entry in document["settings"]:
+            spread = entry["full_splits"].get(split) or entry["accuracy"].get(split, {}).get("best")
+            if spread is not None and spread["median"] is not None:
+                ends = f"{spread['low']:.3f} to {spread['high']:.3f}"
+                parts.append(f"{entry['label']} {spread['median']:.3f} ({ends})")
+        if parts:
+            yield f"Accuracy on {split} at the best checkpoint, median and range over seeds: {'; '.join(parts)}."
+
+
+def _births(document: Mapping[str, Any]) -> Iterator[str]:
+    metrics = dict.fromkeys(name for entry in document["settings"] for name in entry["births"])
+    for metric in metrics:
+        parts = []
+        for entry in document["settings"]:
+            event = entry["births"].get(metric)
+            if event is None:
+                parts.append(f"{entry['label']} not measured")
+                continue
+            when = "" if event["median"] is None else f", median step {event['median']}"
+            parts.append(f"{entry['label']} {event['formed']} of {event['total']}{when}")
+        yield f"Births of {metric}: {'; '.join(parts)}."
+
+
+def _shares(document: Mapping[str, Any]) -> Iterator[str]:
+    known = {
+        name: entry["shares"]
+        for name, entry in document["summaries"].items()
+        if entry["shares"] is not None and entry["shares"]["low"] is not None
+    }
+    by_setting = {name: shares for name, shares in known.items() if shares["low"] > 0}
+    if by_setting:
+        parts = [
+            f"{name} ({shares['share']:.0%} of its variance, {shares['low']:.0%} to {shares['high']:.0%})"
+            for name, shares in sorted(by_setting.items(), key=lambda item: -item[1]["low"])[:4]
+        ]
+        more = f"; and {len(by_setting) - 4} more" if len(by_setting) > 4 else ""
+        yield f"Settings differ by more than their seeds in: {'; '.join(parts)}{more}."
+    if known and not by_setting:
+        yield f"In none of {len(known)} summaries do settings differ by more than their seeds."
+
+
+def _carriers(document: Mapping[str, Any]) -> Iterator[str]:
+    for entry in document["settings"]:
+        winners = {
+            role: [one["component"] for one in own if one["component"] is not None]
+            for role, own in entry["roles"].items()
+        }
+        named = "; ".join(f"{role} {', '.join(own)}" for role, own in winners.items() if own)
+        if named:
+            yield f"{entry['label']}, head with the largest score by role, seed by seed: {named}."
+
+
+def _diverged(document: Mapping[str, Any]) -> Iterator[str]:
+    for entry in document["settings"]:
+        lost = [run for run in entry["runs"] if run["diverged_at"] is not None]
+        if lost:
+            steps = ", ".join(f"seed {run['seed']} at step {run['diverged_at']}" for run in lost)
+            yield f"{entry['label']}: {len(lost)} of {len(entry['runs'])} runs diverged ({steps})."
+
+
+def _limits(document: Mapping[str, Any]) -> Iterator[str]:
+    fewest = min(len(entry["runs"]) for entry in document["settings"])
+    if fewest < _FEWEST_FOR_A_CLAIM:
+        yield (
+            f"With {fewest} seed{'s' if fewest != 1 else ''} per setting this is a screen: it says where to look, and "
+            "settles nothing."
+        )

@@ -1,0 +1,275 @@
+"""Runs a factor screen: every setting trained and measured like any study, then a comparison per factor."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from kvjax.artifacts.factor_schema import read_factor, write_factor
+from kvjax.artifacts.files import FileHash, read_json, replace_file
+from kvjax.artifacts.layout import FactorLayout
+from kvjax.artifacts.provenance import software_versions
+from kvjax.artifacts.results import RunResults
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
+from kvjax.compare.aligned import SweptRun, align
+from kvjax.compare.factor_findings import factor_findings
+from kvjax.compare.factors import ScreenedRun, Setting, compare_settings
+from kvjax.compare.settings import CompareSettings
+from kvjax.config.train import TrainConfig
+from kvjax.errors import InputError
+from kvjax.pipeline.compare_seeds import FEWEST_RUNS, compare_seeds, comparison_is_current
+from kvjax.pipeline.current import Current, all_current
+from kvjax.pipeline.factor_plan import PlannedSetting, ScreenPlan
+from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.settings import (
+    ComparisonOutput,
+    ResultSettings,
+    Runs,
+    RunsOnBenchmark,
+    SweepInputs,
+)
+from kvjax.pipeline.stages import EVALUATE, GENERATE, PROBE_SET, SWEEP, TRAIN, WINDOWS, Stage, Study
+from kvjax.pipeline.sweep import sweep
+from kvjax.pipeline.sweep_state import sweep_is_current
+from kvjax.pipeline.text import in_minutes
+from kvjax.pipeline.train import diverged_at
+from kvjax.report.factor_figures import births_by_setting_figure, settings_figure
+from kvjax.report.factor_page import factor_page
+from kvjax.report.figures import save_figure
+from kvjax.report.text import say
+from kvjax.sweeps.settings import SweepSettings
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.probe_set import own_probe_set
+
+_COMMON_STEPS = CompareSettings(align="intersection")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a screen: what it is called, whether it is current, and what does the rest of it."""
+
+    name: str
+    current: Callable[[], Current]
+    run: Callable[[Progress], object]
+
+
+def run_screen(plan: ScreenPlan, progress: Progress = no_progress) -> list[FactorLayout]:
+    """Runs what is left of a screen, with a printed line per part, and returns where the comparisons are.
+
+    Raises:
+      InputError: a folder holds another study, or a stage refuses; what earlier parts wrote stays.
+    """
+    parts = list(_parts(plan))
+    began = time.monotonic()
+    for number, part in enumerate(parts, start=1):
+        label, started, state = f"{number}/{len(parts)}  {part.name}", time.monotonic(), part.current()
+        if state.holds:
+            say(f"{label}: current, skipped")
+            continue
+        part.run(progress)
+        say(f"{label}: done in {in_minutes(time.monotonic() - started)}")
+    say(f"\nThe screen took {in_minutes(time.monotonic() - began)}.")
+    return [plan.layout.factor(name) for name in plan.varied]
+
+
+def _parts(plan: ScreenPlan) -> Iterator[_Part]:
+    """Lists what a screen consists of: benchmarks, training, the stages over all runs, comparisons."""
+    for setting in plan.settings:
+        if setting is plan.base or setting.benchmark_dir != plan.base.benchmark_dir:
+            yield _of_stage(GENERATE, plan, setting)
+    for setting in plan.settings:
+        yield _of_stage(TRAIN, plan, setting)
+    for stage in (PROBE_SET, SWEEP, WINDOWS, EVALUATE):
+        yield _over_measured_runs(stage, plan)
+    for setting in plan.settings:
+        if setting.benchmark_dir != plan.base.benchmark_dir:
+            yield _Part(
+                f"sweep on the base's probe set, {setting.name}",
+                lambda one=setting: _measured_on_base(plan, one),
+                lambda progress, one=setting: _sweep_on_base(plan, one, progress),
+            )
+    yield _Part(
+        "compare the seeds of every setting",
+        lambda: all_current(_seeds_are_compared(plan, setting) for setting in plan.settings),
+        lambda progress: _compare_seeds(plan, progress),
+    )
+    for name in plan.varied:
+        yield _Part(
+            f"compare {name}",
+            lambda factor=name: _factor_is_current(plan, factor),
+            lambda progress, factor=name: compare_factor(plan, factor),
+        )
+
+
+def _of_stage(stage: Stage, plan: ScreenPlan, setting: PlannedSetting) -> _Part:
+    study = _study(plan, setting, setting.runs)
+    return _Part(
+        f"{stage.name}, {setting.name}",
+        lambda: stage.current(study),
+        lambda progress: stage.run(study, progress),
+    )
+
+
+def _over_measured_runs(stage: Stage, plan: ScreenPlan) -> _Part:
+    """Lifts a stage to all runs of a screen that saved a checkpoint, whatever they were trained on."""
+
+    def study() -> Study:
+        there = [path for path in plan.runs if path.is_dir()]
+        kept = {path: plan.runs[path] for path in there if RunDir.open(path).checkpoints}
+        return _study(plan, plan.base, kept)
+
+    def current() -> Current:
+        if missing := [path for path in plan.runs if not path.is_dir()]:
+            return Current(False, f"{missing[0]} does not exist")
+        return stage.current(study())
+
+    return _Part(stage.name, current, lambda progress: stage.run(study(), progress))
+
+
+def _study(plan: ScreenPlan, setting: PlannedSetting, runs: Mapping[Path, TrainConfig]) -> Study:
+    folder = plan.layout.comparison(setting.name).path
+    return Study(setting.benchmark_dir, setting.benchmark, runs, folder / "ranking.json", folder)
+
+
+def _swept(setting: PlannedSetting) -> list[RunDir]:
+    runs = [RunDir.open(path) for path in setting.runs]
+    return [run for run in runs if run.checkpoints]
+
+
+def _on_base(plan: ScreenPlan, setting: PlannedSetting) -> list[RunDir]:
+    folder, runs = plan.layout.on_base(setting.name), _swept(setting)
+    places = [folder / run.path.name if len(runs) > 1 else folder for run in runs]
+    return [RunDir.open(place) for place in places if place.is_dir()]
+
+
+def _measured_on_base(plan: ScreenPlan, setting: PlannedSetting) -> Current:
+    if plan.base.benchmark.num_keys != setting.benchmark.num_keys or (
+        plan.base.benchmark.num_values != setting.benchmark.num_values
+    ):
+        return Current(True, "it has another vocabulary than the base's data")
+    runs = _on_base(plan, setting)
+    if len(runs) < len(_swept(setting)):
+        return Current(False, f"{plan.layout.on_base(setting.name)} lacks runs")
+    return all_current(sweep_is_current(run) for run in runs)
+
+
+def _sweep_on_base(plan: ScreenPlan, setting: PlannedSetting, progress: Progress) -> None:
+    probe = own_probe_set(plan.layout.base_probe_set, Benchmark.open(plan.base.benchmark_dir))
+    sweep(
+        dataclasses.replace(
+            RunsOnBenchmark.of([run.path for run in _swept(setting)]), benchmark_dir=str(plan.base.benchmark_dir)
+        ),
+        SweepInputs(probe_set=str(probe.path)),
+        SweepSettings(contradiction="note"),
+        progress,
+        ResultSettings(output_dir=str(plan.layout.on_base(setting.name))),
+    )
+
+
+def _seeds_are_compared(plan: ScreenPlan, setting: PlannedSetting) -> Current:
+    runs = _swept(setting)
+    if len(runs) < FEWEST_RUNS:
+        return Current(True, "fewer than two runs to compare")
+    return comparison_is_current(runs, plan.layout.comparison(setting.name).path)
+
+
+def _compare_seeds(plan: ScreenPlan, progress: Progress) -> None:
+    left = [setting for setting in plan.settings if not _seeds_are_compared(plan, setting).holds]
+    with progress(len(left), "settings") as advance:
+        for setting in left:
+            runs, folder = _swept(setting), plan.layout.comparison(setting.name).path
+            compare_seeds(Runs.of([run.path for run in runs]), _COMMON_STEPS, ComparisonOutput(output_dir=str(folder)))
+            advance(1)
+
+
+def _settings_of(plan: ScreenPlan, name: str) -> list[Setting]:
+    return [_setting(plan, label, setting) for label, setting in plan.compared(name).items()]
+
+
+def _setting(plan: ScreenPlan, label: str, setting: PlannedSetting) -> Setting:
+    on_base = {RunResults(run).run.layout.path.resolve(): run for run in _on_base(plan, setting)}
+    runs = []
+    for path, config in setting.runs.items():
+        opened, name = RunDir.open(path), f"{label}_seed_{config.seed}"
+        swept = SweptRun(name, RunResults(opened)) if opened.checkpoints else None
+        other = on_base.get(path.resolve())
+        runs.append(
+            ScreenedRun(
+                name=name,
+                path=str(path),
+                seed=config.seed,
+                diverged_at=diverged_at(path),
+                swept=swept,
+                on_base=None if other is None else SweptRun(name, RunResults(other)),
+                full_splits={} if swept is None else _full_splits(opened),
+            )
+        )
+    layout = plan.layout.comparison(setting.name)
+    seeds = (read_json(layout.comparison), str(layout.path)) if layout.comparison.is_file() else None
+    return Setting(label, setting.overrides, runs, seeds)
+
+
+def _full_splits(run: RunDir) -> dict[str, float]:
+    path = run.layout.evaluation("best")
+    document = read_json(path) if path.is_file() else {"splits": {}}
+    return {split: one["answer_accuracy"] for split, one in document["splits"].items()}
+
+
+def compare_factor(plan: ScreenPlan, name: str) -> dict[str, Any]:
+    """Compares the settings of one factor and writes `factor.json`, `.nc`, `.md` and figures, the JSON last.
+
+    Raises:
+      InputError: a run lacks a result, or a file cannot be written.
+    """
+    settings, layout = _settings_of(plan, name), plan.layout.factor(name)
+    trajectories = {one.label: align(one.swept, _COMMON_STEPS.align).dataset for one in settings if one.swept}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "screen": plan.screen.name,
+        "factor": name,
+        "base_label": plan.factor(name).base_label,
+        **compare_settings(settings),
+        "versions": software_versions(),
+    }
+    document["findings"] = factor_findings(document)
+    root = xr.Dataset(attrs={"factor": name, "settings": ", ".join(trajectories)})
+    write_datasets(layout.arrays, [(None, root), *trajectories.items()])
+    document["arrays"] = dataclasses.asdict(FileHash.of(layout.arrays))
+    save_figure(settings_figure(trajectories, factor=name), layout.figures, "trajectories")
+    save_figure(births_by_setting_figure(document), layout.figures, "births")
+    with replace_file(layout.page) as partial:
+        partial.write_text(factor_page(document), encoding="utf-8")
+    write_factor(layout.comparison, document)
+    return document
+
+
+def _factor_is_current(plan: ScreenPlan, name: str) -> Current:
+    path = plan.layout.factor(name).comparison
+    if not path.is_file():
+        return Current(False, f"{path} does not exist")
+    try:
+        then = [(run.path, run.sweep_sha256) for entry in read_factor(path).settings for run in entry.runs]
+        now = [(run.path, _sweep_of(run)) for setting in _settings_of(plan, name) for run in setting.runs]
+    except InputError as error:
+        return Current(False, str(error))
+    return Current(then == now, f"{path} compares {len(then)} runs, as they are measured now or were before")
+
+
+def _sweep_of(run: ScreenedRun) -> str | None:
+    return None if run.swept is None else run.swept.results.sweep.measured_on.sweep_sha256
+
+
+def print_screen(layouts: Sequence[FactorLayout]) -> None:
+    """Prints what every factor changed, and where its page is."""
+    for layout in layouts:
+        found = read_factor(layout.comparison)
+        say(f"\n{found.factor}: {', '.join(entry.label for entry in found.settings)}")
+        for sentence in found.findings:
+            say(f"  - {sentence}")
+        say(f"  {layout.page}")
