@@ -7,9 +7,10 @@ key is everything that the lowered program is made from, so that it is not trace
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import numpy as np
 import kvjax
 from kvjax.artifacts.files import file_sha256, replace_file
 from kvjax.artifacts.provenance import software_versions
-from kvjax.devices import device_description, lowered_folder
+from kvjax.devices import available_cores, device_description, lowered_folder
 from kvjax.errors import InputError
 
 _DIGEST_BYTES = 32  # SHA-256
-_KEPT_PROGRAMS = 100  # of 0.1 to 0.4 MB; every version of the code and every shape of the data makes its own
+# Of 0.1 to 0.4 MB; every version of the code and every shape of the data makes its own, all interventions some 20.
+_KEPT_PROGRAMS = 200
 
 
 def _digest_of_code(package: Path) -> str:
@@ -34,10 +36,32 @@ def _digest_of_code(package: Path) -> str:
 # The digest of the imported code is taken at import, because files may be edited while a long run goes on.
 _CODE = _digest_of_code(Path(kvjax.__file__).parent)
 
-_calls: dict[str, Callable[..., Any]] = {}  # of this process: equal programs are compiled once
+
+@dataclasses.dataclass(frozen=True)
+class LoweredFunction:
+    """A function of arrays that is traced at most once, by this process or an earlier one.
+
+    Attributes:
+      jitted: what is compiled.
+      arguments: makes its arguments from those of the function.
+    """
+
+    jitted: Any
+    arguments: Callable[[tuple[Any, ...]], Sequence[Any]]
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls it; it is compiled at its first call unless `compile_together` did so."""
+        return self.jitted(*self.arguments(args))
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers it for arguments like these."""
+        return self.jitted.lower(*self.arguments(args))
 
 
-def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Callable[..., Any]:
+_calls: dict[str, LoweredFunction] = {}  # of this process: equal programs are compiled once
+
+
+def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> LoweredFunction:
     """Makes `function(static, ·)` a function of `args`, without tracing it again if an earlier process did.
 
     Args:
@@ -46,13 +70,12 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
       args: the arrays it will be called with, or others of the same trees, shapes, dtypes and shardings.
 
     Returns:
-      The function, compiled at its first call. It is `function` itself if compiled programs are not cached, or if JAX
-      cannot export one of its operations.
+      The function. It is traced in every process if compiled programs are not cached, or if JAX cannot export one of
+      its operations.
     """
     folder = lowered_folder()
-    direct = functools.partial(function, static)
     if folder is None:
-        return direct
+        return traced_here(function, static)
     leaves, tree = jax.tree.flatten(args)
     digest = _made_from(function, static, leaves, tree)
     if digest in _calls:
@@ -62,16 +85,29 @@ def kept_lowered(function: Callable[..., Any], static: Any, *args: Any) -> Calla
     if exported is None:
 
         def of_leaves(*leaves: jax.Array) -> Any:
-            return direct(*jax.tree.unflatten(tree, leaves))
+            return function(static, *jax.tree.unflatten(tree, leaves))
 
         try:
             exported = jax.export.export(jax.jit(of_leaves))(*leaves)
         except (ValueError, TypeError, NotImplementedError):  # JAX cannot export it
-            return direct
+            return traced_here(function, static)
         _save(path, exported)
-    call = jax.jit(exported.call)
-    _calls[digest] = lambda *args: call(*jax.tree.leaves(args))
+    _calls[digest] = LoweredFunction(jax.jit(exported.call), jax.tree.leaves)
     return _calls[digest]
+
+
+def traced_here(function: Callable[..., Any], static: Any) -> LoweredFunction:
+    """Makes `function(static, ·)` a function that this process traces; `function` is jitted, `static` is hashable."""
+    return LoweredFunction(function, lambda args: (static, *args))
+
+
+def compile_together(calls: Sequence[tuple[LoweredFunction, tuple[Any, ...]]]) -> None:
+    """Compiles functions for arguments side by side, for XLA compiles one mostly on one core; calls then find them."""
+    with ThreadPoolExecutor(available_cores()) as threads:
+        # Lowering holds Python's lock, so that it stays in this thread, beside the compiling of what is lowered.
+        compiling = [threads.submit(function.lower(*args).compile) for function, args in calls]
+    for each in compiling:
+        each.result()
 
 
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from kvjax.devices import Placement
+from kvjax.execution.export_cache import LoweredFunction, compile_together, kept_lowered, traced_here
 from kvjax.execution.over_checkpoints import checkpoints_of, over_chunks
 from kvjax.execution.unbucket import unbucket
 from kvjax.task.pair_encoding import EncodedPairs, bucket_by_last_affected, bucket_by_window
@@ -35,7 +36,7 @@ class PairBatch:
 class Measurement(Protocol):
     """A measurement of one checkpoint on one microbatch: arrays [B, …] by name.
 
-    It is a frozen dataclass of what it depends on besides, so that an equal one is not compiled again.
+    It is a frozen dataclass of what it depends on besides, so that an equal one is neither traced nor compiled again.
     """
 
     def __call__(self, tree: Any, batch: PairBatch, *shared: Any) -> dict[str, jax.Array]: ...
@@ -84,14 +85,18 @@ class OverPairs:
         """
         # Devices share the pairs of one checkpoint: three checkpoints would leave one of two devices idle.
         placement = Placement(self._devices)
+        measures = [_InWindow(measure, bucket.window, bucket.several) for bucket in self.buckets]
+        # Once, for all checkpoints.
+        batches = [jax.device_put(bucket.batches, placement.split) for bucket in self.buckets]
+        shared = jax.device_put(shared, placement.whole)
+        programs: list[LoweredFunction] = []
 
         def dispatch(trees: list[Any]) -> list[dict[str, jax.Array]]:
-            (tree,) = trees
-            of_buckets = [_InWindow(measure, bucket.window, bucket.several) for bucket in self.buckets]
-            return [
-                over_microbatches(own, placement, tree, bucket.batches, *shared)
-                for own, bucket in zip(of_buckets, self.buckets, strict=True)
-            ]
+            tree = jax.device_put(trees[0], placement.whole)
+            if not programs:
+                keep = dataclasses.is_dataclass(measure)
+                programs.extend(compiled_on_microbatches(measures, placement, tree, batches, *shared, keep=keep))
+            return [program(tree, own, *shared) for program, own in zip(programs, batches, strict=True)]
 
         chunks = over_chunks(dispatch, checkpoints_of(stacked), size=1, in_flight=0)
         collected = [unbucket(chunk.outputs, self.buckets, self._num_pairs) for chunk in chunks]
@@ -110,22 +115,49 @@ class _InWindow:
         return self.measure(tree, PairBatch(pairs, self.window, self.several), *shared)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def over_microbatches(
-    measure: Callable[..., dict[str, jax.Array]], placement: Placement, tree: Any, batches: Any, *shared: Any
-) -> dict[str, jax.Array]:
-    """Measures one checkpoint on microbatches that devices share, [1, microbatch, B, …].
+def compiled_on_microbatches(
+    measures: Sequence[Callable[..., dict[str, jax.Array]]],
+    placement: Placement,
+    tree: Any,
+    batches: Sequence[Any],
+    *shared: Any,
+    keep: bool = True,
+) -> list[LoweredFunction]:
+    """Compiles measurements of one checkpoint on the microbatches of several buckets, side by side.
 
     Args:
-      measure: of the tree, one microbatch and `shared`.
-      placement: the devices; they divide the number of microbatches.
-      tree: the checkpoint's parameters, or a tree that holds them.
-      batches: a tree of arrays [microbatch, B, …].
-      *shared: whatever every microbatch needs.
+      measures: for each bucket, of the tree, one microbatch and `shared`.
+      placement: the devices that share the microbatches; they divide their number.
+      tree: the checkpoint's parameters, or a tree that holds them, where `placement.whole` says.
+      batches: for each bucket, a tree of arrays [microbatch, B, …], where `placement.split` says.
+      *shared: whatever every microbatch needs, where `placement.whole` says.
+      keep: whether later processes find the lowered programs; then the `repr` of each measurement says all of it.
+
+    Returns:
+      For each bucket, a function of a tree, microbatches and `shared`, of arrays [1, microbatch, B, …].
     """
+    calls = []
+    for measure, own in zip(measures, batches, strict=True):
+        args = (tree, own, *shared)
+        static = _OnDevices(measure, placement)
+        lowered = kept_lowered(_over_microbatches, static, *args) if keep else traced_here(_over_microbatches, static)
+        calls.append((lowered, args))
+    compile_together(calls)
+    return [lowered for lowered, _ in calls]
 
+
+@dataclasses.dataclass(frozen=True)
+class _OnDevices:
+    """A measurement of microbatches that devices share."""
+
+    measure: Callable[..., dict[str, jax.Array]]
+    placement: Placement
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _over_microbatches(of: _OnDevices, tree: Any, batches: Any, *shared: Any) -> dict[str, jax.Array]:
     def of_part(part: Any, tree: Any, shared: Any) -> dict[str, jax.Array]:
-        return jax.lax.map(lambda batch: measure(tree, batch, *shared), part)
+        return jax.lax.map(lambda batch: of.measure(tree, batch, *shared), part)
 
-    found = placement.on_each_device(of_part, (True, False, False))(batches, tree, shared)
+    found = of.placement.on_each_device(of_part, (True, False, False))(batches, tree, shared)
     return jax.tree.map(lambda x: x[None], found)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.devices import Placement
+from kvjax.execution.export_cache import LoweredFunction
 from kvjax.execution.fit_set import COMPONENT_SITES
-from kvjax.execution.over_pairs import over_microbatches
+from kvjax.execution.over_pairs import compiled_on_microbatches
 from kvjax.execution.unbucket import unbucket
 from kvjax.intervene.inputs import InterventionInputs
 from kvjax.intervene.pair_runs import Effects, read_effects
@@ -83,6 +84,7 @@ class SetRuns:
             devices=inputs.devices,
         )
         self._found: dict[tuple[int, str], dict[bytes, dict[str, np.ndarray]]] = {}
+        self._programs: list[LoweredFunction] = []
 
     def under(self, checkpoint: int, ablation: str, sets_KxM: np.ndarray) -> dict[str, np.ndarray]:
         """Measures sets at one checkpoint.
@@ -115,12 +117,16 @@ class SetRuns:
         by_layer = sets_KxM.reshape(-1, config.n_layers, config.n_heads + 1)
         tree = inputs.checkpoint(checkpoint), SetTree.of(by_layer, self._capacity)
         table, index = self._replacements(checkpoint, ablation)
-        outputs = []
+        placement, batches = Placement(inputs.devices), []
+        tree = jax.device_put(tree, placement.whole)
         for bucket in self._buckets:
             tokens = index[bucket.batches.streams][..., : bucket.batches.tokens.shape[-1]]
             values = {name: x[tokens] for name, x in table.items()}
-            batch = (bucket.batches, values)
-            outputs.append(over_microbatches(AblateSets(config), Placement(inputs.devices), tree, batch))
+            batches.append(jax.device_put((bucket.batches, values), placement.split))
+        if not self._programs:
+            measures = [AblateSets(config)] * len(batches)
+            self._programs = compiled_on_microbatches(measures, placement, tree, batches)
+        outputs = [program(tree, batch) for program, batch in zip(self._programs, batches, strict=True)]
         by_row = unbucket(jax.device_get(outputs), self._buckets, len(self._rows))
         return {name: self._by_pair(x[0]) for name, x in by_row.items()}
 

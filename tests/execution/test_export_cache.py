@@ -158,3 +158,19 @@ def test_export_without_cache(scaled, monkeypatch):
     kept = export_cache.kept_lowered(function, 2, jnp.zeros(3), {"y": jnp.zeros((2, 2))})
     assert traces == [], "traced at its first call, as ever"
     check(kept)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_programs_compiled_together(folder, scaled, monkeypatch, caplog, cached):
+    """Calls find what was compiled ahead of them, whether or not lowered programs are kept."""
+    function, _ = scaled
+    if not cached:
+        monkeypatch.setattr(export_cache, "lowered_folder", lambda: None)
+    programs = [export_cache.kept_lowered(function, factor, *ARGS) for factor in (2, 3, 4)]
+    export_cache.compile_together([(program, ARGS) for program in programs[:2]])
+    with jax.log_compiles():
+        found = [program(*ARGS)[0]["scaled"] for program in programs[:2]]
+        assert "Finished XLA compilation" not in caplog.text
+        programs[2](*ARGS)
+        assert caplog.text.count("Finished XLA compilation") == 1, "the third is compiled when it is called"
+    np.testing.assert_array_equal(found, [[0, 2, 4], [0, 3, 6]])
