@@ -93,6 +93,38 @@ def path_patching_flops(config: DecoderConfig, pairs: EncodedPairs, *, direction
     return float(_run_flops(config, pairs) + directions * total)
 
 
+def across_checkpoints_flops(config: DecoderConfig, pairs: EncodedPairs, checkpoints: int) -> float:
+    """Counts the operations of taking another checkpoint's states at each stage, whole and at each role's positions.
+
+    Each checkpoint's clean streams once, up to the last affected read; and for each two checkpoints, stage and set of
+    positions what comes after the stage, from the first of these positions on. The last layer is counted at the reads
+    alone, without making keys and values. Attention's own products are left out before it.
+    """
+    ends, reads = pairs.last_affected + 1.0, pairs.is_affected.sum(axis=1)
+    attended = np.where(pairs.is_affected, pairs.prediction_positions + 1.0, 0).sum()  # keys of all reads
+    # Of each pair and set: the positions replaced, those computed after them, and the reads.
+    sets = [(ends, ends, reads)]
+    for role in range(int(pairs.roles.max()) + 1):
+        has = pairs.roles == role
+        some = has.any(axis=1)
+        sets.append((has.sum(axis=1), np.where(some, ends - has.argmax(axis=1), 0), np.where(some, reads, 0)))
+    replaced, rows, read = (float(np.sum(column)) for column in zip(*sets, strict=True))
+    attended *= read / reads.sum()
+    projection, mlp, _ = _products(config)
+    block, read_out = 4 * projection + mlp, 2 * config.d_model * config.vocab_size
+    last = read * (4 * projection + mlp + read_out) + 4 * config.d_model * config.n_heads * attended
+
+    def before_layer(layer: int) -> float:
+        return (config.n_layers - 1 - layer) * block * rows + last
+
+    total = before_layer(0) + read * read_out  # the embedding; the last stage is read out
+    for layer in range(config.n_layers):
+        is_last = layer == config.n_layers - 1
+        total += 2 * read * read_out + read * mlp if is_last else 2 * before_layer(layer + 1) + replaced * mlp
+    runs = checkpoints * ends.sum() * config.n_layers * block
+    return float(runs + checkpoints * (checkpoints - 1) * total)
+
+
 def _products(config: DecoderConfig) -> tuple[float, float, float]:
     """Counts the operations at one position of a projection, an MLP, and what one head's change adds."""
     width, hidden = config.d_model, config.d_ff
