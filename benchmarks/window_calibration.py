@@ -266,6 +266,9 @@ def main() -> None:
     for measures, splits in ((1, 1), (1, 4), (2, 4), (6, 4)):
         for size in (3.0, 5.0, 7.0, 10.0, 15.0):
             plan.append(("power", 16, MIDDLING, Truth("shift", size, measures, splits)))
+    plan.extend(("short drift", length, MIDDLING, Truth("drift", size)) for length in (6, 8) for size in (10.0, 40.0))
+    for size in (5.0, 20.0, 40.0):
+        plan.append(("short drift", len(LOG_STEPS), MIDDLING, Truth("drift", size, spaced="log")))
     wanted = arguments.tables.split(",") if arguments.tables else {table for table, *_ in plan}
     rows, described = [], machine()
     begun = time.perf_counter()
@@ -313,7 +316,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found | with a ramp |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        if row["table"] in ("noise unlike the expected", "spike", "drift", "two shifts", "missing steps", "log steps"):
+        if row["table"] not in ("flat", "few checkpoints", "shift", "power"):
             what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
             what += ", half the steps missing" if row["missing"] else ""
             what += f", {row['length']} checkpoints long" if row["kind"] == "spike" else ""
