@@ -73,11 +73,22 @@ class RunDir:
         """Checks whether the checkpoint of the run's last planned step exists.
 
         If the last step is no multiple of `checkpoint_every_steps`, the run also counts as complete once its last
-        periodic checkpoint and `summary.json` exist.
+        periodic checkpoint and `summary.json` exist. A run that diverged has no more to come.
         """
         every, end = self.config.checkpoint_every_steps, self.planned_steps
         reached = max(self.checkpoints, default=-1)
-        return reached >= end or (reached >= end // every * every and self.layout.summary.is_file())
+        ended = reached >= end or (reached >= end // every * every and self.layout.summary.is_file())
+        return ended or self.diverged_at is not None
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The step at which loss or gradient stopped being finite, as the trainer recorded it; None if neither did."""
+        if not self.layout.summary.is_file():
+            return None
+        try:
+            return whole_number(read_json(self.layout.summary).get("diverged_at_step"))
+        except (InputError, AttributeError):
+            return None  # of another trainer, or damaged; checkpoints say how far the run came
 
     def benchmark_dir(self, override: str | None = None) -> Path:
         """Finds the run's benchmark.

@@ -38,7 +38,6 @@ from kvjax.pipeline.stages import EVALUATE, GENERATE, PROBE_SET, SWEEP, TRAIN, W
 from kvjax.pipeline.sweep import sweep
 from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.text import in_minutes
-from kvjax.pipeline.train import diverged_at
 from kvjax.report.factor_figures import births_by_setting_figure, settings_figure
 from kvjax.report.factor_page import factor_page
 from kvjax.report.figures import save_figure
@@ -204,7 +203,7 @@ def _setting(plan: ScreenPlan, label: str, setting: PlannedSetting) -> Setting:
                 name=name,
                 path=str(path),
                 seed=config.seed,
-                diverged_at=diverged_at(path),
+                diverged_at=opened.diverged_at,
                 swept=swept,
                 on_base=None if other is None else SweptRun(name, RunResults(other)),
                 full_splits={} if swept is None else _full_splits(opened),

@@ -41,6 +41,10 @@ class OptimizerStart:
 class FileRecorder:
     """Writes one run directory while its seed trains. `begin` or `go_on` comes first, `finish` last.
 
+    Attributes:
+      last_evaluations: by split, of the latest evaluation.
+      diverged_at: the step at which loss or gradient stopped being finite; None if they did not.
+
     Args:
       path: the run directory.
       config: of the run.
@@ -60,6 +64,7 @@ class FileRecorder:
         self.path = path
         self.config = config
         self.last_evaluations: dict[str, Row] = {}
+        self.diverged_at: int | None = None
         self._spec = config.model_dump(mode="json")
         self._metadata = metadata
         self._best: Row | None = None
@@ -127,6 +132,12 @@ class FileRecorder:
                 self._write(self._layout.best, step, params, moments, evaluations)
                 write_json(self._layout.best_record, self._best_record())
 
+    def diverge(self, step: int, loss: float) -> None:
+        """Takes the step at which the run diverged; what it saved before stays."""
+        self.diverged_at = step
+        advice = "a lower learning rate may help; what was saved before stays"
+        note(f"{self.path}: diverged, with loss {loss:g} at step {step} ({advice})")
+
     def finish(self) -> None:
         """Writes `summary.json`."""
         write_json(
@@ -138,6 +149,7 @@ class FileRecorder:
                 "model_parameter_count": self._num_parameters,
                 "final": _finite(self.last_evaluations),
                 "best_checkpoint": self._best_record() if self._best else None,
+                "diverged_at_step": self.diverged_at,
                 "versions": software_versions(),
                 "device": device_description(),
             },

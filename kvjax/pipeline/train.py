@@ -31,11 +31,12 @@ _PLACES = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the s
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A trained seed: its directory and its last evaluations by split."""
+    """A trained seed: its directory, its last evaluations by split, and the step at which it diverged, if it did."""
 
     path: Path
     seed: int
     evaluations: Mapping[str, Row]
+    diverged_at: int | None = None
 
 
 def train(settings: TrainSettings, progress: Progress = no_progress) -> list[TrainedRun]:
@@ -50,7 +51,11 @@ def train(settings: TrainSettings, progress: Progress = no_progress) -> list[Tra
     runs = run_directories(config, settings.seeds, settings.output_dir)
     benchmark = Benchmark.open(Path(config.benchmark_dir))
     with progress(config.num_steps, "steps") as advance:
-        return train_runs(runs, benchmark, resume=settings.resume, overwrite=settings.overwrite, advance=advance)
+        trained = train_runs(runs, benchmark, resume=settings.resume, overwrite=settings.overwrite, advance=advance)
+    if all(run.diverged_at is not None for run in trained):
+        found = ", ".join(f"seed {run.seed} diverged at step {run.diverged_at}" for run in trained)
+        raise InputError(f"{settings.config}: expected a finite loss and gradient; found none to the end ({found})")
+    return trained
 
 
 def run_directories(
@@ -143,7 +148,7 @@ def _train_runs(
     training.run(states, recorders, done_steps=step, advance=advance)
     for recorder in recorders:
         recorder.finish()
-    return [TrainedRun(r.path, r.config.seed, r.last_evaluations) for r in recorders]
+    return [TrainedRun(r.path, r.config.seed, r.last_evaluations, r.diverged_at) for r in recorders]
 
 
 def train_missing_runs(
@@ -241,9 +246,3 @@ def _state(training: Training, run: ResumedRun) -> TrainState:
     optimizer = training.program.optimizer
     restored = restore_adam(optimizer, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=step)
     return TrainState(params, restored)
-
-
-def diverged_at(path: Path) -> int | None:
-    """Finds the step at which a run's loss stopped being finite; None if it did not."""
-    summary = RunLayout(path).summary
-    return read_json(summary).get("diverged_at_step") if summary.is_file() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -44,6 +44,9 @@ class RunRecorder(Protocol):
 
     def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
         """Takes the state after `step`, as numpy trees, with the step's evaluations by split, if it had any."""
+
+    def diverge(self, step: int, loss: float) -> None:
+        """Takes the step at which loss or gradient stopped being finite; nothing comes after it."""
 
 
 class Training:
@@ -129,6 +132,9 @@ class Training:
     ) -> None:
         """Trains from after `done_steps` to the last step.
 
+        A seed whose loss or gradient is not finite has diverged. It ends there, and the others go on, with the same
+        numbers as without it.
+
         Args:
           states: each seed's state after `done_steps`.
           recorders: each seed's recorder.
@@ -137,20 +143,24 @@ class Training:
         """
         config = self.config
         stacked, tokens = start_training(self.program, states, self._tokens)
-        segment = self._segment
-        while done_steps < config.num_steps:
+        segment, going = self._segment, dict(enumerate(recorders))
+        while done_steps < config.num_steps and going:
             steps = min(segment - done_steps % segment, config.num_steps - done_steps)
             indices = self._batches(done_steps + 1, steps)
             stacked, metrics = train_segment(
                 self.program, stacked, tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
             )
             metrics = jax.device_get(metrics)
-            self._check_finite(metrics, done_steps + 1)
-            for index, recorder in enumerate(recorders):
-                self._log(recorder, metrics, index, done_steps + 1)
+            for index, recorder in list(going.items()):
+                lost = _first_not_finite(metrics, index)
+                self._log(recorder, metrics, index, done_steps + 1, steps if lost is None else lost)
+                if lost is not None:
+                    recorder.diverge(done_steps + 1 + lost, float(metrics.loss[index, lost]))
+                    del going[index]
             done_steps += steps
-            self._evaluate_and_save(stacked, recorders, done_steps)
+            self._evaluate_and_save(stacked, going, done_steps)
             advance(steps)
+        advance(config.num_steps - done_steps)
 
     def _batches(self, first_step: int, steps: int) -> np.ndarray:
         return np.stack(
@@ -160,18 +170,8 @@ class Training:
             ]
         )
 
-    def _check_finite(self, metrics: StepMetrics, first_step: int) -> None:
-        """Stops a training that has diverged before anything of it is logged, evaluated or saved."""
-        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)  # [R, steps]
-        if not finite.all():
-            seed, offset = np.argwhere(~finite)[0]
-            raise InputError(
-                f"seed {self.seeds[seed]}: expected a finite loss and gradient; found loss "
-                f"{metrics.loss[seed, offset]} at step {first_step + offset} (a lower learning rate may help)"
-            )
-
-    def _log(self, recorder: RunRecorder, metrics: StepMetrics, index: int, first_step: int) -> None:
-        for offset in range(metrics.loss.shape[1]):
+    def _log(self, recorder: RunRecorder, metrics: StepMetrics, index: int, first_step: int, steps: int) -> None:
+        for offset in range(steps):
             step = first_step + offset
             if step == 1 or step % self.config.log_every_steps == 0:
                 values = {
@@ -180,13 +180,13 @@ class Training:
                 }
                 recorder.log({"phase": "train", "step": step, **values})
 
-    def _evaluate_and_save(self, stacked: TrainState, recorders: Sequence[RunRecorder], step: int) -> None:
+    def _evaluate_and_save(self, stacked: TrainState, recorders: Mapping[int, RunRecorder], step: int) -> None:
         config = self.config
         evaluates = step % config.eval_every_steps == 0 or step == config.num_steps
         saves = step % config.checkpoint_every_steps == 0 or step == config.num_steps
         if not (evaluates or saves):
             return
-        for index, recorder in enumerate(recorders):
+        for index, recorder in recorders.items():
             state = jax.device_get(jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
             evaluations = {}
             if evaluates:
@@ -195,3 +195,9 @@ class Training:
                     evaluations[split] = {"phase": "eval", "split": split, "step": step, **evaluation.to_row()}
                     recorder.log(evaluations[split])
             recorder.save(step, state.params, *adam_moments(state.optimizer), evaluations)
+
+
+def _first_not_finite(metrics: StepMetrics, index: int) -> int | None:
+    """Finds the first step of a segment at which a seed's loss or gradient is not finite."""
+    lost = ~(np.isfinite(metrics.loss[index]) & np.isfinite(metrics.grad_norm[index]))
+    return int(np.argmax(lost)) if lost.any() else None
