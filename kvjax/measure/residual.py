@@ -63,53 +63,68 @@ def cosine_drift(sums_SxD: np.ndarray, reference_SxD: np.ndarray) -> np.ndarray:
         return 1.0 - np.sum(a * b, axis=-1) / norms
 
 
-def event_drift(states_GxNxD: jax.Array, others_GxNxD: jax.Array) -> jax.Array:
-    """Computes 1 - cosine of every event's state with its state in another checkpoint, [G, N]; NaN for a zero state."""
+def event_drift(states_xD: jax.Array, others_xD: jax.Array) -> jax.Array:
+    """Computes 1 - cosine of every event's state with its state in another checkpoint; NaN for a zero state."""
 
     def unit(x: jax.Array) -> jax.Array:
         norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
         return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1.0), jnp.nan)
 
     # Half the squared distance of unit vectors: 1 - cosine itself would keep no digit of a drift below 1e-7.
-    return 0.5 * jnp.sum((unit(states_GxNxD) - unit(others_GxNxD)) ** 2, axis=-1)
+    return 0.5 * jnp.sum((unit(states_xD) - unit(others_xD)) ** 2, axis=-1)
 
 
 def linear_cka(
-    states_GxNxD: jax.Array,
-    others_GxNxD: jax.Array,
-    counted_N: jax.Array,
+    states_ZxMxD: jax.Array,
+    others_ZxMxD: jax.Array,
+    counted_ZxM: jax.Array,
     spreads: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Computes the linear centred kernel alignment of two checkpoints' states over the same events, [G].
+    """Computes the linear centred kernel alignment of two checkpoints' states over the same events, [1 + Z].
 
     It is 1 if one is a rotation and rescaling of the other, 0 if no direction of one varies with one of the other, and
     NaN if either does not vary.
 
     Args:
-      states_GxNxD, others_GxNxD: of N events, for each of G stages and positions.
-      counted_N: bool, the events that count.
-      spreads: of the two, [G] each, from `spread`, if they are known already.
+      states_ZxMxD, others_ZxMxD: of the events of every split.
+      counted_ZxM: bool, the events that count.
+      spreads: of the two, [1 + Z] each, from `spread`, if they are known already.
+
+    Returns:
+      Over the events of all splits together, then over those of each.
 
     Source: Kornblith et al., Similarity of neural network representations revisited (2019), equation 5.
     """
-    own, other = spreads or (spread(states_GxNxD, counted_N), spread(others_GxNxD, counted_N))
+    own, other = spreads or (spread(states_ZxMxD, counted_ZxM), spread(others_ZxMxD, counted_ZxM))
     scale = own * other
-    shared = _cross_spread(states_GxNxD, others_GxNxD, counted_N)
+    shared = _cross_spread(states_ZxMxD, others_ZxMxD, counted_ZxM)
     return jnp.where(scale > 0, shared**2 / jnp.where(scale > 0, scale, 1.0), jnp.nan)
 
 
-def spread(states_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
-    """Computes the Frobenius norm of the scatter matrix of the states that count, [G]."""
-    return _cross_spread(states_GxNxD, states_GxNxD, counted_N)
+def spread(states_ZxMxD: jax.Array, counted_ZxM: jax.Array) -> jax.Array:
+    """Computes the Frobenius norm of the scatter matrix of the states that count, [1 + Z] as `linear_cka`."""
+    return _cross_spread(states_ZxMxD, states_ZxMxD, counted_ZxM)
 
 
-def _cross_spread(states_GxNxD: jax.Array, others_GxNxD: jax.Array, counted_N: jax.Array) -> jax.Array:
-    weights = counted_N.astype(jnp.float32)
+def _cross_spread(states_ZxMxD: jax.Array, others_ZxMxD: jax.Array, counted_ZxM: jax.Array) -> jax.Array:
+    """Computes the norm of the scatter of all events, and of each split's.
 
-    def centred(x: jax.Array) -> jax.Array:
+    One product over the events serves both: the scatter of all is that within the splits and that of their means.
+    """
+    weights_ZxM = counted_ZxM.astype(jnp.float32)
+    counts_Z = jnp.sum(weights_ZxM, axis=1)
+    shares_Z = counts_Z / jnp.maximum(jnp.sum(counts_Z), 1.0)
+
+    def centred(x_ZxMxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         # A product, because XLA sums columns on a CPU one element at a time.
-        means = jnp.matmul(weights[None, None] / jnp.sum(weights), x, precision="highest")
-        return (x - means) * weights[None, :, None]
+        average_Zx1xM = (weights_ZxM / jnp.maximum(counts_Z, 1.0)[:, None])[:, None]
+        means_Zx1xD = jnp.matmul(average_Zx1xM, x_ZxMxD, precision="highest")
+        means_ZxD = means_Zx1xD[:, 0]
+        between_ZxD = means_ZxD - jnp.matmul(shares_Z[None], means_ZxD, precision="highest")
+        return (x_ZxMxD - means_Zx1xD) * weights_ZxM[..., None], between_ZxD
 
-    scatter = jnp.matmul(centred(states_GxNxD).swapaxes(1, 2), centred(others_GxNxD), precision="highest")
+    (own, own_between_ZxD), (other, other_between_ZxD) = centred(states_ZxMxD), centred(others_ZxMxD)
+    within_ZxDxD = jnp.matmul(own.swapaxes(1, 2), other, precision="highest")
+    between_DxD = jnp.matmul((own_between_ZxD * counts_Z[:, None]).T, other_between_ZxD, precision="highest")
+    scatter = jnp.concatenate([(jnp.sum(within_ZxDxD, axis=0) + between_DxD)[None], within_ZxDxD])
     return jnp.linalg.norm(scatter, axis=(1, 2))

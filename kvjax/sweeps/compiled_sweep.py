@@ -14,7 +14,7 @@ from kvjax.execution.export_cache import kept_lowered
 from kvjax.execution.fit_set import check_roles
 from kvjax.execution.memory_plan import plan_chunks
 from kvjax.execution.over_checkpoints import over_chunks
-from kvjax.execution.states_at_reads import ReadStates
+from kvjax.execution.states_at_reads import ReadStates, rows_of_splits
 from kvjax.execution.unbucket import unbucket
 from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
 from kvjax.model.decoder import DecoderConfig, Params
@@ -94,6 +94,7 @@ class CompiledSweep:
             (fit_bucket,) = bucket_by_length(fit, tokens_per_batch=plan.tokens_per_batch, max_buckets=1)
         data = SweepData(
             buckets=tuple(bucket.batches for bucket in self.buckets),
+            rows_of_splits=rows_of_splits(self.buckets, num_splits),
             donors=donors,
             fit=fit_bucket and fit_bucket.batches,
             permutations=read_permutations(fit_bucket, count=NULL_PERMUTATIONS, seed=NULL_SEED) if probes else None,

@@ -74,6 +74,7 @@ class SweepData:
 
     Attributes:
       buckets: microbatches [microbatch, B, …] of the probe set, one entry per length bucket.
+      rows_of_splits: [Z, M] which rows of the states at the reads are each split's, see `rows_of_splits`.
       donors: for each bucket, the tokens that each is resampled from, [microbatch, draws, B, T]; empty without
         resample ablation. See `donors_by_bucket`.
       fit: microbatches of the fit set; None if neither means nor probes are needed.
@@ -82,6 +83,7 @@ class SweepData:
     """
 
     buckets: tuple[EncodedRecords, ...]
+    rows_of_splits: jax.Array
     donors: tuple[jax.Array, ...] = ()
     fit: EncodedRecords | None = None
     permutations: jax.Array | None = None
@@ -132,7 +134,7 @@ def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> M
       `probe/current_vs_stale` [microbatch, B, S]. With probes, sums over the whole probe set: `null/<target>`,
       `null/current_vs_stale_binary` [P - 1, splits, 2 S] and `null/current_vs_stale` [P - 1, splits, S], right answers
       of probes fitted on permuted labels.
-      If asked for, the states at all reads [2 S, reads, D] and their spread [2 S], as of `ReadStates`.
+      If asked for, the states at all reads [2 S, reads, D] and their spread [2 S, 1 + Z], as of `ReadStates`.
     """
     config, params = spec.config, model.params
     key_ids, value_ids = np.array(spec.key_ids), np.array(spec.value_ids)
@@ -198,7 +200,7 @@ def measure_checkpoint(spec: SweepSpec, model: SweptModel, data: SweepData) -> M
     if not (spec.probes or spec.states):
         return results, {}, None
     at_reads = jnp.concatenate([flatten_reads(x) for x in states], axis=1)  # [2 S, reads, D]
-    kept = (at_reads, spread_of_states(at_reads, data.buckets)) if spec.states else None
+    kept = (at_reads, spread_of_states(at_reads, data.rows_of_splits)) if spec.states else None
     if not spec.probes:
         return results, {}, kept
     system, probes = fit_all_probes(features, data.fit, data.permutations, key_ids=key_ids, value_ids=value_ids)

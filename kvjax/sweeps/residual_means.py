@@ -95,7 +95,7 @@ def movements(
       counting, members: reads, and the sequences of all and of each split.
 
     Returns:
-      `residual_event_drift…` [C, splits, positions, S] and `residual_cka…` [C, positions, S].
+      `residual_event_drift…` and `residual_cka…` [C, splits, positions, S].
     """
     reads = _scored(None, counting, members)
     found = {}
@@ -103,7 +103,7 @@ def movements(
         sums = _with_all(np.stack([of_checkpoint[f"event_drift/{other}"] for of_checkpoint in moved]))
         found[f"residual_event_drift{suffix}"] = _by_position(_share(sums, reads[None, :, None]))
         found[f"residual_cka{suffix}"] = _by_position(
-            np.stack([of_checkpoint[f"cka/{other}"] for of_checkpoint in moved])
+            np.stack([of_checkpoint[f"split_cka/{other}"] for of_checkpoint in moved])
         )
     return found
 

@@ -21,7 +21,7 @@ from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.errors import unusable
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import over_chunks
-from kvjax.execution.states_at_reads import ReadStates, counted_reads, form_states, of_reads
+from kvjax.execution.states_at_reads import ReadStates, by_split, form_states
 from kvjax.measure.residual import event_drift, linear_cka
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import Params, stack_params
@@ -31,6 +31,7 @@ from kvjax.sweeps.measure_checkpoint import SweepSpec
 from kvjax.task.encoding import EncodedRecords
 
 OTHERS = ("previous", "reference")
+COMPARISONS = ("event_drift", "split_cka")  # the arrays of a comparison, see `similarity`
 
 Named = tuple[str, CheckpointResult]
 Arrays = Mapping[str, np.ndarray]
@@ -45,7 +46,7 @@ class ArrivingStates:
     """
 
     def __init__(self, sweep: CompiledSweep, reference: str | None):
-        self._spec, self._buckets, self._reference = sweep.spec, sweep.data.buckets, reference
+        self._spec, self._rows, self._reference = sweep.spec, sweep.data.rows_of_splits, reference
         self._last: ReadStates | None = None  # of the chunk before, as the devices share it
         self._reference_states: ReadStates | None = None
         self._hashes: list[str] = []  # of all checkpoints that arrived
@@ -69,7 +70,7 @@ class ArrivingStates:
 
         left = jax.tree.map(one_device_on, states, states if last is None else last)
         self._last = states
-        return compare(self._spec, states, left, self._reference_states, self._buckets)
+        return compare(self._spec, states, left, self._reference_states, self._rows)
 
     def pairs(
         self, chunk: Sequence[tuple[str, Checkpoint]], compared: Mapping[str, Arrays]
@@ -94,7 +95,7 @@ def compare(
     states: ReadStates,
     left: ReadStates,
     reference: ReadStates | None,
-    buckets: tuple[EncodedRecords, ...],
+    rows_ZxM: jax.Array,
 ) -> dict[str, dict[str, jax.Array]]:
     """Compares every checkpoint of a chunk with the one before it and with the reference.
 
@@ -104,14 +105,14 @@ def compare(
       left: [C, …], for each device its left neighbour's states, of which the last checkpoint's are used: it comes
         before the device's own first. The first device has those of the last device in the chunk before.
       reference: [1, …], whole on each device; None for no reference.
-      buckets: the reads.
+      rows_ZxM: the rows of each split's reads, see `rows_of_splits`.
 
     Returns:
-      For each of `OTHERS` that there is: `event_drift` [C, Z, G] and `cka` [C, G], see `similarity`.
+      For each of `OTHERS` that there is: `event_drift` [C, Z, G] and `split_cka` [C, 1 + Z, G], see `similarity`.
     """
 
     def of_device(
-        states: ReadStates, left: ReadStates, reference: ReadStates | None, buckets: tuple[EncodedRecords, ...]
+        states: ReadStates, left: ReadStates, reference: ReadStates | None, rows_ZxM: jax.Array
     ) -> dict[str, dict[str, jax.Array]]:
         previous = jax.tree.map(lambda own, left: jnp.concatenate([left[-1:], own[:-1]]), states, left)
 
@@ -120,45 +121,44 @@ def compare(
             others = {"previous": before}
             if reference is not None:
                 others["reference"] = jax.tree.map(lambda x: x[0], reference)
-            return {kind: similarity(spec, own, other, buckets) for kind, other in others.items()}
+            return {kind: similarity(spec, own, other, rows_ZxM) for kind, other in others.items()}
 
         return jax.lax.map(of_checkpoint, (states, previous))
 
     on_devices = spec.placement.on_each_device(of_device, split=(True, True, False, False))
-    return on_devices(states, left, reference, buckets)
+    return on_devices(states, left, reference, rows_ZxM)
 
 
-def similarity(
-    spec: SweepSpec, states: ReadStates, others: ReadStates, buckets: tuple[EncodedRecords, ...]
-) -> dict[str, jax.Array]:
+def similarity(spec: SweepSpec, states: ReadStates, others: ReadStates, rows_ZxM: jax.Array) -> dict[str, jax.Array]:
     """Measures how two checkpoints' states of the same reads differ, whichever of the two comes first.
 
     Returns:
-      `event_drift` [Z, G]: 1 - cosine, summed over the reads of a split; `cka` [G]: linear CKA over all reads.
+      `event_drift` [Z, G]: 1 - cosine, summed over the reads of a split; `split_cka` [1 + Z, G]: linear CKA over all
+      reads, then over those of each split.
     """
-    counted = counted_reads(buckets)
-    splits = of_reads(buckets, lambda batch: jnp.broadcast_to(batch.splits[..., None], batch.is_read.shape))
-    in_split_ZxN = (splits[None] == jnp.arange(spec.num_splits)[:, None]) & counted[None]
+    counted_ZxM = rows_ZxM >= 0
 
     def of_group(pair: tuple[ReadStates, ReadStates]) -> tuple[jax.Array, jax.Array]:
-        (a, b) = jax.tree.map(lambda x: x[None], pair)
-        drift_1xN = event_drift(a.values, b.values)
-        by_split = jnp.sum(jnp.where(in_split_ZxN, drift_1xN, 0.0), axis=-1)
-        return by_split, linear_cka(a.values, b.values, counted, (a.spread, b.spread))[0]
+        a, b = (by_split(states.values, rows_ZxM) for states in pair)
+        drift_Z = jnp.sum(jnp.where(counted_ZxM, event_drift(a, b), 0.0), axis=1)
+        return drift_Z, linear_cka(a, b, counted_ZxM, (pair[0].spread, pair[1].spread))
 
     # On a CPU one stage after another, which stay in cache.
-    drift_GxZ, cka_G = over_interventions(of_group, lift=spec.interventions)((states, others))
-    return {"event_drift": drift_GxZ.T, "cka": cka_G}
+    drift_GxZ, cka_GxZ = over_interventions(of_group, lift=spec.interventions)((states, others))
+    return {"event_drift": drift_GxZ.T, "split_cka": cka_GxZ.T}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def states_of_checkpoints(spec: SweepSpec, stacked: Params, buckets: tuple[EncodedRecords, ...]) -> ReadStates:
-    """Forms the states of stacked checkpoints, [C, …], shared by the devices."""
+def states_of_checkpoints(
+    spec: SweepSpec, stacked: Params, buckets: tuple[EncodedRecords, ...], rows_ZxM: jax.Array
+) -> ReadStates:
+    """Forms the states of stacked checkpoints, [C, …], shared by the devices; see `compare` for `rows_ZxM`."""
 
-    def of_checkpoint(params: Params, buckets: tuple[EncodedRecords, ...]) -> ReadStates:
-        return ReadStates.of(form_states(spec.config, params, buckets), buckets)
+    def of_checkpoint(params: Params, records: tuple[tuple[EncodedRecords, ...], jax.Array]) -> ReadStates:
+        buckets, rows_ZxM = records
+        return ReadStates.of(form_states(spec.config, params, buckets), rows_ZxM)
 
-    return over_checkpoints(of_checkpoint, spec.placement)(stacked, buckets)
+    return over_checkpoints(of_checkpoint, spec.placement)(stacked, (buckets, rows_ZxM))
 
 
 class Similarities:
@@ -192,7 +192,8 @@ class Similarities:
         found = self._found.get(frozenset(hashes))
         if found is None:
             stored = None if name in self._anew else self._store.find(stored_as, key)
-            return stored and stored.arrays
+            # Comparisons of an earlier version lack the splits' CKA.
+            return stored.arrays if stored and set(COMPARISONS) <= stored.arrays.keys() else None
         if self._stored.get(stored_as) != key:
             self._store.save(stored_as, key, result.step, found, {"other": other_name})
             self._stored[stored_as] = key
@@ -238,7 +239,7 @@ def compare_consecutive(
 
     Returns:
       For each checkpoint and each of `OTHERS`: `event_drift/<other>` [splits, 2 S], 1 - cosine summed over reads, and
-      `cka/<other>` [2 S]; NaN for the first checkpoint's previous, and if there is no reference.
+      `split_cka/<other>` [1 + splits, 2 S]; NaN for the first checkpoint's previous, and if there is no reference.
 
     Raises:
       InputError: a checkpoint whose states are formed again cannot be used.
@@ -252,7 +253,8 @@ def compare_consecutive(
             names = list(dict.fromkeys([reference[0], *names]))
         _form_and_compare(names, reference and reference[0], known, files=files, sweep=sweep, source=source)
     groups = 2 * (2 * sweep.spec.config.n_layers + 2)
-    nothing = {"event_drift": np.full((sweep.spec.num_splits, groups), np.nan), "cka": np.full(groups, np.nan)}
+    shapes = {"event_drift": (sweep.spec.num_splits, groups), "split_cka": (1 + sweep.spec.num_splits, groups)}
+    nothing = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
     differences: dict[str, dict[str, np.ndarray]] = {name: {} for name, _ in tabled}
     for named, kind, other in wanted:
         arrays = known.of(named, kind, other) if other else nothing
@@ -277,7 +279,9 @@ def _form_and_compare(
 
     def dispatch(chunk: list[tuple[str, Checkpoint]]) -> dict[str, dict[str, jax.Array]]:
         stacked = stack_params([checkpoint.params for _, checkpoint in chunk])
-        return arriving.dispatch(chunk[0][0], states_of_checkpoints(sweep.spec, stacked, sweep.data.buckets))
+        return arriving.dispatch(
+            chunk[0][0], states_of_checkpoints(sweep.spec, stacked, sweep.data.buckets, sweep.data.rows_of_splits)
+        )
 
     checkpoints = load_ahead(names, files, source.load, ahead=sweep.chunk + 1)
     for chunk in over_chunks(dispatch, checkpoints, size=sweep.chunk):

@@ -160,14 +160,28 @@ def test_event_drift_and_cka_by_hand():
     b = jnp.array([[[0.0, 3.0], [0.0, 5.0]]])
     np.testing.assert_allclose(event_drift(a, b), [[1.0, 0.0]], atol=1e-6)
     states = jnp.array([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
-    counted = jnp.ones(4, bool)
+    counted = jnp.ones((1, 4), bool)  # all of one split
     turned = states @ jnp.array([[0.0, 1.0], [-1.0, 0.0]])
-    np.testing.assert_allclose(linear_cka(states, 3 * turned + 7, counted), [1.0], rtol=1e-5)
+    np.testing.assert_allclose(linear_cka(states, 3 * turned + 7, counted), [1.0, 1.0], rtol=1e-5)
     # The first two events vary along x in one, the last two in the other: half of the variance is shared with none.
     one, other = states * jnp.array([[[1.0, 0.0]]]), states * jnp.array([[[0.0, 1.0]]])
-    np.testing.assert_allclose(linear_cka(one, other, counted), [0.0], atol=1e-6)
+    np.testing.assert_allclose(linear_cka(one, other, counted), [0.0, 0.0], atol=1e-6)
     # <one, states>: cross Gram (2, 0), Grams 2 and diag(2, 2): 4 / (2 · 2√2).
-    np.testing.assert_allclose(linear_cka(one, states, counted), [1 / np.sqrt(2)], rtol=1e-5)
+    np.testing.assert_allclose(linear_cka(one, states, counted), [1 / np.sqrt(2)] * 2, rtol=1e-5)
+
+
+def test_cka_of_splits():
+    """CKA over uneven splits, padding and a split without reads equals the textbook's on each and on all together."""
+    rng = np.random.default_rng(0)
+    counted = np.array([[True] * 9, [True, False] + [True] * 3 + [False] * 4, [False] * 9])
+    a, b = rng.normal(size=(2, 3, 9, 4)).astype(np.float32) + rng.normal(size=(2, 3, 1, 4)).astype(np.float32) * 5
+
+    def textbook(x, y):
+        x, y = x - x.mean(0), y - y.mean(0)
+        return np.sum((x @ x.T) * (y @ y.T)) / np.sqrt(np.sum((x @ x.T) ** 2) * np.sum((y @ y.T) ** 2))
+
+    expected = [textbook(a[counted], b[counted]), *(textbook(a[z][counted[z]], b[z][counted[z]]) for z in range(2))]
+    np.testing.assert_allclose(linear_cka(a, b, counted), [*expected, np.nan], rtol=1e-5)
 
 
 def test_stability():

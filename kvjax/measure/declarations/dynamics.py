@@ -39,10 +39,9 @@ def _between(other: Literal["previous", "reference"]) -> Iterator[Measure]:
         f"residual_cka{suffix}",
         "stage",
         "1",
-        f"linear CKA of the states of all reads with those of the {other} checkpoint",
+        f"linear CKA of the states of the reads with those of the {other} checkpoint",
         "statistic",
         axes=at,
-        by_split=False,
     )
 
 
