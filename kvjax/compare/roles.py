@@ -110,6 +110,8 @@ def _recoveries(one: SweptRun, heads: Sequence[Component]) -> dict[tuple[str, in
         recovery = intervention.dataset["recovery_by_role"].sel(
             statistic="estimate", direction="denoising", position_role="all", place=[str(head) for head in heads]
         )
+        if "metric" in recovery.dims:
+            recovery = recovery.sel(metric="logit_difference")
         for kind in recovery["pair_kind"].values.tolist():
             for step in recovery["step"].values.tolist():
                 found[kind, step] = recovery.sel(pair_kind=kind, step=step).values
