@@ -76,19 +76,27 @@ def births_by_setting_figure(document: Mapping[str, Any]) -> Figure:
         max(1, len(metrics)),
         figsize=(3.6 * max(1, len(metrics)), 0.7 * len(labels) + 1.6),
         squeeze=False,
+        sharex=True,
         sharey=True,
         constrained_layout=True,
     )
     for axis, metric in zip(axes[0], metrics, strict=False):
         for row, (entry, colour) in enumerate(zip(document["settings"], LINE_COLOURS, strict=False)):
-            for own in entry["births"].get(metric, {"runs": []})["runs"]:
+            reached = entry["births"].get(metric, {"runs": []})["runs"]
+            for own, offset in zip(reached, np.linspace(-0.2, 0.2, max(2, len(reached))), strict=False):
                 marker = "o" if own["formed"] else ">"
                 face = colour if own["formed"] else "none"
-                axis.plot(own["step"], row, marker, color=colour, markerfacecolor=face, markersize=8, alpha=0.8)
+                axis.plot(
+                    own["step"], row + offset, marker, color=colour, markerfacecolor=face, markersize=8, alpha=0.8
+                )
         axis.set_title(metric.replace("_", " "), fontsize=10)
         axis.set_xlabel("training step")
-        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_xlim(0, 1.05 * max((own["step"] for own in _reached(document)), default=1))
     axes[0][0].set_yticks(range(len(labels)), labels)
     axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
     return figure
+
+
+def _reached(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [own for entry in document["settings"] for event in entry["births"].values() for own in event["runs"]]
