@@ -10,6 +10,7 @@ import xarray as xr
 
 from kvjax.compare.aligned import SweptRun
 from kvjax.compare.matching import RoleEvidence
+from kvjax.intervene.metrics import DEFAULT_METRIC
 from kvjax.measure.registry import ALL_SPLITS
 from kvjax.model.components import Component, all_heads
 
@@ -108,10 +109,12 @@ def _recoveries(one: SweptRun, heads: Sequence[Component]) -> dict[tuple[str, in
     found = {}
     for intervention in one.results.interventions("activation_patching"):
         recovery = intervention.dataset["recovery_by_role"].sel(
-            statistic="estimate", direction="denoising", position_role="all", place=[str(head) for head in heads]
+            statistic="estimate",
+            direction="denoising",
+            position_role="all",
+            metric=DEFAULT_METRIC,
+            place=[str(head) for head in heads],
         )
-        if "metric" in recovery.dims:
-            recovery = recovery.sel(metric="logit_difference")
         for kind in recovery["pair_kind"].values.tolist():
             for step in recovery["step"].values.tolist():
                 found[kind, step] = recovery.sel(pair_kind=kind, step=step).values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import xarray as xr
 from kvjax.artifacts.comparison_schema import Comparison
 from kvjax.compare.findings import findings
 from kvjax.compare.labelled import groups_of
+from kvjax.compare.roles import role_trajectories
 from kvjax.compare.seeds import compare
 from kvjax.compare.settings import CompareSettings
 from kvjax.errors import InputError
 from kvjax.report.comparison_page import page
 from tests.helpers.comparing import STEPS, seed_run
+from tests.helpers.story import write_patching
 
 EXACT = CompareSettings(null_draws=100)
 
@@ -182,3 +185,17 @@ def test_unfinished_run():
     runs = [seed_run(name, forms_at=300, planned_steps=900) for name in "ab"]
     made = compare(runs, CompareSettings(null_draws=20))
     assert any("unfinished runs" in note and note.endswith("a, b") for note in made.document["notes"])
+
+
+def test_effects_from_patching(tmp_path):
+    """Causal effects are recoveries of the answer's lead at all positions, denoising; other metrics do not count."""
+    one = seed_run("patched", forms_at=400)
+    places = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    recovered = {"swap": [[0.1 * i, 0.0, 1.0] for i in range(8)], "value": [[0.5, 0.0, 1.0]] * 8}
+    path = write_patching(tmp_path / "window_800.json", recovered, places, dict.fromkeys(one.steps, "a"))
+    patching = SimpleNamespace(dataset=xr.open_dataset(path.with_suffix(".nc")).load())
+    one.results.interventions = lambda kind: [patching]
+    found = role_trajectories(one, interventions=True)
+    assert [str(head) for head in found.heads] == places
+    np.testing.assert_allclose(found.effects["binder"][-1], 0.1 * np.arange(8))
+    np.testing.assert_allclose(found.effects["writer"][-1], 0.5)
