@@ -206,11 +206,10 @@ def compare(first: Path, second: Path) -> dict[str, list[str]]:
 
 
 def _with_labels_of_today(dataset: xr.Dataset) -> xr.Dataset:
-    """Renames MLP0, as MLPs were called up to November 2026, to L0.mlp in every label."""
-    texts = {name: x for name, x in dataset.coords.items() if x.dtype.kind in "OUS" and x.dims == (name,)}
-    return dataset.assign_coords(
-        {name: [re.sub(r"\bMLP(\d+)\b", r"L\1.mlp", str(label)) for label in x.values] for name, x in texts.items()}
-    )
+    """Renames MLP0, as MLPs were called up to November 2026, to L0.mlp in labels, rankings and paths."""
+    texts = {name: x for name, x in dataset.variables.items() if x.dtype.kind in "OUS"}
+    rename = np.vectorize(lambda text: re.sub(r"\bMLP(\d+)\b", r"L\1.mlp", str(text)), otypes=[object])
+    return dataset.assign({name: (x.dims, rename(x.values)) for name, x in texts.items() if x.size})
 
 
 def _at_shared(x: xr.DataArray, other: xr.DataArray) -> xr.DataArray:
