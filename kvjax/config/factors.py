@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,6 +120,11 @@ def overridden(config: Config, overrides: Mapping[str, Any], where: str | Path) 
         return type(config).model_validate(document, extra="forbid")
     except pydantic.ValidationError as error:
         raise misfit(where, error) from None
+
+
+def overrides_in_words(overrides: Mapping[str, Any]) -> str:
+    """Writes the fields that a setting sets, as JSON; `the base` for none."""
+    return ", ".join(f"{field} = {json.dumps(value)}" for field, value in overrides.items()) or "the base"
 
 
 def base_configs(screen: FactorScreenConfig, source: Path) -> tuple[TrainConfig, BenchmarkConfig]:

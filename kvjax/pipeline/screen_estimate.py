@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.config.benchmark import BenchmarkConfig
+from kvjax.config.factors import overrides_in_words
 from kvjax.config.train import TrainConfig
 from kvjax.devices import device_count
 from kvjax.model.decoder import DecoderConfig
@@ -141,7 +142,7 @@ def print_estimate(plan: ScreenPlan) -> None:
     width = max(len(setting.name) for setting in plan.settings)
     for setting, part in zip(plan.settings, parts, strict=True):
         seeds = ", ".join(str(config.seed) for config in setting.runs.values())
-        differs = ", ".join(f"{field} = {value}" for field, value in setting.overrides.items()) or "the base"
+        differs = overrides_in_words(setting.overrides)
         work = f"{part.training_flop / 1e12:6.2f} + {part.sweep_flop / 1e12:.2f} TFLOP"
         say(f"  {setting.name.ljust(width)}  seeds {seeds}  {work}  {differs}")
     whole, shapes = sum(parts[1:], start=parts[0]), shapes_of(plan)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from kvjax.config.factors import overrides_in_words
 from kvjax.report.markdown import table
 
 
@@ -20,7 +20,10 @@ def factor_page(document: Mapping[str, Any]) -> str:
     lines += ["", "## Settings", ""]
     lines += table(
         ["setting", "differs from the base in", "seeds", "comparison of its seeds"],
-        [[one["label"], _overrides(one), len(one["runs"]), one["seeds"] or "-"] for one in settings],
+        [
+            [one["label"], overrides_in_words(one["overrides"]), len(one["runs"]), one["seeds"] or "-"]
+            for one in settings
+        ],
     )
     lines += ["", "## Summaries", ""]
     lines += ["Medians over seeds; in brackets each seed. The share is that of settings in the variance.", ""]
@@ -46,10 +49,6 @@ def factor_page(document: Mapping[str, Any]) -> str:
         [[one["label"], *_stability(one["role_stability"]), *_stability(one["address_stability"])] for one in settings],
     )
     return "\n".join(lines) + "\n"
-
-
-def _overrides(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{field} = {json.dumps(value)}" for field, value in entry["overrides"].items()) or "the base"
 
 
 def _values(own: Mapping[str, float | None], unit: str) -> str:
