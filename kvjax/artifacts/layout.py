@@ -177,28 +177,30 @@ class RunLayout:
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonLayout:
-    """The files of a comparison of runs.
+    """The files of a comparison of runs, or of a factor's values.
 
     Attributes:
       path: the folder they are in.
+      stem: of their names.
     """
 
     path: Path
+    stem: str = "comparison"
 
     @property
     def comparison(self) -> Path:
         """What was found, and on which runs."""
-        return self.path / "comparison.json"
+        return self.path / f"{self.stem}.json"
 
     @property
     def arrays(self) -> Path:
-        """Every measure of every run at common steps, and the roles of heads."""
-        return self.path / "comparison.nc"
+        """Every measure of every run at common steps; of seeds, the roles of heads too."""
+        return self.path / f"{self.stem}.nc"
 
     @property
     def page(self) -> Path:
         """The finding in words, with tables."""
-        return self.path / "comparison.md"
+        return self.path / f"{self.stem}.md"
 
     @property
     def figures(self) -> Path:
@@ -243,40 +245,9 @@ class ScreenLayout:
         """Names the comparison of a setting's seeds."""
         return ComparisonLayout(self.path / "seeds" / setting)
 
-    def factor(self, name: str) -> FactorLayout:
+    def factor(self, name: str) -> ComparisonLayout:
         """Names the comparison of a factor's values."""
-        return FactorLayout(self.path / "factors" / name)
-
-
-@dataclasses.dataclass(frozen=True)
-class FactorLayout:
-    """The files of a comparison of a factor's values.
-
-    Attributes:
-      path: the folder they are in.
-    """
-
-    path: Path
-
-    @property
-    def comparison(self) -> Path:
-        """What was found, and on which runs."""
-        return self.path / "factor.json"
-
-    @property
-    def arrays(self) -> Path:
-        """Trajectories by value, seed and step."""
-        return self.path / "factor.nc"
-
-    @property
-    def page(self) -> Path:
-        """The finding in words, with tables."""
-        return self.path / "factor.md"
-
-    @property
-    def figures(self) -> Path:
-        """The folder of figures."""
-        return self.path / "figures"
+        return ComparisonLayout(self.path / "factors" / name, "factor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import xarray as xr
 
 from kvjax.artifacts.factor_schema import read_factor, write_factor
 from kvjax.artifacts.files import FileHash, read_json, replace_file
-from kvjax.artifacts.layout import FactorLayout
+from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
@@ -58,7 +58,7 @@ class _Part:
     run: Callable[[Progress], object]
 
 
-def run_screen(plan: ScreenPlan, progress: Progress = no_progress) -> list[FactorLayout]:
+def run_screen(plan: ScreenPlan, progress: Progress = no_progress) -> list[ComparisonLayout]:
     """Runs what is left of a screen, with a printed line per part, and returns where the comparisons are.
 
     Raises:
@@ -264,7 +264,7 @@ def _sweep_of(run: ScreenedRun) -> str | None:
     return None if run.swept is None else run.swept.results.sweep.measured_on.sweep_sha256
 
 
-def print_screen(layouts: Sequence[FactorLayout]) -> None:
+def print_screen(layouts: Sequence[ComparisonLayout]) -> None:
     """Prints what every factor changed, and where its page is."""
     for layout in layouts:
         found = read_factor(layout.comparison)
