@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kvjax.measure.declaration import HELDOUT_SPLIT
 from kvjax.measure.registry import BIRTH_SPLIT
 
-_HELDOUT = "heldout_pairs"
 _SURE = 0.05
 
 
@@ -50,7 +50,7 @@ def step_interval(entry: Mapping[str, Any]) -> str:
 
 def _accuracy(document: Mapping[str, Any]) -> Iterator[str]:
     parts = []
-    for split in (BIRTH_SPLIT, _HELDOUT):
+    for split in (BIRTH_SPLIT, HELDOUT_SPLIT):
         spread = document["accuracy"].get(split, {}).get("best")
         if spread and spread["median"] is not None:
             parts.append(f"{spread['median']:.3f} on {split} (from {spread['low']:.3f} to {spread['high']:.3f})")

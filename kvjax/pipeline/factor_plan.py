@@ -69,10 +69,6 @@ class ScreenPlan:
     def runs(self) -> dict[Path, TrainConfig]:
         return {path: config for setting in self.settings for path, config in setting.runs.items()}
 
-    @property
-    def benchmarks(self) -> dict[Path, BenchmarkConfig]:
-        return {setting.benchmark_dir: setting.benchmark for setting in self.settings}
-
     def factor(self, name: str) -> Factor:
         return next(factor for factor in self.screen.factors if factor.name == name)
 

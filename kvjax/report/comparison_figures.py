@@ -10,15 +10,14 @@ import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from kvjax.measure.declaration import HELDOUT_SPLIT
 from kvjax.measure.registry import BIRTH_SPLIT
 from kvjax.report.figures import LINE_COLOURS, SPLIT_COLOURS
-
-_HELDOUT = "heldout_pairs"
 
 
 def seeds_figure(dataset: xr.Dataset) -> Figure:
     """Draws answer accuracy on validation and held-out pairs of every run, with the median over runs."""
-    splits = [split for split in (BIRTH_SPLIT, _HELDOUT) if split in dataset["split"].values]
+    splits = [split for split in (BIRTH_SPLIT, HELDOUT_SPLIT) if split in dataset["split"].values]
     figure, axes = plt.subplots(
         1, len(splits), figsize=(6 * len(splits), 3.6), squeeze=False, sharey=True, constrained_layout=True
     )

@@ -58,7 +58,10 @@ def page(document: Mapping[str, Any]) -> str:
     lines += ["head's. Which head answers to which: `matching` in comparison.json.", "", "## Leading components", ""]
     lines += table(
         ["run", "step", "heads", "MLPs"],
-        [[own["run"], own["step"], _leaders(own["heads"]), _leaders(own["mlps"])] for own in document["leaders"]],
+        [
+            [own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
+            for own in document["leaders"]
+        ],
     )
     lines += ["", "## Phases and handovers", ""]
     for name, story in document["story"].items():
@@ -82,7 +85,8 @@ def _carriers(phase: Mapping[str, Any]) -> list[str]:
     return [one if isinstance(one, str) else one["component"] for one in phase["carriers"]]
 
 
-def _leaders(own: Sequence[Mapping[str, Any]]) -> str:
+def leaders_in_words(own: Sequence[Mapping[str, Any]]) -> str:
+    """Writes the first three leading components with the accuracy that ablating each costs."""
     return ", ".join(
         f"{one['component']} {one['accuracy_drop']:.3f}" for one in own[:3] if one["accuracy_drop"] is not None
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvjax.config.factors import overrides_in_words
+from kvjax.report.comparison_page import leaders_in_words
 from kvjax.report.markdown import table
 
 
@@ -38,7 +39,7 @@ def factor_page(document: Mapping[str, Any]) -> str:
     lines += table(
         ["setting", "run", "step", "heads", "MLPs"],
         [
-            [entry["label"], own["run"], own["step"], _leaders(own["heads"]), _leaders(own["mlps"])]
+            [entry["label"], own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
             for entry in settings
             for own in entry["candidates"]
         ],
@@ -66,12 +67,6 @@ def _share(shares: Mapping[str, Any] | None) -> str:
         return "-"
     limits = "" if shares["low"] is None else f" [{shares['low']:.2f}, {shares['high']:.2f}]"
     return f"{shares['share']:.2f}{limits}"
-
-
-def _leaders(own: Any) -> str:
-    return ", ".join(
-        f"{one['component']} {one['accuracy_drop']:.3f}" for one in own[:3] if one["accuracy_drop"] is not None
-    )
 
 
 def _stability(entry: Mapping[str, Any] | None) -> tuple[str, str]:

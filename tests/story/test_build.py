@@ -51,7 +51,7 @@ def test_carriers_by_two_kinds(story):
 
 
 def test_shares_of_every_component(story):
-    """Every head and MLP has its share at every step by both kinds; none where nobody carries."""
+    """Shares by both kinds of ablation exist for every head, MLP and step; they are null if no drop is positive."""
     for kind in ("zero", "role_mean"):
         rows = {row.component: row for row in story.shares[kind]}
         assert len(rows) == 8 + 2 and all(len(row.share) == len(STEPS) for row in rows.values())

@@ -127,14 +127,14 @@ def test_slow_handover_without_windows():
 
 
 def test_closest_windows_of_a_handover():
-    """A handover that two pairs of windows enclose is told once, between the closer two."""
+    """If two pairs of windows enclose a handover, the story has it once, between the closer pair."""
     between = Span(3, 4, 5, 1)
     (found,) = handovers(LEADER, HEIR, windows=[WINDOWS[0], between, Span(5, 6, 7, 2)])
     assert (found.earlier.window, found.later.window) == (1, 2)
 
 
 def test_two_handovers_in_a_row():
-    """Each of two handovers is told, with its own sets."""
+    """Two handovers of a run both appear, each with its own sets."""
     first = [0.8] * 3 + [0.1] * 7
     second = [0.1] * 3 + [0.8] * 4 + [0.15] * 3
     third = [0.1] * 7 + [0.7] * 3

@@ -41,7 +41,7 @@ def test_carriers_that_mostly_agree():
 
 
 def test_largest_shifts():
-    """Each measure is told once by its strongest shift, rises apart from falls, components not at all."""
+    """A measure appears once per direction, with its strongest shift; shifts of components are left out."""
 
     def trigger(metric, size, score):
         kind = metric.partition(".")[0]
