@@ -24,6 +24,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.config.train import InitializedModelConfig, TrainConfig
 from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import DecoderConfig
+from kvjax.train.schedule import Hyperparameters, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 
 FLAGS = flags.FLAGS
@@ -78,28 +79,27 @@ def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -
     model, decoder = _model(config)
     program = plan_training(
         decoder,
-        config.optimization,
-        num_steps=config.num_steps,
         batch_size=config.batch_size,
         length=LENGTH,
         backend=jax.default_backend(),
-        num_seeds=seeds,
+        num_runs=seeds,
         num_devices=jax.local_device_count(),
     )
     params = [initial_params(model, decoder, seed) for seed in range(seeds)]
-    states = [TrainState(p, program.optimizer.init(p)) for p in params]
+    hyper = Hyperparameters.of(config.optimization, config.num_steps)
+    states = [TrainState(p, make_optimizer(hyper).init(p)) for p in params]
     indices = np.stack(
         [batch_indices(s, 1, FLAGS.steps, num_records=RECORDS, batch_size=config.batch_size) for s in range(seeds)]
     )
-    states, tokens = start_training(program, states, tokens)
+    hypers, states, tokens = start_training(program, [hyper] * seeds, states, tokens)
     start = time.perf_counter()
-    states, metrics = train_segment(program, states, tokens, indices, jnp.asarray(1))
+    states, metrics = train_segment(program, hypers, states, tokens, indices, jnp.asarray(1))
     loss = float(metrics.loss[0, 0])
     first = time.perf_counter() - start
 
     def segment():
         nonlocal states
-        states, metrics = train_segment(program, states, tokens, indices, jnp.asarray(1))
+        states, metrics = train_segment(program, hypers, states, tokens, indices, jnp.asarray(1))
         return metrics.loss
 
     seconds = median_seconds(segment, FLAGS.repeats)

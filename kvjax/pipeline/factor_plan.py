@@ -13,6 +13,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
 from kvjax.pipeline.settings import FactorSettings
 from kvjax.pipeline.train import run_directories
+from kvjax.train.loop import shared_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,14 @@ class ScreenPlan:
     @property
     def runs(self) -> dict[Path, TrainConfig]:
         return {path: config for setting in self.settings for path, config in setting.runs.items()}
+
+    @property
+    def programs(self) -> tuple[tuple[PlannedSetting, ...], ...]:
+        """Groups the settings whose runs train as one program: those of one shape, on the same data and steps."""
+        groups: dict[str, list[PlannedSetting]] = {}
+        for setting in self.settings:
+            groups.setdefault(shared_settings(setting.config), []).append(setting)
+        return tuple(map(tuple, groups.values()))
 
     def factor(self, name: str) -> Factor:
         return next(factor for factor in self.screen.factors if factor.name == name)

@@ -78,12 +78,12 @@ def run_screen(plan: ScreenPlan, progress: Progress = no_progress) -> list[Compa
 
 
 def _parts(plan: ScreenPlan) -> Iterator[_Part]:
-    """Lists what a screen consists of: benchmarks, training, the stages over all runs, comparisons."""
+    """Lists what a screen consists of: benchmarks, training by program, the stages over all runs, comparisons."""
     for setting in plan.settings:
         if setting is plan.base or setting.benchmark_dir != plan.base.benchmark_dir:
-            yield _of_stage(GENERATE, plan, setting)
-    for setting in plan.settings:
-        yield _of_stage(TRAIN, plan, setting)
+            yield _of_stage(GENERATE, plan, [setting])
+    for settings in plan.programs:
+        yield _of_stage(TRAIN, plan, settings)
     for stage in (PROBE_SET, SWEEP, WINDOWS, EVALUATE):
         yield _over_measured_runs(stage, plan)
     for setting in plan.settings:
@@ -106,10 +106,12 @@ def _parts(plan: ScreenPlan) -> Iterator[_Part]:
         )
 
 
-def _of_stage(stage: Stage, plan: ScreenPlan, setting: PlannedSetting) -> _Part:
-    study = _study(plan, setting, setting.runs)
+def _of_stage(stage: Stage, plan: ScreenPlan, settings: Sequence[PlannedSetting]) -> _Part:
+    """Does a stage for settings that share a benchmark."""
+    runs = {path: config for setting in settings for path, config in setting.runs.items()}
+    study = _study(plan, settings[0], runs)
     return _Part(
-        f"{stage.name}, {setting.name}",
+        f"{stage.name}, {', '.join(setting.name for setting in settings)}",
         lambda: stage.current(study),
         lambda progress: stage.run(study, progress),
     )

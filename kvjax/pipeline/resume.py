@@ -19,7 +19,7 @@ from kvjax.errors import note, unusable
 from kvjax.model.decoder import Params
 from kvjax.pipeline.run_history import RunHistory
 from kvjax.task.benchmark import Benchmark
-from kvjax.train.schedule import learning_rate
+from kvjax.train.schedule import Hyperparameters, learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,7 @@ def _read_run(folder: Path, file: Path, step: int, config: TrainConfig, benchmar
         raise unusable(file, "a tied unembedding, as this trainer trains", "one of its own")
     if not checkpoint.optimizer_state:
         raise unusable(file, "optimizer state to resume from", "none")
+    hyper = Hyperparameters.of(config.optimization, config.num_steps)
     moments = from_torch_optimizer(
         checkpoint.optimizer_state,
         params,
@@ -133,9 +134,7 @@ def _read_run(folder: Path, file: Path, step: int, config: TrainConfig, benchmar
         vocab_size,
         names=checkpoint.state,
         optimization=config.optimization,
-        learning_rates=[
-            float(learning_rate(config.optimization, at, config.num_steps)) for at in (step - 1, step + 1, step)
-        ],
+        learning_rates=[float(learning_rate(hyper, at)) for at in (step - 1, step + 1, step)],
         where=file,
     )
     if moments.count != step:

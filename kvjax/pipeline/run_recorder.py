@@ -1,4 +1,4 @@
-"""What a run directory gets while its seed trains: metrics, checkpoints, the best of them, a summary."""
+"""What a run directory gets while it trains: metrics, checkpoints, the best of them, a summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvjax.errors import InputError, note, unusable
 from kvjax.model.decoder import Params
 from kvjax.pipeline.run_history import RunHistory, is_better
 from kvjax.train.loop import Row
-from kvjax.train.schedule import learning_rate
+from kvjax.train.schedule import Hyperparameters, learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class OptimizerStart:
 
 
 class FileRecorder:
-    """Writes one run directory while its seed trains. `begin` or `go_on` comes first, `finish` last.
+    """Writes one run directory while its run trains. `begin` or `go_on` comes first, `finish` last.
 
     Attributes:
       last_evaluations: by split, of the latest evaluation.
@@ -133,8 +133,9 @@ class FileRecorder:
                 write_json(self._layout.best_record, self._best_record())
 
     def diverge(self, step: int, loss: float) -> None:
-        """Takes the step at which the run diverged; what it saved before stays."""
+        """Ends the run at the step at which it diverged, while others may go on; what it saved before stays."""
         self.diverged_at = step
+        self.finish()
         advice = "a lower learning rate may help; what was saved before stays"
         note(f"{self.path}: diverged, with loss {loss:g} at step {step} ({advice})")
 
@@ -189,7 +190,7 @@ class FileRecorder:
 
     def _write(self, path: Path, step: int, params: Params, moments: AdamMoments, evaluations: dict[str, Row]) -> None:
         optimization = self.config.optimization
-        rate = float(learning_rate(optimization, step, self.config.num_steps))
+        rate = float(learning_rate(Hyperparameters.of(optimization, self.config.num_steps), step))
         write_checkpoint(
             path,
             step=step,

@@ -1,4 +1,4 @@
-"""The stage that trains seeds: which run directories there are, how they start, and how they go on."""
+"""The stage that trains runs: which run directories there are, how they start, and how they go on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PLACES = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the s
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A trained seed: its directory, its last evaluations by split, and the step at which it diverged, if it did."""
+    """A trained run: its directory, its last evaluations by split, and the step at which it diverged, if it did."""
 
     path: Path
     seed: int
@@ -88,10 +88,10 @@ def train_runs(
     overwrite: bool,
     advance: Callable[[int], None],
 ) -> list[TrainedRun]:
-    """Trains runs that differ in their seed alone, as one program, one run directory each.
+    """Trains runs as one program, one run directory each.
 
     Args:
-      runs: run directory -> config.
+      runs: run directory -> config; the configs have one `shared_settings`.
       benchmark: what they are trained on.
       resume: continue from the latest step that all runs have a checkpoint of.
       overwrite: replace what training wrote in existing run directories.
@@ -114,20 +114,23 @@ def _train_runs(
     overwrite: bool,
     advance: Callable[[int], None],
 ) -> list[TrainedRun]:
-    config, seeds = next(iter(runs.values())), [run.seed for run in runs.values()]
+    configs = tuple(runs.values())
     # Everything is read and checked before the first file is touched.
     metadata = read_json(benchmark.layout.metadata)
     if resume:
         resumed = read_resumed(runs, benchmark)
-        training = Training(config, benchmark, seeds, undecayed=resumed.undecayed)
-        step, states = resumed.step, [_state(training, run) for run in resumed.runs]
+        training = Training(configs, benchmark, undecayed=resumed.undecayed)
+        step, states = (
+            resumed.step,
+            [_state(training, config, run) for config, run in zip(configs, resumed.runs, strict=True)],
+        )
         starts = [OptimizerStart(run.moments.groups, run.moments.count - step) for run in resumed.runs]
     else:
         for path in runs:
             _check_free(path, overwrite)
-        training = Training(config, benchmark, seeds)
+        training = Training(configs, benchmark)
         step, states, starts = 0, training.initial_states(), [OptimizerStart()] * len(runs)
-    files = (1 + config.checkpointing.save_best_checkpoint) * len(runs)
+    files = (1 + configs[0].checkpointing.save_best_checkpoint) * len(runs)
     for path in runs:
         _check_space(path, checkpoint_file_bytes(training.decoder) * files)
     num_parameters = parameter_count(training.decoder)
@@ -147,7 +150,8 @@ def _train_runs(
                 recorder.begin()
     training.run(states, recorders, done_steps=step, advance=advance)
     for recorder in recorders:
-        recorder.finish()
+        if recorder.diverged_at is None:
+            recorder.finish()
     return [TrainedRun(r.path, r.config.seed, r.last_evaluations, r.diverged_at) for r in recorders]
 
 
@@ -157,7 +161,7 @@ def train_missing_runs(
     """Trains what is not trained yet: finished runs stay as they are, begun ones go on, the others start.
 
     Args:
-      runs: run directory -> config.
+      runs: run directory -> config; the configs have one `shared_settings`.
       benchmark: what they are trained on.
       advance: called with the number of steps done, of all runs together.
 
@@ -241,8 +245,8 @@ def _check_space(path: Path, needed: int) -> None:
         raise unusable(path, f"{needed / 1e6:,.1f} MB of free disk for checkpoints", f"{free / 1e6:,.1f} MB")
 
 
-def _state(training: Training, run: ResumedRun) -> TrainState:
+def _state(training: Training, config: TrainConfig, run: ResumedRun) -> TrainState:
     params, moments, step = run.params, run.moments, run.history.step
-    optimizer = training.program.optimizer
+    optimizer = training.optimizer(config)
     restored = restore_adam(optimizer, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=step)
     return TrainState(params, restored)

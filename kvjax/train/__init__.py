@@ -1,1 +1,1 @@
-"""Training: many seeds as one program, evaluated on full splits while they train."""
+"""Training: many runs as one program, evaluated on full splits while they train."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from kvjax.config.train import TrainConfig
 from kvjax.devices import backend, device_count
@@ -20,7 +21,7 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 from kvjax.train.curriculum import draw_batches, draw_phases
 from kvjax.train.memory import check_memory
-from kvjax.train.schedule import adam_moments
+from kvjax.train.schedule import Hyperparameters, adam_moments, make_optimizer
 from kvjax.train.trainer import (
     StepMetrics,
     TrainProgram,
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 
 class RunRecorder(Protocol):
-    """Where one seed's training goes: rows as they come, and states worth saving."""
+    """Where one run's training goes: rows as they come, and states worth saving."""
 
     def log(self, row: Row) -> None:
         """Takes a row of `metrics.jsonl`."""
@@ -49,13 +50,21 @@ class RunRecorder(Protocol):
         """Takes the step at which loss or gradient stopped being finite; nothing comes after it."""
 
 
+# What each run of a program has of its own: numbers and batches, which are arrays, and names.
+_OF_EACH_RUN = ("run_name", "seed", "output_dir", "optimization", "curriculum", "device", "num_workers")
+
+
+def shared_settings(config: TrainConfig) -> str:
+    """Writes, as JSON, what runs that train as one program have in common: shapes, data, steps, evaluations."""
+    return config.model_dump_json(exclude={**dict.fromkeys(_OF_EACH_RUN, True), "model": {"init_scale"}})
+
+
 class Training:
-    """Several seeds of one config on one benchmark, trained together. Every split it needs is read at once.
+    """Several runs on one benchmark, trained as one program. Every split it needs is read at once.
 
     Args:
-      config: the config; its own seed is not used.
+      configs: the runs; they share `shared_settings`.
       benchmark: the benchmark to train on.
-      seeds: the seeds.
       undecayed: paths of the parameters without weight decay, as in `make_optimizer`.
 
     Raises:
@@ -65,20 +74,21 @@ class Training:
 
     def __init__(
         self,
-        config: TrainConfig,
+        configs: Sequence[TrainConfig],
         benchmark: Benchmark,
-        seeds: Sequence[int],
         *,
         undecayed: frozenset[tuple[str, ...]] = frozenset(),
     ):
+        self.configs, config = tuple(configs), configs[0]
+        if len({shared_settings(one) for one in configs}) > 1:
+            raise ValueError("expected runs that differ in seed, optimization, init_scale and curriculum alone")
         missing = [split for split in config.evaluation.tracked_splits if split not in benchmark.split_sizes]
         if missing:
             raise InputError(f"{benchmark.path}: expected the tracked split {missing[0]}; found none")
-        self.config = config
-        self.seeds = tuple(seeds)
         self.decoder = DecoderConfig.from_model_config(config.model, len(benchmark.vocabulary.tokens))
         records, source = benchmark.read_split(TRAIN_SPLIT), benchmark.layout.split(TRAIN_SPLIT)
-        self._phases = draw_phases(config.curriculum, records, source)
+        phases = {one.curriculum: draw_phases(one.curriculum, records, source) for one in configs}
+        self._phases = [phases[one.curriculum] for one in configs]
         encoded = encode_records(
             records,
             benchmark.vocabulary,
@@ -89,12 +99,10 @@ class Training:
         self._tokens = encoded.tokens
         program = plan_training(
             self.decoder,
-            config.optimization,
-            num_steps=config.num_steps,
             batch_size=config.batch_size,
             length=encoded.tokens.shape[1],
             backend=backend(),
-            num_seeds=len(self.seeds),
+            num_runs=len(configs),
             num_devices=device_count(),
         )
         self.program: TrainProgram = dataclasses.replace(program, undecayed=undecayed)
@@ -102,7 +110,7 @@ class Training:
         self._segment = math.gcd(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
         check_memory(
             self.program,
-            num_seeds=len(self.seeds),
+            num_runs=len(configs),
             batch_size=config.batch_size,
             length=encoded.tokens.shape[1],
             segment=min(self._segment, config.num_steps),
@@ -115,12 +123,16 @@ class Training:
             self._evaluator.prepare(split, max_records=self._max_records)
 
     def initial_states(self) -> list[TrainState]:
-        """Draws each seed's state before its first step."""
+        """Draws each run's state before its first step."""
         states = []
-        for seed in self.seeds:
-            params = initial_params(self.config.model, self.decoder, seed)
-            states.append(TrainState(params, self.program.optimizer.init(params)))
+        for config in self.configs:
+            params = initial_params(config.model, self.decoder, config.seed)
+            states.append(TrainState(params, self.optimizer(config).init(params)))
         return states
+
+    def optimizer(self, config: TrainConfig) -> optax.GradientTransformation:
+        """Builds the optimiser of a run."""
+        return make_optimizer(Hyperparameters.of(config.optimization, config.num_steps), self.program.undecayed)
 
     def run(
         self,
@@ -132,23 +144,24 @@ class Training:
     ) -> None:
         """Trains from after `done_steps` to the last step.
 
-        A seed whose loss or gradient is not finite has diverged. It ends there, and the others go on, with the same
+        A run whose loss or gradient is not finite has diverged. It ends there, and the others go on, with the same
         numbers as without it.
 
         Args:
-          states: each seed's state after `done_steps`.
-          recorders: each seed's recorder.
+          states: each run's state after `done_steps`.
+          recorders: each run's recorder.
           done_steps: steps taken already.
           advance: called with the number of steps done.
         """
-        config = self.config
-        stacked, tokens = start_training(self.program, states, self._tokens)
+        config = self.configs[0]
+        hypers = [Hyperparameters.of(one.optimization, one.num_steps) for one in self.configs]
+        hypers, stacked, tokens = start_training(self.program, hypers, states, self._tokens)
         segment, going = self._segment, dict(enumerate(recorders))
         while done_steps < config.num_steps and going:
             steps = min(segment - done_steps % segment, config.num_steps - done_steps)
             indices = self._batches(done_steps + 1, steps)
             stacked, metrics = train_segment(
-                self.program, stacked, tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
+                self.program, hypers, stacked, tokens, indices, jnp.asarray(done_steps + 1, jnp.int32)
             )
             metrics = jax.device_get(metrics)
             for index, recorder in list(going.items()):
@@ -165,15 +178,15 @@ class Training:
     def _batches(self, first_step: int, steps: int) -> np.ndarray:
         return np.stack(
             [
-                draw_batches(seed, first_step, steps, self._phases, batch_size=self.config.batch_size)
-                for seed in self.seeds
+                draw_batches(config.seed, first_step, steps, phases, batch_size=config.batch_size)
+                for config, phases in zip(self.configs, self._phases, strict=True)
             ]
         )
 
     def _log(self, recorder: RunRecorder, metrics: StepMetrics, index: int, first_step: int, steps: int) -> None:
         for offset in range(steps):
             step = first_step + offset
-            if step == 1 or step % self.config.log_every_steps == 0:
+            if step == 1 or step % self.configs[0].log_every_steps == 0:
                 values = {
                     name: float(getattr(metrics, name)[index, offset])
                     for name in ("loss", "token_accuracy", "grad_norm", "learning_rate")
@@ -181,7 +194,7 @@ class Training:
                 recorder.log({"phase": "train", "step": step, **values})
 
     def _evaluate_and_save(self, stacked: TrainState, recorders: Mapping[int, RunRecorder], step: int) -> None:
-        config = self.config
+        config = self.configs[0]
         evaluates = step % config.eval_every_steps == 0 or step == config.num_steps
         saves = step % config.checkpoint_every_steps == 0 or step == config.num_steps
         if not (evaluates or saves):
@@ -198,6 +211,6 @@ class Training:
 
 
 def _first_not_finite(metrics: StepMetrics, index: int) -> int | None:
-    """Finds the first step of a segment at which a seed's loss or gradient is not finite."""
+    """Finds the first step of a segment at which a run's loss or gradient is not finite."""
     lost = ~(np.isfinite(metrics.loss[index]) & np.isfinite(metrics.grad_norm[index]))
     return int(np.argmax(lost)) if lost.any() else None

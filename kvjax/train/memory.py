@@ -28,7 +28,7 @@ def checkpoint_file_bytes(config: DecoderConfig) -> int:
 
 
 def check_memory(
-    program: TrainProgram, *, num_seeds: int, batch_size: int, length: int, segment: int, on_cpu: bool
+    program: TrainProgram, *, num_runs: int, batch_size: int, length: int, segment: int, on_cpu: bool
 ) -> None:
     """Refuses a training that cannot fit into the memory of the machine, or of an accelerator.
 
@@ -37,7 +37,7 @@ def check_memory(
 
     Args:
       program: what is trained.
-      num_seeds: how many seeds train together.
+      num_runs: how many runs train together.
       batch_size: records per step.
       length: tokens of the longest record.
       segment: steps that are dispatched together.
@@ -47,21 +47,21 @@ def check_memory(
       InputError: it does not fit; the message has the numbers.
     """
     config, devices = program.config, program.devices
-    by_seed = program.shared == "seeds"
-    rows = batch_size // (1 if by_seed else devices) // program.microbatches
-    at_once = devices if program.lift == "map" or not by_seed else num_seeds
+    by_run = program.shared == "runs"
+    rows = batch_size // program.parts // program.microbatches
+    at_once = devices if program.lift == "map" or not by_run else num_runs
     kept = config.n_layers * (4 * config.d_model + config.d_ff + config.n_heads * length) + 2 * config.vocab_size
-    states = 4 * _STATE_COPIES * parameter_count(config) * num_seeds * (devices if on_cpu and not by_seed else 1)
+    states = 4 * _STATE_COPIES * parameter_count(config) * num_runs * (devices if on_cpu and not by_run else 1)
     activations = 4 * kept * rows * length * at_once
-    batches = 4 * batch_size * segment * num_seeds
+    batches = 4 * batch_size * segment * num_runs
     parts = 1 if on_cpu else devices  # accelerators have a memory each
-    needed = states / (parts if by_seed else 1) + (activations + batches) / parts
+    needed = states / (parts if by_run else 1) + (activations + batches) / parts
     if needed > (there := available_memory_bytes()):
-        seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
+        runs = "1 run" if num_runs == 1 else f"{num_runs} runs"
         raise InputError(
             f"expected a training that fits into {_size(there)} of memory; found {_size(states)} for parameters and "
-            f"optimizer of {seeds}, {_size(activations)} for activations and {_size(batches)} for the batches of "
-            f"{segment} steps (lower the model's sizes, batch_size {batch_size}, or the number of seeds)"
+            f"optimizer of {runs}, {_size(activations)} for activations and {_size(batches)} for the batches of "
+            f"{segment} steps (lower the model's sizes, batch_size {batch_size}, or the number of runs)"
         )
 
 

@@ -2,34 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kvjax.config.train import OptimizationConfig
 
+_NEVER = float(np.finfo(np.float32).max)  # a step that no run reaches
 
-def learning_rate(config: OptimizationConfig, step: jax.Array | int, num_steps: int) -> jax.Array:
-    """Computes the learning rate of a step, counted from 1: linear warm-up, then constant or cosine decay.
 
-    Args:
-      config: the optimisation settings.
-      step: 1-based step, possibly traced.
-      num_steps: of the whole run; a cosine decay ends there unless the config names a `decay_end_step`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """A run's optimiser settings as float32 numbers, so that runs that differ in them share a program.
+
+    With several runs, every leaf has a leading run axis R.
+
+    Attributes:
+      learning_rate, min_learning_rate: at its peak, and at the end of its decay.
+      warmup_steps: 0 for none.
+      decay_start, decay_end: steps of the cosine decay; later than any step for a constant rate.
+      weight_decay, beta1, beta2, eps: AdamW's.
+      max_norm: of a clipped gradient; infinite without clipping.
     """
-    peak, schedule = config.learning_rate, config.schedule
-    warmup = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    if schedule.kind == "constant":
-        return jnp.asarray(peak * warmup, jnp.float32)
-    start = schedule.decay_start_step if schedule.decay_start_step is not None else config.warmup_steps
-    end = schedule.decay_end_step if schedule.decay_end_step is not None else num_steps
-    floor = schedule.min_learning_rate or 0.0
-    progress = jnp.clip((step - start) / max(1, end - start), 0.0, 1.0)
+
+    learning_rate: jax.Array
+    min_learning_rate: jax.Array
+    warmup_steps: jax.Array
+    decay_start: jax.Array
+    decay_end: jax.Array
+    weight_decay: jax.Array
+    beta1: jax.Array
+    beta2: jax.Array
+    eps: jax.Array
+    max_norm: jax.Array
+
+    @classmethod
+    def of(cls, config: OptimizationConfig, num_steps: int) -> Hyperparameters:
+        """Forms the numbers of a config.
+
+        Args:
+          config: the optimisation settings.
+          num_steps: of the whole run; a cosine decay ends there unless the config names a `decay_end_step`.
+        """
+        schedule, start, end = config.schedule, _NEVER, _NEVER
+        if schedule.kind == "cosine_decay":
+            start = schedule.decay_start_step if schedule.decay_start_step is not None else config.warmup_steps
+            end = schedule.decay_end_step if schedule.decay_end_step is not None else num_steps
+        numbers = {
+            "learning_rate": config.learning_rate,
+            "min_learning_rate": schedule.min_learning_rate or 0.0,
+            "warmup_steps": config.warmup_steps,
+            "decay_start": start,
+            "decay_end": end,
+            "weight_decay": config.weight_decay,
+            "beta1": config.beta1,
+            "beta2": config.beta2,
+            "eps": config.eps,
+            "max_norm": config.grad_clip_norm if config.grad_clip_norm is not None else np.inf,
+        }
+        return cls(**{name: np.float32(number) for name, number in numbers.items()})
+
+
+def learning_rate(hyper: Hyperparameters, step: jax.Array | int) -> jax.Array:
+    """Computes the learning rate of a step, counted from 1: linear warm-up, then constant or cosine decay."""
+    warmup = jnp.where(hyper.warmup_steps > 0, jnp.minimum(step / jnp.maximum(hyper.warmup_steps, 1.0), 1.0), 1.0)
+    length = jnp.maximum(1.0, hyper.decay_end - hyper.decay_start)
+    progress = jnp.clip((step - hyper.decay_start) / length, 0.0, 1.0)
+    peak, floor = hyper.learning_rate, hyper.min_learning_rate
     decayed = floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    return jnp.asarray(jnp.where(step < start, peak, decayed) * warmup, jnp.float32)
+    return jnp.where(step < hyper.decay_start, peak, decayed) * warmup
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: jax.Array | float) -> optax.GradientTransformation:
     """Clips gradients by their global norm as PyTorch does: times min(1, max_norm / (norm + 1e-6))."""
 
     def update(updates, state, params=None):
@@ -41,30 +89,27 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: OptimizationConfig, num_steps: int, undecayed: frozenset[tuple[str, ...]] = frozenset()
+    hyper: Hyperparameters, undecayed: frozenset[tuple[str, ...]] = frozenset()
 ) -> optax.GradientTransformation:
     """Builds AdamW with decoupled decay, after clipping.
 
     Args:
-      config: the optimisation settings.
-      num_steps: of the whole run.
+      hyper: the settings of one run; they may be traced. The state does not depend on them.
       undecayed: paths of the parameters without weight decay.
     """
 
     def decays(params: optax.Params) -> optax.Params:
         return jax.tree.map_with_path(lambda path, _: tuple(part.key for part in path) not in undecayed, params)
 
-    clip = clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm is not None else optax.identity()
     adamw = optax.adamw(
-        # optax counts from 0, the schedule from 1.
-        learning_rate=lambda count: learning_rate(config, count + 1, num_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+        learning_rate=lambda count: learning_rate(hyper, count + 1),  # optax counts from 0, the schedule from 1
+        b1=hyper.beta1,
+        b2=hyper.beta2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
         mask=decays if undecayed else None,
     )
-    return optax.chain(clip, adamw)
+    return optax.chain(clip_by_global_norm(hyper.max_norm), adamw)
 
 
 def restore_adam(

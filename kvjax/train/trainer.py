@@ -1,11 +1,11 @@
-"""Trains many seeds as one program: a scanned segment of steps, lifted over seeds."""
+"""Trains many runs as one program: a scanned segment of steps, lifted over runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,12 +14,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax.config.train import InitializedModelConfig, OptimizationConfig
+from kvjax.config.train import InitializedModelConfig
 from kvjax.devices import DEVICE_AXIS, Lift, Placement
 from kvjax.measure.behaviour import wins_among
 from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.task.vocabulary import PAD_ID
-from kvjax.train.schedule import learning_rate, make_optimizer
+from kvjax.train.schedule import Hyperparameters, learning_rate, make_optimizer
 
 CPU_TOKENS_PER_MICROBATCH = 900
 
@@ -27,7 +27,7 @@ CPU_TOKENS_PER_MICROBATCH = 900
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters and optimiser state; with several seeds, every leaf has a leading seed axis R."""
+    """Parameters and optimiser state; with several runs, every leaf has a leading run axis R."""
 
     params: Params
     optimizer: optax.OptState
@@ -55,30 +55,26 @@ class StepMetrics:
 class TrainProgram:
     """The static settings of the compiled training segment; hashable.
 
+    A gradient is summed over the microbatches of each part of a batch, then over the parts in order. On a CPU that
+    order is the same whatever the devices share, so that a run has the same numbers alone and beside others.
+
     Attributes:
       config: the model's shape.
-      optimization: the optimiser's settings.
-      num_steps: of the whole run.
-      microbatches: how many equal parts of a device's share of a batch the gradient is summed over; they stay in cache
-        on a CPU.
-      lift: how the seeds of a device are run, `map` (one after another) or `vmap`.
+      parts: how many equal parts a batch has; as many devices can share one.
+      microbatches: how many equal microbatches a part has; they stay in cache on a CPU.
+      lift: how the runs of a device are run, `map` (one after another) or `vmap`.
       devices: how many devices share the work.
-      shared: what they share: `seeds`, which are independent, or each step's `batch`, whose gradients are summed.
+      shared: what they share: `runs`, which are independent, or the parts of each step's `batch`.
       undecayed: paths of the parameters without weight decay.
     """
 
     config: DecoderConfig
-    optimization: OptimizationConfig
-    num_steps: int
+    parts: int
     microbatches: int
     lift: Lift
     devices: int = 1
-    shared: Literal["seeds", "batch"] = "seeds"
+    shared: Literal["runs", "batch"] = "runs"
     undecayed: frozenset[tuple[str, ...]] = frozenset()
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimization, self.num_steps, self.undecayed)
 
     @property
     def mesh(self) -> Mesh:
@@ -86,42 +82,42 @@ class TrainProgram:
 
     @property
     def specs(self) -> tuple[PartitionSpec, PartitionSpec]:
-        """Shards states [R, …] and batches [R, steps, B] over the devices."""
-        if self.shared == "seeds":
+        """Shards what each run has, [R, …], and batches, [R, steps, B], over the devices."""
+        if self.shared == "runs":
             return PartitionSpec(DEVICE_AXIS), PartitionSpec(DEVICE_AXIS)
         return PartitionSpec(), PartitionSpec(None, None, DEVICE_AXIS)
 
 
 def plan_training(
     config: DecoderConfig,
-    optimization: OptimizationConfig,
     *,
-    num_steps: int,
     batch_size: int,
     length: int,
     backend: str,
-    num_seeds: int,
+    num_runs: int,
     num_devices: int,
 ) -> TrainProgram:
-    """Plans training on a backend: cache-sized microbatches and mapped seeds on a CPU, all at once elsewhere.
+    """Plans training on a backend: cache-sized microbatches and mapped runs on a CPU, all at once elsewhere.
 
-    Devices (a CPU has one per core) share either the seeds or every batch in equal parts, whichever uses more devices.
+    Devices (a CPU has one per core) share either the runs or every batch in equal parts, whichever uses more devices.
     """
 
     def sharing(items: int) -> int:
         return max(n for n in range(1, num_devices + 1) if items % n == 0)
 
-    devices, shared = sharing(num_seeds), "seeds"  # preferred: seeds are independent
-    if sharing(batch_size) > devices:
-        devices, shared = sharing(batch_size), "batch"
-    microbatches, share = 1, batch_size // (devices if shared == "batch" else 1)
+    parts, devices, shared, microbatches = sharing(batch_size), sharing(num_runs), "runs", 1
+    if parts > devices:  # otherwise runs, which are independent
+        devices, shared = parts, "batch"
+    elif backend != "cpu":
+        parts = 1
+    share = batch_size // parts
     if backend == "cpu":
         wanted = max(1, round(share * length / CPU_TOKENS_PER_MICROBATCH))
-        small = [parts for parts in range(1, math.isqrt(share) + 1) if share % parts == 0]
-        divisors = sorted({*small, *(share // parts for parts in small)})
-        microbatches = min(divisors, key=lambda parts: abs(math.log(parts / wanted)))
+        small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+        divisors = sorted({*small, *(share // n for n in small)})
+        microbatches = min(divisors, key=lambda n: abs(math.log(n / wanted)))
     lift = "map" if backend == "cpu" else "vmap"
-    return TrainProgram(config, optimization, num_steps, microbatches, lift, devices, shared)
+    return TrainProgram(config, parts, microbatches, lift, devices, shared)
 
 
 @functools.lru_cache
@@ -189,110 +185,135 @@ def loss_sums(config: DecoderConfig, params: Params, tokens_BxT: jax.Array, weig
     return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(right)
 
 
-def over_shares(program: TrainProgram, sums: Any) -> Any:
-    """Adds up sums over each device's share of a batch, if devices share batches."""
-    return jax.lax.psum(sums, DEVICE_AXIS) if program.shared == "batch" and program.devices > 1 else sums
+def batch_sums(program: TrainProgram, params: Params, batch_BxT: jax.Array, weights_B: jax.Array) -> tuple:
+    """Sums loss, right predictions, their gradients and targets over a batch, of which this device has its share."""
+    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, program.config), has_aux=True)
+    zero = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, params))
+
+    def added_up(function: Callable[[jax.Array, jax.Array], Any], pieces: int, *whole: jax.Array) -> Any:
+        """Adds up a function of equal pieces, one after another."""
+
+        def add(total: Any, piece: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, function(*piece)), None
+
+        return jax.lax.scan(add, zero, [x.reshape(pieces, -1, *x.shape[1:]) for x in whole])[0]
+
+    def of_part(*part: jax.Array) -> Any:
+        # Between barriers, a part is the same program, to the last bit, whatever the devices share.
+        params_here, *part = jax.lax.optimization_barrier((params, *part))
+        of_microbatch = functools.partial(value_and_grad, params_here)
+        return jax.lax.optimization_barrier(added_up(of_microbatch, program.microbatches, *part))
+
+    num_targets = jnp.sum((batch_BxT[:, 1:] != PAD_ID) * weights_B[:, None])
+    if program.shared == "batch" and program.devices > 1:
+        of_parts = jax.lax.all_gather(of_part(batch_BxT, weights_B), DEVICE_AXIS)
+        sums = jax.tree.map(lambda x_Px: functools.reduce(jnp.add, list(x_Px)), of_parts)
+        num_targets = jax.lax.psum(num_targets, DEVICE_AXIS)
+    else:
+        sums = added_up(of_part, program.parts, batch_BxT, weights_B)
+    return jax.lax.optimization_barrier((sums, num_targets))  # so is the rest of the step
 
 
 def train_step(
-    program: TrainProgram, state: TrainState, tokens_NxT: jax.Array, indices_B: jax.Array, step: jax.Array
+    program: TrainProgram,
+    hyper: Hyperparameters,
+    state: TrainState,
+    tokens_NxT: jax.Array,
+    indices_B: jax.Array,
+    step: jax.Array,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one step: gradient, clipping, update.
 
     Args:
       program: the static settings.
-      state: of one seed.
+      hyper: the run's own settings.
+      state: of one run.
       tokens_NxT: the training split.
       indices_B: the step's records, negative for padding; this device's share of them.
       step: 1-based.
     """
     weights = (indices_B >= 0).astype(jnp.float32)
     batch = tokens_NxT[jnp.maximum(indices_B, 0)]
-    num_targets = over_shares(program, jnp.sum((batch[:, 1:] != PAD_ID) * weights[:, None]))
-    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, program.config), has_aux=True)
-
-    def parts(x: jax.Array) -> jax.Array:
-        return x.reshape(program.microbatches, -1, *x.shape[1:])
-
-    def add_microbatch(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(state.params, *part)), None
-
-    # Sums over microbatches, divided once: the mean over the batch's targets, whichever microbatch they fell into.
-    zero = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, state.params))
-    sums, _ = jax.lax.scan(add_microbatch, zero, (parts(batch), parts(weights)))
-    (loss, right), grads = over_shares(program, sums)
+    # Sums, divided once: the mean over the batch's targets, whichever microbatch they fell into.
+    ((loss, right), grads), num_targets = batch_sums(program, state.params, batch, weights)
     grads = jax.tree.map(lambda leaf: leaf / num_targets, grads)
-    updates, optimizer_state = program.optimizer.update(grads, state.optimizer, state.params)
+    optimizer = make_optimizer(hyper, program.undecayed)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     metrics = StepMetrics(
         loss=loss / num_targets,
         token_accuracy=right / num_targets,
         grad_norm=optax.tree.norm(grads),
-        learning_rate=learning_rate(program.optimization, step, program.num_steps),
+        learning_rate=learning_rate(hyper, step),
     )
     return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
 
 
 def start_training(
-    program: TrainProgram, states: Sequence[TrainState], tokens_NxT: np.ndarray
-) -> tuple[TrainState, jax.Array]:
-    """Stacks the seeds' states and puts them and the training split on the devices `train_segment` uses.
+    program: TrainProgram, hypers: Sequence[Hyperparameters], states: Sequence[TrainState], tokens_NxT: np.ndarray
+) -> tuple[Hyperparameters, TrainState, jax.Array]:
+    """Stacks the runs' settings and states, and puts them and the training split on `train_segment`'s devices.
 
     Placed elsewhere, the first segment would move them, and its program would be compiled again for the placement it
     returns.
     """
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(hypers, states, strict=True))
     if program.devices == 1:
-        return stacked, jax.device_put(tokens_NxT)
-    by_seed, whole = (NamedSharding(program.mesh, spec) for spec in (program.specs[0], PartitionSpec()))
-    return jax.device_put(stacked, by_seed), jax.device_put(tokens_NxT, whole)
+        return *stacked, jax.device_put(tokens_NxT)
+    by_run, whole = (NamedSharding(program.mesh, spec) for spec in (program.specs[0], PartitionSpec()))
+    return *jax.device_put(stacked, by_run), jax.device_put(tokens_NxT, whole)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def train_segment(
     program: TrainProgram,
+    hypers: Hyperparameters,
     states: TrainState,
     tokens_NxT: jax.Array,
     indices_RxUxB: jax.Array,
     first_step: jax.Array,
 ) -> tuple[TrainState, StepMetrics]:
-    """Trains every seed for a segment of steps, and measures each step, [R, steps].
+    """Trains every run for a segment of steps, and measures each step, [R, steps].
 
     Args:
       program: the static settings.
-      states: with a leading seed axis R.
-      tokens_NxT: the training split, shared by all seeds.
-      indices_RxUxB: each seed's batches.
+      hypers: each run's own settings, with a leading run axis R.
+      states: with a leading run axis R.
+      tokens_NxT: the training split, shared by all runs.
+      indices_RxUxB: each run's batches.
       first_step: 1-based number of the first step.
     """
 
-    def one_seed(
-        state: TrainState, indices_UxB: jax.Array, tokens_NxT: jax.Array, first_step: jax.Array
+    def one_run(
+        hyper: Hyperparameters,
+        state: TrainState,
+        indices_UxB: jax.Array,
+        tokens_NxT: jax.Array,
+        first_step: jax.Array,
     ) -> tuple[TrainState, StepMetrics]:
         steps = first_step + jnp.arange(indices_UxB.shape[0])
 
         def body(state: TrainState, x: tuple[jax.Array, jax.Array]) -> tuple[TrainState, StepMetrics]:
-            return train_step(program, state, tokens_NxT, *x)
+            return train_step(program, hyper, state, tokens_NxT, *x)
 
         return jax.lax.scan(body, state, (indices_UxB, steps))
 
-    def all_seeds(states: TrainState, indices_RxUxB: jax.Array, *rest: jax.Array) -> tuple[TrainState, StepMetrics]:
-        def one(x: tuple[TrainState, jax.Array]) -> tuple[TrainState, StepMetrics]:
-            return one_seed(*x, *rest)
+    def all_runs(
+        hypers: Hyperparameters, states: TrainState, indices_RxUxB: jax.Array, *rest: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        def one(x: tuple[Hyperparameters, TrainState, jax.Array]) -> tuple[TrainState, StepMetrics]:
+            return one_run(*x, *rest)
 
-        return (
-            jax.lax.map(one, (states, indices_RxUxB))
-            if program.lift == "map"
-            else jax.vmap(one)((states, indices_RxUxB))
-        )
+        of_runs = (hypers, states, indices_RxUxB)
+        return jax.lax.map(one, of_runs) if program.lift == "map" else jax.vmap(one)(of_runs)
 
-    arguments = (states, indices_RxUxB, tokens_NxT, first_step)
+    arguments = (hypers, states, indices_RxUxB, tokens_NxT, first_step)
     if program.devices == 1:
-        return all_seeds(*arguments)
-    (states_spec, batches_spec), whole = program.specs, PartitionSpec()
+        return all_runs(*arguments)
+    (runs_spec, batches_spec), whole = program.specs, PartitionSpec()
     return jax.shard_map(
-        all_seeds,
+        all_runs,
         mesh=program.mesh,
-        in_specs=(states_spec, batches_spec, whole, whole),
-        out_specs=states_spec,
+        in_specs=(runs_spec, runs_spec, batches_spec, whole, whole),
+        out_specs=runs_spec,
         check_vma=False,
     )(*arguments)

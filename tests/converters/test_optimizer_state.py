@@ -15,7 +15,7 @@ from kvjax.converters.torch_decoder import TorchDecoder
 from kvjax.config.run import ModelConfig
 from kvjax.config.train import OptimizationConfig
 from kvjax.errors import InputError, Note
-from kvjax.train.schedule import make_optimizer, restore_adam
+from kvjax.train.schedule import Hyperparameters, make_optimizer, restore_adam
 
 MODEL = ModelConfig(d_model=8, n_layers=2, n_heads=2, d_ff=12, max_seq_len=10)
 VOCAB, STEPS, RATE, DECAY = 15, 3, 1e-2, 0.1
@@ -200,7 +200,7 @@ def test_next_step(tmp_path, groups, options, updates):
         warnings.simplefilter("ignore", Note)
         params, moments = read(tmp_path, module, optimizer.state_dict(), config)
     undecayed = undecayed_paths(moments.groups, MODEL.n_layers, where="here")
-    ours = make_optimizer(config, 100, undecayed)
+    ours = make_optimizer(Hyperparameters.of(config, 100), undecayed)
     state = restore_adam(ours, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=STEPS)
     gradients = step(module, optimizer)
     gradients["lm_head.weight"] = gradients["token_embedding.weight"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from kvjax.config.train import TrainConfig
 from tests.helpers.building import SMALL_MODEL
 
@@ -40,3 +42,19 @@ def small_train_config(benchmark: object, **changes: Any) -> TrainConfig:
         "checkpointing": {"best_checkpoint_split": "validation_iid"},
     }
     return TrainConfig.model_validate(document | changes)
+
+
+class Kept:
+    """Keeps what a run's training hands out."""
+
+    def __init__(self):
+        self.rows, self.saved, self.diverged = [], {}, None
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def save(self, step, params, mu, nu, evaluations):
+        self.saved[step] = jax.tree.leaves((params, mu, nu))
+
+    def diverge(self, step, loss):
+        self.diverged = step

@@ -31,6 +31,10 @@ FACTORS = [
 ]
 
 
+# Factors whose settings have the base's shape, data and steps.
+ONE_PROGRAM = ("learning_rate", "weight_decay", "init_scale", "curriculum")
+
+
 @pytest.fixture
 def screen(study, tmp_path):
     """Writes a screen's config beside the study's; returns a function that sets fields of it."""
@@ -62,6 +66,8 @@ def test_plan_of_a_screen(screen):
     assert rate.config.optimization.learning_rate == 0.01 and rate.benchmark_dir == plan.base.benchmark_dir
     assert data.benchmark.train.overwrite_count.min == 7 and data.config.benchmark_dir != rate.config.benchmark_dir
     assert data.config.optimization == plan.base.config.optimization
+    programs = [[setting.name for setting in settings] for settings in plan.programs]
+    assert programs == [["base", "rate/rate-1e-2"], ["data/writes-7"]], "other data are another program"
 
 
 def test_dry_run(screen, capsys, tmp_path):
@@ -99,6 +105,9 @@ def test_shipped_screens(name):
     plan = plan_screen(FactorSettings(config=name))
     expected = {"depth", "width", "heads", "learning_rate", "weight_decay", "init_scale", "curriculum", "difficulty"}
     assert expected <= set(plan.varied)
+    assert {"base", *(f"{name}/{one.label}" for name in ONE_PROGRAM for one in plan.factor(name).values)} == {
+        setting.name for setting in plan.programs[0]
+    }
     assert read_config(find_config(name, "factors"), FactorScreenConfig).seeds
 
 
@@ -119,7 +128,7 @@ def test_comparison_of_settings(trained, capsys):
     plan, config = trained
     assert main(["factor-screen", f"--config={config}", "--noprogress"]) == 0
     printed = capsys.readouterr().out
-    assert "train, rate/rate-1e-2: current, skipped" in printed and "compare rate: done" in printed
+    assert "train, base, rate/rate-1e-2: current, skipped" in printed and "compare rate: done" in printed
     layout = plan.layout.factor("rate")
     found = read_factor(layout.comparison)
     assert [entry.label for entry in found.settings] == ["rate-3e-3", "rate-1e-2"]

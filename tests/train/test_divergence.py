@@ -11,11 +11,11 @@ import pytest
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.pipeline.settings import TrainSettings
-from kvjax.pipeline.train import train
+from kvjax.pipeline.train import train, train_missing_runs, train_runs
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from tests.helpers.building import read_lines
-from tests.helpers.training import small_train_config
+from tests.helpers.training import Kept, small_train_config
 
 
 @pytest.mark.filterwarnings("ignore::kvjax.errors.Note")
@@ -36,25 +36,10 @@ def test_divergence_of_all_seeds(tmp_path, small_benchmark):
         assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1], "no row holds a number that is none"
 
 
-class Kept:
-    """Keeps what a seed's training hands out."""
-
-    def __init__(self):
-        self.rows, self.saved, self.diverged = [], {}, None
-
-    def log(self, row):
-        self.rows.append(row)
-
-    def save(self, step, params, mu, nu, evaluations):
-        self.saved[step] = jax.tree.leaves((params, mu, nu))
-
-    def diverge(self, step, loss):
-        self.diverged = step
-
-
 def test_divergence_of_one_seed(small_benchmark):
     """A seed that diverges ends alone: the other has the bits that it has beside a healthy one."""
-    training = Training(small_train_config(small_benchmark, num_steps=8), Benchmark.open(small_benchmark), (3, 4))
+    configs = [small_train_config(small_benchmark, num_steps=8, seed=seed) for seed in (3, 4)]
+    training = Training(configs, Benchmark.open(small_benchmark))
     healthy, lost = training.initial_states()
     broken = dataclasses.replace(lost, params=jax.tree.map(lambda leaf: leaf * 1e30, lost.params))
     kept = {}
@@ -66,3 +51,24 @@ def test_divergence_of_one_seed(small_benchmark):
     assert kept["broken"][0].rows == kept["healthy"][0].rows
     for ours, theirs in zip(kept["broken"][0].saved[8], kept["healthy"][0].saved[8], strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::kvjax.errors.Note")
+def test_divergence_before_an_interruption(tmp_path, small_benchmark):
+    """A diverged run is finished at once: what is trained after an interruption are the others."""
+    wild = small_train_config(small_benchmark).optimization.model_dump() | {"learning_rate": 1e30, "warmup_steps": 0}
+    configs = {"wild": {"optimization": wild}, "calm": {}}
+    runs = {tmp_path / name: small_train_config(small_benchmark, **changes) for name, changes in configs.items()}
+    benchmark = Benchmark.open(small_benchmark)
+
+    def stop_at_once(steps):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(runs, benchmark, resume=False, overwrite=False, advance=stop_at_once)
+    assert not (tmp_path / "calm" / "summary.json").exists()
+    before = (tmp_path / "wild" / "summary.json").stat()
+    train_missing_runs(runs, benchmark, advance=lambda steps: None)
+    assert RunDir.open(tmp_path / "calm").complete and RunDir.open(tmp_path / "wild").diverged_at == 2
+    after = (tmp_path / "wild" / "summary.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

@@ -281,19 +281,17 @@ def test_log_on_a_full_disk(run, small_benchmark):
 
 
 def test_training_beyond_memory(small_benchmark, monkeypatch):
-    """A training that cannot fit into memory is refused with the numbers: 16 bytes a parameter and seed."""
+    """A training that cannot fit into memory is refused with the numbers: 16 bytes a parameter and run."""
     opened, config = Benchmark.open(small_benchmark), small_train_config(small_benchmark)
-    parameters = parameter_count(Training(config, opened, [3]).decoder)
+    parameters = parameter_count(Training([config], opened).decoder)
     monkeypatch.setattr("kvjax.train.memory.available_memory_bytes", lambda: 4e7)
-    Training(config, opened, [3])
-    seeds = int(4e7 / 16 / parameters) + 1
-    with pytest.raises(
-        InputError, match=rf"fits into 40 MB of memory; found 40\.?\d* MB .* optimizer of {seeds} seeds"
-    ):
-        Training(config, opened, range(seeds))
+    Training([config], opened)
+    runs = int(4e7 / 16 / parameters) + 1
+    with pytest.raises(InputError, match=rf"fits into 40 MB of memory; found 40\.?\d* MB .* optimizer of {runs} runs"):
+        Training([config] * runs, opened)
     often = {"log_every_steps": 10**6, "eval_every_steps": 10**6, "checkpoint_every_steps": 10**6, "num_steps": 10**6}
     with pytest.raises(InputError, match=r"and 96 MB for the batches of 1000000 steps"):  # 24 numbers of 4 bytes each
-        Training(small_train_config(small_benchmark, **often), opened, [3])
+        Training([small_train_config(small_benchmark, **often)], opened)
 
 
 @pytest.mark.parametrize(

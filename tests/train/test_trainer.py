@@ -14,7 +14,7 @@ from kvjax.converters.torch_decoder import TorchDecoder
 
 from kvjax.config.train import InitializedModelConfig, OptimizationConfig, ScheduleConfig
 from kvjax.model.decoder import DecoderConfig
-from kvjax.train.schedule import learning_rate, make_optimizer
+from kvjax.train.schedule import Hyperparameters, learning_rate, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 from tests.helpers.building import SMALL_MODEL
 
@@ -26,9 +26,11 @@ CONSTANT = OptimizationConfig(
 )
 COSINE = CONSTANT.model_copy(
     update={
+        **{"learning_rate": 2e-3, "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "warmup_steps": 3},
+        "grad_clip_norm": None,
         "schedule": CONSTANT.schedule.model_copy(
             update={"kind": "cosine_decay", "decay_start_step": 8, "decay_end_step": 16, "min_learning_rate": 1e-4}
-        )
+        ),
     }
 )
 
@@ -62,8 +64,10 @@ def torch_losses(params, tokens, indices, optimization):
         module.parameters(),
         lr=optimization.learning_rate,
         betas=(optimization.beta1, optimization.beta2),
+        eps=optimization.eps,
         weight_decay=optimization.weight_decay,
     )
+    max_norm = optimization.grad_clip_norm or math.inf  # which changes nothing, but returns the norm
     losses, norms = [], []
     for step, rows in enumerate(indices, start=1):
         optimizer.param_groups[0]["lr"] = by_hand(optimization, step)
@@ -73,34 +77,31 @@ def torch_losses(params, tokens, indices, optimization):
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), optimization.grad_clip_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)))
         optimizer.step()
         losses.append(loss.item())
     return losses, norms, module
 
 
-@pytest.mark.parametrize("optimization", [CONSTANT, COSINE], ids=["constant", "cosine"])
 @pytest.mark.parametrize(
     ("backend", "devices", "shared"),
     [
-        ("cpu", 1, "seeds"),  # microbatches, one seed after another
-        ("cpu", 2, "seeds"),
+        ("cpu", 1, "runs"),  # microbatches, one run after another
+        ("cpu", 2, "runs"),
         ("cpu", 2, "batch"),
-        ("gpu", 1, "seeds"),  # whole batches, seeds side by side
+        ("gpu", 1, "runs"),  # whole batches, runs side by side
         ("gpu", 2, "batch"),
     ],
 )
-def test_twenty_steps_of_adamw(tokens, optimization, backend, devices, shared):
-    """Losses, gradient norms, rates and weights of 20 steps equal PyTorch's AdamW."""
-    seeds = (3, 4)
+def test_twenty_steps_of_adamw(tokens, backend, devices, shared):
+    """Losses, gradient norms, rates and weights of 20 steps of runs with other settings equal PyTorch's AdamW."""
+    seeds, optimizations = (3, 4), (CONSTANT, COSINE)
     program = plan_training(
         CONFIG,
-        optimization,
-        num_steps=20,
         batch_size=BATCH,
         length=450 if backend == "cpu" else LENGTH,
         backend=backend,
-        num_seeds=len(seeds) if shared == "seeds" else 1,
+        num_runs=len(seeds) if shared == "runs" else 1,
         num_devices=devices,
     )
     assert (program.microbatches > 1) == (backend == "cpu")
@@ -108,16 +109,18 @@ def test_twenty_steps_of_adamw(tokens, optimization, backend, devices, shared):
     params = [initial_params(MODEL, CONFIG, seed) for seed in seeds]
     draw = functools.partial(batch_indices, num_records=RECORDS, batch_size=BATCH)
     indices = np.stack([draw(seed, 1, 20) for seed in seeds])
-    theirs = [torch_losses(p, tokens, i, optimization) for p, i in zip(params, indices, strict=True)]
-    states = [TrainState(p, program.optimizer.init(p)) for p in params]
-    state, on_devices = start_training(program, states, tokens)
-    compiled, segments = train_segment._cache_size(), []
+    theirs = [torch_losses(p, tokens, *own) for p, *own in zip(params, indices, optimizations, strict=True)]
+    hypers = [Hyperparameters.of(one, 20) for one in optimizations]
+    states = [TrainState(p, make_optimizer(hyper).init(p)) for p, hyper in zip(params, hypers, strict=True)]
+    hypers, state, on_devices = start_training(program, hypers, states, tokens)
+    train_segment.clear_cache()
+    segments = []
     for start in (0, 10):
         state, segment = train_segment(
-            program, state, on_devices, indices[:, start : start + 10], jnp.asarray(start + 1)
+            program, hypers, state, on_devices, indices[:, start : start + 10], jnp.asarray(start + 1)
         )
         segments.append(segment)
-    assert train_segment._cache_size() == compiled + 1, "one program serves every segment"
+    assert train_segment._cache_size() == 1, "one program serves every segment"
     metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *segments)
     for r, (losses, norms, module) in enumerate(theirs):
         np.testing.assert_allclose(metrics.loss[r], losses, rtol=1e-4)
@@ -127,30 +130,29 @@ def test_twenty_steps_of_adamw(tokens, optimization, backend, devices, shared):
             if name.endswith("k_proj.bias"):
                 continue  # attention does not depend on it: its gradient is rounding noise, which Adam makes full steps
             np.testing.assert_allclose(final[name], tensor, rtol=1e-2, atol=2e-4, err_msg=name)
-        rates = [by_hand(optimization, step) for step in range(1, 21)]
+        rates = [by_hand(optimizations[r], step) for step in range(1, 21)]
         np.testing.assert_allclose(metrics.learning_rate[r], rates, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("seeds", "devices", "batch", "expected"),
+    ("runs", "devices", "batch", "expected"),
     [
-        (8, 4, 32, (4, "seeds")),
+        (8, 4, 32, (4, "runs")),
         (1, 4, 32, (4, "batch")),
         (6, 4, 32, (4, "batch")),
-        (6, 4, 9, (3, "seeds")),
-        (7, 8, 6, (7, "seeds")),
+        (6, 4, 9, (3, "runs")),
+        (7, 8, 6, (7, "runs")),
         (1, 4, 18, (3, "batch")),
-        (1, 4, 7, (1, "seeds")),
-        (3, 1, 32, (1, "seeds")),
+        (1, 4, 7, (1, "runs")),
+        (3, 1, 32, (1, "runs")),
     ],
 )
-def test_sharing_among_devices(seeds, devices, batch, expected):
-    """Devices share seeds or the batch, whichever employs most of them."""
-    sizes = {"num_steps": 20, "batch_size": batch, "length": 450, "num_seeds": seeds, "num_devices": devices}
-    program = plan_training(CONFIG, CONSTANT, backend="cpu", **sizes)
+def test_sharing_among_devices(runs, devices, batch, expected):
+    """Devices share runs or the batch, whichever employs most of them."""
+    sizes = {"batch_size": batch, "length": 450, "num_runs": runs, "num_devices": devices}
+    program = plan_training(CONFIG, backend="cpu", **sizes)
     assert (program.devices, program.shared) == expected
-    share = batch // (program.devices if program.shared == "batch" else 1)
-    assert share % program.microbatches == 0
+    assert batch % (program.parts * program.microbatches) == 0
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 100.0])
@@ -163,7 +165,7 @@ def test_eps_and_clipping(scale, max_norm):
     theirs = torch.optim.AdamW(
         [parameter], lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=settings.weight_decay
     )
-    ours, optimizer = jnp.ones(5), make_optimizer(settings, 100)
+    ours, optimizer = jnp.ones(5), make_optimizer(Hyperparameters.of(settings, 100))
     state = optimizer.init(ours)
     for gradient in gradients:
         parameter.grad = torch.tensor(gradient)
@@ -178,15 +180,17 @@ def test_eps_and_clipping(scale, max_norm):
 
 def test_schedules_by_hand():
     """Learning rates of both schedules, by hand."""
-    assert np.isclose(learning_rate(CONSTANT, 1, 100), 3e-3 / 5)
-    assert np.isclose(learning_rate(CONSTANT, 100, 100), 3e-3)
-    assert np.isclose(learning_rate(COSINE, 12, 100), 1e-4 + (3e-3 - 1e-4) / 2)
-    assert np.isclose(learning_rate(COSINE, 50, 100), 1e-4)
+    constant, cosine = (Hyperparameters.of(one, 100) for one in (CONSTANT, COSINE))
+    assert np.isclose(learning_rate(constant, 1), 3e-3 / 5)
+    assert np.isclose(learning_rate(constant, 100), 3e-3)
+    assert np.isclose(learning_rate(cosine, 12), 1e-4 + (2e-3 - 1e-4) / 2)
+    assert np.isclose(learning_rate(cosine, 50), 1e-4)
     whole = CONSTANT.model_copy(update={"schedule": ScheduleConfig(kind="cosine_decay")})
     # From the end of the warm-up, step 5, to the last step, 105, down to 0.
-    assert np.isclose(learning_rate(whole, 5, 105), 3e-3)
-    assert np.isclose(learning_rate(whole, 55, 105), 1.5e-3)
-    assert np.isclose(learning_rate(whole, 105, 105), 0.0)
+    hyper = Hyperparameters.of(whole, 105)
+    assert np.isclose(learning_rate(hyper, 5), 3e-3)
+    assert np.isclose(learning_rate(hyper, 55), 1.5e-3)
+    assert np.isclose(learning_rate(hyper, 105), 0.0)
 
 
 def test_batches_of_an_epoch():

@@ -334,7 +334,7 @@ def test_missing_tracked_split(small_benchmark):
         checkpointing={"best_checkpoint_split": "validation"},
     )
     with pytest.raises(InputError, match="expected the tracked split validation"):
-        Training(changed, Benchmark.open(small_benchmark), SEEDS)
+        Training([changed], Benchmark.open(small_benchmark))
 
 
 @pytest.mark.parametrize("name", ["symbolic_kv_formation", "symbolic_kv_generalization", "symbolic_kv_quickstart"])
