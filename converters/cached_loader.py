@@ -75,6 +75,10 @@ class CachedLoader:
                 self._hold(checkpoint)
         return checkpoint
 
+    def is_stored(self, sha256: str) -> bool:
+        """Checks whether the store names a certified conversion of the file with this hash."""
+        return self._store.lists_certified(sha256)
+
     def save(self) -> None:
         """Writes the conversions since the last call to the store.
 

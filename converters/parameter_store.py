@@ -33,7 +33,7 @@ from kvjax.model.decoder import DecoderConfig, Params
 _MANIFEST = "manifest.json"
 _VERSION = 4
 _PARTS_AT_HAND = 2  # whoever reads a run in the order of its steps is done with a part when it needs the next
-_DAY = 86400.0
+_TEN_MINUTES = 600.0  # a living process names a part in the manifest within milliseconds
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 _CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/performance.md
 
@@ -96,6 +96,11 @@ class StoreManifest(_Schema):
             raise ValueError("expected recorded configs named by their hash")
         return self
 
+    @functools.cached_property
+    def by_sha256(self) -> dict[str, StoredCheckpoint]:
+        """The checkpoints by the hash of their `.pt` file."""
+        return {stored.sha256: stored for stored in reversed(self.checkpoints)}
+
     @property
     def parts(self) -> set[str]:
         """The names of the parts that hold the checkpoints."""
@@ -119,12 +124,18 @@ class ParameterStore:
 
     def find(self, file: HashedFile) -> Checkpoint | None:
         """Finds the stored conversion of a `.pt` file; gives None if it is not cached or the cached copy is corrupt."""
-        for stored in self._manifest.checkpoints if self._manifest else ():
-            if stored.sha256 == file.sha256:
-                with self._lock:  # a part is read once, whoever asks first
-                    part = self._part(stored.part)
-                return _checkpoint(self._manifest, stored, part, file.path)
-        return None
+        manifest = self._manifest
+        stored = manifest and manifest.by_sha256.get(file.sha256)
+        if not stored:
+            return None
+        with self._lock:  # a part is read once, whoever asks first
+            part = self._part(stored.part)
+        return _checkpoint(manifest, stored, part, file.path)
+
+    def lists_certified(self, sha256: str) -> bool:
+        """Checks whether the manifest names a certified conversion of a `.pt` file, by the file's hash."""
+        stored = self._manifest and self._manifest.by_sha256.get(sha256)
+        return bool(stored) and stored.certificate is not None
 
     def add(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Writes checkpoints as one more part, or as two if only some have a tied unembedding.
@@ -181,12 +192,12 @@ class ParameterStore:
         return manifest if manifest is not None and manifest.identity == self._identity else None
 
     def _remove_unnamed(self, *, superfluous: set[str]) -> None:
-        """Removes parts that the manifest no longer names, and day-old leftovers of processes that died."""
-        for folder in self.folder.iterdir():
+        """Removes parts that the manifest no longer names, and those of processes that died before they named them."""
+        for folder in self.folder.glob("part_*"):
             if folder.name in self._manifest.parts:
                 continue
             with contextlib.suppress(OSError):  # another process renamed or removed it in the meantime
-                if folder.is_dir() and (folder.name in superfluous or time.time() - folder.stat().st_mtime > _DAY):
+                if folder.name in superfluous or time.time() - folder.stat().st_mtime > _TEN_MINUTES:
                     shutil.rmtree(folder, ignore_errors=True)
 
 

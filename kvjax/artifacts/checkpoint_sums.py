@@ -75,7 +75,7 @@ class ResultStore:
     def save(self, name: str, key: str, step: int, arrays: Arrays, info: Mapping[str, Any]) -> CheckpointResult:
         """Writes a result atomically and returns it; `key` is the hash of the checkpoint file."""
         info = {**info, "step": step, "fingerprint": self._fingerprint(key)}
-        with replace_file(self._path(name)) as partial, partial.open("wb") as file:
+        with replace_file(self._path(name), durable=False) as partial, partial.open("wb") as file:
             np.savez(file, **{_INFO: np.array(json.dumps(info, sort_keys=True))}, **arrays)
         return CheckpointResult(step, arrays, info)
 

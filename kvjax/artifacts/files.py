@@ -8,12 +8,11 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvjax.artifacts.partials import partial_file, partial_folder, put_folder_in_place
 from kvjax.config.json_text import parse_json, parse_json_lines, read_bytes
 from kvjax.errors import InputError, unusable
 
@@ -37,22 +36,9 @@ def read_json_lines(path: Path) -> list[Any]:
     return parse_json_lines(read_bytes(path, "a JSON-lines file"), path)
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Writes strict, indented JSON atomically; raises `ValueError` for NaN and infinities."""
-    with replace_file(path) as partial:
-        text = json.dumps(document, indent=2, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-
-
-def write_json_lines(path: Path, documents: Iterable[Any]) -> None:
-    """Writes strict JSON atomically, one object per line."""
-    with replace_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
-        for document in documents:
-            lines.write(json.dumps(document, allow_nan=False) + "\n")
-
-
 # What writing fails with, whatever is written: no room, a quota, a limit of size, a broken disk, no permission.
 _WRITING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+_FILE, _DIRECTORY = "a file that can be written", "a directory that can be written"
 
 
 @contextlib.contextmanager
@@ -69,31 +55,93 @@ def _blaming(path: Path, partial: Path, expected: str) -> Iterator[None]:
         raise unusable(path, expected, error.strerror) from None
 
 
+class Replacements:
+    """Files that are written beside those they replace, and put in their places together by `replace_together`.
+
+    Args:
+      held: keeps the partial files until they are in place.
+      durable: see `replace_file`.
+    """
+
+    def __init__(self, held: contextlib.ExitStack, *, durable: bool):
+        self._held, self._durable = held, durable
+        self._partials: dict[Path, Path] = {}
+
+    @contextlib.contextmanager
+    def file(self, path: Path) -> Iterator[Path]:
+        """Yields a path to write to, which is to replace `path`.
+
+        Raises:
+          InputError: the file cannot be written.
+        """
+        try:
+            partial = self._held.enter_context(partial_file(path))
+        except OSError as error:
+            raise unusable(path, _FILE, error) from None
+        with _blaming(path, partial, _FILE):
+            yield partial
+            partial.chmod(0o666 & ~_UMASK)  # a partial file is private; results are for sharing
+            if self._durable:
+                _sync_file(partial)  # a network's disk may say only now that it is full
+        self._partials[path] = partial
+
+    def hash(self, path: Path) -> FileHash:
+        """Hashes what is to replace a file."""
+        return FileHash.of(self._partials[path])
+
+    def put_in_place(self) -> None:
+        """Replaces the files in the order they were written; the last one only when the others are on the disk.
+
+        Raises:
+          InputError: a file cannot be replaced; those before it are.
+        """
+        *others, last = self._partials
+        for path in others:
+            self._replace(path)
+        if self._durable:
+            for folder in {path.parent for path in others}:
+                _sync_folder(folder)
+        self._replace(last)
+        if self._durable:
+            _sync_folder(last.parent)
+
+    def _replace(self, path: Path) -> None:
+        try:
+            self._partials[path].replace(path)
+        except OSError as error:
+            raise unusable(path, _FILE, error.strerror) from None
+
+
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_together(*, durable: bool = True) -> Iterator[Replacements]:
+    """Yields where to write files that belong together; none of them is replaced if the block ends with an error.
+
+    They are replaced by one renaming after another, in the order they were written, so the last should hold the hashes
+    of the others: what a kill between two renamings leaves is then found out.
+
+    Raises:
+      InputError: a file cannot be written or replaced.
+    """
+    with contextlib.ExitStack() as held:
+        files = Replacements(held, durable=durable)
+        yield files
+        files.put_in_place()
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields a path beside `path` to write to; replaces `path` with it if the block ends without an error.
+
+    Args:
+      path: the file.
+      durable: whether the file is on the disk before it replaces another. A file that counts as missing if a power cut
+        damages it need not be: it takes 5 ms.
 
     Raises:
       InputError: the disk is full, or the file cannot be written for another reason that the system gives.
     """
-    expected = "a file that can be written"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise unusable(path, expected, error) from None
-    os.close(handle)
-    partial = Path(name)
-    try:
-        with _blaming(path, partial, expected):
-            yield partial
-        try:
-            partial.chmod(0o666 & ~_UMASK)  # mkstemp makes it private; results are for sharing
-            partial.replace(path)
-        except OSError as error:
-            raise unusable(path, expected, error.strerror) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with replace_together(durable=durable) as files, files.file(path) as partial:
+        yield partial
 
 
 @contextlib.contextmanager
@@ -103,32 +151,53 @@ def replace_directory(path: Path) -> Iterator[Path]:
     Raises:
       InputError: the disk is full, or the directory cannot be written for another reason that the system gives.
     """
-    expected = "a directory that can be written"
     path = path.resolve()  # `.` has no name to put another directory beside
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise unusable(path, expected, error) from None
-    try:
-        with _blaming(path, partial, expected):
+    with contextlib.ExitStack() as held:
+        try:
+            partial = held.enter_context(partial_folder(path))
+        except OSError as error:
+            raise unusable(path, _DIRECTORY, error) from None
+        with _blaming(path, partial, _DIRECTORY):
             yield partial
-        partial.chmod(0o777 & ~_UMASK)
-        if path.exists():
-            # The old one goes only after the new one stands in its place.
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
-            path.rename(retired)
-            try:
-                partial.rename(path)
-            except OSError:
-                retired.rename(path)
-                raise
-            finally:
-                shutil.rmtree(retired.parent)
-        else:
-            partial.rename(path)
+            for folder, _, names in os.walk(partial):
+                for name in names:
+                    _sync_file(Path(folder, name))
+                _sync_folder(Path(folder))
+        put_folder_in_place(partial, path)
+        _sync_folder(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    """Waits until a file's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on the disk, if its file system can tell."""
+    with contextlib.suppress(OSError):
+        _sync_file(path)
+
+
+# Opens a file to write to that is to replace the one of a path: `replace_file`, or `Replacements.file`.
+Replace = Callable[[Path], contextlib.AbstractContextManager[Path]]
+
+
+def write_json(path: Path, document: Any, *, replace: Replace = replace_file) -> None:
+    """Writes strict, indented JSON atomically; raises `ValueError` for NaN and infinities."""
+    with replace(path) as partial:
+        text = json.dumps(document, indent=2, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, documents: Iterable[Any], *, replace: Replace = replace_file) -> None:
+    """Writes strict JSON atomically, one object per line."""
+    with replace(path) as partial, partial.open("w", encoding="utf-8") as lines:
+        for document in documents:
+            lines.write(json.dumps(document, allow_nan=False) + "\n")
 
 
 def file_sha256(path: Path) -> str:

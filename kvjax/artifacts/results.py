@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.birth_windows_schema import BirthWindows, read_birth_windows
-from kvjax.artifacts.files import FileHash, file_sha256, read_json, read_json_lines
+from kvjax.artifacts.files import FileHash, Replacements, file_sha256, read_json, read_json_lines
 from kvjax.artifacts.identity import check_seal
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.run_dir import RunDir
@@ -221,9 +221,9 @@ def table_name(run: RunDir, path: Path) -> str:
     return path.relative_to(run.layout.analysis).as_posix()
 
 
-def hash_tables(run: RunDir) -> dict[str, FileHash]:
-    """Hashes the tables that a sweep has just written."""
+def hash_tables(run: RunDir, written: Replacements) -> dict[str, FileHash]:
+    """Hashes the tables that a sweep has written and is about to put in place."""
     layout = run.layout
     return {
-        table_name(run, path): FileHash.of(path) for path in (layout.rows, layout.heads, layout.mlps, layout.arrays)
+        table_name(run, path): written.hash(path) for path in (layout.rows, layout.heads, layout.mlps, layout.arrays)
     }

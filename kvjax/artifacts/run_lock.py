@@ -18,9 +18,9 @@ from pathlib import Path
 
 import filelock
 
+from kvjax.artifacts.partials import NO_LOCKS
 from kvjax.errors import note, unusable
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 _NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -43,7 +43,7 @@ def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[No
             lock_file.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(_acquired(lock, lock_file, run, wait=wait))
         except OSError as error:
-            if error.errno not in (_NO_LOCKS if wait is not None else _NO_LOCKS | _NO_WRITING):
+            if error.errno not in (NO_LOCKS if wait is not None else NO_LOCKS | _NO_WRITING):
                 expected = "a folder that can be written (or `output_dir`)"
                 raise unusable(lock_file.parent, expected, error.strerror) from None
             note(f"{run}: no lock can be had there ({error.strerror}); let no other command write it meanwhile")

@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 
 from kvjax.artifacts.birth_windows_schema import MeasuredOn, TrajectoryBreak
-from kvjax.artifacts.files import FileHash, digest, read_json, write_json
+from kvjax.artifacts.files import FileHash, Replace, digest, read_json, replace_file, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import misfit, unusable
 
@@ -126,9 +126,9 @@ class Sweep(_Part):
         return {name: table.sha256 for name, table in sorted(self.tables.items()) if name.endswith(".jsonl")}
 
 
-def write_sweep(path: Path, sweep: Sweep) -> None:
+def write_sweep(path: Path, sweep: Sweep, *, replace: Replace = replace_file) -> None:
     """Writes the document atomically."""
-    write_json(path, sealed(sweep.model_dump(mode="json", exclude={"content_sha256"})))
+    write_json(path, sealed(sweep.model_dump(mode="json", exclude={"content_sha256"})), replace=replace)
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from kvjax.artifacts.files import replace_file, write_json_lines
+from kvjax.artifacts.files import Replace, replace_file, write_json_lines
+from kvjax.artifacts.partials import partial_folder
 from kvjax.errors import unusable
 from kvjax.measure.declaration import Table
 from kvjax.measure.registry import drop_fields, row_fields
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 
 _NETCDF = "netcdf4"  # the library that writes and reads netCDF
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError)  # that it raises
+_ROOM_BESIDE = 1 << 20  # bytes of a netCDF file beside its arrays, at most
 
 # Arguments of xarray's `sel` and `isel`: `.sel(method=…)` could not choose along a dimension of such a name.
 _TAKEN = frozenset({"indexers", "method", "tolerance", "drop", "missing_dims"})
@@ -146,22 +152,31 @@ def row_schema(table: Table) -> type[pydantic.BaseModel]:
     return pydantic.create_model(name, __base__=_Row, **{name: (kind, ...) for name, kind in types.items()})
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: type[pydantic.BaseModel]) -> None:
+def write_rows(
+    path: Path, rows: Iterable[dict[str, Any]], schema: type[pydantic.BaseModel], *, replace: Replace = replace_file
+) -> None:
     """Checks rows against their schema, then writes them as JSON lines, atomically."""
-    write_json_lines(path, [schema.model_validate(row).model_dump() for row in rows])
+    write_json_lines(path, [schema.model_validate(row).model_dump() for row in rows], replace=replace)
 
 
-def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset]]) -> None:
+def write_datasets(
+    path: Path, groups: Sequence[tuple[str | None, xarray.Dataset]], *, replace: Replace = replace_file
+) -> None:
     """Writes labelled arrays as one netCDF file, atomically.
+
+    netCDF's library locks the file it writes, which fails on network file systems without locks. So it writes in the
+    folder of temporary files, if there is room, and the file is copied.
 
     Args:
       path: the file.
       groups: (group name, or None for the root; its dataset), the root first.
+      replace: opens the file that is to replace `path`.
 
     Raises:
       InputError: the file cannot be written.
     """
-    with replace_file(path) as partial:
+    needed = sum(dataset.nbytes for _, dataset in groups)
+    with replace(path) as partial, _scratch(path, needed) as scratch:
         for index, (group, dataset) in enumerate(groups):
             assert not _TAKEN & set(dataset.dims), f"dimensions that sel cannot choose along: {set(dataset.dims)}"
             compressed = {
@@ -171,12 +186,40 @@ def write_datasets(path: Path, groups: Sequence[tuple[str | None, xarray.Dataset
             }
             mode = "a" if index else "w"
             try:
-                dataset.to_netcdf(partial, mode=mode, group=group, engine=_NETCDF, encoding=compressed)
+                dataset.to_netcdf(scratch, mode=mode, group=group, engine=_NETCDF, encoding=compressed)
             except RuntimeError as error:  # netCDF4's kind of error
                 # It says nothing of a full disk. The system does, if as much is written once more.
-                with partial.open("ab") as file:
-                    file.write(bytes(2**20 + dataset.nbytes))
+                _fill(scratch, 2**20 + dataset.nbytes, path)
                 raise unusable(path, "a file that can be written", error) from None
+        shutil.copyfile(scratch, partial)
+
+
+def _fill(scratch: Path, size: int, path: Path) -> None:
+    """Appends zeros to a file; raises `InputError` about `path` if the system does not let it grow."""
+    try:
+        with scratch.open("ab") as file:
+            file.write(bytes(size))
+    except OSError as error:
+        folder = scratch.parents[1]
+        by_way_of = "" if folder == path.parent else f" by way of {folder} (TMPDIR names another folder)"
+        raise unusable(path, f"a file that can be written{by_way_of}", error.strerror) from None
+
+
+@contextlib.contextmanager
+def _scratch(path: Path, needed: int) -> Iterator[Path]:
+    """Yields a file for netCDF's library: in the folder of temporary files if that has room, else beside `path`."""
+    folder = path.parent
+    with contextlib.suppress(OSError):  # there is no folder of temporary files
+        local = Path(tempfile.gettempdir())
+        if shutil.disk_usage(local).free > needed + _ROOM_BESIDE:
+            folder = local
+    with contextlib.ExitStack() as held:
+        try:
+            owned = held.enter_context(partial_folder(folder / f"kvjax_{path.name}"))
+            owned.chmod(0o700)  # others may read the folder of temporary files
+        except OSError as error:
+            raise unusable(path, f"a file that can be written by way of {folder}", error.strerror) from None
+        yield owned / path.name
 
 
 def read_dataset(path: Path, *, group: str | None = None, expected: str) -> xarray.Dataset:
@@ -190,12 +233,22 @@ def read_dataset(path: Path, *, group: str | None = None, expected: str) -> xarr
     Raises:
       InputError: the file does not exist or is damaged.
     """
-    import xarray as xr
-
     if not path.is_file():
         raise unusable(path, expected, "no such file")
     try:
-        with xr.open_dataset(path, engine=_NETCDF, group=group) as dataset:
-            return dataset.load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise unusable(path, expected, error) from None
+        return _load(path, group)
+    except _UNREADABLE as error:
+        why = error
+    try:  # netCDF's library says the same of a damaged file and of a file system without locks, which it needs
+        with _scratch(path, path.stat().st_size) as copy:
+            shutil.copyfile(path, copy)
+            return _load(copy, group)
+    except _UNREADABLE:
+        raise unusable(path, expected, why) from None
+
+
+def _load(path: Path, group: str | None) -> xarray.Dataset:
+    import xarray as xr
+
+    with xr.open_dataset(path, engine=_NETCDF, group=group) as dataset:
+        return dataset.load()

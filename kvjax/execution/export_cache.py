@@ -141,7 +141,7 @@ def _save(path: Path, exported: jax.export.Exported) -> None:
     program = bytes(exported.serialize())
     # A full disk costs the next process the tracing, and this one nothing.
     with contextlib.suppress(InputError, OSError):
-        with replace_file(path) as partial:
+        with replace_file(path, durable=False) as partial:
             partial.write_bytes(hashlib.sha256(program).digest() + program)
         by_age = sorted(path.parent.glob("*.stablehlo"), key=lambda kept: kept.stat().st_mtime, reverse=True)
         for unused in by_age[_KEPT_PROGRAMS:]:

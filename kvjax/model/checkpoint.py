@@ -75,5 +75,8 @@ class CheckpointSource(Protocol):
     def load(self, path: Path, expected_step: int | None) -> Checkpoint:
         """Loads the checkpoint of a file; may be called from several threads."""
 
+    def is_stored(self, sha256: str) -> bool:
+        """Checks whether the parameter store has the checkpoint of the file with this hash."""
+
     def save(self) -> None:
         """Writes new conversions to the parameter store, so that later runs only read them."""

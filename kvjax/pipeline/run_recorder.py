@@ -11,6 +11,7 @@ from typing import Any
 
 from kvjax.artifacts.files import replace_directory, replace_file, write_json
 from kvjax.artifacts.layout import RunLayout
+from kvjax.artifacts.partials import remove_abandoned
 from kvjax.artifacts.provenance import software_versions
 from kvjax.config.train import TrainConfig
 from kvjax.converters.optimizer_groups import ParameterGroup
@@ -87,7 +88,7 @@ class FileRecorder:
         if layout.analysis.is_dir():
             note(f"{layout.analysis} was removed: it measured the run that is overwritten")
             shutil.rmtree(layout.analysis)
-        self._remove_partials()
+        remove_abandoned(layout.checkpoints)
         written = [layout.best_record, layout.metrics, layout.best, layout.last]
         for file in (*written, *(path for _, path in layout.step_checkpoints())):
             file.unlink(missing_ok=True)
@@ -102,7 +103,7 @@ class FileRecorder:
         with replace_file(layout.metrics) as partial:
             partial.write_bytes(b"".join(line + b"\n" for line in (*history.lines, json.dumps(resume).encode())))
         layout.summary.unlink(missing_ok=True)  # the run is unfinished again
-        self._remove_partials()
+        remove_abandoned(layout.checkpoints)
         if self._best is not None and self.config.checkpointing.save_best_checkpoint:
             self._restore_best(int(self._best["step"]))
         write_json(layout.config, self._spec)  # it may have been prolonged
@@ -155,12 +156,6 @@ class FileRecorder:
                 "device": device_description(),
             },
         )
-
-    def _remove_partials(self) -> None:
-        """Removes what killed trainings left of checkpoints; the run's lock says that nobody writes one now."""
-        for name in ("step_*", self._layout.best.stem, self._layout.last.stem):
-            for partial in self._layout.checkpoints.glob(f".{name}.pt.????????"):
-                partial.unlink(missing_ok=True)
 
     def _restore_best(self, step: int) -> None:
         """Makes `best.pt` the best checkpoint of the rows that were kept; without its weights there is none."""

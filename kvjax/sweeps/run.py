@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -143,6 +145,7 @@ class RunSweep:
         """
         self._results = self._stored_results()
         try:
+            self._complete_store()
             self._measure_pending(advance, meanwhile)
             self.log.unvouched = self._voucher.reason if self.log.measured else None
             return self._compared()
@@ -151,6 +154,16 @@ class RunSweep:
                 self._source.save()
             except InputError as error:  # results are stored, and conversions are made again another time
                 self.log.not_kept = str(error)
+
+    def _complete_store(self) -> None:
+        """Converts measured checkpoints that the store lacks, for a killed sweep measures some that it never stores."""
+        lacking = [name for name, result in self._results.items() if not self._source.is_stored(result.info["sha256"])]
+        loaded = load_ahead(
+            lacking, self._files, self._source.load, ahead=self._sweep.chunk + 1, on_refused=lambda name, error: None
+        )
+        collections.deque(loaded, maxlen=0)  # loading is what holds them for the store
+        with contextlib.suppress(InputError):  # the last `save` says so
+            self._source.save()
 
     def _compared(self) -> MeasuredRun:
         """Compares the checkpoints with each other and fits logistic probes, where asked for."""

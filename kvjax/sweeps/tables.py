@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from kvjax.artifacts.files import replace_together
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import hash_tables
 from kvjax.artifacts.sweep_schema import Sweep, write_sweep
@@ -28,7 +29,7 @@ from kvjax.task.probe_set import install_probe_set
 def publish(
     inputs: RunInputs, identity: Mapping[str, Any], measured: MeasuredRun, settings: SweepSettings, log: SweepLog
 ) -> SweepReport:
-    """Writes the tables of everything measured on a run so far, each file replaced whole, and returns them.
+    """Writes the tables of everything measured on a run so far, all together, and returns them.
 
     Args:
       inputs: the run.
@@ -79,15 +80,6 @@ def publish(
         provisional=not run.complete,
         breaks=breaks,
     )
-    write_rows(run.layout.rows, rows, row_schema("checkpoint"))
-    write_rows(run.layout.heads, head_rows(dataset, intervals), row_schema("heads"))
-    write_rows(run.layout.mlps, mlp_rows(dataset, intervals), row_schema("mlps"))
-    groups: list[tuple[str | None, xr.Dataset]] = [
-        (None, dataset),
-        ("intervals", intervals),
-        ("events", build_events(arrays, steps, index, competitors=measured.margins.competitors_NxQ)),
-    ]
-    write_datasets(run.layout.arrays, groups)
     notes = list(dict.fromkeys(note for result in checkpoints for note in result.info["notes"]))
     if log.not_kept is not None:
         notes.append(f"converted parameters are not kept: {log.not_kept}")
@@ -108,43 +100,53 @@ def publish(
     vouched = vouched_by(checkpoints, reference)
     unvouched = log.unvouched or "no checkpoint was compared with a recorded accuracy when it was measured"
     notes += vouching_notes(vouched, unvouched)
-    document = Sweep.model_validate(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "run_name": run.config.run_name,
-            "identity": dict(identity),
-            "benchmark": {
-                "name": inputs.benchmark.name,
-                "sha256": inputs.benchmark.sha256,
-                "path": str(inputs.benchmark.path.resolve()),
-            },
-            "probe_set": {
-                "file": run.layout.probe_set.name,
-                "given_as": str(inputs.probe.path),
-                "content_sha256": inputs.probe.manifest.content_sha256,
-                "fit_sha256": inputs.probe.manifest.fit_sha256,
-                "num_records": len(inputs.probe.records),
-            },
-            "precision": settings.precision,
-            "ranked_by": settings.ranked_by,
-            "reference": inputs.reference,
-            "reference_given": inputs.reference_given,
-            "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],
-            "refused": log.refused,
-            "notes": notes,
-            "versions": software_versions(),
-            "device": device_description(),
-            "timings": {
-                "measured": len(log.measured),
-                "reused": len(log.reused),
-                "first_call_seconds": log.first_call_seconds,
-                "later_call_seconds": log.later_call_seconds,
-            },
-            "vouched": vouched,
-            "breaks": breaks,
-            "tables": hash_tables(run),
-            "converted": run.layout.converted.is_dir(),
-        }
-    )
-    write_sweep(run.layout.sweep, document)
+    groups: list[tuple[str | None, xr.Dataset]] = [
+        (None, dataset),
+        ("intervals", intervals),
+        ("events", build_events(arrays, steps, index, competitors=measured.margins.competitors_NxQ)),
+    ]
+    with replace_together() as files:
+        write_rows(run.layout.rows, rows, row_schema("checkpoint"), replace=files.file)
+        write_rows(run.layout.heads, head_rows(dataset, intervals), row_schema("heads"), replace=files.file)
+        write_rows(run.layout.mlps, mlp_rows(dataset, intervals), row_schema("mlps"), replace=files.file)
+        write_datasets(run.layout.arrays, groups, replace=files.file)
+        document = Sweep.model_validate(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "run_name": run.config.run_name,
+                "identity": dict(identity),
+                "benchmark": {
+                    "name": inputs.benchmark.name,
+                    "sha256": inputs.benchmark.sha256,
+                    "path": str(inputs.benchmark.path.resolve()),
+                },
+                "probe_set": {
+                    "file": run.layout.probe_set.name,
+                    "given_as": str(inputs.probe.path),
+                    "content_sha256": inputs.probe.manifest.content_sha256,
+                    "fit_sha256": inputs.probe.manifest.fit_sha256,
+                    "num_records": len(inputs.probe.records),
+                },
+                "precision": settings.precision,
+                "ranked_by": settings.ranked_by,
+                "reference": inputs.reference,
+                "reference_given": inputs.reference_given,
+                "checkpoints": [{"step": result.step, **result.info} for result in checkpoints],
+                "refused": log.refused,
+                "notes": notes,
+                "versions": software_versions(),
+                "device": device_description(),
+                "timings": {
+                    "measured": len(log.measured),
+                    "reused": len(log.reused),
+                    "first_call_seconds": log.first_call_seconds,
+                    "later_call_seconds": log.later_call_seconds,
+                },
+                "vouched": vouched,
+                "breaks": breaks,
+                "tables": hash_tables(run, files),
+                "converted": run.layout.converted.is_dir(),
+            }
+        )
+        write_sweep(run.layout.sweep, document, replace=files.file)
     return SweepReport(run, rows, log, notes, dataset, intervals, vouched)

@@ -1,7 +1,12 @@
 """The labelled arrays: read as they were written, and one line for what cannot be written or read."""
 
+import contextlib
+import fcntl
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -61,13 +66,55 @@ try:
 except InputError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{path}: expected a file that can be written; found ")
+    (scratch := tmp_path / "scratch").mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    arguments = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    by_way_of = f"by way of {scratch} (TMPDIR names another folder)"
+    assert done.stdout == f"{path}: expected a file that can be written {by_way_of}; found File too large\n"
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, scratch] and not list(scratch.iterdir())
 
 
 def test_dimension_that_sel_cannot_choose_along(tmp_path):
     """A dimension named as an argument of xarray's `sel` is a mistake of ours, and is never written."""
     with pytest.raises(AssertionError, match="method"):
         write_datasets(tmp_path / "a.nc", [(None, xr.Dataset({"score": ("method", [1.0])}))])
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    """Tables are written and read where the lock that HDF5 takes on a file cannot be had.
+
+    A lock that somebody else holds stands for that: HDF5 refuses a file in both cases, as the first lines show.
+    """
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    path, partial = tmp_path / "arrays.nc", tmp_path / "partial"
+    partial.touch()
+    with partial.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(PermissionError):
+            DATASET.to_netcdf(partial, engine="netcdf4")
+        write_datasets(path, [(None, DATASET)], replace=lambda target: contextlib.nullcontext(partial))
+    partial.rename(path)
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="HDF error"):
+            xr.open_dataset(path, engine="netcdf4")
+        xr.testing.assert_identical(read_dataset(path, expected="arrays"), DATASET)
+    assert not list((tmp_path / "local").iterdir())
+
+
+@pytest.mark.parametrize("room", ["none", "no folder"])
+def test_no_room_for_temporary_files(tmp_path, monkeypatch, room):
+    """netCDF is written beside its file if the folder of temporary files has no room, or there is none."""
+    local = tmp_path / "local"
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+    if room == "none":
+        local.mkdir()
+        usage = shutil.disk_usage(local)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    path = tmp_path / "results" / "arrays.nc"
+    write_datasets(path, [(None, DATASET)])
+    xr.testing.assert_identical(read_dataset(path, expected="arrays"), DATASET)
+    assert list(path.parent.iterdir()) == [path]

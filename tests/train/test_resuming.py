@@ -236,7 +236,7 @@ def test_evaluation_that_is_never_the_best(tmp_path, small_benchmark, name, valu
 
 def partials(run):
     """Names what trainings leave that are killed while they write a checkpoint."""
-    return [run / "checkpoints" / f".{name}.pt.abcd1234" for name in ("step_000008", "best", "last")]
+    return [run / "checkpoints" / f".{name}.pt.abcd1234.kvjax-partial" for name in ("step_000008", "best", "last")]
 
 
 def test_starting_over(run, small_benchmark, tmp_path):
