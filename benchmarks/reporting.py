@@ -17,7 +17,8 @@ import torch
 
 from kvjax.artifacts.files import write_json
 from kvjax.artifacts.provenance import software_versions
-from kvjax.devices import available_cores, device_description
+from kvjax.devices import device_description
+from kvjax.machine import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 

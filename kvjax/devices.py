@@ -5,7 +5,6 @@ No other module asks JAX for its devices. JAX is imported when it is first neede
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -13,6 +12,8 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from kvjax.machine import available_cores, machine_memory_bytes
 
 if TYPE_CHECKING:
     import jax
@@ -27,9 +28,6 @@ CACHE_VARIABLE = "KVJAX_CACHE_DIR"
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"  # XLA's own way to say how many devices a CPU is
 
-
-# Where Linux says how much memory a container may have: control groups, of version 2 and 1.
-_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DEFAULT_ACCELERATOR_BYTES = 8e9  # if the device does not say how much it has
 _ACCELERATOR_SHARE = 0.7
 _MACHINE_SHARE = 0.5
@@ -146,15 +144,6 @@ def _accelerator_limit() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
-def machine_memory_bytes() -> int:
-    """Measures the memory of the machine, or the limit of its container."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in _CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
-            total = min(total, int(limit.read_text()))
-    return total
-
-
 def cache_folder() -> Path:
     """Names the folder of compiled programs: `KVJAX_CACHE_DIR`, or a folder in the user's cache directory."""
     given = os.environ.get(CACHE_VARIABLE)
@@ -217,12 +206,6 @@ def lowered_folder() -> Path | None:
     return Path(kept) / "lowered" if trusted else None
 
 
-def available_cores() -> int:
-    """Counts the CPU cores that this process may use; all cores if the system has no such limit, as on macOS."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def share_cpu_cores() -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 
@@ -234,10 +217,13 @@ def share_cpu_cores() -> None:
 
     if jax.config.jax_num_cpu_devices != -1 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
+    cores = available_cores()
     try:
-        jax.config.update("jax_num_cpu_devices", available_cores())
+        jax.config.update("jax_num_cpu_devices", cores)
     except RuntimeError:
         return  # the backend has started: whoever started it chose
+    if not {"PJRT_NPROC", "NPROC"} & os.environ.keys():
+        os.environ["PJRT_NPROC"] = str(cores)  # XLA counts cores for its threads, but knows no quota
 
 
 def start_jax() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvjax import devices
-from kvjax.devices import CACHE_VARIABLE, Placement, available_cores, fillable_memory_gb, machine_memory_bytes
+from kvjax.devices import CACHE_VARIABLE, Placement, fillable_memory_gb
 
 _COMPILE = (
     "import jax; from kvjax.devices import use_compilation_cache; folder = use_compilation_cache();"
@@ -103,22 +103,22 @@ def test_number_of_cpu_devices(tmp_path, monkeypatch):
     assert run(tmp_path / "cache", code) == "3"
 
 
-def test_cores_without_affinity(monkeypatch):
-    """All cores are used on a system without affinity masks."""
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert available_cores() == os.cpu_count()
-
-
-def test_memory_of_a_container(tmp_path, monkeypatch):
-    """What a control group allows counts if it is less than the machine has; a sweep may fill half of it."""
-    limit, none = tmp_path / "memory.max", tmp_path / "other"
-    none.write_text("max\n")
-    monkeypatch.setattr(devices, "_CONTAINER_LIMITS", (tmp_path / "absent", none))
-    assert machine_memory_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 1e9
-    limit.write_text("4000000000\n")
-    monkeypatch.setattr(devices, "_CONTAINER_LIMITS", (limit, none))
-    assert machine_memory_bytes() == 4_000_000_000
+def test_share_of_the_machine(monkeypatch):
+    """A sweep may fill half of the memory there is."""
+    monkeypatch.setattr(devices, "machine_memory_bytes", lambda: 4_000_000_000)
     assert fillable_memory_gb() == 2.0
+
+
+def test_threads_under_a_quota(tmp_path):
+    """XLA starts threads for as many cores as the quota allows, unless told otherwise."""
+    code = (
+        "import os, jax; from kvjax import devices; devices.available_cores = lambda: 1; devices.share_cpu_cores();"
+        "jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))).block_until_ready();"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+    few = int(run(tmp_path, code))
+    many = int(run(tmp_path, "import os; os.environ['PJRT_NPROC'] = '9';" + code))
+    assert few + 8 <= many
 
 
 @pytest.mark.parametrize("split", [(True, False), (True, True)])

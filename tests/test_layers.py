@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each folder uses only those before it.
 ORDER = (
-    *("errors", "devices", "declarations", "config", "artifacts", "model", "measure", "task", "execution"),
+    *("errors", "machine", "devices", "declarations", "config", "artifacts", "model", "measure", "task", "execution"),
     *("sweeps", "windows", "intervene", "story", "train", "compare", "report", "converters"),
     *("opened_run", "pipeline", "api", "commands"),
 )

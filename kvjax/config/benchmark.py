@@ -7,7 +7,7 @@ from typing import Literal
 import pydantic
 
 from kvjax.config.base import Section
-from kvjax.devices import machine_memory_bytes
+from kvjax.machine import machine_memory_bytes
 
 # What one token of a record, and one pair of a key and a value, take while a benchmark is drawn (about, from above).
 _BYTES_PER_TOKEN = 400

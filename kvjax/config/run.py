@@ -8,8 +8,8 @@ from __future__ import annotations
 import pydantic
 
 from kvjax.config.base import Section
-from kvjax.devices import machine_memory_bytes
 from kvjax.errors import short_name
+from kvjax.machine import machine_memory_bytes
 
 
 class ModelConfig(Section):

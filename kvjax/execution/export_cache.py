@@ -20,8 +20,9 @@ import numpy as np
 import kvjax
 from kvjax.artifacts.files import file_sha256, replace_file
 from kvjax.artifacts.provenance import software_versions
-from kvjax.devices import available_cores, device_description, lowered_folder
+from kvjax.devices import device_description, lowered_folder
 from kvjax.errors import InputError
+from kvjax.machine import available_cores
 
 _DIGEST_BYTES = 32  # SHA-256
 # Of 0.1 to 0.4 MB; every version of the code and every shape of the data makes its own, all interventions some 20.

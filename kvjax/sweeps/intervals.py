@@ -14,7 +14,7 @@ import numpy as np
 import threadpoolctl
 import xarray as xr
 
-from kvjax.devices import available_cores
+from kvjax.machine import available_cores
 from kvjax.measure.sequence_sums import SequenceSums, all_sequence_sums
 from kvjax.measure.uncertainty import DIFFERENCE_OF_RATES, Bounds, interval, resample_counts, resampled_ratios
 from kvjax.sweeps.probe_index import ProbeIndex

@@ -1,0 +1,77 @@
+"""What this process may use of the machine: its cores and its memory, less what control groups take away.
+
+Containers and batch systems limit processes by control groups, which form a tree: a limit of any group on the way from
+the process's own to the root holds. Version 1 has a tree per resource, version 2 one for all; a machine may have both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path("/")
+_MEMORY_FILES = ("memory.max", "memory.high", "memory.limit_in_bytes")  # of version 2, 2 and 1
+
+
+def available_cores(root: Path = _ROOT) -> int:
+    """Counts the CPU cores that this process may use; all cores if the system has no such limit, as on macOS.
+
+    A share of a core counts as one: so many threads use all of what is allowed.
+
+    Args:
+      root: of the file system, which the tests replace.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, math.ceil(min([cores, *(_quota(group) for group in _groups("cpu", root))])))
+
+
+def machine_memory_bytes(root: Path = _ROOT) -> int:
+    """Measures the memory of the machine, or the least that one of this process's control groups may have.
+
+    Args:
+      root: of the file system, which the tests replace.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for group in _groups("memory", root):
+        for name in _MEMORY_FILES:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+                limits.append(int((group / name).read_text()))
+    return min(limits)
+
+
+def _quota(group: Path) -> float:
+    """Reads how many cores' time a group may use; infinite if it has no limit."""
+    with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+        quota, period = (group / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((group / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    return math.inf
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Yields the folders of the groups that limit this process, each from its own to the root of the tree."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a system without control groups
+        own = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            where, what = line.split(" - ", 1)
+            mounted, point = (_unescaped(field) for field in where.split()[3:5])
+            kind, _, options = what.split()[:3]
+            for _, controllers, path in own:
+                second = kind == "cgroup2" and not controllers
+                first = kind == "cgroup" and controller in controllers.split(",") and controller in options.split(",")
+                if first or second:
+                    top = root / point.lstrip("/")
+                    inside = Path(path).relative_to(mounted) if Path(path).is_relative_to(mounted) else Path()
+                    yield from (top / part for part in (inside, *inside.parents))
+
+
+def _unescaped(field: str) -> str:
+    """Reads a field of `mountinfo`, which writes a space as `\\040`."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
