@@ -114,6 +114,11 @@ def _note(changed: list[str]) -> tuple[str, ...]:
     return (f"its file records values that are kept as text, mapping, list or null: {listed}{more}",)
 
 
+def use_one_torch_thread() -> None:
+    """Gives PyTorch one thread in the calling thread: its threads wait by spinning, beside busy devices for long."""
+    torch.set_num_threads(1)
+
+
 def write_checkpoint(
     path: Path,
     *,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.devices import device_description
 from kvjax.errors import InputError, note, unusable
 from kvjax.model.decoder import Params
+from kvjax.pipeline.background_writer import BackgroundWriter
 from kvjax.pipeline.run_history import RunHistory, is_better
 from kvjax.train.loop import Row
 from kvjax.train.schedule import Hyperparameters, learning_rate
@@ -42,6 +45,8 @@ class OptimizerStart:
 class FileRecorder:
     """Writes one run directory while its run trains. `begin` or `go_on` comes first, `finish` last.
 
+    The log is written at once, checkpoints and the summary by `writer`, in order.
+
     Attributes:
       last_evaluations: by split, of the latest evaluation.
       diverged_at: the step at which loss or gradient stopped being finite; None if they did not.
@@ -51,6 +56,7 @@ class FileRecorder:
       config: of the run.
       num_parameters: of the model.
       metadata: of the benchmark, for the checkpoint files.
+      writer: writes while training goes on.
       start: how the optimiser began.
     """
 
@@ -60,6 +66,7 @@ class FileRecorder:
         config: TrainConfig,
         num_parameters: int,
         metadata: Any,
+        writer: BackgroundWriter,
         start: OptimizerStart = OptimizerStart(),
     ):
         self.path = path
@@ -70,6 +77,7 @@ class FileRecorder:
         self._metadata = metadata
         self._best: Row | None = None
         self._num_parameters = num_parameters
+        self._writer = writer
         self._start = start
         self._layout = RunLayout(path)
 
@@ -110,6 +118,7 @@ class FileRecorder:
 
     def log(self, row: Row) -> None:
         """Appends a row to `metrics.jsonl`."""
+        self._writer.check()
         try:
             with self._layout.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -117,21 +126,24 @@ class FileRecorder:
             raise unusable(self._layout.metrics, "a file that can be written", error) from None
 
     def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
-        """Writes the checkpoints that are due at a step, and the best one if this is it."""
-        checkpointing = self.config.checkpointing
+        """Hands the checkpoints that are due at a step to the writer, and the best one if this is it."""
+        checkpointing, files = self.config.checkpointing, []
         self.last_evaluations = evaluations or self.last_evaluations
-        moments = AdamMoments(step + self._start.more_updates, mu, nu, self._start.groups)
         if step % self.config.checkpoint_every_steps == 0 or step == self.config.num_steps:
             keeps_steps = checkpointing.save_step_checkpoints
             # If no step checkpoints are saved, the last one is what the run is resumed from.
-            file = self._layout.step_checkpoint(step) if keeps_steps else self._layout.last
-            self._write(file, step, params, moments, evaluations)
+            files.append(self._layout.step_checkpoint(step) if keeps_steps else self._layout.last)
         if checkpointing.save_best_checkpoint and evaluations:
             candidate = evaluations[checkpointing.best_checkpoint_split]
             if is_better(candidate, self._best, checkpointing):
                 self._best = candidate
-                self._write(self._layout.best, step, params, moments, evaluations)
-                write_json(self._layout.best_record, self._best_record())
+                files.append(self._layout.best)
+        if files:
+            moments = AdamMoments(step + self._start.more_updates, mu, nu, self._start.groups)
+            best = self._best_record() if self._layout.best in files else None
+            rate = float(learning_rate(Hyperparameters.of(self.config.optimization, self.config.num_steps), step))
+            job = functools.partial(self._write, files, step, params, moments, evaluations, rate=rate, best=best)
+            self._writer.submit(job)
 
     def diverge(self, step: int, loss: float) -> None:
         """Ends the run at the step at which it diverged, while others may go on; what it saved before stays."""
@@ -141,21 +153,19 @@ class FileRecorder:
         note(f"{self.path}: diverged, with loss {loss:g} at step {step} ({advice})")
 
     def finish(self) -> None:
-        """Writes `summary.json`."""
-        write_json(
-            self._layout.summary,
-            {
-                "run_name": self.config.run_name,
-                "seed": self.config.seed,
-                "num_steps": self.config.num_steps,
-                "model_parameter_count": self._num_parameters,
-                "final": _finite(self.last_evaluations),
-                "best_checkpoint": self._best_record() if self._best else None,
-                "diverged_at_step": self.diverged_at,
-                "versions": software_versions(),
-                "device": device_description(),
-            },
-        )
+        """Hands `summary.json` to the writer: the file says that all before it is written."""
+        summary = {
+            "run_name": self.config.run_name,
+            "seed": self.config.seed,
+            "num_steps": self.config.num_steps,
+            "model_parameter_count": self._num_parameters,
+            "final": _finite(self.last_evaluations),
+            "best_checkpoint": self._best_record() if self._best else None,
+            "diverged_at_step": self.diverged_at,
+            "versions": software_versions(),
+            "device": device_description(),
+        }
+        self._writer.submit(functools.partial(write_json, self._layout.summary, summary))
 
     def _restore_best(self, step: int) -> None:
         """Makes `best.pt` the best checkpoint of the rows that were kept; without its weights there is none."""
@@ -183,21 +193,34 @@ class FileRecorder:
             "loss": self._best["loss"],
         }
 
-    def _write(self, path: Path, step: int, params: Params, moments: AdamMoments, evaluations: dict[str, Row]) -> None:
-        optimization = self.config.optimization
-        rate = float(learning_rate(Hyperparameters.of(optimization, self.config.num_steps), step))
-        write_checkpoint(
-            path,
-            step=step,
-            state=to_torch(params),
-            optimizer_state=to_torch_optimizer(moments, optimization, rate),
-            metrics=evaluations,
-            config={
-                "train_spec": self._spec,
-                "benchmark_metadata": self._metadata,
-                "model_parameter_count": self._num_parameters,
-            },
-        )
+    def _write(
+        self,
+        files: Sequence[Path],
+        step: int,
+        params: Params,
+        moments: AdamMoments,
+        evaluations: dict[str, Row],
+        *,
+        rate: float,
+        best: Row | None,
+    ) -> None:
+        """Writes a state to files, and the record of the best one behind it if this is it."""
+        state, optimizer_state = to_torch(params), to_torch_optimizer(moments, self.config.optimization, rate)
+        for file in files:
+            write_checkpoint(
+                file,
+                step=step,
+                state=state,
+                optimizer_state=optimizer_state,
+                metrics=evaluations,
+                config={
+                    "train_spec": self._spec,
+                    "benchmark_metadata": self._metadata,
+                    "model_parameter_count": self._num_parameters,
+                },
+            )
+        if best is not None:
+            write_json(self._layout.best_record, best)
 
 
 def _is_of_step(path: Path, step: int) -> bool:

@@ -15,6 +15,7 @@ from kvjax.artifacts.run_lock import hold
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError, unusable
+from kvjax.pipeline.background_writer import BackgroundWriter
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.resume import ResumedRun, read_resumed, resumable
@@ -134,24 +135,25 @@ def _train_runs(
     for path in runs:
         _check_space(path, checkpoint_file_bytes(training.decoder) * files)
     num_parameters = parameter_count(training.decoder)
-    recorders = [
-        FileRecorder(path, run, num_parameters, metadata, start)
-        for (path, run), start in zip(runs.items(), starts, strict=True)
-    ]
-    if resume:
-        for recorder, run in zip(recorders, resumed.runs, strict=True):
-            recorder.go_on(run.history)
-        advance(step)
-    else:
-        with contextlib.ExitStack() as held:
-            for path in sorted(runs, key=Path.resolve):
-                held.enter_context(_results_held(path))
-            for recorder in recorders:
-                recorder.begin()
-    training.run(states, recorders, done_steps=step, advance=advance)
-    for recorder in recorders:
-        if recorder.diverged_at is None:
-            recorder.finish()
+    with BackgroundWriter(pending=len(runs)) as writer:  # at most one state of each run waits to be written
+        recorders = [
+            FileRecorder(path, run, num_parameters, metadata, writer, start)
+            for (path, run), start in zip(runs.items(), starts, strict=True)
+        ]
+        if resume:
+            for recorder, run in zip(recorders, resumed.runs, strict=True):
+                recorder.go_on(run.history)
+            advance(step)
+        else:
+            with contextlib.ExitStack() as held:
+                for path in sorted(runs, key=Path.resolve):
+                    held.enter_context(_results_held(path))
+                for recorder in recorders:
+                    recorder.begin()
+        training.run(states, recorders, done_steps=step, advance=advance)
+        for recorder in recorders:
+            if recorder.diverged_at is None:
+                recorder.finish()
     return [TrainedRun(r.path, r.config.seed, r.last_evaluations, r.diverged_at) for r in recorders]
 
 

@@ -18,6 +18,7 @@ from kvjax.artifacts.training_log import TrainingLog
 from kvjax.commands.main import main
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, Note
+from kvjax.pipeline.background_writer import BackgroundWriter
 from kvjax.pipeline.run_history import RunHistory, is_better
 from kvjax.pipeline.run_recorder import FileRecorder
 from kvjax.pipeline.train import train_runs
@@ -62,6 +63,12 @@ def finished_run(tmp_path_factory, small_benchmark):
     (run / "best_checkpoint.json").write_text(json.dumps({"path": "best.pt", "step": END}))
     (run / "summary.json").write_text("{}")
     return run
+
+
+@pytest.fixture
+def writer():
+    with BackgroundWriter(pending=1) as writer:
+        yield writer
 
 
 @pytest.fixture
@@ -208,10 +215,10 @@ def has_count(part):
     return isinstance(part, optax.ScaleByAdamState | optax.ScaleByScheduleState)
 
 
-def test_rows_of_a_rewind(run, small_benchmark):
+def test_rows_of_a_rewind(run, small_benchmark, writer):
     """Going on from an earlier step drops the rows beyond it, and the best checkpoint is one of those left."""
     (run / "checkpoints" / "step_000016.pt").unlink()
-    recorder = FileRecorder(run, small_train_config(small_benchmark, num_steps=24), 0, {})
+    recorder = FileRecorder(run, small_train_config(small_benchmark, num_steps=24), 0, {}, writer)
     for path in partials(run):
         path.write_bytes(b"x")
     recorder.go_on(RunHistory.of(RunDir.open(run).log, 8, recorder.config.checkpointing))
@@ -239,7 +246,7 @@ def partials(run):
     return [run / "checkpoints" / f".{name}.pt.abcd1234.kvjax-partial" for name in ("step_000008", "best", "last")]
 
 
-def test_starting_over(run, small_benchmark, tmp_path):
+def test_starting_over(run, small_benchmark, tmp_path, writer):
     """Starting over removes what training wrote, and the analysis with a note; other files stay."""
     kept = [run / "my_notes.txt", run / "checkpoints" / "mine.pt", run / "plots" / "loss.png"]
     gone = [run / "analysis" / "sweep.json", run / "checkpoints" / "last.pt", *partials(run)]
@@ -248,11 +255,11 @@ def test_starting_over(run, small_benchmark, tmp_path):
         path.write_text("x")
     config = small_train_config(small_benchmark, num_steps=40)
     with pytest.warns(Note, match=r"analysis was removed: it measured the run that is overwritten"):
-        FileRecorder(run, config, 0, {}).begin()
+        FileRecorder(run, config, 0, {}, writer).begin()
     left = {path for path in run.rglob("*") if path.is_file()}
     assert left == {run / "run_config.json", *kept}
     assert RunDir.open(run).config.num_steps == 40
-    FileRecorder(tmp_path / "fresh", config, 0, {}).begin()
+    FileRecorder(tmp_path / "fresh", config, 0, {}, writer).begin()
     assert sorted(path.name for path in (tmp_path / "fresh").iterdir()) == ["checkpoints", "run_config.json"]
 
 
@@ -271,9 +278,9 @@ def test_checkpoint_on_a_full_disk(run, monkeypatch):
     assert contents(run) == before
 
 
-def test_log_on_a_full_disk(run, small_benchmark):
+def test_log_on_a_full_disk(run, small_benchmark, writer):
     """A row that finds the disk full is one line that names the log."""
-    recorder = FileRecorder(run, small_train_config(small_benchmark), 0, {})
+    recorder = FileRecorder(run, small_train_config(small_benchmark), 0, {}, writer)
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"metrics.jsonl: expected a file that can be written; found .*No space left"):
