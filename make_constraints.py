@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXTRAS = ("test", "cuda", "peers")
+EXTRAS = ("cluster", "test", "cuda", "peers")
 
 
 def resolve(requirements: list[str]) -> dict[str, str]:

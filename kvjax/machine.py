@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
+MEMORY_VARIABLE = "KVJAX_MEMORY_BYTES"  # this process's share, if it works beside others
 _MEMORY_FILES = ("memory.max", "memory.high", "memory.limit_in_bytes")  # of version 2, 2 and 1
 
 
@@ -33,10 +34,14 @@ def available_cores(root: Path = _ROOT) -> int:
 def machine_memory_bytes(root: Path = _ROOT) -> int:
     """Measures the memory of the machine, or the least that one of this process's control groups may have.
 
+    A worker of a cluster has a share of that, which `KVJAX_MEMORY_BYTES` says.
+
     Args:
       root: of the file system, which the tests replace.
     """
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(ValueError):
+        limits.append(int(os.environ.get(MEMORY_VARIABLE, limits[0])))
     for group in _groups("memory", root):
         for name in _MEMORY_FILES:
             with contextlib.suppress(OSError, ValueError):  # no such file, or `max`

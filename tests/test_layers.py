@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("errors", "machine", "devices", "declarations", "config", "artifacts", "model", "measure", "task", "execution"),
     *("sweeps", "windows", "intervene", "story", "train", "compare", "report", "converters"),
-    *("opened_run", "pipeline", "api", "commands"),
+    *("opened_run", "units", "pipeline", "api", "commands"),
 )
 
 

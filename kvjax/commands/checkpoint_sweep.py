@@ -7,7 +7,7 @@ measured before are not measured again.
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
 from kvjax.pipeline.settings import (
     Display,
     FollowSettings,
@@ -15,11 +15,21 @@ from kvjax.pipeline.settings import (
     RunsOnBenchmark,
     Runtime,
     SweepInputs,
+    WorkplaceSettings,
     check_logistic_steps,
 )
 from kvjax.sweeps.settings import SweepSettings
 
-SETTINGS = (RunsOnBenchmark, SweepInputs, SweepSettings, FollowSettings, ResultSettings, Display, Runtime)
+SETTINGS = (
+    RunsOnBenchmark,
+    SweepInputs,
+    SweepSettings,
+    FollowSettings,
+    ResultSettings,
+    WorkplaceSettings,
+    Display,
+    Runtime,
+)
 
 
 def run(
@@ -28,19 +38,20 @@ def run(
     settings: SweepSettings,
     following: FollowSettings,
     results: ResultSettings,
+    workplace: WorkplaceSettings,
     display: Display,
     runtime: Runtime,
 ) -> None:
     check_logistic_steps(inputs, settings)
 
     from kvjax.pipeline.follow import follow
-    from kvjax.pipeline.sweep import check_usable, sweep
+    from kvjax.pipeline.sweep import check_usable, sweep_over_runs
     from kvjax.pipeline.text import print_sweep_example
     from kvjax.report.text import print_sweep_reports
 
     start_jax(runtime)
-    given = (runs, inputs, settings, progress_of(display), results)
-    rounds = follow(*given) if following.follow else [sweep(*given)]
+    given = (runs, inputs, settings, progress_of(display), results, engine_of(workplace, runtime))
+    rounds = follow(*given) if following.follow else [sweep_over_runs(*given)]
     for reports in rounds:
         print_sweep_reports(reports)
     check_usable(reports)

@@ -1,11 +1,12 @@
-"""What a command does around its work: set JAX up, show progress."""
+"""What a command does around its work: set JAX up, show progress, choose where units of work run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from kvjax.pipeline.settings import Display, Runtime
+from kvjax.pipeline.settings import Display, Runtime, WorkplaceSettings
+from kvjax.units.unit import IN_PROCESS, Engine
 
 
 def start_jax(runtime: Runtime) -> None:
@@ -30,3 +31,16 @@ def progress_of(display: Display) -> Callable[[int, str], AbstractContextManager
             yield bar.update
 
     return progress
+
+
+def engine_of(workplace: WorkplaceSettings, runtime: Runtime) -> Engine:
+    """Chooses what runs units of work: this process, or the workers of a scheduler.
+
+    Raises:
+      InputError: the scheduler's name is none, or Dask is not installed.
+    """
+    if workplace.scheduler is None:
+        return IN_PROCESS
+    from kvjax.units.cluster import Cluster
+
+    return Cluster(workplace.scheduler, compilation_cache=runtime.compilation_cache)

@@ -14,8 +14,9 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, note
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, RunsOnBenchmark, SweepInputs
-from kvjax.pipeline.sweep import sweep
+from kvjax.pipeline.sweep import sweep_over_runs
 from kvjax.sweeps.settings import SweepSettings
+from kvjax.units.unit import IN_PROCESS, Engine
 
 if TYPE_CHECKING:
     from kvjax.sweeps.results import SweepReport
@@ -29,6 +30,7 @@ def follow(
     settings: SweepSettings,
     progress: Progress = no_progress,
     results: ResultSettings = DEFAULT_RESULTS,
+    engine: Engine = IN_PROCESS,
 ) -> Iterator[list[SweepReport]]:
     """Sweeps runs again and again until all are complete, and yields what each round left.
 
@@ -46,7 +48,8 @@ def follow(
         if begun:
             begun_runs = dataclasses.replace(runs, run_dirs=begun)
             # Each round would have another last checkpoint, to which all were compared anew.
-            reports = sweep(begun_runs, inputs, settings, progress, results, still_training=True)
+            given = (begun_runs, inputs, settings, progress, results, engine)
+            reports = sweep_over_runs(*given, still_training=True)
             yield reports
             before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
             if not waited_for and refused == before and all(report.run.complete for report in reports):

@@ -67,6 +67,17 @@ class Runtime(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkplaceSettings(Settings):
+    """Where units of work run."""
+
+    scheduler: str | None = setting(
+        None,
+        "Dask scheduler on whose workers to work, a run each: its address (tcp://host:8786) or the file that it wrote; "
+        "by default all is done in this process.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateSettings(Settings):
     """A benchmark to draw."""
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.errors import InputError, note, unusable
 from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
 from kvjax.model.checkpoint import CheckpointSource
+from kvjax.pipeline.over_runs import over_runs
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.written_runs import open_to_write
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
+from kvjax.units.unit import IN_PROCESS, Engine
 
 if TYPE_CHECKING:
     from kvjax.sweeps.results import SweepReport
@@ -63,6 +66,40 @@ def sweep(
         _check_same_records(prepared, mixed)
         with progress(sum(len(work.wanted) for work in prepared), "checkpoints") as advance:
             return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
+
+
+def sweep_over_runs(
+    runs: RunsOnBenchmark,
+    inputs: SweepInputs,
+    settings: SweepSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
+    engine: Engine = IN_PROCESS,
+    *,
+    still_training: bool = False,
+) -> list[SweepReport]:
+    """Measures checkpoints of runs wherever an engine does it; reports lack the arrays, which stand in the files.
+
+    Args:
+      runs, inputs, settings, progress, results, still_training: see `sweep`.
+      engine: where it is done.
+
+    Raises:
+      InputError: as `sweep`. If runs are measured apart, the results of the others stay.
+    """
+    shared = {"results": results, "progress": progress, "engine": engine, "still_training": still_training}
+    return over_runs("sweep", _sweep_without_arrays, runs, inputs, settings, **shared)
+
+
+def _sweep_without_arrays(
+    runs: RunsOnBenchmark,
+    inputs: SweepInputs,
+    settings: SweepSettings,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> list[SweepReport]:
+    reports = sweep(runs, inputs, settings, progress, **options)
+    return [dataclasses.replace(report, dataset=None, intervals=None) for report in reports]
 
 
 def _check_same_records(prepared: list[RunInputs], mixed: Mixed) -> None:

@@ -77,7 +77,7 @@ class SweepReport:
       log: which checkpoints were measured, reused and refused.
       notes: sentences a reader should know, such as why a field is empty.
       vouched: the recorded accuracy that a checkpoint was compared with; None if there was none.
-      dataset: every mean, labelled; None without rows.
+      dataset: every mean, labelled; None without rows, or if the files alone have them.
       intervals: those of the means that have them, labelled likewise.
     """
 

@@ -1,0 +1,57 @@
+"""Does a stage for several runs: together in this process, or apart on a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvjax.artifacts.find_runs import Needs, find_run_dirs, with_results_in
+from kvjax.pipeline.progress import Progress
+from kvjax.pipeline.settings import ResultSettings, Runs
+from kvjax.units.unit import Engine, Unit
+
+
+def over_runs(
+    name: str,
+    stage: Callable[..., list[Any]],
+    runs: Runs,
+    *settings: Any,
+    results: ResultSettings,
+    progress: Progress,
+    engine: Engine,
+    needs: Needs = "step checkpoints",
+    **options: Any,
+) -> list[Any]:
+    """Does a stage for runs and returns its reports, in the order of the runs.
+
+    In this process the stage gets all runs at once, and shares among them what it compiles. On a cluster each run is a
+    unit of work.
+
+    Args:
+      name: of the stage, for messages.
+      stage: called as `stage(runs, *settings, results=…, **options)`, here also with `progress`; returns a list.
+      runs: the runs.
+      settings: of the stage.
+      results: where results go.
+      progress: shows how far it is.
+      engine: where it is done.
+      needs: what directories that a glob finds have to hold, see `find_run_dirs`.
+      options: further arguments of the stage.
+
+    Raises:
+      InputError: a run cannot be opened, or the stage refused one. What was written for others stays.
+    """
+    if not engine.spreads:
+        return stage(runs, *settings, results=results, progress=progress, **options)
+    found = find_run_dirs(runs.run_dirs, needs=needs)
+    if results.output_dir is not None:
+        found = with_results_in(found, Path(results.output_dir))
+    own = {"results": dataclasses.replace(results, output_dir=None), **options}
+    units = [
+        Unit(name, str(run.path), stage, (dataclasses.replace(runs, run_dirs=(str(run.path),)), *settings), own)
+        for run in found
+    ]
+    with progress(len(units), "runs") as advance:
+        return [report for reports in engine.run(units, advance) for report in reports]
