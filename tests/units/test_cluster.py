@@ -24,11 +24,11 @@ from kvjax.errors import InputError, Note
 from kvjax.units.cluster import Cluster
 from kvjax.units.unit import Unit
 from tests.helpers import units
-from tests.helpers.building import read_lines, write_run
+from tests.helpers.building import SMALL_MODEL, read_lines, write_run
 from tests.helpers.commands import refused
 
 ROOT = Path(__file__).resolve().parents[2]
-OF_WORKERS = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
+ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
 QUICK = ["--ablations=zero", "--probe=none", "--noprogress"]
 
 
@@ -45,11 +45,9 @@ def local_cluster(*, workers=1, threads=1, memory="4GB", deaths=1):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster that each test scales to the workers it needs; a worker has two devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_NUM_CPU_DEVICES", "2")
-        with local_cluster() as opened:
-            yield opened
+    """A cluster that each test scales to the workers it needs."""
+    with local_cluster() as opened:
+        yield opened
 
 
 def scaled(cluster, workers):
@@ -69,6 +67,7 @@ def done(engine, *given):
 @pytest.fixture
 def four_runs(small_benchmark, tmp_path, monkeypatch):
     """Four copies of a run, and their relative path, which workers know only with the command's folder."""
+    monkeypatch.setitem(SMALL_MODEL, "n_layers", 1)
     run = write_run(tmp_path / "runs" / "a", small_benchmark, steps=(100, 200))
     for name in "bcd":
         shutil.copytree(run, run.with_name(name))
@@ -107,7 +106,7 @@ def test_equal_files_with_any_number_of_workers(cluster, four_runs, capfd):
         if workers:
             assert main([*arguments, f"--scheduler={scaled(cluster, workers)._address}"]) == 0
         else:  # in a process of its own, where no test has changed how a sweep is compiled
-            subprocess.run([sys.executable, "-m", "kvjax.commands.main", *arguments], check=True, env=OF_WORKERS)
+            subprocess.run([sys.executable, "-m", "kvjax.commands.main", *arguments], check=True, env=ONE_DEVICE)
         assert capfd.readouterr().out.count("2 measured, 0 reused") == 4
         analyses = {name: Path(four_runs) / name / "analysis" for name in "abcd"}
         found[workers] = {name: contents(analysis) for name, analysis in analyses.items()}
