@@ -288,12 +288,12 @@ def test_scheduler_that_is_not_there(monkeypatch, small_run, capsys):
     assert not (small_run / "analysis").exists()
 
 
-def test_no_dask_without_a_scheduler(small_run):
+def test_no_dask_without_a_scheduler(four_runs):
     """A sweep in this process imports nothing of Dask, so that it works where Dask cannot be imported."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('dask', 'distributed', 'dask_jobqueue')));"
         "from kvjax.commands.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["checkpoint-sweep", f"--run_dirs={small_run}", *QUICK]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    arguments = ["checkpoint-sweep", f"--run_dirs={four_runs}/a", *QUICK]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ONE_DEVICE)
     assert done.returncode == 0, done.stderr
