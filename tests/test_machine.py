@@ -116,3 +116,12 @@ def test_damaged_files(machine, text):
     """What cannot be parsed limits nothing."""
     root = machine(text, text)
     assert (available_cores(root), machine_memory_bytes(root)) == (16, MEMORY)
+
+
+def test_share_of_a_worker(monkeypatch, tmp_path):
+    """A worker's share limits memory; a text that is no number limits nothing."""
+    whole = machine_memory_bytes(tmp_path)
+    monkeypatch.setenv("KVJAX_MEMORY_BYTES", "123456789")
+    assert machine_memory_bytes(tmp_path) == 123456789
+    monkeypatch.setenv("KVJAX_MEMORY_BYTES", "some")
+    assert machine_memory_bytes(tmp_path) == whole
