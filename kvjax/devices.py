@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvjax.errors import unusable
 from kvjax.machine import available_cores, machine_memory_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ CACHE_VARIABLE = "KVJAX_CACHE_DIR"
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"  # XLA's own way to say how many devices a CPU is
 
+_DEBUGGING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
 _DEFAULT_ACCELERATOR_BYTES = 8e9  # if the device does not say how much it has
 _ACCELERATOR_SHARE = 0.7
 _MACHINE_SHARE = 0.5
@@ -230,9 +232,15 @@ def start_jax() -> None:
     """Sets JAX up for work from Python: one device per CPU core, and the compilation cache unless there is one set.
 
     Call it before JAX computes anything; whatever was chosen before stays. `kvjax.sweep` and `kvjax.open_run` do.
+
+    Raises:
+      InputError: JAX is to stop at NaN, which stands for values that do not exist here, or not to compile.
     """
     import jax
 
+    for name in _DEBUGGING:
+        if getattr(jax.config, name):
+            raise unusable(f"jax.config.{name}", "False (as unless JAX is debugged)", True)
     share_cpu_cores()
     if jax.config.jax_compilation_cache_dir is None and not _left:
         use_compilation_cache()

@@ -11,6 +11,7 @@ import pytest
 
 from kvjax import devices
 from kvjax.devices import CACHE_VARIABLE, Placement, fillable_memory_gb
+from kvjax.errors import InputError
 
 _COMPILE = (
     "import jax; from kvjax.devices import use_compilation_cache; folder = use_compilation_cache();"
@@ -143,3 +144,14 @@ def test_parts_of_shared_arrays():
     joined = placement.joined([second, first])
     np.testing.assert_array_equal(joined, np.concatenate([x[3:], x[:3]]))
     assert joined.sharding == placement.split
+
+
+@pytest.mark.parametrize("name", ["jax_debug_nans", "jax_debug_infs", "jax_disable_jit"])
+def test_debugging(name):
+    """Work from Python is refused in one line while JAX is debugged: NaN stands for values that do not exist here."""
+    jax.config.update(name, True)
+    try:
+        with pytest.raises(InputError, match=f"^jax.config.{name}: expected False .*; found True$"):
+            devices.start_jax()
+    finally:
+        jax.config.update(name, False)

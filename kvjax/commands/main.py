@@ -43,12 +43,20 @@ COMMANDS = {
 }
 
 
+# Switches of JAX by which it computes in another precision, stops at values that do not exist, or compiles nothing.
+_SWITCHES = ("JAX_ENABLE_X64", "JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_DISABLE_JIT")
+_OFF = ("", "0", "f", "false", "n", "no", "off")
+
+
 def run_process() -> None:
     """Runs the command of this process's arguments and ends the process with its status."""
     if sys.stdout is None:  # closed by whoever started the process
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     # A terminal that cannot show a character gets its escape, instead of an error in place of the result.
     sys.stdout.reconfigure(errors="backslashreplace")
+    for name in _SWITCHES:  # before JAX is imported and reads them
+        if os.environ.pop(name, "").lower() not in _OFF:
+            _tell("kvjax", f"note: {name} is set aside: commands give the same numbers in every environment")
     status = main()
     gc.freeze()  # else Python looks for garbage among a million objects before it ends, for 0.4 s
     sys.exit(status)

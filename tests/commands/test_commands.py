@@ -309,3 +309,36 @@ def test_closed_output(tmp_path):
     command = f"{sys.executable} -m kvjax.commands.main"
     assert subprocess.run(f"{command} --version >&-", shell=True, stderr=subprocess.PIPE).stderr == b""
     assert subprocess.run(f"{command} nonsense >&- 2>&-", shell=True).returncode == 2
+
+
+def test_switches_of_jax(small_run, swept_without_switches):
+    """Switches with which JAX computes otherwise are set aside with a note each, and numbers are the same."""
+    switches = {"JAX_ENABLE_X64": "1", "JAX_DEBUG_NANS": "True", "JAX_DEBUG_INFS": "yes", "JAX_DISABLE_JIT": "on"}
+    done = sweep_in_a_process(small_run, switches)
+    notes = [line for line in done.stderr.splitlines() if "is set aside" in line]
+    assert done.returncode == 0 and len(notes) == len(switches)
+    assert all(f"kvjax: note: {name} is set aside" in line for name, line in zip(switches, notes, strict=True))
+    assert read_lines(small_run / "analysis" / "checkpoint_metrics.jsonl") == swept_without_switches
+
+
+@pytest.mark.parametrize("value", ["", "0", "false"])
+def test_switches_that_are_off(value):
+    """A switch that is off is nothing to speak of, though JAX itself stops at an empty one."""
+    command = [sys.executable, "-m", "kvjax.commands.main", "status", "--run_dirs=nothing"]
+    environment = os.environ | {"JAX_ENABLE_X64": value}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def swept_without_switches(untied_run, tmp_path):
+    """The rows of a sweep by a command in a plain environment."""
+    run = shutil.copytree(untied_run, tmp_path / "plain")
+    assert sweep_in_a_process(run, {}).returncode == 0
+    return read_lines(run / "analysis" / "checkpoint_metrics.jsonl")
+
+
+def sweep_in_a_process(run, switches):
+    arguments = sweep_arguments(run, ablations="zero", probe="none")
+    command = [sys.executable, "-m", "kvjax.commands.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | switches)
