@@ -22,14 +22,14 @@ def rounds(monkeypatch):
     """Sweeps that measure nothing; returns the steps that each round saw, by the run's directory."""
     seen = []
 
-    def sweep(runs, inputs, settings, progress, results, *, still_training):
+    def sweep(runs, inputs, settings, progress, results, engine, *, still_training):
         assert results.wait, "another command may be at work between two rounds"
         assert still_training, "the last checkpoint is not the final one yet"
         found = find_run_dirs(runs.run_dirs)
         seen.append({run.path.name: list(run.checkpoints) for run in found})
         return [SweepReport(run, [], SweepLog(), []) for run in found]
 
-    monkeypatch.setattr(follow_module, "sweep", sweep)
+    monkeypatch.setattr(follow_module, "sweep_over_runs", sweep)
     return seen
 
 
