@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from scipy.special import ndtri
@@ -181,6 +181,7 @@ def find_windows(
     opens: Sequence[bool],
     *,
     origins: Mapping[Shift, Shift],
+    growing: Collection[Shift],
     steps: np.ndarray,
     num_tests: int,
     settings: DetectionSettings,
@@ -200,6 +201,7 @@ def find_windows(
       kinds: kind of each metric; a kind counts once per gap, however many splits it has.
       opens: whether each metric can open a window; one that cannot may still join one.
       origins: the shift that each repeats, or itself (`kvjax.windows.disguises`). One and its repetitions count once.
+      growing: shifts that growth explains as well (`kvjax.windows.growth`). They found no window, and may join one.
       steps: [C] training steps.
       num_tests: number of (gap, metric) pairs scored.
       settings: thresholds.
@@ -217,8 +219,9 @@ def find_windows(
         gap = _busiest_gap(left, kind_of)
         near = [shift for shift in left if abs(shift.gap - gap) <= 1]
         left = [shift for shift in left if abs(shift.gap - gap) > 1]
-        strong = len({origins[shift] for shift in near if shift.score >= together})
-        if strong >= settings.corroboration or max(shift.score for shift in near) >= alone:
+        jumps = [shift for shift in near if shift not in growing]
+        strong = len({origins[shift] for shift in jumps if shift.score >= together})
+        if strong >= settings.corroboration or any(shift.score >= alone for shift in jumps):
             groups.append(Window(gap, *_extent(gap, near, course_of, steps), tuple(near)))
     windows: list[Window] = []
     for group in sorted(groups, key=lambda group: group.gap):

@@ -12,6 +12,7 @@ import numpy as np
 from kvjax.config.windows import WindowConfig
 from kvjax.windows.disguises import origins
 from kvjax.windows.group_shifts import DetectionSettings, Shift, Window, find_shifts, find_windows
+from kvjax.windows.growth import growing
 from kvjax.windows.onset import movement_steps
 from kvjax.windows.ramps import Ramp, find_ramps, is_growth
 from kvjax.windows.shift_scores import MetricTraits, ShiftSettings, shift_scores
@@ -38,6 +39,7 @@ class RunFinding:
       largest: the shift with the largest score among those that hold, strong enough or not; None if none holds.
       joining: shifts above the threshold of kinds that open no window.
       origins: the shift that each repeats, or itself.
+      growing: shifts that are samples of steady growth, or that it explains as well; they found no window.
       ramps: steady growth, which makes no window.
     """
 
@@ -47,6 +49,7 @@ class RunFinding:
     largest: Shift | None
     joining: tuple[Shift, ...]
     origins: Mapping[Shift, Shift] = dataclasses.field(default_factory=dict)
+    growing: frozenset[Shift] = frozenset()
     ramps: tuple[Ramp, ...] = ()
 
 
@@ -194,12 +197,15 @@ def _finding(
     traits = [getattr(config.triggers, metric.kind) for metric in run.metrics]
     floors = np.array([trigger.shift_floor for trigger in traits])
     at = {"threshold": config.threshold, "side": config.side_checkpoints}
-    shifts = [
+    strong = found(config.threshold)
+    sampled = {
         shift
-        for shift in found(config.threshold)
-        if not is_growth(shift, run.values_CxM[:, shift.metric], run.steps, floor=floors[shift.metric], **at)
-    ]
+        for shift in strong
+        if is_growth(shift, run.values_CxM[:, shift.metric], run.steps, floor=floors[shift.metric], **at)
+    }
+    shifts = [shift for shift in strong if shift not in sampled]
     repeats = origins(shifts, run, side=config.side_checkpoints)
+    explained = growing(shifts, run, floors, **at)
     courses = course_steps(run.values_CxM[None], run.steps, shifts, shifts, side=config.side_checkpoints)[0]
     windows = find_windows(
         shifts,
@@ -207,6 +213,7 @@ def _finding(
         [metric.kind for metric in run.metrics],
         opens,
         origins=repeats,
+        growing=explained,
         steps=run.steps,
         num_tests=num_tests,
         settings=settings,
@@ -217,8 +224,10 @@ def _finding(
         errors = np.ma.masked_invalid(np.abs(size) / score)
     noise = np.ma.median(errors, axis=0).filled(np.nan)
     needed = {"alone": config.threshold_alone, "corroboration": config.corroboration}
-    ramps = find_ramps(run.values_CxM, noise, floors, shifts, **at, **needed)
-    return RunFinding(run, verdict, tuple(windows), largest, joining, repeats, tuple(ramps))
+    in_windows = {shift for window in windows for shift in window.shifts}
+    jumps = [shift for shift in shifts if shift in in_windows or shift not in explained]
+    ramps = find_ramps(run.values_CxM, noise, floors, jumps, **at, **needed)
+    return RunFinding(run, verdict, tuple(windows), largest, joining, repeats, explained | sampled, tuple(ramps))
 
 
 def _range(values_CxM: np.ndarray) -> np.ndarray:

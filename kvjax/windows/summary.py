@@ -38,11 +38,11 @@ def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: boo
         return f"no metric shifted{so_far} beyond its floor and held, at any of {count} checkpoints"
     largest, metric = finding.largest, finding.trajectories.metrics[finding.largest.metric]
     step = int(finding.trajectories.steps[largest.gap + 1])
+    strongest = f"the strongest, in {metric.measure} on {metric.split} at step {step} ({largest.size:+.3g}),"
+    if any(shift.metric == largest.metric and shift.first <= largest.gap <= shift.last for shift in finding.growing):
+        return f"no shifts{so_far} are more than steady growth, which explains {strongest} as well"
     needed = f"{config.corroboration} metrics together need {config.threshold:g}, one alone {config.threshold_alone:g}"
-    return (
-        f"no shifts{so_far} are strong enough: the strongest, in {metric.measure} on {metric.split} at step {step} "
-        f"({largest.size:+.3g}), scores {largest.score:.1f}; {needed}"
-    )
+    return f"no shifts{so_far} are strong enough: {strongest} scores {largest.score:.1f}; {needed}"
 
 
 def window_entries(finding: RunFinding, components: ComponentDrops, config: WindowConfig) -> list[dict[str, Any]]:

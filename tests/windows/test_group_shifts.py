@@ -16,12 +16,13 @@ def shift(metric, gap, *, score=6.0, first=None, last=None, size=1.0, relative=0
     return Shift(metric, gap, first, last, size, score, relative)
 
 
-def windows(shifts, *, opens=None, kinds=None, courses=None, steps=STEPS, origins=None):
+def windows(shifts, *, opens=None, kinds=None, courses=None, steps=STEPS, origins=None, growing=()):
     opens = [True] * 20 if opens is None else opens
     kinds = [f"kind{i}" for i in range(20)] if kinds is None else kinds
     courses = np.full((len(shifts), 2), np.nan) if courses is None else np.asarray(courses, float)
     origins = {shift: shift for shift in shifts} | (origins or {})
-    return find_windows(shifts, courses, kinds, opens, origins=origins, steps=steps, num_tests=900, settings=SETTINGS)
+    more = {"origins": origins, "growing": growing, "steps": steps, "num_tests": 900, "settings": SETTINGS}
+    return find_windows(shifts, courses, kinds, opens, **more)
 
 
 def test_corroboration():
@@ -124,3 +125,14 @@ def test_shifts_that_repeat_another():
     later = [shift(i, 6, relative=0.75) for i in (4, 5)]
     assert windows([accuracy, its_copy, *later])[0].gap == 5, "0.8 twice against 0.75 twice"
     assert windows([accuracy, its_copy, *later], origins={its_copy: accuracy})[0].gap == 6
+
+
+def test_shifts_that_growth_explains():
+    """Shifts that growth explains found no window, alone or together; they join that of others and do not move it."""
+    strong = [shift(i, 5, score=9.0) for i in range(3)]
+    assert windows(strong, growing=strong) == []
+    assert windows(strong, growing=strong[:1])[0].gap == 5, "two are left, and one of them suffices alone"
+    weak = [shift(i, 5) for i in range(4)]
+    assert windows(weak, growing=weak[:2]) == [], "two are left"
+    with_growth, without = windows(weak, growing=weak[:1]), windows(weak)
+    assert with_growth == without and len(with_growth[0].shifts) == 4

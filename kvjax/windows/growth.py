@@ -1,0 +1,141 @@
+"""Compares shifts with steady growth over the whole run: which of the two explains a trajectory better.
+
+A few checkpoints of a ramp look like a shift, and are too few to measure its rate beside it. Two models with the same
+number of terms can still be told apart. Source: docs/birth_windows.md, "Ramps".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvjax.windows.group_shifts import Shift
+from kvjax.windows.trajectories import Trajectories
+
+# Growth explains a shift unless it leaves so many times the shift's squared residuals.
+_LARGEST_RATIO = 1.5
+# Of a trajectory's variance: residuals below it are rounding.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Comparison:
+    """A shift beside growth.
+
+    Attributes:
+      log_ratio: of the squared residuals that growth leaves to those that the shift leaves.
+      beyond: whether the shift is one even beside growth.
+    """
+
+    log_ratio: float
+    beyond: bool
+
+
+def growing(
+    shifts: Sequence[Shift], run: Trajectories, floor_M: np.ndarray, *, threshold: float, side: int
+) -> frozenset[Shift]:
+    """Finds the shifts that steady growth explains as well.
+
+    One model of a trajectory has a step at each of its shifts. The other has, instead of the step in question, growth
+    that is even in steps or in log steps, whichever fits better. Growth explains the shift if it leaves at most 1.5
+    times the squared residuals: their geometric mean over the splits on which the same measure shifts in the same gap
+    or a touching one. It does not if a model with both still has a step that reaches its floor and the threshold.
+
+    Args:
+      shifts: of the run, those that reach the threshold.
+      run: its trajectories.
+      floor_M: smallest shift of each metric that means anything.
+      threshold: score to reach.
+      side: checkpoints averaged on each side of a gap.
+    """
+    of_metric: dict[int, list[Shift]] = {}
+    of_measure: dict[str, list[Shift]] = {}
+    for shift in shifts:
+        of_metric.setdefault(shift.metric, []).append(shift)
+        of_measure.setdefault(_measure(run, shift), []).append(shift)
+    compared = {
+        shift: _compare(
+            shift,
+            [other.gap for other in of_metric[shift.metric] if other is not shift],
+            run.values_CxM[:, shift.metric],
+            run.steps,
+            floor=floor_M[shift.metric],
+            threshold=threshold,
+            side=side,
+        )
+        for shift in shifts
+    }
+
+    def explained(shift: Shift) -> bool:
+        near = [other for other in of_measure[_measure(run, shift)] if abs(other.gap - shift.gap) <= 1]
+        return bool(np.mean([compared[other].log_ratio for other in near]) <= np.log(_LARGEST_RATIO))
+
+    return frozenset(shift for shift in shifts if not compared[shift].beyond and explained(shift))
+
+
+def _measure(run: Trajectories, shift: Shift) -> str:
+    """Names the measure of a shift, which held-out accuracy shares with accuracy."""
+    return run.metrics[shift.metric].measure.removeprefix("heldout_")
+
+
+def _compare(
+    shift: Shift,
+    others: Sequence[int],
+    values_C: np.ndarray,
+    steps_C: np.ndarray,
+    *,
+    floor: float,
+    threshold: float,
+    side: int,
+) -> _Comparison:
+    """Fits a step at the shift's gap and growth, each beside steps at the metric's other shifts."""
+    there = np.isfinite(values_C)
+    values, index = values_C[there], np.flatnonzero(there)
+    common = [np.ones(len(values)), *((index > gap).astype(float) for gap in others)]
+    step = (index > shift.gap).astype(float)
+    rounding = _ROUNDING * values.var() + np.finfo(float).tiny
+    left_by_step = _squared_residuals([*common, step], values)
+    ratios, beyond = [], True
+    for growth in _growth_curves(steps_C[there]):
+        ratios.append((_squared_residuals([*common, growth], values) + rounding) / (left_by_step + rounding))
+        size, error = _step_beside([*common, growth], step, values)
+        size, error = np.sign(shift.size) * size, error * _checkpoint_noise(shift, len(values_C), side=side)
+        beyond = beyond and bool(size >= floor and size >= threshold * error)
+    return _Comparison(float(np.log(min(ratios))), beyond)
+
+
+def _growth_curves(steps: np.ndarray) -> list[np.ndarray]:
+    """Makes growth from 0 to 1 over a run, even in steps and in their logarithms; step 0 counts as 1."""
+    curves = [steps.astype(float), np.log1p(steps.astype(float))]
+    return [(curve - curve[0]) / (curve[-1] - curve[0]) for curve in curves]
+
+
+def _squared_residuals(terms: Sequence[np.ndarray], values: np.ndarray) -> float:
+    design = np.stack(terms, axis=1)
+    left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+    return float(left @ left)
+
+
+def _step_beside(terms: Sequence[np.ndarray], step: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Fits a step beside other terms.
+
+    Returns:
+      Its size, and its standard error for values of standard deviation 1: infinite if the terms hold the step, or if
+      nothing is left over to check it.
+    """
+    design = np.stack(terms, axis=1)
+    if len(values) <= design.shape[1] + 1:
+        return 0.0, np.inf
+    alone = step - design @ np.linalg.lstsq(design, step, rcond=None)[0]
+    weight = float(alone @ alone)
+    if weight < _ROUNDING * len(values):
+        return 0.0, np.inf
+    return float(alone @ values) / weight, weight**-0.5
+
+
+def _checkpoint_noise(shift: Shift, checkpoints: int, *, side: int) -> float:
+    """Computes the standard deviation of one checkpoint from a shift's noise, that of two averages' difference."""
+    before, after = min(side, shift.gap + 1), min(side, checkpoints - 1 - shift.gap)
+    return shift.noise / np.sqrt(1 / before + 1 / after)
