@@ -75,12 +75,15 @@ def torch_device() -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
+def result_path(name: str, described: dict[str, Any]) -> Path:
+    """Names the JSON of a benchmark by the device of a machine."""
+    device = described["device"]
+    kind = f"{described['cores']}cores" if device["backend"] == "cpu" else f"{device['count']}x_{device['kind']}"
+    return RESULTS / f"{name}_{device['backend']}_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}.json"
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Writes a benchmark's JSON, named by its device, and returns its path."""
-    device = result["machine"]["device"]
-    kind = (
-        f"{result['machine']['cores']}cores" if device["backend"] == "cpu" else f"{device['count']}x_{device['kind']}"
-    )
-    path = RESULTS / f"{name}_{device['backend']}_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}.json"
+    path = result_path(name, result["machine"])
     write_json(path, result)
     return path

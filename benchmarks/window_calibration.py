@@ -1,6 +1,9 @@
 """Measures how often birth windows are wrong, by the shipped search on simulated runs whose truth is known.
 
     python -m benchmarks.window_calibration
+    python -m benchmarks.window_calibration --tables=power,drift
+
+Rows of tables that are not measured stay in the result as they are, unless they were measured with other settings.
 
 A run has the metrics of a small model: every behavioural measure that is a trigger, 12 heads, 3 MLPs, rank order and
 residual drift, on 4 splits. Every value is a level, plus the mean of sequences that keep their own difficulty over
@@ -12,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.reporting import machine, write_result
+from benchmarks.reporting import machine, result_path, write_result
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.measure import registry
@@ -76,6 +81,7 @@ class Truth:
       missing: share of the run's checkpoints that were not saved, so that steps are uneven.
       length: of a spike, in checkpoints.
       spaced: whether the run has every 250th step or `LOG_STEPS`.
+      even_in: a drift grows evenly in steps, or in their logarithm.
     """
 
     kind: str
@@ -85,6 +91,23 @@ class Truth:
     missing: float = 0.0
     length: int = 1
     spaced: Literal["evenly", "log"] = "evenly"
+    even_in: Literal["steps", "log steps"] = "steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table: runs of so many checkpoints, with one noise and one truth."""
+
+    table: str
+    checkpoints: int
+    noise: Noise
+    truth: Truth
+
+    def describes(self, measured: Mapping[str, Any]) -> bool:
+        """Checks whether a row of a result was measured on such runs."""
+        mine = {"table": self.table, "checkpoints": self.checkpoints}
+        mine |= dataclasses.asdict(self.noise) | dataclasses.asdict(self.truth)
+        return mine == {name: measured.get(name) for name in mine}
 
 
 def metrics() -> tuple[Metric, ...]:
@@ -172,7 +195,9 @@ def _levels(
     ]
     size = truth.size * total[moved]
     if truth.kind == "drift":
-        level[:, moved] = ((steps - steps[0]) / (steps[-1] - steps[0]))[:, None] * size
+        # The logarithm of step 0 is taken for that of half a step.
+        at = steps if truth.even_in == "steps" else np.log(np.maximum(steps, 0.5))
+        level[:, moved] = ((at - at[0]) / (at[-1] - at[0]))[:, None] * size
         return level, []
     if truth.kind == "spike":
         # Of one checkpoint anywhere; a longer one comes and goes inside the run.
@@ -232,68 +257,98 @@ NOISES = tuple(Noise(rho, share) for share in (0.3, 0.9) for rho in (0.0, 0.5, 0
 MIDDLING = Noise(0.5, 0.6)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="default")
-    parser.add_argument("--runs", type=int, default=200, help="simulated runs per row")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tables", help="comma-separated names of tables, instead of all")
-    arguments = parser.parse_args()
-    config = read_config(find_config(arguments.config, "windows"), WindowConfig)
-    # Noise is estimated from resamples only by its standard deviation; 200 give it within 5 %.
-    config = config.model_copy(update={"resamples": 200})
-    plan: list[tuple[str, int, Noise, Truth]] = []
-    for noise in reversed(NOISES):  # the hardest first: what has been measured is written after every row
-        plan.extend(("flat", length, noise, Truth("flat")) for length in LENGTHS)
-        plan.append(("log steps", len(LOG_STEPS), noise, Truth("flat", spaced="log")))
-    plan.extend(("spike", 16, MIDDLING, Truth("spike", 20.0, length=length)) for length in (1, 2, 3, 4, 6))
-    for kind, size in (("drift", 10.0), ("spike", 20.0), ("shift", 7.0)):
-        plan.append(("log steps", len(LOG_STEPS), MIDDLING, Truth(kind, size, spaced="log")))
-    plan.extend(("drift", 48, MIDDLING, Truth("drift", size)) for size in (5.0, 10.0, 20.0, 40.0))
+def plan() -> list[Row]:
+    """Lists every row, the hardest first: what has been measured is written after every row."""
+    rows: list[Row] = []
     for noise in reversed(NOISES):
-        plan.extend(("shift", length, noise, Truth("shift", 7.0)) for length in LENGTHS)
-        plan.extend(("few checkpoints", length, noise, Truth("flat")) for length in (4, 5))
+        rows.extend(Row("flat", length, noise, Truth("flat")) for length in LENGTHS)
+        rows.append(Row("log steps", len(LOG_STEPS), noise, Truth("flat", spaced="log")))
+    rows.extend(Row("spike", 16, MIDDLING, Truth("spike", 20.0, length=length)) for length in (1, 2, 3, 4, 6))
+    for kind, size in (("spike", 20.0), ("shift", 7.0)):
+        rows.append(Row("log steps", len(LOG_STEPS), MIDDLING, Truth(kind, size, spaced="log")))
+    for even_in in ("steps", "log steps"):
+        for length in (4, 5, 6, 8, 16, 48):
+            rows.extend(
+                Row("drift", length, MIDDLING, Truth("drift", size, even_in=even_in)) for size in (5.0, 10.0, 40.0)
+            )
+        for size in (5.0, 10.0, 20.0, 40.0):
+            rows.append(Row("drift", len(LOG_STEPS), MIDDLING, Truth("drift", size, spaced="log", even_in=even_in)))
+        rows.append(Row("drift", 16, MIDDLING, Truth("drift", 20.0, missing=0.5, even_in=even_in)))
+    for noise in reversed(NOISES):
+        rows.extend(Row("shift", length, noise, Truth("shift", 7.0)) for length in LENGTHS)
+        rows.extend(Row("few checkpoints", length, noise, Truth("flat")) for length in (4, 5))
+    rows.extend(Row("shift", length, MIDDLING, Truth("shift", 7.0)) for length in (6, 8))
     for scale in (0.5, 2.0):
         for length in (8, 48):
             other = dataclasses.replace(MIDDLING, scale=scale)
-            plan.append(("noise unlike the expected", length, other, Truth("flat")))
-            plan.append(("noise unlike the expected", length, other, Truth("shift", 7.0)))
-    plan.extend(("spike", 16, MIDDLING, Truth("spike", size)) for size in (10.0, 40.0))
-    plan.append(("spike", 6, MIDDLING, Truth("spike", 20.0)))
-    plan.extend(("two shifts", length, MIDDLING, Truth("two shifts", 7.0)) for length in (12, 16, 48))
-    for kind in ("flat", "drift", "shift"):
-        plan.append(("missing steps", 16, MIDDLING, Truth(kind, 7.0 if kind != "flat" else 0.0, missing=0.5)))
+            rows.append(Row("noise unlike the expected", length, other, Truth("flat")))
+            rows.append(Row("noise unlike the expected", length, other, Truth("shift", 7.0)))
+    rows.extend(Row("spike", 16, MIDDLING, Truth("spike", size)) for size in (10.0, 40.0))
+    rows.append(Row("spike", 6, MIDDLING, Truth("spike", 20.0)))
+    rows.extend(Row("two shifts", length, MIDDLING, Truth("two shifts", 7.0)) for length in (12, 16, 48))
+    for kind, size in (("flat", 0.0), ("shift", 7.0)):
+        rows.append(Row("missing steps", 16, MIDDLING, Truth(kind, size, missing=0.5)))
     for measures, splits in ((1, 1), (1, 4), (2, 4), (6, 4)):
         for size in (3.0, 5.0, 7.0, 10.0, 15.0):
-            plan.append(("power", 16, MIDDLING, Truth("shift", size, measures, splits)))
-    plan.extend(("short drift", length, MIDDLING, Truth("drift", size)) for length in (6, 8) for size in (10.0, 40.0))
-    for size in (5.0, 20.0, 40.0):
-        plan.append(("short drift", len(LOG_STEPS), MIDDLING, Truth("drift", size, spaced="log")))
-    wanted = arguments.tables.split(",") if arguments.tables else {table for table, *_ in plan}
-    rows, described = [], machine()
-    begun = time.perf_counter()
-    for number, (table, length, noise, truth) in enumerate(plan):
-        if table not in wanted:
-            continue
-        row = measure(length, noise, truth, config, runs=arguments.runs, seed=arguments.seed + number)
-        rows.append({"table": table, **row})
-        found = f", {row['found']}/{row['true_shifts']} found" if row["true_shifts"] else ""
+            rows.append(Row("power", 16, MIDDLING, Truth("shift", size, measures, splits)))
+    return rows
+
+
+def merged(
+    rows: Sequence[Row], measured: Mapping[Row, dict[str, Any]], earlier: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Puts measured rows in the place of the same earlier ones, in the order of the plan.
+
+    Args:
+      rows: of the plan; earlier rows that are none of them are dropped.
+      measured: rows measured now.
+      earlier: rows of a result measured with the same settings.
+    """
+    kept = [(row, found) for row in rows for found in earlier if row.describes(found)]
+    of_plan = dict(kept) | dict(measured)
+    return [of_plan[row] for row in rows if row in of_plan]
+
+
+def main() -> None:
+    planned = plan()
+    tables = list(dict.fromkeys(row.table for row in planned))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="default")
+    parser.add_argument("--runs", type=int, default=200, help="simulated runs per row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", help=f"comma-separated names of tables, instead of all: {', '.join(tables)}")
+    arguments = parser.parse_args()
+    wanted = arguments.tables.split(",") if arguments.tables else tables
+    if unknown := sorted(set(wanted) - set(tables)):
+        parser.error(f"--tables: found {', '.join(unknown)}, expected some of {', '.join(tables)}")
+    config = read_config(find_config(arguments.config, "windows"), WindowConfig)
+    # Noise is estimated from resamples only by its standard deviation; 200 give it within 5 %.
+    config = config.model_copy(update={"resamples": 200})
+    described, settings = machine(), config.model_dump(mode="json")
+    path = result_path("window_calibration", described)
+    before = json.loads(path.read_text()) if path.exists() else {"config": None, "rows": []}
+    earlier = before["rows"] if before["config"] == settings else []
+    measured: dict[Row, dict[str, Any]] = {}
+    for row in (row for row in planned if row.table in wanted):
+        begun = time.perf_counter()
+        # Of the row itself, so that its runs stay the same whatever other rows there are.
+        seed = arguments.seed + zlib.crc32(repr(row).encode())
+        found = measure(row.checkpoints, row.noise, row.truth, config, runs=arguments.runs, seed=seed)
+        seconds = round(time.perf_counter() - begun, 1)
+        measured[row] = {"table": row.table, **found, "date": described["date"], "seconds": seconds}
+        of_shifts = f", {found['found']}/{found['true_shifts']} found" if found["true_shifts"] else ""
         print(
-            f"{table:<26} {length:>3} checkpoints, wobble {noise.wobble_share:.1f} of the variance, autocorrelation "
-            f"{noise.autocorrelation:.1f}, scale {noise.scale:g}: {truth.kind} {truth.size:g} in {truth.measures}x"
-            f"{truth.splits}: {row['runs_with_windows']}/{row['runs']} with windows, "
-            f"{row['runs_with_false_windows']} false{found}",
+            f"{row.table:<26} {row.checkpoints:>3} checkpoints, wobble {row.noise.wobble_share:.1f} of the variance, "
+            f"autocorrelation {row.noise.autocorrelation:.1f}, scale {row.noise.scale:g}: {row.truth.kind} "
+            f"{row.truth.size:g} in {row.truth.measures}x{row.truth.splits}: "
+            f"{found['runs_with_windows']}/{found['runs']} with windows, "
+            f"{found['runs_with_false_windows']} false{of_shifts}",
             flush=True,
         )
-        result = {
-            "machine": described,
-            "config": config.model_dump(mode="json"),
-            "seconds": round(time.perf_counter() - begun, 1),
-            "rows": rows,
-        }
-        written = write_result("window_calibration", result)
-    print(markdown(rows))
-    print("written to", written)
+        rows = merged(planned, measured, earlier)
+        write_result("window_calibration", {"machine": described, "config": settings, "rows": rows})
+    print(markdown(merged(planned, measured, earlier)))
+    print("written to", path)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -320,6 +375,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
             what += ", half the steps missing" if row["missing"] else ""
             what += f", {row['length']} checkpoints long" if row["kind"] == "spike" else ""
+            what += ", even in log steps" if row["even_in"] == "log steps" else ""
             if row["spaced"] == "log":
                 what += (
                     f", log-spaced steps, wobble {row['wobble_share']:g}, autocorrelation {row['autocorrelation']:g}"

@@ -14,8 +14,8 @@ import numpy as np
 from kvjax.windows.group_shifts import Shift
 from kvjax.windows.trajectories import Trajectories
 
-# Growth explains a shift unless it leaves so many times the shift's squared residuals.
-_LARGEST_RATIO = 1.5
+# A shift must be so many times as likely as growth.
+_LIKELIHOOD_RATIO = 4
 # Of a trajectory's variance: residuals below it are rounding.
 _ROUNDING = 1e-9
 
@@ -25,7 +25,7 @@ class _Comparison:
     """A shift beside growth.
 
     Attributes:
-      log_ratio: of the squared residuals that growth leaves to those that the shift leaves.
+      log_ratio: of the likelihood of the shift to that of growth.
       beyond: whether the shift is one even beside growth.
     """
 
@@ -39,9 +39,10 @@ def growing(
     """Finds the shifts that steady growth explains as well.
 
     One model of a trajectory has a step at each of its shifts. The other has, instead of the step in question, growth
-    that is even in steps or in log steps, whichever fits better. Growth explains the shift if it leaves at most 1.5
-    times the squared residuals: their geometric mean over the splits on which the same measure shifts in the same gap
-    or a touching one. It does not if a model with both still has a step that reaches its floor and the threshold.
+    that is even in steps or in log steps, whichever fits better. Both have normal errors of unknown size. Growth
+    explains the shift unless the step makes the trajectory 4 times as likely, in the geometric mean over the splits on
+    which the same measure shifts in the same gap or a touching one. It does not if a model with both still has a step
+    that reaches its floor and the threshold.
 
     Args:
       shifts: of the run, those that reach the threshold.
@@ -70,7 +71,7 @@ def growing(
 
     def explained(shift: Shift) -> bool:
         near = [other for other in of_measure[_measure(run, shift)] if abs(other.gap - shift.gap) <= 1]
-        return bool(np.mean([compared[other].log_ratio for other in near]) <= np.log(_LARGEST_RATIO))
+        return bool(np.mean([compared[other].log_ratio for other in near]) <= np.log(_LIKELIHOOD_RATIO))
 
     return frozenset(shift for shift in shifts if not compared[shift].beyond and explained(shift))
 
@@ -103,7 +104,7 @@ def _compare(
         size, error = _step_beside([*common, growth], step, values)
         size, error = np.sign(shift.size) * size, error * _checkpoint_noise(shift, len(values_C), side=side)
         beyond = beyond and bool(size >= floor and size >= threshold * error)
-    return _Comparison(float(np.log(min(ratios))), beyond)
+    return _Comparison(len(values) / 2 * float(np.log(min(ratios))), beyond)
 
 
 def _growth_curves(steps: np.ndarray) -> list[np.ndarray]:

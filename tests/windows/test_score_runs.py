@@ -41,6 +41,25 @@ def test_large_shifts(config):
     assert row["found"] >= 38 and row["runs_with_false_windows"] <= 2
 
 
+@pytest.mark.parametrize(
+    ("length", "spaced", "even_in"), [(5, "evenly", "steps"), (8, "evenly", "log steps"), (12, "log", "steps")]
+)
+def test_growth_on_few_checkpoints(config, length, spaced, even_in):
+    """Steady growth makes almost no windows, however few and unevenly spaced the checkpoints of a run are."""
+    row = measure(length, NOISE, Truth("drift", 20.0, spaced=spaced, even_in=even_in), config, runs=20, seed=8)
+    # Of a method that errs in 2.5 % of runs, 1 in 100 such samples of 20 would hold 3 or more.
+    assert row["runs_with_windows"] <= 2
+
+
+def test_reason_of_growth(config):
+    """The reason for no transition names growth as such, not a shift that is too weak."""
+    steps = np.arange(1, 9) * 250
+    run = hand_made({"r": np.log(steps / 250), "answer_accuracy": 0.3 * np.log(steps / 250)}, steps=steps)
+    (found,) = find_in_runs([run], config)
+    assert found.verdict == "no transition" and found.growing
+    assert "more than steady growth" in verdict_sentence(found, config, complete=True)
+
+
 def test_intervals_of_one_run_at_other_checkpoints(config):
     """A run searched with every 2nd and every 3rd checkpoint gets intervals that overlap and hold the truth."""
     found = window_intervals.measure(500, config, runs=1, seed=0, everies=(2, 3))
