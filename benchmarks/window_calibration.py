@@ -18,7 +18,7 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -255,6 +255,7 @@ def _unexplained(finding: RunFinding, gaps: Sequence[int]) -> list[int]:
 LENGTHS = (6, 8, 16, 48)
 NOISES = tuple(Noise(rho, share) for share in (0.3, 0.9) for rho in (0.0, 0.5, 0.8))
 MIDDLING = Noise(0.5, 0.6)
+DRIFTS = {"drift": "steps", "drift in log steps": "log steps"}  # tables
 
 
 def plan() -> list[Row]:
@@ -266,14 +267,13 @@ def plan() -> list[Row]:
     rows.extend(Row("spike", 16, MIDDLING, Truth("spike", 20.0, length=length)) for length in (1, 2, 3, 4, 6))
     for kind, size in (("spike", 20.0), ("shift", 7.0)):
         rows.append(Row("log steps", len(LOG_STEPS), MIDDLING, Truth(kind, size, spaced="log")))
-    for even_in in ("steps", "log steps"):
+    for table, even_in in DRIFTS.items():
+        of_size = {size: Truth("drift", size, even_in=even_in) for size in (5.0, 10.0, 20.0, 40.0)}
         for length in (4, 5, 6, 8, 16, 48):
-            rows.extend(
-                Row("drift", length, MIDDLING, Truth("drift", size, even_in=even_in)) for size in (5.0, 10.0, 40.0)
-            )
-        for size in (5.0, 10.0, 20.0, 40.0):
-            rows.append(Row("drift", len(LOG_STEPS), MIDDLING, Truth("drift", size, spaced="log", even_in=even_in)))
-        rows.append(Row("drift", 16, MIDDLING, Truth("drift", 20.0, missing=0.5, even_in=even_in)))
+            rows.extend(Row(table, length, MIDDLING, of_size[size]) for size in (5.0, 10.0, 40.0))
+        log_spaced = [dataclasses.replace(truth, spaced="log") for truth in of_size.values()]
+        rows.extend(Row(table, len(LOG_STEPS), MIDDLING, truth) for truth in log_spaced)
+        rows.append(Row(table, 16, MIDDLING, dataclasses.replace(of_size[20.0], missing=0.5)))
     for noise in reversed(NOISES):
         rows.extend(Row("shift", length, noise, Truth("shift", 7.0)) for length in LENGTHS)
         rows.extend(Row("few checkpoints", length, noise, Truth("flat")) for length in (4, 5))
@@ -354,9 +354,6 @@ def main() -> None:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Formats the tables of docs/birth_windows.md."""
 
-    def share(part: int, of: int) -> str:
-        return f"{100 * part / of:.1f} %" if of else "–"
-
     lines = [
         "| checkpoints | wobble, share of variance | autocorrelation | flat runs with a window | shifts of 7 found |"
     ]
@@ -366,32 +363,56 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         if row["table"] in ("flat", "few checkpoints"):
             same = found.get(tuple(row[k] for k in key))
-            cells = [*(str(row[k]) for k in key), share(row["runs_with_windows"], row["runs"])]
-            lines.append("| " + " | ".join([*cells, share(same["found"], same["true_shifts"]) if same else "–"]) + " |")
+            cells = [*(str(row[k]) for k in key), _share(row["runs_with_windows"], row["runs"])]
+            lines.append(
+                "| " + " | ".join([*cells, _share(same["found"], same["true_shifts"]) if same else "–"]) + " |"
+            )
     lines += ["", "| | checkpoints | noise over expected | runs with a window | false | shifts found | with a ramp |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        if row["table"] not in ("flat", "few checkpoints", "shift", "power"):
+        if row["table"] not in ("flat", "few checkpoints", "shift", "power", *DRIFTS):
             what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
             what += ", half the steps missing" if row["missing"] else ""
             what += f", {row['length']} checkpoints long" if row["kind"] == "spike" else ""
-            what += ", even in log steps" if row["even_in"] == "log steps" else ""
             if row["spaced"] == "log":
                 what += (
                     f", log-spaced steps, wobble {row['wobble_share']:g}, autocorrelation {row['autocorrelation']:g}"
                 )
-            cells = [what, str(row["checkpoints"]), f"{row['scale']:g}", share(row["runs_with_windows"], row["runs"])]
-            cells += [share(row["runs_with_false_windows"], row["runs"]), share(row["found"], row["true_shifts"])]
-            cells.append(share(row["runs_with_ramps"], row["runs"]))
+            cells = [what, str(row["checkpoints"]), f"{row['scale']:g}", _share(row["runs_with_windows"], row["runs"])]
+            cells += [_share(row["runs_with_false_windows"], row["runs"]), _share(row["found"], row["true_shifts"])]
+            cells.append(_share(row["runs_with_ramps"], row["runs"]))
             lines.append("| " + " | ".join(cells) + " |")
-    power = [row for row in rows if row["table"] == "power"]
-    sizes = sorted({row["size"] for row in power})
-    lines += ["", "| moves | " + " | ".join(f"{size:g}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
-    for measures, splits in dict.fromkeys((row["measures"], row["splits"]) for row in power):
-        of_size = {row["size"]: row for row in power if (row["measures"], row["splits"]) == (measures, splits)}
-        cells = [share(of_size[size]["found"], of_size[size]["true_shifts"]) for size in sizes]
-        lines.append(f"| measures: {measures}, splits: {splits} | " + " | ".join(cells) + " |")
+    lines += ["", *_by_size([row for row in rows if row["table"] in DRIFTS], _drift, "runs_with_windows", "runs")]
+    lines += ["", *_by_size([row for row in rows if row["table"] == "power"], _moves, "found", "true_shifts")]
     return "\n".join(lines)
+
+
+def _share(part: int, of: int) -> str:
+    return f"{100 * part / of:.1f} %" if of else "–"
+
+
+def _drift(row: Mapping[str, Any]) -> str:
+    spaced = "log-spaced, " if row["spaced"] == "log" else "half the steps missing, " if row["missing"] else ""
+    return f"{row['checkpoints']} checkpoints, {spaced}even in {row['even_in']}"
+
+
+def _moves(row: Mapping[str, Any]) -> str:
+    return f"measures: {row['measures']}, splits: {row['splits']}"
+
+
+def _by_size(
+    rows: Sequence[dict[str, Any]], named: Callable[[Mapping[str, Any]], str], part: str, of: str
+) -> list[str]:
+    """Formats rows that differ in size alone as one line, with a column for every size."""
+    sizes = sorted({row["size"] for row in rows})
+    lines = ["| | " + " | ".join(f"{size:g}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
+    lined: dict[str, dict[float, str]] = {}
+    for row in rows:
+        lined.setdefault(named(row), {})[row["size"]] = _share(row[part], row[of])
+    lines += [
+        f"| {name} | " + " | ".join(found.get(size, "") for size in sizes) + " |" for name, found in lined.items()
+    ]
+    return lines
 
 
 if __name__ == "__main__":

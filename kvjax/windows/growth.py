@@ -16,6 +16,8 @@ from kvjax.windows.trajectories import Trajectories
 
 # A shift must be so many times as likely as growth.
 _LIKELIHOOD_RATIO = 4
+# So many trajectories that shift together say that something happened to the others as well.
+_SEVERAL = 2
 # Of a trajectory's variance: residuals below it are rounding.
 _ROUNDING = 1e-9
 
@@ -38,11 +40,13 @@ def growing(
 ) -> frozenset[Shift]:
     """Finds the shifts that steady growth explains as well.
 
-    One model of a trajectory has a step at each of its shifts. The other has, instead of the step in question, growth
-    that is even in steps or in log steps, whichever fits better. Both have normal errors of unknown size. Growth
-    explains the shift unless the step makes the trajectory 4 times as likely, in the geometric mean over the splits on
-    which the same measure shifts in the same gap or a touching one. It does not if a model with both still has a step
-    that reaches its floor and the threshold.
+    One model of a trajectory has a step at each of its shifts, and at the gaps where others shift. The second has,
+    instead of the step in question, growth that is even in steps or in log steps, whichever fits better. Both have
+    normal errors of unknown size. Growth explains the shift unless the step makes the trajectory 4 times as likely, in
+    the geometric mean over the splits on which the same measure shifts in the same gap or a touching one.
+
+    It explains no shift that stands out of growth: beside a mixture of growth that is even in steps, log steps and
+    checkpoints, the step still reaches its floor and the threshold.
 
     Args:
       shifts: of the run, those that reach the threshold.
@@ -56,10 +60,11 @@ def growing(
     for shift in shifts:
         of_metric.setdefault(shift.metric, []).append(shift)
         of_measure.setdefault(_measure(run, shift), []).append(shift)
+    busy = _busy_gaps(shifts)
     compared = {
         shift: _compare(
             shift,
-            [other.gap for other in of_metric[shift.metric] if other is not shift],
+            _elsewhere(shift, [other.gap for other in of_metric[shift.metric] if other is not shift], busy),
             run.values_CxM[:, shift.metric],
             run.steps,
             floor=floor_M[shift.metric],
@@ -74,6 +79,23 @@ def growing(
         return bool(np.mean([compared[other].log_ratio for other in near]) <= np.log(_LIKELIHOOD_RATIO))
 
     return frozenset(shift for shift in shifts if not compared[shift].beyond and explained(shift))
+
+
+def _busy_gaps(shifts: Sequence[Shift]) -> list[int]:
+    """Lists the gaps in or beside which several trajectories shift, the busiest first and none beside another."""
+    left, busy = [shift.gap for shift in shifts], []
+    while left:
+        gap = max(sorted(set(left)), key=left.count)
+        near = [other for other in left if abs(other - gap) <= 1]
+        left = [other for other in left if abs(other - gap) > 1]
+        if len(near) >= _SEVERAL:
+            busy.append(gap)
+    return busy
+
+
+def _elsewhere(shift: Shift, own: Sequence[int], busy: Sequence[int]) -> list[int]:
+    """Adds to the gaps of a trajectory's other shifts those at which others shift, if it has none there."""
+    return [*own, *(gap for gap in busy if all(abs(gap - known) > 1 for known in (*own, shift.gap)))]
 
 
 def _measure(run: Trajectories, shift: Shift) -> str:
@@ -98,13 +120,14 @@ def _compare(
     step = (index > shift.gap).astype(float)
     rounding = _ROUNDING * values.var() + np.finfo(float).tiny
     left_by_step = _squared_residuals([*common, step], values)
-    ratios, beyond = [], True
-    for growth in _growth_curves(steps_C[there]):
-        ratios.append((_squared_residuals([*common, growth], values) + rounding) / (left_by_step + rounding))
-        size, error = _step_beside([*common, growth], step, values)
-        size, error = np.sign(shift.size) * size, error * _checkpoint_noise(shift, len(values_C), side=side)
-        beyond = beyond and bool(size >= floor and size >= threshold * error)
-    return _Comparison(len(values) / 2 * float(np.log(min(ratios))), beyond)
+    curves = _growth_curves(steps_C[there])
+    left_by_growth = min(_squared_residuals([*common, curve], values) for curve in curves)
+    log_ratio = len(values) / 2 * np.log((left_by_growth + rounding) / (left_by_step + rounding))
+    # A mixture of shapes, because growth of a shape between them would leave a step over.
+    mixture = [*curves, np.arange(len(values), dtype=float)]
+    size, error = _step_beside([*common, *mixture], step, values)
+    size, error = np.sign(shift.size) * size, error * _checkpoint_noise(shift, len(values_C), side=side)
+    return _Comparison(float(log_ratio), bool(size >= floor and size >= threshold * error))
 
 
 def _growth_curves(steps: np.ndarray) -> list[np.ndarray]:

@@ -63,6 +63,23 @@ def test_two_steps():
     assert explained([values], [(0, 3), (0, 7)]) == [False, False]
 
 
+def test_steps_where_others_have_them():
+    """Two steps of which a trajectory shows one as a shift are told from growth by where other trajectories shift."""
+    index = np.arange(12)
+    two = 1.0 * (index > 3) + 1.0 * (index > 7)
+    late = 1.0 * (index > 7)
+    assert explained([two], [(0, 3)], known_noise=0.3) == [True]
+    # One other is not enough.
+    assert explained([two, late], [(0, 3), (1, 7)], known_noise=0.3)[0]
+    assert not explained([two, late, late], [(0, 3), (1, 7), (2, 8)], known_noise=0.3)[0]
+
+
+def test_growth_of_a_shape_between():
+    """Growth that is neither even in steps nor in log steps leaves no step over."""
+    index = np.arange(12)
+    assert explained([index / 11], [(0, 2)], steps=LOG_STEPS, noise=0.0, known_noise=0.005) == [True]
+
+
 def test_step_out_of_growth():
     """A step that stands out of growth is one, though growth alone explains more than the step alone."""
     index = np.arange(16)
