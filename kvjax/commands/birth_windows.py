@@ -7,15 +7,26 @@ what happened, in which phases, and which components took over from which. Can b
 
 from __future__ import annotations
 
-from kvjax.pipeline.settings import ResultSettings, Runs, Shown, WindowSettings
+from kvjax.commands.runtime import engine_of, progress_of
+from kvjax.pipeline.settings import Display, ResultSettings, Runs, Shown, WindowSettings, WorkplaceSettings
 
-SETTINGS = (Runs, WindowSettings, ResultSettings, Shown)
+SETTINGS = (Runs, WindowSettings, ResultSettings, WorkplaceSettings, Shown, Display)
 
 
-def run(runs: Runs, settings: WindowSettings, results: ResultSettings, shown: Shown) -> None:
+def run(
+    runs: Runs,
+    settings: WindowSettings,
+    results: ResultSettings,
+    workplace: WorkplaceSettings,
+    shown: Shown,
+    display: Display,
+) -> None:
     from kvjax.artifacts.find_runs import names_of_results
+    from kvjax.pipeline.over_runs import over_runs
     from kvjax.pipeline.text import print_next, print_told_windows
     from kvjax.pipeline.windows import find_birth_windows
 
-    print_told_windows(find_birth_windows(runs, settings, results), show=shown.show)
+    work = {"progress": progress_of(display), "results": results, "engine": engine_of(workplace)}
+    told = over_runs("search for windows", find_birth_windows, runs, settings, needs="checkpoints", **work)
+    print_told_windows(told, show=shown.show)
     print_next("status", run_dirs=names_of_results(runs.run_dirs, results.output_dir))

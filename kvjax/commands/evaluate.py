@@ -5,21 +5,31 @@ Prints answer accuracy per split and writes everything to analysis/evaluation/<c
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, EvaluateSettings, ResultSettings, RunsOnBenchmark, Runtime
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import (
+    Display,
+    EvaluateSettings,
+    ResultSettings,
+    RunsOnBenchmark,
+    Runtime,
+    WorkplaceSettings,
+)
 
-SETTINGS = (RunsOnBenchmark, EvaluateSettings, ResultSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, EvaluateSettings, ResultSettings, WorkplaceSettings, Display, Runtime)
 
 
 def run(
     runs: RunsOnBenchmark,
     settings: EvaluateSettings,
     results: ResultSettings,
+    workplace: WorkplaceSettings,
     display: Display,
     runtime: Runtime,
 ) -> None:
     from kvjax.pipeline.evaluate import evaluate
+    from kvjax.pipeline.over_runs import over_runs
     from kvjax.pipeline.text import print_evaluations
 
     start_jax(runtime)
-    print_evaluations(evaluate(runs, settings, progress_of(display), results))
+    work = {"progress": progress_of(display), "results": results, "engine": engine_of(workplace, runtime)}
+    print_evaluations(over_runs("evaluation", evaluate, runs, settings, needs="checkpoints", **work))

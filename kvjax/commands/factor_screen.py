@@ -8,13 +8,13 @@ and about what time and disk they take.
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, FactorSettings, Runtime
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import Display, FactorSettings, Runtime, WorkplaceSettings
 
-SETTINGS = (FactorSettings, Display, Runtime)
+SETTINGS = (FactorSettings, WorkplaceSettings, Display, Runtime)
 
 
-def run(settings: FactorSettings, display: Display, runtime: Runtime) -> None:
+def run(settings: FactorSettings, workplace: WorkplaceSettings, display: Display, runtime: Runtime) -> None:
     from kvjax.pipeline.factor_plan import plan_screen
     from kvjax.pipeline.factor_screen import print_screen, run_screen
     from kvjax.pipeline.screen_estimate import print_estimate
@@ -23,4 +23,4 @@ def run(settings: FactorSettings, display: Display, runtime: Runtime) -> None:
     start_jax(runtime)
     print_estimate(plan)
     if not settings.dry_run:
-        print_screen(run_screen(plan, progress_of(display)))
+        print_screen(run_screen(plan, progress_of(display), engine_of(workplace, runtime)))

@@ -8,11 +8,11 @@ measured again, so that a call that was stopped goes on where it was.
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
 from kvjax.intervene.settings import InterventionSettings
-from kvjax.pipeline.settings import Display, PairSource, ResultSettings, RunsOnBenchmark, Runtime
+from kvjax.pipeline.settings import Display, PairSource, ResultSettings, RunsOnBenchmark, Runtime, WorkplaceSettings
 
-SETTINGS = (RunsOnBenchmark, PairSource, InterventionSettings, ResultSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, PairSource, InterventionSettings, ResultSettings, WorkplaceSettings, Display, Runtime)
 
 
 def run(
@@ -20,11 +20,14 @@ def run(
     source: PairSource,
     settings: InterventionSettings,
     results: ResultSettings,
+    workplace: WorkplaceSettings,
     display: Display,
     runtime: Runtime,
 ) -> None:
     from kvjax.pipeline.interventions import intervene
+    from kvjax.pipeline.over_runs import over_runs
     from kvjax.report.text import print_intervention_reports
 
     start_jax(runtime)
-    print_intervention_reports(intervene(runs, source, settings, progress_of(display), results))
+    work = {"progress": progress_of(display), "results": results, "engine": engine_of(workplace, runtime)}
+    print_intervention_reports(over_runs("interventions", intervene, runs, source, settings, **work))

@@ -7,14 +7,14 @@ stopped study goes on where it was.
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, PipelineSettings, Runtime
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import Display, PipelineSettings, Runtime, WorkplaceSettings
 
-SETTINGS = (PipelineSettings, Display, Runtime)
+SETTINGS = (PipelineSettings, WorkplaceSettings, Display, Runtime)
 
 
-def run(settings: PipelineSettings, display: Display, runtime: Runtime) -> None:
+def run(settings: PipelineSettings, workplace: WorkplaceSettings, display: Display, runtime: Runtime) -> None:
     from kvjax.pipeline.pipeline import print_summary, run_pipeline
 
     start_jax(runtime)
-    print_summary(settings, run_pipeline(settings, progress_of(display)))
+    print_summary(settings, run_pipeline(settings, progress_of(display), engine_of(workplace, runtime)))

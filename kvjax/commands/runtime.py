@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from kvjax.pipeline.settings import Display, Runtime, WorkplaceSettings
 from kvjax.units.unit import IN_PROCESS, Engine
 
+DEFAULT_RUNTIME = Runtime()
+
 
 def start_jax(runtime: Runtime) -> None:
     """Sets JAX up before anything computes: the compilation cache, and one device per CPU core."""
@@ -33,7 +35,7 @@ def progress_of(display: Display) -> Callable[[int, str], AbstractContextManager
     return progress
 
 
-def engine_of(workplace: WorkplaceSettings, runtime: Runtime) -> Engine:
+def engine_of(workplace: WorkplaceSettings, runtime: Runtime = DEFAULT_RUNTIME) -> Engine:
     """Chooses what runs units of work: this process, or the workers of a scheduler.
 
     Raises:

@@ -35,9 +35,11 @@ from kvjax.pipeline.settings import (
     SweepInputs,
 )
 from kvjax.pipeline.stages import EVALUATE, GENERATE, PROBE_SET, SWEEP, TRAIN, WINDOWS, Stage, Study
-from kvjax.pipeline.sweep import sweep
+from kvjax.pipeline.sweep import sweep_over_runs
 from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.text import in_minutes
+from kvjax.pipeline.train import runs_are_trained
+from kvjax.pipeline.train_apart import TrainingGroup, train_apart
 from kvjax.report.factor_figures import births_by_setting_figure, settings_figure
 from kvjax.report.factor_page import factor_page
 from kvjax.report.figures import save_figure
@@ -45,6 +47,7 @@ from kvjax.report.text import say
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import own_probe_set
+from kvjax.units.unit import IN_PROCESS, Engine, Unit
 
 _COMMON_STEPS = CompareSettings(align="intersection")
 
@@ -58,13 +61,20 @@ class _Part:
     run: Callable[[Progress], object]
 
 
-def run_screen(plan: ScreenPlan, progress: Progress = no_progress) -> list[ComparisonLayout]:
+def run_screen(
+    plan: ScreenPlan, progress: Progress = no_progress, engine: Engine = IN_PROCESS
+) -> list[ComparisonLayout]:
     """Runs what is left of a screen, with a printed line per part, and returns where the comparisons are.
+
+    Args:
+      plan: the screen.
+      progress: shows how far a part is.
+      engine: what does units of work, such as a run's sweep.
 
     Raises:
       InputError: a folder holds another study, or a stage refuses; what earlier parts wrote stays.
     """
-    parts = list(_parts(plan))
+    parts = list(_parts(plan, engine))
     began = time.monotonic()
     for number, part in enumerate(parts, start=1):
         label, started, state = f"{number}/{len(parts)}  {part.name}", time.monotonic(), part.current()
@@ -77,26 +87,29 @@ def run_screen(plan: ScreenPlan, progress: Progress = no_progress) -> list[Compa
     return [plan.layout.factor(name) for name in plan.varied]
 
 
-def _parts(plan: ScreenPlan) -> Iterator[_Part]:
+def _parts(plan: ScreenPlan, engine: Engine) -> Iterator[_Part]:
     """Lists what a screen consists of: benchmarks, training by program, the stages over all runs, comparisons."""
     for setting in plan.settings:
         if setting is plan.base or setting.benchmark_dir != plan.base.benchmark_dir:
             yield _of_stage(GENERATE, plan, [setting])
-    for settings in plan.programs:
-        yield _of_stage(TRAIN, plan, settings)
+    if engine.spreads:
+        yield _Part(TRAIN.name, lambda: runs_are_trained(plan.runs), lambda progress: _train(plan, engine, progress))
+    else:
+        for settings in plan.programs:
+            yield _of_stage(TRAIN, plan, settings)
     for stage in (PROBE_SET, SWEEP, WINDOWS, EVALUATE):
-        yield _over_measured_runs(stage, plan)
+        yield _over_measured_runs(stage, plan, engine)
     for setting in plan.settings:
         if setting.benchmark_dir != plan.base.benchmark_dir:
             yield _Part(
                 f"sweep on the base's probe set, {setting.name}",
                 lambda one=setting: _measured_on_base(plan, one),
-                lambda progress, one=setting: _sweep_on_base(plan, one, progress),
+                lambda progress, one=setting: _sweep_on_base(plan, one, progress, engine),
             )
     yield _Part(
         "compare the seeds of every setting",
         lambda: all_current(_seeds_are_compared(plan, setting) for setting in plan.settings),
-        lambda progress: _compare_seeds(plan, progress),
+        lambda progress: _compare_seeds(plan, progress, engine),
     )
     for name in plan.varied:
         yield _Part(
@@ -108,8 +121,7 @@ def _parts(plan: ScreenPlan) -> Iterator[_Part]:
 
 def _of_stage(stage: Stage, plan: ScreenPlan, settings: Sequence[PlannedSetting]) -> _Part:
     """Does a stage for settings that share a benchmark."""
-    runs = {path: config for setting in settings for path, config in setting.runs.items()}
-    study = _study(plan, settings[0], runs)
+    study = _study(plan, settings[0], _runs_of(settings), IN_PROCESS)
     return _Part(
         f"{stage.name}, {', '.join(setting.name for setting in settings)}",
         lambda: stage.current(study),
@@ -117,13 +129,23 @@ def _of_stage(stage: Stage, plan: ScreenPlan, settings: Sequence[PlannedSetting]
     )
 
 
-def _over_measured_runs(stage: Stage, plan: ScreenPlan) -> _Part:
+def _train(plan: ScreenPlan, engine: Engine, progress: Progress) -> None:
+    """Trains all programs of a screen at once."""
+    groups = [TrainingGroup(_runs_of(settings), settings[0].benchmark_dir) for settings in plan.programs]
+    train_apart(groups, engine, progress)
+
+
+def _runs_of(settings: Sequence[PlannedSetting]) -> dict[Path, TrainConfig]:
+    return {path: config for setting in settings for path, config in setting.runs.items()}
+
+
+def _over_measured_runs(stage: Stage, plan: ScreenPlan, engine: Engine) -> _Part:
     """Lifts a stage to all runs of a screen that saved a checkpoint, whatever they were trained on."""
 
     def study() -> Study:
         there = [path for path in plan.runs if path.is_dir()]
         kept = {path: plan.runs[path] for path in there if RunDir.open(path).checkpoints}
-        return _study(plan, plan.base, kept)
+        return _study(plan, plan.base, kept, engine)
 
     def current() -> Current:
         if missing := [path for path in plan.runs if not path.is_dir()]:
@@ -133,9 +155,9 @@ def _over_measured_runs(stage: Stage, plan: ScreenPlan) -> _Part:
     return _Part(stage.name, current, lambda progress: stage.run(study(), progress))
 
 
-def _study(plan: ScreenPlan, setting: PlannedSetting, runs: Mapping[Path, TrainConfig]) -> Study:
+def _study(plan: ScreenPlan, setting: PlannedSetting, runs: Mapping[Path, TrainConfig], engine: Engine) -> Study:
     folder = plan.layout.comparison(setting.name).path
-    return Study(setting.benchmark_dir, setting.benchmark, runs, folder / "ranking.json", folder)
+    return Study(setting.benchmark_dir, setting.benchmark, runs, folder / "ranking.json", folder, engine=engine)
 
 
 def _swept(setting: PlannedSetting) -> list[RunDir]:
@@ -160,9 +182,9 @@ def _measured_on_base(plan: ScreenPlan, setting: PlannedSetting) -> Current:
     return all_current(sweep_is_current(run) for run in runs)
 
 
-def _sweep_on_base(plan: ScreenPlan, setting: PlannedSetting, progress: Progress) -> None:
+def _sweep_on_base(plan: ScreenPlan, setting: PlannedSetting, progress: Progress, engine: Engine) -> None:
     probe = own_probe_set(plan.layout.base_probe_set, Benchmark.open(plan.base.benchmark_dir))
-    sweep(
+    sweep_over_runs(
         dataclasses.replace(
             RunsOnBenchmark.of([run.path for run in _swept(setting)]), benchmark_dir=str(plan.base.benchmark_dir)
         ),
@@ -170,6 +192,7 @@ def _sweep_on_base(plan: ScreenPlan, setting: PlannedSetting, progress: Progress
         SweepSettings(contradiction="note"),
         progress,
         ResultSettings(output_dir=str(plan.layout.on_base(setting.name))),
+        engine,
     )
 
 
@@ -180,13 +203,19 @@ def _seeds_are_compared(plan: ScreenPlan, setting: PlannedSetting) -> Current:
     return comparison_is_current(runs, plan.layout.comparison(setting.name).path)
 
 
-def _compare_seeds(plan: ScreenPlan, progress: Progress) -> None:
+def _compare_seeds(plan: ScreenPlan, progress: Progress, engine: Engine) -> None:
     left = [setting for setting in plan.settings if not _seeds_are_compared(plan, setting).holds]
-    with progress(len(left), "settings") as advance:
-        for setting in left:
-            runs, folder = _swept(setting), plan.layout.comparison(setting.name).path
-            compare_seeds(Runs.of([run.path for run in runs]), _COMMON_STEPS, ComparisonOutput(output_dir=str(folder)))
-            advance(1)
+    units = []
+    for setting in left:
+        folder = str(plan.layout.comparison(setting.name).path)
+        runs = Runs.of([run.path for run in _swept(setting)])
+        units.append(Unit("comparison", folder, _write_comparison, (runs, ComparisonOutput(output_dir=folder))))
+    with progress(len(units), "settings") as advance:
+        engine.run(units, advance)
+
+
+def _write_comparison(runs: Runs, output: ComparisonOutput) -> None:
+    compare_seeds(runs, _COMMON_STEPS, output)
 
 
 def _settings_of(plan: ScreenPlan, name: str) -> list[Setting]:

@@ -30,6 +30,7 @@ from kvjax.pipeline.stages import (
 from kvjax.pipeline.text import in_minutes
 from kvjax.pipeline.train import run_directories
 from kvjax.report.text import say
+from kvjax.units.unit import IN_PROCESS, Engine
 
 _ANALYSIS = (PROBE_SET, SWEEP, WINDOWS, EVALUATE, INTERVENE)
 
@@ -43,13 +44,20 @@ class StageReport:
     seconds: float
 
 
-def run_pipeline(settings: PipelineSettings, progress: Progress = no_progress) -> list[StageReport]:
+def run_pipeline(
+    settings: PipelineSettings, progress: Progress = no_progress, engine: Engine = IN_PROCESS
+) -> list[StageReport]:
     """Runs the stages of a study that have something left to do, and prints a line each.
+
+    Args:
+      settings: the study.
+      progress: shows how far a stage is.
+      engine: what does units of work, such as a run's sweep.
 
     Raises:
       InputError: a config or run cannot be used, or a stage refuses; what earlier stages wrote stays.
     """
-    study, stages = study_of(settings), stages_of(settings)
+    study, stages = dataclasses.replace(study_of(settings), engine=engine), stages_of(settings)
     reports = []
     for number, stage in enumerate(stages, start=1):
         label, began = f"{number}/{len(stages)}  {stage.name}", time.monotonic()

@@ -20,10 +20,12 @@ from kvjax.pipeline.current import Current, all_current
 from kvjax.pipeline.evaluate import evaluate, evaluation_is_current
 from kvjax.pipeline.generate import benchmark_is_current
 from kvjax.pipeline.interventions import intervene, interventions_are_current
+from kvjax.pipeline.over_runs import over_runs
 from kvjax.pipeline.probe_set import ensure_probe_set, probe_set_is_current
 from kvjax.pipeline.progress import Progress
 from kvjax.pipeline.select_reference import rank_runs, ranking_is_current
 from kvjax.pipeline.settings import (
+    DEFAULT_RESULTS,
     ComparisonOutput,
     ConvertSettings,
     EvaluateSettings,
@@ -35,12 +37,14 @@ from kvjax.pipeline.settings import (
     WindowSettings,
 )
 from kvjax.pipeline.story import story_is_current
-from kvjax.pipeline.sweep import sweep
+from kvjax.pipeline.sweep import sweep_over_runs
 from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.train import runs_are_trained, train_missing_runs
+from kvjax.pipeline.train_apart import TrainingGroup, train_apart
 from kvjax.pipeline.windows import find_birth_windows, windows_are_current, windows_are_identified
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
+from kvjax.units.unit import IN_PROCESS, Engine
 
 DEFAULT_INTERVENTIONS = InterventionSettings()
 
@@ -56,6 +60,7 @@ class Study:
       ranking: the file that ranks the runs.
       comparison: the folder of the comparison of the runs.
       interventions: what is done in windows, and how.
+      engine: what runs units of work.
     """
 
     benchmark_dir: Path
@@ -64,6 +69,7 @@ class Study:
     ranking: Path
     comparison: Path
     interventions: InterventionSettings = DEFAULT_INTERVENTIONS
+    engine: Engine = IN_PROCESS
 
     def open_runs(self) -> list[RunDir]:
         """Opens the run directories.
@@ -116,6 +122,9 @@ def _generate(study: Study, progress: Progress) -> Benchmark:
 
 
 def _train(study: Study, progress: Progress) -> list[RunDir]:
+    if study.engine.spreads:
+        train_apart([TrainingGroup(study.runs, study.benchmark_dir)], study.engine, progress)
+        return study.open_runs()
     steps = sum(config.num_steps for config in study.runs.values())
     with progress(steps, "steps") as advance:
         train_missing_runs(study.runs, Benchmark.open(study.benchmark_dir), advance=advance)
@@ -124,6 +133,10 @@ def _train(study: Study, progress: Progress) -> list[RunDir]:
 
 def _runs(study: Study) -> RunsOnBenchmark:
     return RunsOnBenchmark.of(study.runs)
+
+
+def _over(name: str, stage: Callable[..., Any], study: Study, progress: Progress, *given: Any) -> list[Any]:
+    return over_runs(name, stage, *given, results=DEFAULT_RESULTS, progress=progress, engine=study.engine)
 
 
 def _with_windows(study: Study) -> list[RunDir]:
@@ -146,7 +159,8 @@ def _windows_are_studied(study: Study) -> Current:
 
 def _intervene(study: Study, progress: Progress) -> list[InterventionReport]:
     runs = [run.path for run in _with_windows(study)]
-    return intervene(RunsOnBenchmark.of(runs), PairSource(), study.interventions, progress) if runs else []
+    given = (RunsOnBenchmark.of(runs), PairSource(), study.interventions)
+    return _over("interventions", intervene, study, progress, *given) if runs else []
 
 
 GENERATE = Stage(
@@ -162,14 +176,14 @@ CONVERT = Stage(
     "convert",
     ("train",),
     _of_every_run(conversion_is_current),
-    lambda study, progress: convert(_runs(study), ConvertSettings(), progress),
+    lambda study, progress: _over("conversion", convert, study, progress, _runs(study), ConvertSettings()),
 )
 EVALUATE = Stage(
     "evaluate",
     "evaluate",
     ("generate", "train"),
     _of_every_run(evaluation_is_current),
-    lambda study, progress: evaluate(_runs(study), EvaluateSettings(), progress),
+    lambda study, progress: _over("evaluation", evaluate, study, progress, _runs(study), EvaluateSettings()),
 )
 SELECT = Stage(
     "select",
@@ -190,14 +204,18 @@ SWEEP = Stage(
     "checkpoint-sweep",
     ("train", "probe set"),
     _of_every_run(sweep_is_current),
-    lambda study, progress: sweep(_runs(study), SweepInputs(), SweepSettings(), progress),
+    lambda study, progress: sweep_over_runs(
+        _runs(study), SweepInputs(), SweepSettings(), progress, engine=study.engine
+    ),
 )
 WINDOWS = Stage(
     "windows",
     "birth-windows",
     ("sweep",),
     _of_every_run(lambda run: all_current(current(run) for current in (windows_are_current, story_is_current))),
-    lambda study, progress: find_birth_windows(Runs.of(study.runs), WindowSettings()),
+    lambda study, progress: _over(
+        "search for windows", find_birth_windows, study, progress, Runs.of(study.runs), WindowSettings()
+    ),
 )
 INTERVENE = Stage("intervene", "intervene", ("windows",), _windows_are_studied, _intervene)
 COMPARE = Stage(

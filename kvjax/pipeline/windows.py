@@ -13,6 +13,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.errors import InputError, command
 from kvjax.pipeline.current import Current
+from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, Runs, WindowSettings
 from kvjax.pipeline.story import tell_story
 from kvjax.pipeline.written_runs import open_to_write
@@ -28,7 +29,10 @@ class ToldWindows:
 
 
 def find_birth_windows(
-    runs: Runs, settings: WindowSettings, results: ResultSettings = DEFAULT_RESULTS
+    runs: Runs,
+    settings: WindowSettings,
+    progress: Progress = no_progress,
+    results: ResultSettings = DEFAULT_RESULTS,
 ) -> list[ToldWindows]:
     """Finds the birth windows of runs, tells what happened in them, and writes each run's files.
 
@@ -38,8 +42,12 @@ def find_birth_windows(
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
     with open_to_write(runs, results, needs="checkpoints") as found:
         opened = {run.path: RunResults(run) for run in found}
-        reports = write_windows(list(opened.values()), config)
-        return [ToldWindows(report, tell_story(opened[report.run.path])) for report in reports]
+        reports, told = write_windows(list(opened.values()), config), []
+        with progress(len(reports), "runs") as advance:
+            for report in reports:
+                told.append(ToldWindows(report, tell_story(opened[report.run.path])))
+                advance(1)
+        return told
 
 
 def windows_are_current(run: RunDir) -> Current:

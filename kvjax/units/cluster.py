@@ -42,6 +42,15 @@ class Cluster:
             raise bad_argument("scheduler", "Dask distributed (pip install 'kvjax[cluster]')", "no such package")
         self._address, self._compilation_cache = _address(scheduler), compilation_cache
 
+    def workers(self) -> int:
+        """Counts the workers that there are now.
+
+        Raises:
+          InputError: the scheduler is not there.
+        """
+        with _connected(self._address) as client:
+            return _count_workers(client)
+
     def run(self, units: Sequence[Unit], advance: Callable[[int], None]) -> list[Any]:
         """Runs units on the workers, and returns their results in order; all run, even if one is refused.
 
@@ -54,7 +63,7 @@ class Cluster:
         outcomes: dict[int, Outcome] = {}
         with _connected(self._address) as client:
             waiting = self._submit(client, units)
-            if not client.scheduler_info()["workers"]:
+            if not _count_workers(client):
                 note(f"{self._address}: no worker yet; the work waits for the first")
             for index, future in _as_they_end(client, waiting):
                 outcomes[index] = self._outcome(future, units[index], done=f"{len(outcomes)} of {len(units)}")
@@ -89,6 +98,10 @@ class Cluster:
         except Exception as error:  # of Dask: a unit's own come as outcomes
             found = f"{type(error).__name__}: {one_line(error)}"
             return Outcome(error=unusable(unit.subject, f"workers that can run its {unit.name}", found))
+
+
+def _count_workers(client: Client) -> int:
+    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def _check_all(units: Sequence[Unit], outcomes: Sequence[Outcome]) -> None:

@@ -34,6 +34,9 @@ class Engine(Protocol):
 
     spreads: bool
 
+    def workers(self) -> int:
+        """Counts the units that can run beside each other now; 0 if none can yet."""
+
     def run(self, units: Sequence[Unit], advance: Callable[[int], None]) -> list[Any]:
         """Runs units and returns their results, in the order of the units.
 
@@ -50,6 +53,9 @@ class InProcess:
     """Runs units one after another in this process."""
 
     spreads = False
+
+    def workers(self) -> int:
+        return 1
 
     def run(self, units: Sequence[Unit], advance: Callable[[int], None]) -> list[Any]:
         results = []

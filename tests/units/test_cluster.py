@@ -17,7 +17,6 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
-from distributed import LocalCluster
 
 from kvjax.commands.main import main
 from kvjax.errors import InputError, Note
@@ -25,22 +24,10 @@ from kvjax.units.cluster import Cluster
 from kvjax.units.unit import Unit
 from tests.helpers import units
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
+from tests.helpers.clusters import ONE_DEVICE, local_cluster
 from tests.helpers.commands import refused
 
-ROOT = Path(__file__).resolve().parents[2]
-ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
 QUICK = ["--ablations=zero", "--probe=none", "--noprogress"]
-
-
-@contextlib.contextmanager
-def local_cluster(*, workers=1, threads=1, memory="4GB", deaths=1):
-    """Runs a scheduler and worker processes; a unit with which more workers die than `deaths` is given up."""
-    with dask.config.set({"distributed.scheduler.allowed-failures": deaths}):
-        opened = LocalCluster(
-            n_workers=workers, threads_per_worker=threads, memory_limit=memory, dashboard_address=None, silence_logs=50
-        )
-    with opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +217,8 @@ def test_workers_of_several_threads():
 @pytest.fixture
 def started(tmp_path):
     """Starts a scheduler and a worker as processes of their own; yields the scheduler's process and file."""
-    file, environment = tmp_path / "scheduler.json", os.environ | {"PYTHONPATH": str(ROOT)}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path, "env": environment}
+    file = tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path, "env": ONE_DEVICE}
     dask_command = [sys.executable, "-m", "dask"]
     scheduler = subprocess.Popen(
         [*dask_command, "scheduler", "--port=0", "--no-dashboard", f"--scheduler-file={file}"], **quiet

@@ -1,0 +1,27 @@
+"""Local clusters: a scheduler in this process, and worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+from distributed import LocalCluster
+
+# The environment of a command beside a cluster: a worker has one device, and finds the tests' units.
+ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+@contextlib.contextmanager
+def local_cluster(
+    *, workers: int = 1, threads: int = 1, memory: str = "4GB", deaths: int = 1
+) -> Iterator[LocalCluster]:
+    """Runs a scheduler and worker processes; a unit with which more workers die than `deaths` is given up."""
+    with dask.config.set({"distributed.scheduler.allowed-failures": deaths}):
+        opened = LocalCluster(
+            n_workers=workers, threads_per_worker=threads, memory_limit=memory, dashboard_address=None, silence_logs=50
+        )
+    with opened:
+        yield opened
