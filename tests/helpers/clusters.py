@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,3 +27,17 @@ def local_cluster(
         )
     with opened:
         yield opened
+
+
+def run_without_dask(*arguments: str) -> str:
+    """Runs a command in a process of its own that cannot import Dask, and returns what it prints.
+
+    No test has changed there how a sweep is compiled, so that it computes what a worker computes.
+    """
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('dask', 'distributed', 'dask_jobqueue')));"
+        "from kvjax.commands.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=ONE_DEVICE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

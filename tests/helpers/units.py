@@ -55,3 +55,8 @@ def answer_after(begun: str) -> None:
     """Says that it has begun, and takes longer than a test waits."""
     Path(begun).touch()
     time.sleep(600)
+
+
+def environment(name: str) -> str | None:
+    """Returns a variable of the worker's environment."""
+    return os.environ.get(name)

@@ -24,7 +24,7 @@ from kvjax.units.cluster import Cluster
 from kvjax.units.unit import Unit
 from tests.helpers import units
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
-from tests.helpers.clusters import ONE_DEVICE, local_cluster
+from tests.helpers.clusters import ONE_DEVICE, local_cluster, run_without_dask
 from tests.helpers.commands import refused
 
 QUICK = ["--ablations=zero", "--probe=none", "--noprogress"]
@@ -86,15 +86,16 @@ def plain(values):
     return (values.shape, values.tolist() if values.dtype == object else values.tobytes())
 
 
-def test_equal_files_with_any_number_of_workers(cluster, four_runs, capfd):
-    """One, two and four worker processes, and none at all, leave the same files with the same numbers."""
+def test_equal_files_with_any_number_of_workers(cluster, four_runs, capsys):
+    """One, two and four worker processes, and a command without Dask, leave the same files with the same numbers."""
     arguments, found = ["checkpoint-sweep", f"--run_dirs={four_runs}/*", *QUICK], {}
     for workers in (0, 1, 2, 4):
         if workers:
             assert main([*arguments, f"--scheduler={scaled(cluster, workers)._address}"]) == 0
-        else:  # in a process of its own, where no test has changed how a sweep is compiled
-            subprocess.run([sys.executable, "-m", "kvjax.commands.main", *arguments], check=True, env=ONE_DEVICE)
-        assert capfd.readouterr().out.count("2 measured, 0 reused") == 4
+            printed = capsys.readouterr().out
+        else:
+            printed = run_without_dask(*arguments)
+        assert printed.count("2 measured, 0 reused") == 4
         analyses = {name: Path(four_runs) / name / "analysis" for name in "abcd"}
         found[workers] = {name: contents(analysis) for name, analysis in analyses.items()}
         assert len(found[workers]["a"]) > 100
@@ -273,14 +274,3 @@ def test_scheduler_that_is_not_there(monkeypatch, small_run, capsys):
     line = refused(capsys, "checkpoint-sweep", f"--run_dirs={small_run}", "--scheduler=a:1", *QUICK)
     assert "--scheduler: expected Dask distributed" in line
     assert not (small_run / "analysis").exists()
-
-
-def test_no_dask_without_a_scheduler(four_runs):
-    """A sweep in this process imports nothing of Dask, so that it works where Dask cannot be imported."""
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(('dask', 'distributed', 'dask_jobqueue')));"
-        "from kvjax.commands.main import main; sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = ["checkpoint-sweep", f"--run_dirs={four_runs}/a", *QUICK]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ONE_DEVICE)
-    assert done.returncode == 0, done.stderr
