@@ -76,8 +76,8 @@ class CachedLoader:
         return checkpoint
 
     def is_stored(self, sha256: str) -> bool:
-        """Checks whether the store names a certified conversion of the file with this hash."""
-        return self._store.lists_certified(sha256)
+        """Checks whether the store names a certified conversion of the file with this hash, or is to get none."""
+        return self._keep == "nothing" or self._store.lists_certified(sha256)
 
     def save(self) -> None:
         """Writes the conversions since the last call to the store.

@@ -39,6 +39,7 @@ COMMANDS = {
     "intervene": "inside birth windows: patching, paths, component sets, subspaces, neurons",
     "compare-seeds": "say what repeats across seeds: births, order, roles that move from head to head",
     "factor-screen": "vary one factor at a time, and say what each changes beside what seeds change",
+    "verify": "hash everything again, measure a sample again, and say what could be vouched for",
     "status": "say which conditions for circuit work a run meets, and what to do next",
 }
 
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             who = f"kvjax {argv[0]}"
             module = importlib.import_module(f"kvjax.commands.{argv[0].replace('-', '_')}")
             names = {field.name for one in module.SETTINGS for field in declared(one)}
-            _run(argv[0], argv[1:], module)
-            status = 0
+            status = _run(argv[0], argv[1:], module)
         sys.stdout.flush()
         return status
     except InputError as error:
@@ -96,15 +96,15 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(who, "interrupted; what was written is kept", status=130)
 
 
-def _run(name: str, arguments: list[str], module: types.ModuleType) -> None:
-    """Runs a command's module, or explains its flags.
+def _run(name: str, arguments: list[str], module: types.ModuleType) -> int:
+    """Runs a command's module, or explains its flags; returns the exit status.
 
     Raises:
       InputError: a flag is unknown, missing or has no usable value, or the command's work was refused.
     """
     if any(flag in ("--help", "-help", "-h", "--helpfull", "--helpshort") for flag in arguments):
         print(f"kvjax {name}: {module.__doc__}\nFlags:\n{help_of(module.SETTINGS)}")
-        return
+        return 0
     values = flags_of(module.SETTINGS)
     try:
         extra = values([name, *arguments])[1:]
@@ -114,7 +114,7 @@ def _run(name: str, arguments: list[str], module: types.ModuleType) -> None:
         raise InputError(f"expected flags only; found {extra[0]!r} (see kvjax {name} --help)")
     given = [read_settings(values, settings) for settings in module.SETTINGS]
     with _notes_as_lines(f"kvjax {name}", {field.name for one in module.SETTINGS for field in declared(one)}):
-        module.run(*given)
+        return module.run(*given) or 0
 
 
 @contextlib.contextmanager

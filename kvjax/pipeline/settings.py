@@ -205,6 +205,16 @@ class StatusSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifySettings(Settings):
+    """How much `verify` measures again."""
+
+    sample: int = setting(
+        3, "Checkpoints of each run, and interventions, that are measured again; 0 compares hashes only.", minimum=0
+    )
+    seed: int = setting(0, "Seed of the choice of these.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartSettings(Settings):
     """A small study from nothing."""
 

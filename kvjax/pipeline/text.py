@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kvjax.pipeline.generate import GeneratedBenchmark
     from kvjax.pipeline.status import Readiness
     from kvjax.pipeline.train import TrainedRun
+    from kvjax.pipeline.verify import VerifiedRun
     from kvjax.pipeline.windows import ToldWindows
     from kvjax.task.probe_set import ProbeSet
 
@@ -125,6 +127,16 @@ def print_readiness(states: Sequence[Readiness], *, reasons: bool) -> None:
         print_told(state, in_full=len(states) == 1)
     count = sum(state.ready for state in states)
     say(f"\n{count} of {len(states)} run{'s' if len(states) > 1 else ''} ready for circuit work")
+
+
+def print_verified(runs: Sequence[VerifiedRun]) -> None:
+    """Prints what could be vouched for in each run, what differs, and what could not be compared."""
+    for one in runs:
+        say(f"\n{one.run.config.title}, {one.run.path}")
+        for check in one.checks:
+            say(f"  {check.verdict:<7}  {check.subject}: {check.reason}")
+    counts = collections.Counter(check.verdict for one in runs for check in one.checks)
+    say(f"\n{counts['holds']} hold, {counts['differs']} differ, {counts['open']} could not be vouched for")
 
 
 def print_told(state: Readiness, *, in_full: bool) -> None:

@@ -1,0 +1,298 @@
+"""Whether the results of runs are what their inputs give, as far as that can be found out; nothing is written.
+
+Hashes find files that changed. They do not find a number that was edited together with its hash: for that, tables are
+drawn again from the measured sums, and a random sample of checkpoints and interventions is measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from kvjax.artifacts.checkpoint_sums import ResultStore
+from kvjax.artifacts.differences import Difference
+from kvjax.artifacts.files import file_sha256, read_json
+from kvjax.artifacts.find_runs import find_run_dirs
+from kvjax.artifacts.layout import step_name
+from kvjax.artifacts.results import Intervention, RunResults
+from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.sweep_schema import Sweep
+from kvjax.devices import device_description
+from kvjax.errors import InputError, unusable
+from kvjax.execution.inputs import RunInputs
+from kvjax.intervene.plan import INTERVENTION_VERSION
+from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.remeasure import (
+    inputs_of,
+    parameters_as_stored,
+    redraw_tables,
+    remeasure_checkpoints,
+    remeasure_intervention,
+)
+from kvjax.pipeline.settings import RunsOnBenchmark, VerifySettings
+from kvjax.sweeps.run import RESULT_VERSION
+from kvjax.task.benchmark import Benchmark
+from kvjax.task.probe_set import frozen_manifest
+
+Verdict = Literal["holds", "differs", "open"]
+
+_REDRAWN = 1e-9  # the same sums give the same tables, but for rounding by other versions of libraries
+_MEASURED = 1e-4  # of the largest number of an array: float32 on other numbers of cores, and room to spare
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What was compared, and what came of it.
+
+    Attributes:
+      subject: what.
+      verdict: `open` if it could not be vouched for.
+      reason: why, in one sentence.
+    """
+
+    subject: str
+    verdict: Verdict
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifiedRun:
+    """Everything that was compared in one run."""
+
+    run: RunDir
+    checks: Sequence[Check]
+
+    @property
+    def differs(self) -> bool:
+        """Checks whether anything is not what was recorded."""
+        return any(check.verdict == "differs" for check in self.checks)
+
+
+def verify(runs: RunsOnBenchmark, settings: VerifySettings, progress: Progress = no_progress) -> list[VerifiedRun]:
+    """Compares the inputs and results of runs with what was recorded, and a sample with what is measured now.
+
+    Raises:
+      InputError: a run cannot be opened, or has no sweep.
+    """
+    found = find_run_dirs(runs.run_dirs)
+    for run in found:
+        if not run.layout.sweep.is_file():
+            raise unusable(run.layout.sweep, "a sweep to verify (run kvjax checkpoint-sweep first)", "no such file")
+    verified = []
+    with progress(len(found), "runs") as advance:
+        for run in found:
+            verified.append(VerifiedRun(run, list(_checks(run, runs.benchmark_dir, settings))))
+            advance(1)
+    return verified
+
+
+def _checks(run: RunDir, benchmark_dir: str | None, settings: VerifySettings) -> Iterator[Check]:
+    results = RunResults(run)
+    try:
+        sweep = results.sweep
+    except InputError as error:
+        yield Check("sweep.json", "differs", str(error))
+        return
+    seal = "its content has the hash it records" if sweep.content_sha256 else "it records no hash of its content"
+    yield Check("sweep.json", "holds" if sweep.content_sha256 else "open", seal)
+    checks = _Checks(results, sweep, benchmark_dir)
+    yield from checks.inputs()
+    yield from checks.results()
+    yield Check("config and log", "open", "run_config.json, metrics.jsonl and evaluation/ carry no hash")
+    if (reason := checks.why_not_again(settings.sample)) is not None:
+        yield Check("numbers", "open", f"nothing was measured again: {reason}")
+        return
+    chance = random.Random(f"{settings.seed}/{run.config.run_name}")
+    yield checks.redrawn()
+    yield from checks.checkpoints_again(_sample(chance, checks.steps, settings.sample))
+    for found in _sample(chance, checks.interventions, settings.sample):
+        yield checks.intervention_again(found)
+
+
+class _Checks:
+    """The comparisons of one run, in the order of what they rest on.
+
+    Attributes:
+      steps: those whose files and sums are there, as recorded.
+      interventions: those whose files have the hashes they record.
+    """
+
+    def __init__(self, results: RunResults, sweep: Sweep, benchmark_dir: str | None):
+        self._results, self._run, self._sweep, self._benchmark_dir = results, results.run, sweep, benchmark_dir
+        self._opened: RunInputs | None = None
+        self._why_not_opened = ""
+        self._whole = True  # whether the tables are as recorded
+        self.steps: list[int] = []
+        self.interventions: list[Intervention] = []
+
+    def inputs(self) -> Iterator[Check]:
+        """Compares checkpoints, benchmark and probe set with the hashes that the sweep recorded."""
+        recorded = {checkpoint.step: checkpoint.sha256 for checkpoint in self._sweep.checkpoints}
+        hashes = self._results.checkpoint_hashes()
+        self.steps = [step for step, sha256 in hashes.items() if sha256 == recorded[step]]
+        changed, gone = [step for step in hashes if step not in self.steps], sorted(recorded.keys() - hashes.keys())
+        if self.steps:
+            yield Check("checkpoints", "holds", f"{len(self.steps)} files have the hashes they were measured by")
+        if changed:
+            yield Check("checkpoints", "differs", f"steps {_listed(changed)} are other files than were measured")
+        if gone:
+            yield Check("checkpoints", "open", f"steps {_listed(gone)} have no file any more")
+        try:
+            benchmark = Benchmark.open(self._run.benchmark_dir(self._benchmark_dir))
+        except InputError as error:
+            yield Check("benchmark", "open", str(error))
+            self._why_not_opened = "there is no benchmark"
+        else:
+            yield self._benchmark(benchmark)
+        yield self._probe_set()
+
+    def results(self) -> Iterator[Check]:
+        """Compares every file of results with the hash that another file, or itself, records."""
+        layout = self._run.layout
+        tables = _compared("tables", self._results.check_tables, "all four have the hashes in sweep.json")
+        self._whole = tables.verdict == "holds"
+        yield tables
+        for path, name in ((layout.birth_windows, "windows"), (layout.story, "story")):
+            if path.is_file():
+                yield _compared(path.name, lambda name=name: getattr(self._results, name), "as written, of this sweep")
+        for path in self._results.intervention_files():
+            yield _compared(
+                _name(path), lambda path=path: self._check_intervention(path), "summary and arrays as written"
+            )
+        store = ResultStore(layout.measured, self._sweep.identity)
+        sha256s = {checkpoint.step: checkpoint.sha256 for checkpoint in self._sweep.checkpoints}
+        lost = [step for step in self.steps if not store.holds(step_name(step), sha256s[step])]
+        self.steps = [step for step in self.steps if step not in lost]
+        if lost:
+            yield Check("measured sums", "open", f"those of steps {_listed(lost)} are missing")
+
+    def why_not_again(self, sample: int) -> str | None:
+        """Says why nothing can be made again to compare with; None if it can."""
+        if sample == 0:
+            return "the sample is 0"
+        if not self._whole:
+            return "the tables are not those that were written"
+        if (version := self._sweep.identity.get("result_version")) != RESULT_VERSION:
+            return f"it was measured by version {version} of the measures; this is {RESULT_VERSION}"
+        if self._opened is None:
+            return self._why_not_opened
+        return None if self.steps else "no checkpoint is as it was measured"
+
+    def redrawn(self) -> Check:
+        """Draws the tables again."""
+        if len(self.steps) < len(self._sweep.checkpoints):
+            return Check("tables", "open", "not drawn again, for some checkpoints or their sums are missing")
+        return _measured(
+            "tables, drawn again", lambda: redraw_tables(self._run, self._sweep, self._benchmark_dir), _REDRAWN
+        )
+
+    def checkpoints_again(self, steps: Sequence[int]) -> Iterator[Check]:
+        """Converts, certifies and measures some checkpoints again."""
+        try:
+            found = remeasure_checkpoints(self._run, self._sweep, self._benchmark_dir, steps)
+        except InputError as error:
+            yield Check(f"steps {_listed(steps)}, measured again", "differs", str(error))
+            return
+        devices = {one.step: (one.model_extra or {}).get("device") for one in self._sweep.checkpoints}
+        for step in steps:
+            subject = f"step {step}, certified and measured again"
+            yield _measured(subject, lambda step=step: found[step], _MEASURED, device=devices[step])
+            same = parameters_as_stored(self._run, self._opened, step)
+            if same is not None:
+                reason = "are what the file converts to" if same else "are not what the file converts to"
+                yield Check(f"step {step}, stored parameters", "holds" if same else "differs", reason)
+
+    def intervention_again(self, found: Intervention) -> Check:
+        """Measures an intervention again."""
+        subject = f"{_name(found.path)}, measured again"
+        inputs = found.document["measured_on"]["inputs"]
+        if (version := inputs.get("intervention_version")) != INTERVENTION_VERSION:
+            reason = f"measured by version {version} of interventions; this is {INTERVENTION_VERSION}"
+            return Check(subject, "open", reason)
+        if not set(found.document["steps"]) <= set(self.steps):
+            return Check(subject, "open", "not every checkpoint is as it was measured")
+        device = found.document.get("device")
+        try:
+            return _measured(
+                subject, lambda: remeasure_intervention(self._run, found, self._benchmark_dir), _MEASURED, device=device
+            )
+        except InputError as error:
+            return Check(subject, "open", str(error))
+
+    def _benchmark(self, benchmark: Benchmark) -> Check:
+        splits = read_json(benchmark.layout.metadata)["splits"]
+        files = {split: benchmark.layout.split(split) for split in splits}
+        changed = [
+            split
+            for split, file in files.items()
+            if "sha256" in splits[split] and file.is_file() and file_sha256(file) != splits[split]["sha256"]
+        ]
+        missing = [split for split, file in files.items() if not file.is_file()]
+        if changed or not benchmark.hashes.names(self._sweep.benchmark.sha256):
+            reason = (
+                f"split {changed[0]} is another file" if changed else "it is another one than the sweep was made on"
+            )
+            return Check("benchmark", "differs", f"{benchmark.path}: {reason}")
+        if missing:
+            return Check("benchmark", "open", f"{benchmark.path} lacks the split {missing[0]}")
+        return Check("benchmark", "holds", f"{benchmark.path}: metadata and {len(files)} splits as recorded")
+
+    def _probe_set(self) -> Check:
+        path, recorded = self._run.layout.probe_set, self._sweep.probe_set.content_sha256
+        try:
+            content = frozen_manifest(path).content_sha256 if path.is_file() else None
+            if not self._why_not_opened:
+                self._opened = inputs_of(self._run, self._sweep, self._benchmark_dir)
+        except InputError as error:
+            self._why_not_opened = "the probe set cannot be used"
+            return Check("probe set", "differs", str(error))
+        if content is None or content != recorded:
+            self._opened, self._why_not_opened = None, "there is not the probe set that was measured on"
+            verdict = "open" if content is None else "differs"
+            return Check("probe set", verdict, f"expected {recorded[:12]}; found {content and content[:12]}")
+        return Check("probe set", "holds", f"{recorded[:12]}, every file as frozen")
+
+    def _check_intervention(self, path: Path) -> None:
+        found = Intervention.open(path)
+        found.check_arrays()
+        self.interventions.append(found)
+
+
+def _compared(subject: str, compare: Callable[[], object], what_holds: str) -> Check:
+    try:
+        compare()
+    except InputError as error:
+        return Check(subject, "differs", str(error))
+    return Check(subject, "holds", what_holds)
+
+
+def _measured(subject: str, again: Callable[[], Difference], tolerance: float, *, device: object = None) -> Check:
+    difference = again()
+    if difference.size <= tolerance:
+        apart = f"the largest difference is {difference.size:.0e}" if difference.size else "every number is the same"
+        return Check(subject, "holds", apart)
+    reason = f"{difference.where} differs by {difference.size:.1e}"
+    if device is not None and _kind(device) != _kind(device_description()):
+        return Check(subject, "open", f"{reason}; it was measured on {_kind(device)}, and this is another device")
+    return Check(subject, "differs", reason)
+
+
+def _kind(device: object) -> str:
+    return f"{device.get('backend')} {device.get('kind')}" if isinstance(device, dict) else "an unknown device"
+
+
+def _sample(chance: random.Random, members: Sequence, size: int) -> list:
+    """Chooses some members at random, in their order."""
+    chosen = sorted(chance.sample(range(len(members)), min(size, len(members))))
+    return [members[place] for place in chosen]
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[:5])) + (", …" if len(steps) > 5 else "")
