@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -38,11 +37,6 @@ def tell(sentence: str) -> str:
     return os.getcwd()
 
 
-def die() -> None:
-    """Kills its own process."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def fill_memory() -> None:
     """Takes more and more memory, slowly enough to be seen."""
     taken = []
@@ -51,10 +45,11 @@ def fill_memory() -> None:
         time.sleep(0.1)
 
 
-def answer_after(begun: str) -> None:
-    """Says that it has begun, and takes longer than a test waits."""
+def write_after(begun: str, seconds: float, path: str) -> None:
+    """Says that it has begun, waits, and writes a file."""
     Path(begun).touch()
-    time.sleep(600)
+    time.sleep(seconds)
+    Path(path).touch()
 
 
 def environment(name: str) -> str | None:

@@ -239,9 +239,10 @@ def started(tmp_path):
 def test_scheduler_that_goes_away(started, tmp_path):
     """A scheduler killed while units run ends the command in one line, and files of units that ended stay."""
     scheduler, file = started
-    begun = tmp_path / "begun"
+    begun, first = tmp_path / "begun", threading.Event()
 
     def kill():
+        first.wait()
         while not begun.exists():
             time.sleep(0.02)
         scheduler.kill()
@@ -249,13 +250,31 @@ def test_scheduler_that_goes_away(started, tmp_path):
     threading.Thread(target=kill, daemon=True).start()
     given = [
         Unit("write", "runs/a", units.write_text, (str(tmp_path / "a"), "a")),
-        Unit("sweep", "runs/b", units.answer_after, (str(begun),)),
+        Unit("sweep", "runs/b", units.write_after, (str(begun), 600.0, str(tmp_path / "b"))),
     ]
     with pytest.raises(InputError) as refusal:
-        done(Cluster(str(file)), *given)
+        Cluster(str(file)).run(given, lambda done: first.set())
     line = str(refusal.value)
     assert line.startswith("scheduler: expected a scheduler until the end (1 of 2 units have ended")
     assert "found none at tcp://" in line and (tmp_path / "a").read_text() == "a"
+
+
+def test_interrupted_command(cluster, tmp_path):
+    """Ctrl-C ends the command at once; a unit that has begun ends, and the others are not begun."""
+    engine, waiting = scaled(cluster, 1), tmp_path / "begun"
+
+    def interrupt():
+        while not waiting.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begun = Unit("write", "runs/a", units.write_after, (str(waiting), 0.5, str(tmp_path / "a")))
+    others = [Unit("write", name, units.write_text, (str(tmp_path / name), name)) for name in "bcd"]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run([begun, *others], lambda done: None)
+    assert done(engine, Unit("wait", "x", units.wait, (0,))), "the worker is free again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "begun"]
 
 
 def test_scheduler_that_is_not_there(monkeypatch, small_run, capsys):
