@@ -22,6 +22,7 @@ from kvjax.artifacts.partials import NO_LOCKS
 from kvjax.errors import note, unusable
 
 _NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
+_PATIENCE = 1.0  # seconds: a holder that is killed on a busy machine takes a moment to let go
 
 
 @contextlib.contextmanager
@@ -59,7 +60,7 @@ def _acquired(
     lock: filelock.BaseFileLock, lock_file: Path, run: Path, *, wait: bool | None
 ) -> contextlib.AbstractContextManager:
     try:
-        return lock.acquire(timeout=0)
+        return lock.acquire(timeout=0 if wait else _PATIENCE)
     except filelock.Timeout:
         holder = _holder(lock_file)
     if not wait:

@@ -103,6 +103,16 @@ def test_waiting_for_a_writer(tmp_path):
         assert time.monotonic() - began >= 0.1
 
 
+def test_holder_that_is_about_to_go(tmp_path):
+    """A holder that lets go within a moment, as one that was just killed, refuses nobody."""
+    lock_file = tmp_path / "analysis" / "lock"
+    elsewhere = contextlib.ExitStack()
+    elsewhere.enter_context(held_elsewhere(lock_file))
+    threading.Timer(0.1, elsewhere.close).start()
+    with hold(lock_file, tmp_path, wait=False):
+        assert json.loads(lock_file.read_text())["pid"] == os.getpid()
+
+
 def test_description_of_the_holder(tmp_path):
     """A lock's file names its holder's process and host, the command and the time."""
     lock_file = tmp_path / "analysis" / "lock"
@@ -179,6 +189,6 @@ def test_notes_of_commands(capsys, monkeypatch, swept_run):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr("kvjax.pipeline.windows.write_windows", lambda runs, config: [])
-    assert main(["birth-windows", f"--run_dirs={swept_run}"]) == 0
+    assert main(["birth-windows", f"--run_dirs={swept_run}", "--noprogress"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"kvjax birth-windows: note: {swept_run}: no lock can be had there")
