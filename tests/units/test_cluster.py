@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from kvjax.commands.main import main
 from kvjax.errors import InputError, Note
 from kvjax.units.cluster import Cluster
 from kvjax.units.unit import Unit
+from kvjax.units.worker import Assignment
 from tests.helpers import units
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
 from tests.helpers.clusters import ONE_DEVICE, local_cluster, run_without_dask
@@ -177,6 +179,19 @@ def test_notes_of_units(cluster, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(Note, match="runs/x: odd"):
         assert done(scaled(cluster, 1), Unit("tell", "runs/x", units.tell, ("runs/x: odd",))) == [str(tmp_path)]
+
+
+def test_memory_of_a_worker(cluster):
+    """A worker plans with its own limit of memory, not with the machine's."""
+    given = Unit("look", "x", units.environment, ("KVJAX_MEMORY_BYTES",))
+    assert done(scaled(cluster, 1), given) == ["4000000000"]
+
+
+def test_worker_of_another_version(cluster, monkeypatch):
+    """A worker with another version of kvjax is refused, and runs nothing."""
+    monkeypatch.setattr("kvjax.units.cluster.Assignment", functools.partial(Assignment, version="0.0.1"))
+    with pytest.raises(InputError, match=r"scheduler: expected workers with kvjax 0\.0\.1; found"):
+        done(scaled(cluster, 1), Unit("wait", "x", units.wait, (0,)))
 
 
 def test_folder_that_workers_do_not_see(cluster, monkeypatch, tmp_path):
