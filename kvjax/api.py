@@ -8,16 +8,58 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvjax.artifacts.results import RunResults
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import start_jax
 from kvjax.errors import bad_argument, note, unusable
-from kvjax.pipeline.settings import ComparisonOutput, ResultSettings, Runs, RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.settings import ComparisonOutput, ReportSettings, ResultSettings, Runs, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep as sweep_stage
 from kvjax.sweeps.settings import SweepSettings
 
 if TYPE_CHECKING:
     import xarray as xr
 
+    from kvjax.report.charts.description import Chart
     from kvjax.sweeps.results import SweepReport
+
+
+class Results(RunResults):
+    """The results of a run (`RunResults`); a notebook shows them as a short summary."""
+
+    def _repr_html_(self) -> str:
+        from kvjax.report.summary import summary_html
+
+        return summary_html(self)
+
+
+def open_results(run: str | Path) -> Results:
+    """Opens the results of a run directory; each file is read when it is first asked for.
+
+    Raises:
+      InputError: there is no run.
+    """
+    return Results(RunDir.open(Path(run)))
+
+
+def charts(run_dirs: str | Path | Sequence[str | Path], **settings: Any) -> dict[str, Chart]:
+    """Makes the charts of a report, for a notebook or a paper.
+
+    Args:
+      run_dirs: run directories, or globs.
+      **settings: fields of `ReportSettings`, such as `heads=("L0H3",)`.
+
+    Returns:
+      Charts by name, such as `behaviour_answer_accuracy` (of several runs `run0_behaviour_…`). Each has `plotly()` and
+      `matplotlib()`, which return a figure.
+
+    Raises:
+      InputError: a run or a setting cannot be used.
+    """
+    from kvjax.pipeline.report import make_page
+
+    start_jax()
+    given = (str(run_dirs),) if isinstance(run_dirs, str | Path) else tuple(map(str, run_dirs))
+    return make_page(ReportSettings(run_dirs=given, **settings)).charts()
 
 
 def sweep(

@@ -142,6 +142,11 @@ class RunLayout:
         return self.analysis / "story.md"
 
     @property
+    def report(self) -> Path:
+        """Everything measured on the run, as a page to look at."""
+        return self.analysis / "report.html"
+
+    @property
     def interventions(self) -> Path:
         """The folder of interventions, one folder per kind."""
         return self.analysis / "interventions"

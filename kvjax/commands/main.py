@@ -39,6 +39,7 @@ COMMANDS = {
     "intervene": "inside birth windows: patching, paths, component sets, subspaces, neurons",
     "compare-seeds": "say what repeats across seeds: births, order, roles that move from head to head",
     "factor-screen": "vary one factor at a time, and say what each changes beside what seeds change",
+    "report": "put everything measured on runs into one page to look at",
     "verify": "hash everything again, measure a sample again, and say what could be vouched for",
     "status": "say which conditions for circuit work a run meets, and what to do next",
 }

@@ -13,8 +13,9 @@ SETTINGS = (QuickstartSettings, Display, Runtime)
 
 def run(settings: QuickstartSettings, display: Display, runtime: Runtime) -> None:
     from kvjax.pipeline.quickstart import quickstart, run_globs
-    from kvjax.pipeline.text import print_next
+    from kvjax.pipeline.text import print_next, print_report
 
     start_jax(runtime)
-    quickstart(settings, progress_of(display))
+    written = quickstart(settings, progress_of(display))
     print_next("status", run_dirs=run_globs(settings))
+    print_report(written)

@@ -20,9 +20,9 @@ from kvjax.compare.settings import CompareSettings
 from kvjax.errors import InputError, bad_argument
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import ComparisonOutput, Runs
-from kvjax.report.comparison_figures import births_figure, roles_figure, seeds_figure
+from kvjax.report.comparison_charts import comparison_charts
 from kvjax.report.comparison_page import page
-from kvjax.report.figures import save_figure
+from kvjax.report.figures import save_charts
 
 FEWEST_RUNS = 2
 
@@ -60,12 +60,7 @@ def compare_seeds(runs: Runs, settings: CompareSettings, output: ComparisonOutpu
     made, layout = compare_runs(runs, settings), ComparisonLayout(Path(output.output_dir))
     write_datasets(layout.arrays, groups_of(made.dataset, made.document))
     made.document["arrays"] = dataclasses.asdict(FileHash.of(layout.arrays))
-    for name, figure in (
-        ("seeds", seeds_figure(made.dataset)),
-        ("births", births_figure(made.document)),
-        ("roles", roles_figure(made.dataset)),
-    ):
-        save_figure(figure, layout.figures, name)
+    save_charts(comparison_charts(made.document, made.dataset), layout.figures)
     with replace_file(layout.page) as partial:
         partial.write_text(page(made.document), encoding="utf-8")
     write_comparison(layout.comparison, made.document)

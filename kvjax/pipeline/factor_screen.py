@@ -40,9 +40,9 @@ from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.text import in_minutes
 from kvjax.pipeline.train import runs_are_trained
 from kvjax.pipeline.train_apart import TrainingGroup, train_apart
-from kvjax.report.factor_figures import births_by_setting_figure, settings_figure
+from kvjax.report.factor_charts import factor_charts
 from kvjax.report.factor_page import factor_page
-from kvjax.report.figures import save_figure
+from kvjax.report.figures import save_charts
 from kvjax.report.text import say
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -157,7 +157,8 @@ def _over_measured_runs(stage: Stage, plan: ScreenPlan, engine: Engine) -> _Part
 
 def _study(plan: ScreenPlan, setting: PlannedSetting, runs: Mapping[Path, TrainConfig], engine: Engine) -> Study:
     folder = plan.layout.comparison(setting.name).path
-    return Study(setting.benchmark_dir, setting.benchmark, runs, folder / "ranking.json", folder, engine=engine)
+    places = {"ranking": folder / "ranking.json", "comparison": folder, "report": folder / "report.html"}
+    return Study(setting.benchmark_dir, setting.benchmark, runs, **places, engine=engine)
 
 
 def _swept(setting: PlannedSetting) -> list[RunDir]:
@@ -271,8 +272,7 @@ def compare_factor(plan: ScreenPlan, name: str) -> dict[str, Any]:
     root = xr.Dataset(attrs={"factor": name, "settings": ", ".join(trajectories)})
     write_datasets(layout.arrays, [(None, root), *trajectories.items()])
     document["arrays"] = dataclasses.asdict(FileHash.of(layout.arrays))
-    save_figure(settings_figure(trajectories, factor=name), layout.figures, "trajectories")
-    save_figure(births_by_setting_figure(document), layout.figures, "births")
+    save_charts(factor_charts(document, trajectories), layout.figures)
     with replace_file(layout.page) as partial:
         partial.write_text(factor_page(document), encoding="utf-8")
     write_factor(layout.comparison, document)

@@ -21,6 +21,7 @@ from kvjax.pipeline.stages import (
     GENERATE,
     INTERVENE,
     PROBE_SET,
+    REPORT,
     SWEEP,
     TRAIN,
     WINDOWS,
@@ -75,7 +76,7 @@ def stages_of(settings: PipelineSettings) -> tuple[Stage, ...]:
     """Lists the stages of a study; runs that exist are not trained, and one run is not compared."""
     trained = settings.run_dirs is not None
     several = len(study_of(settings).runs) > 1
-    return (*(() if trained else (GENERATE, TRAIN)), *_ANALYSIS, *((COMPARE,) if several else ()))
+    return (*(() if trained else (GENERATE, TRAIN)), *_ANALYSIS, *((COMPARE,) if several else ()), REPORT)
 
 
 def study_of(settings: PipelineSettings) -> Study:
@@ -85,7 +86,12 @@ def study_of(settings: PipelineSettings) -> Study:
       InputError: a config or a run cannot be used.
     """
     output, interventions = Path(settings.output_dir), InterventionSettings(pairs_per_kind=settings.pairs_per_kind)
-    places = {"ranking": output / "ranking.json", "comparison": output / "comparison", "interventions": interventions}
+    places = {
+        "ranking": output / "ranking.json",
+        "comparison": output / "comparison",
+        "report": output / "report.html",
+        "interventions": interventions,
+    }
     if settings.run_dirs is not None:
         found = find_run_dirs(settings.run_dirs, needs="checkpoints")
         benchmark_dir = found[0].benchmark_dir(None)
@@ -120,4 +126,5 @@ def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> Non
     if page.is_file():
         say(page.read_text(encoding="utf-8").partition("\n## ")[0].rstrip())
         say(f"\nComparison with tables and figures: {page}")
+    say(f"\nOpen {study.report} in a browser: everything above, with figures.")
     say(f"Next: {command('status', run_dirs=list(study.runs))}")

@@ -9,8 +9,9 @@ from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
 from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.report import WrittenReport
 from kvjax.pipeline.settings import QuickstartSettings
-from kvjax.pipeline.stages import GENERATE, SWEEP, TRAIN, WINDOWS, Study
+from kvjax.pipeline.stages import GENERATE, REPORT, SWEEP, TRAIN, WINDOWS, Study
 from kvjax.pipeline.text import print_told_windows
 from kvjax.pipeline.train import run_directories
 from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
@@ -20,10 +21,13 @@ from kvjax.sweeps.results import SweepReport
 _SHOWN = 8
 
 
-def quickstart(settings: QuickstartSettings, progress: Progress = no_progress) -> None:
-    """Draws a benchmark, trains seeds on it, measures every checkpoint, draws figures and looks for birth windows.
+def quickstart(settings: QuickstartSettings, progress: Progress = no_progress) -> WrittenReport:
+    """Draws a benchmark, trains seeds, measures every checkpoint, looks for birth windows, makes figures and a page.
 
     Prints what it does. What is there already is not made again.
+
+    Returns:
+      Where the page is.
 
     Raises:
       InputError: a config cannot be used, or the output directory holds a study of other configs.
@@ -31,20 +35,22 @@ def quickstart(settings: QuickstartSettings, progress: Progress = no_progress) -
     output, study = Path(settings.output_dir), study_of(settings)
     drawn = study.benchmark_config
     if not study.benchmark_dir.exists():
-        say(f"1/5  drawing the benchmark: {drawn.num_keys} keys, {drawn.num_values} values")
+        say(f"1/6  drawing the benchmark: {drawn.num_keys} keys, {drawn.num_values} values")
     GENERATE.run(study, progress)
     steps = next(iter(study.runs.values())).num_steps
-    say(f"2/5  training {len(study.runs)} seeds, {steps} steps each, as one program")
+    say(f"2/6  training {len(study.runs)} seeds, {steps} steps each, as one program")
     TRAIN.run(study, progress)
-    say("3/5  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated")
+    say("3/6  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated")
     reports = SWEEP.run(study, progress)
     print_sweep_reports(reports)
-    say("\n4/5  drawing figures")
+    say("\n4/6  drawing figures")
     for files in draw_figures(reports, output / "figures"):
         say("     " + ", ".join(map(str, files)))
     say(f"     Look at {output / 'figures' / 'trajectories.png'} first.")
-    say("\n5/5  looking for birth windows")
+    say("\n5/6  looking for birth windows")
     print_told_windows(WINDOWS.run(study, progress), show=_SHOWN)
+    say("\n6/6  putting everything into one page")
+    return REPORT.run(study, progress)
 
 
 def study_of(settings: QuickstartSettings) -> Study:
@@ -58,7 +64,9 @@ def study_of(settings: QuickstartSettings) -> Study:
     config = read_config(find_config(settings.train_config, "train"), TrainConfig)
     config = config.model_copy(update={"benchmark_dir": str((output / "benchmark").resolve())})
     runs = run_directories(config, settings.seeds, str(output / "runs"))
-    return Study(output / "benchmark", benchmark, runs, output / "ranking.json", output / "comparison")
+    return Study(
+        output / "benchmark", benchmark, runs, output / "ranking.json", output / "comparison", output / "report.html"
+    )
 
 
 def run_globs(settings: QuickstartSettings) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.compare.settings import CompareSettings
 from kvjax.config.benchmark import BenchmarkConfig
@@ -23,6 +24,7 @@ from kvjax.pipeline.interventions import intervene, interventions_are_current
 from kvjax.pipeline.over_runs import over_runs
 from kvjax.pipeline.probe_set import ensure_probe_set, probe_set_is_current
 from kvjax.pipeline.progress import Progress
+from kvjax.pipeline.report import report, report_is_current
 from kvjax.pipeline.select_reference import rank_runs, ranking_is_current
 from kvjax.pipeline.settings import (
     DEFAULT_RESULTS,
@@ -30,6 +32,7 @@ from kvjax.pipeline.settings import (
     ConvertSettings,
     EvaluateSettings,
     PairSource,
+    ReportSettings,
     Runs,
     RunsOnBenchmark,
     SelectSettings,
@@ -59,6 +62,7 @@ class Study:
       runs: run directory -> what it is trained from, or was.
       ranking: the file that ranks the runs.
       comparison: the folder of the comparison of the runs.
+      report: the HTML file about all of it.
       interventions: what is done in windows, and how.
       engine: what runs units of work.
     """
@@ -68,6 +72,7 @@ class Study:
     runs: Mapping[Path, RunConfig]
     ranking: Path
     comparison: Path
+    report: Path
     interventions: InterventionSettings = DEFAULT_INTERVENTIONS
     engine: Engine = IN_PROCESS
 
@@ -137,6 +142,16 @@ def _runs(study: Study) -> RunsOnBenchmark:
 
 def _over(name: str, stage: Callable[..., Any], study: Study, progress: Progress, *given: Any) -> list[Any]:
     return over_runs(name, stage, *given, results=DEFAULT_RESULTS, progress=progress, engine=study.engine)
+
+
+def _report_settings(study: Study) -> ReportSettings:
+    comparison = str(study.comparison) if ComparisonLayout(study.comparison).comparison.is_file() else None
+    return ReportSettings(
+        run_dirs=tuple(map(str, study.runs)),
+        comparison_dir=comparison if len(study.runs) > 1 else None,
+        output=str(study.report),
+        benchmark_dir=str(study.benchmark_dir),
+    )
 
 
 def _with_windows(study: Study) -> list[RunDir]:
@@ -227,5 +242,12 @@ COMPARE = Stage(
         Runs.of(study.runs), CompareSettings(), ComparisonOutput(output_dir=str(study.comparison))
     ),
 )
+REPORT = Stage(
+    "report",
+    "report",
+    ("sweep",),
+    lambda study: report_is_current(_report_settings(study)),
+    lambda study, progress: report(_report_settings(study), progress),
+)
 
-STAGES = (GENERATE, TRAIN, CONVERT, EVALUATE, SELECT, PROBE_SET, SWEEP, WINDOWS, INTERVENE, COMPARE)
+STAGES = (GENERATE, TRAIN, CONVERT, EVALUATE, SELECT, PROBE_SET, SWEEP, WINDOWS, INTERVENE, COMPARE, REPORT)

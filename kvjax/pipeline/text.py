@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvjax.pipeline.compare_seeds import WrittenComparison
     from kvjax.pipeline.evaluate import EvaluatedCheckpoint
     from kvjax.pipeline.generate import GeneratedBenchmark
+    from kvjax.pipeline.report import WrittenReport
     from kvjax.pipeline.status import Readiness
     from kvjax.pipeline.train import TrainedRun
     from kvjax.pipeline.verify import VerifiedRun
@@ -173,3 +174,10 @@ def in_minutes(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def print_report(written: WrittenReport) -> None:
+    """Prints where a report and its figures are."""
+    if written.figures:
+        say(f"{len(written.figures)} figures in {written.figures[0].parent}")
+    say(f"Open {written.path} in a browser.")

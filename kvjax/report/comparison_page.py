@@ -1,4 +1,4 @@
-"""Writes a comparison of runs as a page of Markdown: the findings, then tables of what they rest on."""
+"""Writes a comparison of runs: the findings, then tables of what they rest on."""
 
 from __future__ import annotations
 
@@ -6,67 +6,72 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvjax.compare.findings import step_interval
-from kvjax.report.markdown import table
+from kvjax.report.parts import Part, Table
 
 
 def page(document: Mapping[str, Any]) -> str:
     """Writes the comparison as Markdown: the findings, then tables of what they rest on."""
+    lines = [f"# Comparison of {len(document['runs'])} runs"]
+    for part in comparison_parts(document):
+        lines += part.markdown()
+    return "\n".join(lines) + "\n"
+
+
+def comparison_parts(document: Mapping[str, Any]) -> list[Part]:
+    """Writes the findings and notes, and tables of accuracy, events, roles, leading components and phases."""
     runs = document["runs"]
-    lines = [f"# Comparison of {len(runs)} runs", ""]
-    lines += [f"- {sentence}" for sentence in document["findings"]]
+    parts = [Part(lines=document["findings"])]
     if document["notes"]:
-        lines += ["", "Notes:", "", *(f"- {note}" for note in document["notes"])]
-    lines += ["", "## Accuracy at the best checkpoint", ""]
+        parts.append(Part("Notes", document["notes"]))
     splits = list(document["accuracy"])
     best = {split: document["accuracy"][split]["best"] for split in splits}
-    lines += table(
-        ["run", "seed", "step", *splits],
-        [
+    accuracy = [
+        *(
             [one["name"], one["seed"], one["best_step"], *(best[split]["values"][one["name"]] for split in splits)]
             for one in runs
-        ]
-        + [["median", "", "", *(best[split]["median"] for split in splits)]]
-        + [["range", "", "", *(_ends(best[split]) for split in splits)]],
-    )
+        ),
+        ["median", "", "", *(best[split]["median"] for split in splits)],
+        ["range", "", "", *(_ends(best[split]) for split in splits)],
+    ]
+    header = ["run", "seed", "step", *splits]
+    parts.append(Part("Accuracy at the best checkpoint", tables=[Table("", header, accuracy)]))
     for title, family in (
         ("Births", "births"),
         ("Half-rises", "half_rises"),
         ("From which checkpoint on measures are stable", "stabilization"),
     ):
-        lines += ["", f"## {title}", ""]
-        if not document[family]:
-            lines += ["None in any run."]
-            continue
-        lines += ["`>` marks a run that had not formed it by that step.", ""]
-        lines += table(
-            ["", *(one["name"] for one in runs), "formed", "median [95 %]"],
-            [
-                [name, *_steps_of(entry, runs), f"{entry['formed']} of {entry['total']}", _median(entry)]
-                for name, entry in document[family].items()
-            ],
-        )
-    lines += ["", "## Heads by role", ""]
-    lines += table(
-        ["role", *(one["name"] for one in runs)],
-        [
-            [role, *(f"{w['component'] or '-'} {w['score']:.2f} ({w['second_score']:.2f})" for w in winners)]
-            for role, winners in document["roles"]["winners"].items()
-        ],
-    )
+        parts.append(_events(title, document[family], runs))
+    winners = [
+        [role, *(f"{w['component'] or '-'} {w['score']:.2f} ({w['second_score']:.2f})" for w in own)]
+        for role, own in document["roles"]["winners"].items()
+    ]
     evidence = {"ablation": "ablation", "interventions": "patching"}[document["roles"]["evidence"]]
-    lines += ["", f"A score is attention times the share of the causal effect (by {evidence}); in brackets the next"]
-    lines += ["head's. Which head answers to which: `matching` in comparison.json.", "", "## Leading components", ""]
-    lines += table(
-        ["run", "step", "heads", "MLPs"],
-        [
-            [own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
-            for own in document["leaders"]
-        ],
+    reading = (
+        f"A score is attention times the share of the causal effect (by {evidence}); in brackets the next head's. "
+        "Which head answers to which: `matching` in comparison.json."
     )
-    lines += ["", "## Phases and handovers", ""]
-    for name, story in document["story"].items():
-        lines += [f"- {name}: {_phases(story)}"]
-    return "\n".join(lines) + "\n"
+    table = Table("", ["role", *(one["name"] for one in runs)], winners)
+    parts.append(Part("Heads by role", [reading], tables=[table]))
+    leaders = [
+        [own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
+        for own in document["leaders"]
+    ]
+    parts.append(Part("Leading components", tables=[Table("", ["run", "step", "heads", "MLPs"], leaders)]))
+    parts.append(
+        Part("Phases and handovers", [f"{name}: {_phases(story)}" for name, story in document["story"].items()])
+    )
+    return parts
+
+
+def _events(title: str, events: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Part:
+    if not events:
+        return Part(title, ["None in any run."])
+    rows = [
+        [name, *_steps_of(entry, runs), f"{entry['formed']} of {entry['total']}", _median(entry)]
+        for name, entry in events.items()
+    ]
+    header = ["", *(one["name"] for one in runs), "formed", "median [95 %]"]
+    return Part(title, ["`>` marks a run that had not formed it by that step."], tables=[Table("", header, rows)])
 
 
 def _phases(story: Mapping[str, Any]) -> str:

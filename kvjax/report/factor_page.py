@@ -1,4 +1,4 @@
-"""Writes the comparison of a factor's settings as a page of Markdown."""
+"""Writes the comparison of a factor's settings: the findings, then tables of what they rest on."""
 
 from __future__ import annotations
 
@@ -7,49 +7,54 @@ from typing import Any
 
 from kvjax.config.factors import overrides_in_words
 from kvjax.report.comparison_page import leaders_in_words
-from kvjax.report.markdown import table
+from kvjax.report.parts import Part, Table
 
 
 def factor_page(document: Mapping[str, Any]) -> str:
-    """Writes the findings, then tables of what they rest on."""
+    """Writes the comparison as Markdown."""
+    lines = [f"# {factor_title(document)}"]
+    for part in factor_parts(document):
+        lines += part.markdown()
+    return "\n".join(lines) + "\n"
+
+
+def factor_title(document: Mapping[str, Any]) -> str:
+    """Names the factor and its values, the base's first."""
+    return f"{document['factor']}: {', '.join(entry['label'] for entry in document['settings'])}"
+
+
+def factor_parts(document: Mapping[str, Any]) -> list[Part]:
+    """Writes the findings and notes, and tables of settings, summaries, candidates and stability."""
     settings = document["settings"]
     labels = [entry["label"] for entry in settings]
-    lines = [f"# {document['factor']}: {', '.join(labels)}", ""]
-    lines += [f"- {sentence}" for sentence in document["findings"]]
+    parts = [Part(lines=document["findings"])]
     if document["notes"]:
-        lines += ["", "Notes:", "", *(f"- {note}" for note in document["notes"])]
-    lines += ["", "## Settings", ""]
-    lines += table(
-        ["setting", "differs from the base in", "seeds", "comparison of its seeds"],
-        [
-            [one["label"], overrides_in_words(one["overrides"]), len(one["runs"]), one["seeds"] or "-"]
-            for one in settings
-        ],
-    )
-    lines += ["", "## Summaries", ""]
-    lines += ["Medians over seeds; in brackets each seed. The share is that of settings in the variance.", ""]
-    lines += table(
-        ["", *labels, "share of settings [95 %]"],
-        [
-            [name, *(_values(entry["values"][label], entry["unit"]) for label in labels), _share(entry["shares"])]
-            for name, entry in document["summaries"].items()
-        ],
-    )
-    lines += ["", "## Candidates at the best checkpoint", ""]
-    lines += table(
-        ["setting", "run", "step", "heads", "MLPs"],
-        [
-            [entry["label"], own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
-            for entry in settings
-            for own in entry["candidates"]
-        ],
-    )
-    lines += ["", "## Stability across seeds", ""]
-    lines += table(
-        ["setting", "similarity of matched roles", "by chance", "share at the same address", "by chance"],
-        [[one["label"], *_stability(one["role_stability"]), *_stability(one["address_stability"])] for one in settings],
-    )
-    return "\n".join(lines) + "\n"
+        parts.append(Part("Notes", document["notes"]))
+    differing = [
+        [one["label"], overrides_in_words(one["overrides"]), len(one["runs"]), one["seeds"] or "-"] for one in settings
+    ]
+    header = ["setting", "differs from the base in", "seeds", "comparison of its seeds"]
+    parts.append(Part("Settings", tables=[Table("", header, differing)]))
+    summaries = [
+        [name, *(_values(entry["values"][label], entry["unit"]) for label in labels), _share(entry["shares"])]
+        for name, entry in document["summaries"].items()
+    ]
+    reading = "Medians over seeds; in brackets each seed. The share is that of settings in the variance."
+    table = Table("", ["", *labels, "share of settings [95 %]"], summaries)
+    parts.append(Part("Summaries", [reading], tables=[table]))
+    candidates = [
+        [entry["label"], own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
+        for entry in settings
+        for own in entry["candidates"]
+    ]
+    header = ["setting", "run", "step", "heads", "MLPs"]
+    parts.append(Part("Candidates at the best checkpoint", tables=[Table("", header, candidates)]))
+    stable = [
+        [one["label"], *_stability(one["role_stability"]), *_stability(one["address_stability"])] for one in settings
+    ]
+    header = ["setting", "similarity of matched roles", "by chance", "share at the same address", "by chance"]
+    parts.append(Part("Stability across seeds", tables=[Table("", header, stable)]))
+    return parts
 
 
 def _values(own: Mapping[str, float | None], unit: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,21 +14,14 @@ from kvjax.artifacts.files import replace_file
 from kvjax.measure import registry
 from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT
 from kvjax.model.components import all_heads
+from kvjax.report.charts.description import COLOURS, SPLIT_COLOURS, Chart
 
 matplotlib.use("Agg")  # figures are files; no display is needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito), one per split.
-SPLIT_COLOURS = {
-    "validation_iid": "#0072B2",
-    "heldout_pairs": "#D55E00",
-    "structural_ood": "#009E73",
-    "counterfactual": "#CC79A7",
-}
 _OTHER_COLOUR = "#555555"
-LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _FORMATS = ("png", "svg")
 _MOST_STEP_LABELS = 8
 
@@ -48,7 +41,7 @@ def trajectory_figure(runs: Sequence[xr.Dataset]) -> Figure:
             _line(row[1], here[margin.name], split, colour)
         shown = run.sel(split=BIRTH_SPLIT if BIRTH_SPLIT in splits else ALL_SPLITS)
         attention = [measure for measure in registry.MEASURES if measure.panel == "attention" and measure.name in run]
-        for measure, colour in zip(attention, itertools.cycle(LINE_COLOURS), strict=False):
+        for measure, colour in zip(attention, itertools.cycle(COLOURS), strict=False):
             _line(row[2], shown[measure.name], measure.axis_label(), colour)
         row[0].set_ylabel(f"{_title(run)}\n{accuracy.axis_label()}")
         row[0].set_ylim(-0.03, 1.03)
@@ -106,6 +99,11 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         paths.append(path)
     plt.close(figure)
     return paths
+
+
+def save_charts(charts: Iterable[Chart], folder: Path) -> list[Path]:
+    """Writes charts as PNG and SVG under their names, and returns the paths."""
+    return [path for chart in charts for path in save_figure(chart.matplotlib(), folder, chart.name)]
 
 
 def _line(axis: Axes, values: xr.DataArray, label: str, colour: str) -> None:

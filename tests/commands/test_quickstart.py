@@ -28,6 +28,7 @@ def test_quickstart(tmp_path, capsys):
         assert [row["step"] for row in rows] == [8, 16, 24]
         assert f"trained_seed_{seed} (seed {seed})" in printed
     figures = {path.name for path in (output / "figures").iterdir()}
+    assert (output / "report.html").is_file() and f"Open {output / 'report.html'} in a browser." in printed
     assert figures == {"trajectories.png", "trajectories.svg", "head_ablations.png", "head_ablations.svg"}
 
     checkpoint = output / "runs" / "seed_3" / "checkpoints" / "step_000024.pt"

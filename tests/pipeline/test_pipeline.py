@@ -21,10 +21,10 @@ def test_study_that_is_current(study, capsys):
     """A second call runs nothing, and says so of each stage."""
     reports = run_pipeline(study_settings(study))
     assert [report.stage.name for report in reports] == [
-        *("generate", "train", "probe set", "sweep", "windows", "evaluate", "intervene")
+        *("generate", "train", "probe set", "sweep", "windows", "evaluate", "intervene", "report")
     ]
     assert all(report.skipped for report in reports)
-    assert capsys.readouterr().out.count("current, skipped") == 7
+    assert capsys.readouterr().out.count("current, skipped") == 8
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def test_pipeline_of_existing_runs(two_runs, capsys):
     arguments = ["pipeline", f"--run_dirs={two_runs}/runs/*", f"--output_dir={two_runs}", "--noprogress"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "compare: done" in printed and "1 of 6 stages run" in printed and "# Comparison of 2 runs" in printed
+    assert "compare: done" in printed and "2 of 7 stages run" in printed and "# Comparison of 2 runs" in printed
     found = read_comparison(two_runs / "comparison" / "comparison.json")
     assert [run.seed for run in found.runs] == [3, 5] and len(found.matching) == 1
     with xr.open_dataset(two_runs / "comparison" / "comparison.nc", group="order") as order:
         assert "order_share" in order
-    assert (two_runs / "comparison" / "figures" / "roles.png").stat().st_size > 1000
+    assert (two_runs / "comparison" / "figures" / "role_binder.png").stat().st_size > 1000
     assert main(arguments) == 0
-    assert "0 of 6 stages run" in capsys.readouterr().out
+    assert "0 of 7 stages run" in capsys.readouterr().out
 
 
 def test_comparison_from_python(two_runs):

@@ -56,7 +56,8 @@ def study_in(folder, *, benchmark=None, **changes):
     """Plans a study of one run in a folder."""
     config = BenchmarkConfig.model_validate(small_benchmark_config(**(benchmark or {})))
     runs = {folder / "run": train_config(folder, **changes)}
-    return Study(folder / "benchmark", config, runs, folder / "ranking.json", folder / "comparison")
+    places = {name: folder / name for name in ("comparison", "report")}
+    return Study(folder / "benchmark", config, runs, folder / "ranking.json", **places)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,20 @@
+"""Put everything that was measured on runs into one HTML file that needs no network: what, when, where, who, how sure.
+
+One run is told in full; several are compared first. A result that is missing is named with the command that makes it.
+`--figures_dir` writes every chart as PNG and SVG as well, for papers.
+"""
+
+from __future__ import annotations
+
+from kvjax.commands.runtime import progress_of, start_jax
+from kvjax.pipeline.settings import Display, ReportSettings, Runtime
+
+SETTINGS = (ReportSettings, Display, Runtime)
+
+
+def run(settings: ReportSettings, display: Display, runtime: Runtime) -> None:
+    from kvjax.pipeline.report import report
+    from kvjax.pipeline.text import print_report
+
+    start_jax(runtime)
+    print_report(report(settings, progress_of(display)))
