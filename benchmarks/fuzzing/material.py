@@ -36,8 +36,8 @@ def make_material(root: Path) -> None:
     """Makes the benchmark, the run, its results and the configs in a folder, by the commands that people use."""
     configs = root / CONFIGS
     configs.mkdir(parents=True, exist_ok=True)
-    write_json(configs / "benchmark.json", _benchmark_config())
-    write_json(configs / "train.json", _train_config())
+    write_json(configs / "benchmark.json", benchmark_config())
+    write_json(configs / "train.json", train_config())
     write_json(configs / "windows.json", read_json(find_config("default", "windows")) | _FIND_WINDOWS)
     benchmark, run = root / BENCHMARK, root / RUN
     _call("generate-benchmark", f"--config={configs / 'benchmark.json'}", f"--output_dir={benchmark}")
@@ -58,7 +58,8 @@ def _call(*arguments: str) -> None:
         raise SystemExit(f"kvjax {' '.join(arguments)} failed")
 
 
-def _benchmark_config() -> dict[str, Any]:
+def benchmark_config() -> dict[str, Any]:
+    """Returns the config of a benchmark of a few short streams."""
     split = {"num_samples": 12, **_RANGES}
     return {
         "benchmark_type": "symbolic_kv_stream",
@@ -75,7 +76,8 @@ def _benchmark_config() -> dict[str, Any]:
     }
 
 
-def _train_config() -> dict[str, Any]:
+def train_config() -> dict[str, Any]:
+    """Returns the config of a run of a tiny model."""
     return {
         "run_name": "fuzzed",
         "seed": 5,

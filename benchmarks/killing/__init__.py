@@ -1,0 +1,1 @@
+"""What `benchmarks/kill.py` kills, and how it is recorded."""

@@ -1,0 +1,122 @@
+"""The commands that get killed: what each starts from, how it is called, and which numbers have to be the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvjax.artifacts.layout import RunLayout
+
+BENCHMARK, RUN, STUDY = "benchmark", "run", "study"
+_SWEEP = ("--ablations=zero", "--probe=none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Victim:
+    """A command to kill.
+
+    Attributes:
+      needs: the victim whose undisturbed result it works on; None if it starts from configs.
+      arguments: from the folder to the command's arguments, of the first call and of those that go on.
+      numbers: from the folder to everything that has to come out the same.
+    """
+
+    needs: str | None
+    arguments: Callable[[Path], list[str]]
+    numbers: Callable[[Path], dict[str, Any]]
+
+
+def _train(folder: Path) -> list[str]:
+    layout = RunLayout(folder / RUN)
+    more = ["--resume"] if layout.step_checkpoints() else ["--overwrite"] if layout.config.is_file() else []
+    return ["train", f"--config={folder / 'train.json'}", f"--output_dir={folder / RUN}", *more]
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    import torch
+
+    layout, found = RunLayout(folder / RUN), {}
+    for step, path in sorted(layout.step_checkpoints()):
+        state = torch.load(path, weights_only=True)["model_state"]
+        found[f"step {step}"] = {name: tensor.numpy() for name, tensor in state.items()}
+    return found
+
+
+def _swept(folder: Path) -> dict[str, Any]:
+    from kvjax.artifacts.results import open_results
+
+    results = open_results(folder / RUN)
+    found = {"rows": results.rows, "heads": results.heads, "mlps": results.mlps}
+    for group in ("metrics", "intervals", "events"):
+        found[group] = _variables(getattr(results, group))
+    return found
+
+
+def _converted(folder: Path) -> dict[str, Any]:
+    import jax
+    from kvjax.converters.parameter_store import read_stored_run
+
+    found = {}
+    for stored in read_stored_run(RunLayout(folder / RUN).converted):
+        leaves = jax.tree_util.tree_leaves_with_path(stored.params)
+        found[f"step {stored.step}"] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return found
+
+
+def _intervened(folder: Path) -> dict[str, Any]:
+    from kvjax.artifacts.results import open_results
+
+    return {f"{one.kind} {one.window}": _variables(one.dataset) for one in open_results(folder / RUN).interventions()}
+
+
+def _studied(folder: Path) -> dict[str, Any]:
+    """Collects the numbers of every run and comparison below a folder."""
+    from kvjax.artifacts.results import open_results
+    from kvjax.artifacts.tables import read_dataset
+
+    found: dict[str, Any] = {}
+    for sweep in sorted((folder / STUDY).rglob("analysis/sweep.json")):
+        run = sweep.parents[1]
+        found[str(run.relative_to(folder))] = open_results(run).rows
+    for name in ("comparison.nc", "factor.nc"):
+        for path in sorted((folder / STUDY).rglob(name)):
+            found[str(path.relative_to(folder))] = _variables(read_dataset(path, expected="arrays"))
+    return found
+
+
+def _variables(dataset: Any) -> dict[str, np.ndarray]:
+    return {str(name): variable.values for name, variable in dataset.variables.items()}
+
+
+VICTIMS: dict[str, Victim] = {
+    "train": Victim(None, _train, _trained),
+    "convert": Victim("train", lambda folder: ["convert", f"--run_dirs={folder / RUN}"], _converted),
+    "checkpoint-sweep": Victim(
+        "train", lambda folder: ["checkpoint-sweep", f"--run_dirs={folder / RUN}", *_SWEEP], _swept
+    ),
+    "intervene": Victim(
+        "checkpoint-sweep",
+        lambda folder: [
+            *("intervene", f"--run_dirs={folder / RUN}", "--steps=50-60", "--force", "--pairs_per_kind=2"),
+            "--kinds=activation_patching,neurons",
+        ],
+        _intervened,
+    ),
+    "pipeline": Victim(
+        None,
+        lambda folder: [
+            *("pipeline", f"--config={folder / 'train.json'}", f"--benchmark_config={folder / 'benchmark.json'}"),
+            *("--seeds=3,4", "--pairs_per_kind=2", f"--output_dir={folder / STUDY}"),
+        ],
+        _studied,
+    ),
+    "factor-screen": Victim(
+        None,
+        lambda folder: ["factor-screen", f"--config={folder / 'screen.json'}", f"--output_dir={folder / STUDY}"],
+        _studied,
+    ),
+}
