@@ -245,13 +245,25 @@ def main(argv: list[str]) -> None:
                     break
             counts[command] = trials.count
             print(f"{command}: {_described(trials.count)}", flush=True)
-    seconds = time.monotonic() - begun
-    if FLAGS.record:
-        from benchmarks.killing.record import record  # starts JAX, so not before the forks
-
-        record({name: dataclasses.asdict(count) for name, count in counts.items()}, seed=FLAGS.seed, seconds=seconds)
+            if FLAGS.record:
+                _record(counts, time.monotonic() - begun)
     if any(count.defects for count in counts.values()):
         raise SystemExit(1)
+
+
+def _record(counts: dict[str, Count], seconds: float) -> None:
+    """Records what is known so far, in a forked process, for that starts JAX."""
+    child = os.fork()
+    if not child:
+        try:
+            from benchmarks.killing.record import record
+
+            record(
+                {name: dataclasses.asdict(count) for name, count in counts.items()}, seed=FLAGS.seed, seconds=seconds
+            )
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 
 
 def _start(scratch: Path) -> Callable[[str], Path]:
