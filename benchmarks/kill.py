@@ -2,7 +2,7 @@
 
     python -m benchmarks.kill --seconds=90 [--commands=train,checkpoint-sweep] [--record]
 
-A command runs on a tiny run. Half of the kills come just before a random one of its operations on files (opened to be
+A command runs on a tiny run. Every other kill comes just before a random one of its operations on files (opened to be
 written, renamed, removed, made), the others at a random time. A killed command is started again, as a person would,
 and killed again, until it ends by itself. Then every number is compared with the undisturbed run's, and no partial file
 may be left. Ends with status 1 if a number differs, a command fails, or something is left.
@@ -188,10 +188,9 @@ class Trials:
         status = -1
         for attempt in range(_KILLS_OF_A_TRIAL + 1):
             moment: dict[str, Any] = {}
-            if attempt < _KILLS_OF_A_TRIAL and chance.random() < 0.5:
-                moment = {"kill_at": chance.randint(1, max(1, self._operations // 2))}
-            elif attempt < _KILLS_OF_A_TRIAL:
-                moment = {"after": chance.uniform(0.0, self._seconds)}
+            if attempt < _KILLS_OF_A_TRIAL:
+                at_an_operation = {"kill_at": chance.randint(1, max(1, self._operations // 2))}
+                moment = {"after": chance.uniform(0.0, self._seconds)} if attempt % 2 else at_an_operation
             status = run_command(self._victim.arguments(folder), folder, self._counter, **moment)
             if status != -signal.SIGKILL:
                 break

@@ -16,6 +16,7 @@ from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.artifacts.differences import Difference
 from kvjax.artifacts.files import file_sha256, read_json
 from kvjax.artifacts.find_runs import find_run_dirs
+from kvjax.artifacts.identity import check_seal
 from kvjax.artifacts.layout import step_name
 from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
@@ -39,6 +40,7 @@ from kvjax.task.probe_set import frozen_manifest
 
 Verdict = Literal["holds", "differs", "open"]
 
+_SEALED = "its content has the hash it records"
 _REDRAWN = 1e-9  # the same sums give the same tables, but for rounding by other versions of libraries
 _MEASURED = 1e-4  # of the largest number of an array: float32 on other numbers of cores, and room to spare
 
@@ -96,7 +98,7 @@ def _checks(run: RunDir, benchmark_dir: str | None, settings: VerifySettings) ->
     except InputError as error:
         yield Check("sweep.json", "differs", str(error))
         return
-    seal = "its content has the hash it records" if sweep.content_sha256 else "it records no hash of its content"
+    seal = _SEALED if sweep.content_sha256 else "it records no hash of its content"
     yield Check("sweep.json", "holds" if sweep.content_sha256 else "open", seal)
     checks = _Checks(results, sweep, benchmark_dir)
     yield from checks.inputs()
@@ -158,6 +160,8 @@ class _Checks:
         for path, name in ((layout.birth_windows, "windows"), (layout.story, "story")):
             if path.is_file():
                 yield _compared(path.name, lambda name=name: getattr(self._results, name), "as written, of this sweep")
+        if (path := layout.importance).is_file():
+            yield _compared(path.name, lambda: check_seal(read_json(path), path, "run kvjax intervene again"), _SEALED)
         for path in self._results.intervention_files():
             yield _compared(
                 _name(path), lambda path=path: self._check_intervention(path), "summary and arrays as written"
