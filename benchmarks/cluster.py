@@ -9,6 +9,7 @@ command costs on a worker of one device, in core seconds, which say more than se
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import statistics
@@ -53,7 +54,7 @@ WAITING, SECONDS = 16, 0.2
 
 def local_cluster(workers: int) -> LocalCluster:
     """Starts worker processes of one thread."""
-    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
 
 
 def seconds_of(engine: Cluster, units: list[Unit]) -> float:
