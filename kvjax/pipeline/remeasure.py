@@ -60,17 +60,20 @@ def redraw_tables(run: RunDir, sweep: Sweep, benchmark_dir: str | None) -> Diffe
 
 
 def remeasure_checkpoints(
-    run: RunDir, sweep: Sweep, benchmark_dir: str | None, steps: Sequence[int]
+    run: RunDir, sweep: Sweep, benchmark_dir: str | None, steps: Sequence[int], *, neighbours: bool
 ) -> dict[int, Difference]:
     """Converts and certifies checkpoints again, measures them again, and compares every sum: step -> difference.
 
-    The two checkpoints before each, and the reference, are measured too: some numbers are of several checkpoints.
+    Args:
+      run, sweep, benchmark_dir: the run, what was measured on it, and its benchmark if it is not where it was.
+      steps: the checkpoints.
+      neighbours: whether the two checkpoints before each are measured too, and what is of several is compared as well.
 
     Raises:
       InputError: an input cannot be used, or a conversion does not certify.
     """
     swept = [checkpoint.step for checkpoint in sweep.checkpoints]
-    places = {place - back for place in map(swept.index, steps) for back in range(3)}
+    places = {place - back for place in map(swept.index, steps) for back in range(3 if neighbours else 1)}
     wanted = [swept[place] for place in sorted(places) if place >= 0]
     with _copy_of(run, sweep, measured=False) as copied:
         inputs = _inputs_of(copied, sweep, benchmark_dir, wanted)
@@ -80,7 +83,8 @@ def remeasure_checkpoints(
         sweep_runs([inputs], lambda _: loader, settings=settings, advance=lambda count: None)
         found = {}
         for step in steps:
-            files = sorted(copied.layout.measured.glob(f"*{step_name(step)}*.npz"))
+            pattern = f"*{step_name(step)}*.npz" if neighbours else f"{step_name(step)}.npz"
+            files = sorted(copied.layout.measured.glob(pattern))
             differences = [
                 between_arrays(_sums(run.layout.measured / file.name), _sums(file), where=file.name) for file in files
             ]

@@ -7,6 +7,7 @@ drawn again from the measured sums, and a random sample of checkpoints and inter
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -187,27 +188,23 @@ class _Checks:
 
     def redrawn(self) -> Check:
         """Draws the tables again."""
-        if len(self.steps) < len(self._sweep.checkpoints):
-            return Check("tables", "open", "not drawn again, for some checkpoints or their sums are missing")
-        return _measured(
-            "tables, drawn again", lambda: redraw_tables(self._run, self._sweep, self._benchmark_dir), _REDRAWN
-        )
+        subject = "tables, drawn again"
+        if not self._complete:
+            return Check(subject, "open", "not every checkpoint and its sums are as they were measured")
+        return _measured(subject, lambda: redraw_tables(self._run, self._sweep, self._benchmark_dir), _REDRAWN)
 
     def checkpoints_again(self, steps: Sequence[int]) -> Iterator[Check]:
         """Converts, certifies and measures some checkpoints again."""
-        try:
-            found = remeasure_checkpoints(self._run, self._sweep, self._benchmark_dir, steps)
-        except InputError as error:
-            yield Check(f"steps {_listed(steps)}, measured again", "differs", str(error))
-            return
+        for step in steps:
+            yield self._certified(step)
+        again = functools.cache(
+            lambda: remeasure_checkpoints(self._run, self._sweep, self._benchmark_dir, steps, neighbours=self._complete)
+        )
         devices = {one.step: (one.model_extra or {}).get("device") for one in self._sweep.checkpoints}
         for step in steps:
-            subject = f"step {step}, certified and measured again"
-            yield _measured(subject, lambda step=step: found[step], _MEASURED, device=devices[step])
-            same = parameters_as_stored(self._run, self._opened, step)
-            if same is not None:
-                reason = "are what the file converts to" if same else "are not what the file converts to"
-                yield Check(f"step {step}, stored parameters", "holds" if same else "differs", reason)
+            yield _measured(
+                f"step {step}, measured again", lambda step=step: again()[step], _MEASURED, device=devices[step]
+            )
 
     def intervention_again(self, found: Intervention) -> Check:
         """Measures an intervention again."""
@@ -218,13 +215,28 @@ class _Checks:
             return Check(subject, "open", reason)
         if not set(found.document["steps"]) <= set(self.steps):
             return Check(subject, "open", "not every checkpoint is as it was measured")
-        device = found.document.get("device")
+        return _measured(
+            subject,
+            lambda: remeasure_intervention(self._run, found, self._benchmark_dir),
+            _MEASURED,
+            device=found.document.get("device"),
+        )
+
+    @property
+    def _complete(self) -> bool:
+        return len(self.steps) == len(self._sweep.checkpoints)
+
+    def _certified(self, step: int) -> Check:
+        subject = f"step {step}, converted again"
         try:
-            return _measured(
-                subject, lambda: remeasure_intervention(self._run, found, self._benchmark_dir), _MEASURED, device=device
-            )
+            same = parameters_as_stored(self._run, self._opened, step)
         except InputError as error:
-            return Check(subject, "open", str(error))
+            return Check(subject, "differs", str(error))
+        if same is None:
+            return Check(subject, "holds", "logits agree with PyTorch's; the parameters are not stored")
+        if same:
+            return Check(subject, "holds", "logits agree with PyTorch's, and the stored parameters are these")
+        return Check(subject, "differs", "the stored parameters are not those that the file converts to")
 
     def _benchmark(self, benchmark: Benchmark) -> Check:
         splits = read_json(benchmark.layout.metadata)["splits"]
@@ -274,7 +286,10 @@ def _compared(subject: str, compare: Callable[[], object], what_holds: str) -> C
 
 
 def _measured(subject: str, again: Callable[[], Difference], tolerance: float, *, device: object = None) -> Check:
-    difference = again()
+    try:
+        difference = again()
+    except InputError as error:
+        return Check(subject, "open", f"it cannot be made again: {error}")
     if difference.size <= tolerance:
         apart = f"the largest difference is {difference.size:.0e}" if difference.size else "every number is the same"
         return Check(subject, "holds", apart)
