@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import logging
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 _LISTED = 5
+_SECONDS_TO_GREET = 3
 
 
 class Cluster:
@@ -142,14 +144,29 @@ def _connected(address: str) -> Iterator[Client]:
 
     with _quiet():
         try:
+            asyncio.run(_greet(address))
             client = Client(address, set_as_default=False)
-        except (OSError, ValueError, ImportError) as error:
-            raise bad_argument("scheduler", f"a scheduler at {address}", one_line(error)) from None
+        except Exception as error:  # of any kind, for the address may be of anything
+            found = one_line(error) or "something that does not greet as one (its dashboard has another port)"
+            raise bad_argument("scheduler", f"a scheduler at {address}", found) from None
         try:
             yield client
         finally:
             with contextlib.suppress(OSError):  # it went away
                 client.close()
+
+
+async def _greet(address: str) -> None:
+    """Connects once, for a client waits for ever on a server that does not greet, and leaves traces of what fails."""
+    import dask
+    from dask.utils import parse_timedelta
+    from distributed.comm import connect
+    from distributed.security import Security
+
+    seconds = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    connecting = connect(address, timeout=seconds, **Security().get_connection_args("client"))
+    comm = await asyncio.wait_for(connecting, seconds + _SECONDS_TO_GREET)
+    await comm.close()
 
 
 @contextlib.contextmanager

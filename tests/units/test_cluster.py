@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -290,6 +291,25 @@ def test_interrupted_command(cluster, tmp_path):
         engine.run([begun, *others], lambda done: None)
     assert done(engine, Unit("wait", "x", units.wait, (0,))), "the worker is free again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "begun"]
+
+
+@pytest.fixture
+def silent_server():
+    """The port of a server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "found"),
+    [("tcp", "something that does not greet"), ("tls", "TLS expects"), ("foo", "unknown address scheme")],
+)
+def test_server_that_is_no_scheduler(silent_server, scheme, found, small_run, capsys):
+    """An address of something else, such as a dashboard, is refused in one line."""
+    with dask.config.set({"distributed.comm.timeouts.connect": "200ms"}):
+        given = f"--scheduler={scheme}://127.0.0.1:{silent_server}"
+        line = refused(capsys, "checkpoint-sweep", f"--run_dirs={small_run}", given, *QUICK)
+    assert f"--scheduler: expected a scheduler at {scheme}://127.0.0.1:{silent_server}; found {found}" in line
 
 
 def test_scheduler_that_is_not_there(monkeypatch, small_run, capsys):
