@@ -10,6 +10,7 @@ import datetime
 import errno
 import json
 import os
+import resource
 import shlex
 import socket
 import sys
@@ -21,6 +22,7 @@ import filelock
 from kvjax.artifacts.partials import NO_LOCKS
 from kvjax.errors import note, unusable
 
+_OTHER_FILES = 512  # that a command may have open beside its locks
 _NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
 _PATIENCE = 1.0  # seconds: a holder that is killed on a busy machine takes a moment to let go
 
@@ -44,6 +46,9 @@ def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[No
             lock_file.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(_acquired(lock, lock_file, run, wait=wait))
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                expected = "fewer runs in one command, or a higher limit of open files (ulimit -Hn)"
+                raise unusable(lock_file, expected, error.strerror) from None
             if error.errno not in (NO_LOCKS if wait is not None else NO_LOCKS | _NO_WRITING):
                 expected = "a folder that can be written (or `output_dir`)"
                 raise unusable(lock_file.parent, expected, error.strerror) from None
@@ -54,6 +59,15 @@ def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[No
             if lock.lock_counter == 1:  # the next to go
                 with contextlib.suppress(OSError):
                     os.truncate(lock_file, 0)  # at rest the file says nothing
+
+
+def allow_locks(number: int) -> None:
+    """Raises this process's limit of open files, if need be and as far as it may, to hold a number of locks at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = number + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _acquired(

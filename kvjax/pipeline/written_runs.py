@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvjax.artifacts.find_runs import Needs, find_run_dirs, with_results_in
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.run_lock import hold
+from kvjax.artifacts.run_lock import allow_locks, hold
 from kvjax.pipeline.settings import ResultSettings, Runs
 
 
@@ -27,6 +27,7 @@ def open_to_write(runs: Runs, results: ResultSettings, *, needs: Needs = "step c
     found = find_run_dirs(runs.run_dirs, needs=needs)
     if results.output_dir is not None:
         found = with_results_in(found, Path(results.output_dir))
+    allow_locks(len(found))
     with contextlib.ExitStack() as held:
         # In one order for all commands: two that wait for each other would wait for ever.
         for run in sorted(found, key=lambda run: run.analysis.resolve()):

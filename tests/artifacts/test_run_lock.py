@@ -192,3 +192,27 @@ def test_notes_of_commands(capsys, monkeypatch, swept_run):
     assert main(["birth-windows", f"--run_dirs={swept_run}", "--noprogress"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"kvjax birth-windows: note: {swept_run}: no lock can be had there")
+
+
+@pytest.mark.parametrize(("hard", "outcome"), [(4096, "held 600"), (200, "ulimit -Hn")])
+def test_locks_of_many_runs(tmp_path, hard, outcome):
+    """More runs than files may be open are locked at once if the limit can be raised; else one line says what to do."""
+    code = """
+import contextlib, resource, sys
+from pathlib import Path
+from kvjax.artifacts.run_lock import allow_locks, hold
+from kvjax.errors import InputError
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[2])))
+allow_locks(600)
+with contextlib.ExitStack() as held:
+    try:
+        for number in range(600):
+            run = Path(sys.argv[1]) / str(number)
+            held.enter_context(hold(run / "analysis" / "lock", run, wait=False))
+        print("held 600")
+    except InputError as error:
+        print(error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and outcome in done.stdout and len(done.stdout.splitlines()) == 1, done.stderr
