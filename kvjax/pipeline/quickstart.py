@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
+from kvjax.artifacts.results import RunResults
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
@@ -76,6 +77,6 @@ def run_globs(settings: QuickstartSettings) -> list[str]:
 
 def draw_figures(reports: list[SweepReport], folder: Path) -> list[list[Path]]:
     """Draws the figures of swept runs and returns the files of each."""
-    swept = [report.dataset for report in reports]
+    swept = [RunResults(report.run).metrics for report in reports]
     figures = {"trajectories": trajectory_figure(swept), "head_ablations": head_ablation_figure(swept)}
     return [save_figure(figure, folder, name) for name, figure in figures.items()]
