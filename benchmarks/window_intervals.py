@@ -66,7 +66,8 @@ def measure(width: float, config: WindowConfig, *, runs: int, seed: int, everies
             for offset in range(every):
                 searched.append(subsampled(run, every, offset))
                 labels.append((number, every, truth))
-    rows = {every: {"looked_for": 0, "found": 0, **dict.fromkeys(MOMENTS, 0), "widths": []} for every in everies}
+    rows = {every: {"looked_for": 0, "found": 0, **dict.fromkeys(MOMENTS, 0)} for every in everies}
+    widths: dict[tuple[int, str], list[int]] = {(every, moment): [] for every in everies for moment in MOMENTS}
     of_run: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for finding, (number, every, truth) in zip(find_in_runs(searched, config), labels, strict=True):
         row = rows[every]
@@ -74,15 +75,19 @@ def measure(width: float, config: WindowConfig, *, runs: int, seed: int, everies
         order = [entry for window in window_entries(finding, _NOTHING, config) for entry in window["order"]]
         for entry in {entry["metric"]: entry for entry in order}.values():
             row["found"] += 1
-            row["widths"].append(entry["interval"][1] - entry["interval"][0])
             for moment, (name, interval) in zip(truth[entry["metric"]], MOMENTS.items(), strict=True):
                 low, high = entry[interval] or (np.inf, -np.inf)
                 row[name] += bool(low <= moment <= high)
+                widths[every, name].append(high - low)
             of_run.setdefault((number, entry["metric"]), []).append(entry["interval"])
     pairs = [(a, b) for found in of_run.values() for i, a in enumerate(found) for b in found[:i]]
     overlapping = sum(a[0] <= b[1] and b[0] <= a[1] for a, b in pairs)
     counted = [
-        {"every": every, **row, "widths": float(np.median(row["widths"])) if row["widths"] else None}
+        {
+            "every": every,
+            **row,
+            "widths": {name: float(np.median(widths[every, name])) for name in MOMENTS if widths[every, name]},
+        }
         for every, row in rows.items()
     ]
     return {"width": width, "runs": runs, "densities": counted, "pairs": len(pairs), "overlapping": overlapping}
@@ -94,17 +99,16 @@ def main() -> None:
     arguments = parser.parse_args()
     config = read_config(find_config("default", "windows"), WindowConfig).model_copy(update={"resamples": 100})
     rows = [measure(width, config, runs=arguments.runs, seed=int(width)) for width in (100, 400, 800, 1600)]
-    print(
-        "| rise over | checkpoints | found | onset | midpoint | completion | width of the midpoint's | pairs overlap |"
-    )
+    print("| rise over | checkpoints | found | onset | midpoint | completion | widths | pairs overlap |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         for one in row["densities"]:
             shares = (f"{100 * one[name] / max(one['found'], 1):.0f} %" for name in MOMENTS)
             found = f"{100 * one['found'] / one['looked_for']:.0f} %"
             overlap = f"{row['overlapping']} of {row['pairs']}" if one["every"] == 1 else ""
-            cells = [f"{row['width']:g} steps", f"every {100 * one['every']}", found, *shares, f"{one['widths']:g}"]
-            print("| " + " | ".join([*cells, overlap]) + " |")
+            widths = ", ".join(f"{width:g}" for width in one["widths"].values())
+            cells = [f"{row['width']:g} steps", f"every {100 * one['every']}", found, *shares, widths, overlap]
+            print("| " + " | ".join(cells) + " |")
     print("written to", write_result("window_intervals", {"machine": machine(), "rows": rows}))
 
 

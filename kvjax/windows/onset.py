@@ -6,6 +6,7 @@ Source: docs/birth_windows.md. Axis letters as in `kvjax.windows.shift_scores`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -128,12 +129,14 @@ def movement_steps(
     last_M: jax.Array,
     segments_Mx2: jax.Array,
     side: jax.Array,
+    skipped: jax.Array,
 ) -> jax.Array:
     """Dates onset, midpoint and completion of metrics' movements, for a trajectory and all its resamples alike.
 
     The floor is the average of the `side` checkpoints up to the movement's first gap, the plateau that of as many after
-    its last gap. An isotonic fit runs over these checkpoints and all between them. Onset, midpoint and completion are
-    the steps at which the fit has covered 10, 50 and 90 % of the way from floor to plateau.
+    its last gap; in both the `skipped` ones next to the movement are left out if there are others. An isotonic fit runs
+    over these checkpoints and all between them. Onset, midpoint and completion are the steps at which the fit has
+    covered 10, 50 and 90 % of the way from floor to plateau.
 
     Args:
       values_XxMxC: X versions (say, resamples) of M trajectories. NaN is left out of the fit.
@@ -142,7 +145,8 @@ def movement_steps(
       first_M: first gap of each movement.
       last_M: its last gap.
       segments_Mx2: first and last checkpoint that belong to each movement and to no other of its metric.
-      side: checkpoints averaged for floor and plateau.
+      side: checkpoints taken for floor and plateau.
+      skipped: those of them next to the movement that are left out of the averages.
 
     Returns:
       Steps [X, M, 3]; NaN if the plateau is not beyond the floor, or a level is not reached.
@@ -162,8 +166,11 @@ def movement_steps(
             weights = (member & inside & there).astype(rising.dtype)
             return jnp.where(weights.sum() > 0, (rising * weights).sum() / jnp.maximum(weights.sum(), 1), jnp.nan)
 
-        low = average((index <= first) & (index > first - side))
-        high = average((index > last) & (index <= last + side))
+        def level(member: jax.Array, far: jax.Array) -> jax.Array:
+            return jnp.where((member & far & inside & there).any(), average(member & far), average(member))
+
+        low = level((index <= first) & (index > first - side), index <= first - skipped)
+        high = level((index > last) & (index <= last + side), index > last + skipped)
         fit = isotonic_fit(rising, (inside & there).astype(rising.dtype))
         levels = low + jnp.asarray(COURSE_SHARES) * (high - low)
         return jnp.where(high > low, crossing_steps(fit, steps_C, inside, levels), jnp.nan)
@@ -172,7 +179,9 @@ def movement_steps(
     return jax.lax.map(lambda values: of_metrics(values, signs_M, first_M, last_M, segments_Mx2), values_XxMxC)
 
 
-def observed_interval(moments_K: np.ndarray, samples_J: np.ndarray, steps_C: np.ndarray) -> tuple[int, int] | None:
+def observed_interval(
+    moments_K: np.ndarray, resampled: Sequence[np.ndarray], steps_C: np.ndarray
+) -> tuple[int, int] | None:
     """Joins what was observed of a moment with what resampling adds: the checkpoints between which it lies.
 
     A moment interpolated between two checkpoints was observed to lie between them, no closer. Each resample has its own
@@ -182,7 +191,7 @@ def observed_interval(moments_K: np.ndarray, samples_J: np.ndarray, steps_C: np.
     Args:
       moments_K: estimates in steps, the first that of the moment, the others with other levels before and after; NaN
         if there is none.
-      samples_J: under resamples; NaN where there is none.
+      resampled: [J] each, some of the estimates under resamples; NaN where there is none.
       steps_C: training steps of the checkpoints.
 
     Returns:
@@ -191,10 +200,11 @@ def observed_interval(moments_K: np.ndarray, samples_J: np.ndarray, steps_C: np.
     if not np.isfinite(moments_K[0]):
         return None
     ends = moments_K[np.isfinite(moments_K)].tolist()
-    known = samples_J[np.isfinite(samples_J)]
-    if len(known):
-        tail = 50 * (1 - LEVEL)
-        ends += np.percentile(known, [tail, 100 - tail], method="inverted_cdf").tolist()
+    tail = 50 * (1 - LEVEL)
+    for samples_J in resampled:
+        known = samples_J[np.isfinite(samples_J)]
+        if len(known):
+            ends += np.percentile(known, [tail, 100 - tail], method="inverted_cdf").tolist()
     return gap_around(min(ends), steps_C)[0], gap_around(max(ends), steps_C)[1]
 
 

@@ -106,7 +106,13 @@ def detection_settings(config: WindowConfig) -> DetectionSettings:
 
 
 def course_steps(
-    values_XxCxM: np.ndarray, steps_C: np.ndarray, shifts: Sequence[Shift], others: Sequence[Shift], *, side: int
+    values_XxCxM: np.ndarray,
+    steps_C: np.ndarray,
+    shifts: Sequence[Shift],
+    others: Sequence[Shift],
+    *,
+    side: int,
+    skipped: int = 0,
 ) -> np.ndarray:
     """Dates onset, midpoint and completion of each shift in X versions of the trajectories, [X, shifts, 3].
 
@@ -115,7 +121,8 @@ def course_steps(
       steps_C: training steps.
       shifts: the shifts to date.
       others: all shifts of the run; those of the same metric bound the stretch that belongs to a shift.
-      side: checkpoints averaged for floor and plateau.
+      side: checkpoints taken for floor and plateau.
+      skipped: those of them next to the movement that are left out of the averages.
     """
     n = len(steps_C)
     if not shifts:
@@ -141,6 +148,7 @@ def course_steps(
         jnp.asarray(padded([shift.last for shift in shifts], np.int32)),
         jnp.asarray(padded(segments, np.int32)),
         jnp.asarray(side, jnp.int32),
+        jnp.asarray(skipped, jnp.int32),
     )
     return np.asarray(courses, np.float64)[:, : len(shifts)] + float(steps_C[0])
 

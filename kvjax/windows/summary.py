@@ -16,8 +16,10 @@ from kvjax.windows.onset import COURSE, gap_around, observed_interval, precedenc
 from kvjax.windows.score_runs import RunFinding, course_steps
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
-# Levels before and after a movement are averaged over so many times the checkpoints of a shift's sides.
-_TIMES_FURTHER = (1, 2, 4, 8)
+# Levels before and after a movement are looked for within so many times the checkpoints of a shift's sides.
+_TIMES_FURTHER = (1, 2, 4, 8, 16)
+# So many resamples say how sure each of those dates is; all would take most of the search's time on a dense run.
+_RESAMPLES_FURTHER = 100
 
 
 def verdict_sentence(finding: RunFinding, config: WindowConfig, *, complete: bool) -> str:
@@ -112,20 +114,24 @@ def _order(
     values = run.values_CxM[None]
     point = course_steps(values, run.steps, shifts, every, side=side)[0]
     # What is at rest before and after depends on how far one looks. On a dense run a shift is part of its movement, and
-    # the checkpoints beside it still move.
+    # the checkpoints beside it still move: of those further away the nearer half is left out.
     movements = whole_movements([*every, *shifts], run.values_CxM, run.steps)
-    at = {"shifts": movements[len(every) :], "others": movements}
-    levels = [point, *(course_steps(values, run.steps, **at, side=times * side)[0] for times in _TIMES_FURTHER)]
+
+    def of_movements(values: np.ndarray, times: int) -> np.ndarray:
+        at = {"side": times * side, "skipped": times * side // 2 if times > 1 else 0}
+        return course_steps(values, run.steps, movements[len(every) :], movements, **at)
+
+    levels = [point, *(of_movements(values, times)[0] for times in _TIMES_FURTHER)]
     samples = course_steps(run.samples_JxCxM, run.steps, shifts, every, side=side)
+    further = [of_movements(run.samples_JxCxM[:_RESAMPLES_FURTHER], times) for times in _TIMES_FURTHER]
     ranked = sorted(range(len(shifts)), key=lambda i: (np.nan_to_num(point[i, 1], nan=np.inf), i))
     entries = []
     for i in ranked:
         metric = run.metrics[shifts[i].metric]
-        nothing = np.empty(0)  # values that repeat say nothing of sampling
+        # Values that repeat say nothing of sampling.
+        resampled = [samples, *further] if metric.resampled else []
         onset, midpoint, completion = (
-            observed_interval(
-                np.array([of[i, k] for of in levels]), samples[:, i, k] if metric.resampled else nothing, run.steps
-            )
+            observed_interval(np.array([of[i, k] for of in levels]), [of[:, i, k] for of in resampled], run.steps)
             for k in range(len(COURSE))
         )
         entries.append(

@@ -77,7 +77,7 @@ def test_crossing_steps():
     np.testing.assert_allclose(found, [100, 600, 1000, 1080, np.nan])
 
 
-def course(values, steps, *, sign, first, last, segment=None, side=3):
+def course(values, steps, *, sign, first, last, segment=None, side=3, skipped=0):
     values = np.asarray(values, np.float32)
     segment = (0, len(values) - 1) if segment is None else segment
     found = movement_steps(
@@ -88,6 +88,7 @@ def course(values, steps, *, sign, first, last, segment=None, side=3):
         jnp.asarray([last]),
         jnp.asarray([segment]),
         jnp.asarray(side),
+        jnp.asarray(skipped),
     )
     return np.asarray(found)[0, 0]
 
@@ -111,6 +112,18 @@ class TestCourse:
         values, steps = [0, 0, 0, np.nan, 1, 1, 1.0], np.array([0, 1, 2, 3, 6, 7, 8]) * 100
         found = course(values, steps, sign=1.0, first=2, last=3)
         assert np.isfinite(found).all() and 200 <= found[0] <= found[1] <= found[2] <= 600
+
+    def test_course_with_distant_levels(self):
+        """Checkpoints beside a shift that still move can be left out of its levels, but never all of them."""
+        values, steps = np.array([0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1.0]), np.arange(8) * 100
+        near = course(values, steps, sign=1.0, first=3, last=3, side=2)
+        far = course(values, steps, sign=1.0, first=3, last=3, side=4, skipped=2)
+        # Levels 0.3 and 0.7, of which 10 % is 0.34; then 0 and 1.
+        np.testing.assert_allclose(near, [270, 350, 430], atol=0.01)
+        np.testing.assert_allclose(far, [150, 350, 550], atol=0.01)
+        # Before it are 0.2 and 0.4 alone: levels 0.3 and 1, of which 10, 50 and 90 % are 0.37, 0.65 and 0.93.
+        at_the_start = course(values[2:], steps[2:], sign=1.0, first=1, last=1, side=4, skipped=2)
+        np.testing.assert_allclose(at_the_start, [285, 425, 565], atol=0.01)
 
     def test_course_of_a_flat_metric(self):
         """A flat metric has no onset, midpoint or completion."""
@@ -154,4 +167,8 @@ class TestPrecedence:
 )
 def test_observed_interval(moments, samples, expected):
     """An interval holds the two checkpoints around the moment, and those around its resamples and other levels."""
-    assert observed_interval(np.array(moments), np.array(samples), np.array([0, 100, 200, 400])) == expected
+    steps = np.array([0, 100, 200, 400])
+    assert observed_interval(np.array(moments), [np.array(samples)], steps) == expected
+    if expected:
+        with_others = observed_interval(np.array(moments), [np.array(samples), np.full(40, 250.0)], steps)
+        assert with_others == (expected[0], 400), "each of the estimates that are resampled widens it"
