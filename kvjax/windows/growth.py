@@ -1,7 +1,7 @@
-"""Compares shifts with steady growth over the whole run: which of the two explains a trajectory better.
+"""Compares shifts with steady growth, over the whole run or a stretch: which of the two explains a trajectory better.
 
-A few checkpoints of a ramp look like a shift, and are too few to measure its rate beside it. Two models with the same
-number of terms can still be told apart. Source: docs/birth_windows.md, "Ramps".
+A few checkpoints of a ramp look like a shift, and are too few to measure its rate beside it; so do those at the end of
+a longer ramp. Two models with the same number of terms can still be told apart. Source: docs/birth_windows.md, "Ramps".
 """
 
 from __future__ import annotations
@@ -18,8 +18,26 @@ from kvjax.windows.trajectories import Trajectories
 _LIKELIHOOD_RATIO = 4
 # So many trajectories that shift together say that something happened to the others as well.
 _SEVERAL = 2
+# Checkpoints on each side of a gap among which growth over a stretch is looked for, and over how many gaps it takes.
+_STRETCH_RADIUS = 24
+_SHORTEST_GROWTH = 16
 # Of a trajectory's variance: residuals below it are rounding.
 _ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Least:
+    """What a step must reach to be one.
+
+    Attributes:
+      floor: its size, in the metric's unit.
+      threshold: its size in standard errors.
+      noise: standard deviation of one checkpoint.
+    """
+
+    floor: float
+    threshold: float
+    noise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +45,8 @@ class _Comparison:
     """A shift beside growth.
 
     Attributes:
-      log_ratio: of the likelihood of the shift to that of growth.
-      beyond: whether the shift is one even beside growth.
+      log_ratio: log of the shift's likelihood over that of growth.
+      beyond: whether the shift is one even beside that growth.
     """
 
     log_ratio: float
@@ -45,8 +63,11 @@ def growing(
     normal errors of unknown size. Growth explains the shift unless the step makes the trajectory 4 times as likely, in
     the geometric mean over the splits on which the same measure shifts in the same gap or a touching one.
 
-    It explains no shift that stands out of growth: beside a mixture of growth that is even in steps, log steps and
-    checkpoints, the step still reaches its floor and the threshold.
+    On a dense run growth over a stretch explains shifts as well. Among the 24 checkpoints on each side of the gap the
+    best movement that is even in steps takes fewer than 16 gaps, or more: the shorter one must be 4 times as likely.
+
+    Growth explains no shift that stands out of it: beside a mixture of growth over the run that is even in steps, log
+    steps and checkpoints, or beside the best growth over the stretch, a step still reaches its floor and the threshold.
 
     Args:
       shifts: of the run, those that reach the threshold.
@@ -61,24 +82,25 @@ def growing(
         of_metric.setdefault(shift.metric, []).append(shift)
         of_measure.setdefault(_measure(run, shift), []).append(shift)
     busy = _busy_gaps(shifts)
-    compared = {
-        shift: _compare(
-            shift,
-            _elsewhere(shift, [other.gap for other in of_metric[shift.metric] if other is not shift], busy),
-            run.values_CxM[:, shift.metric],
-            run.steps,
-            floor=floor_M[shift.metric],
-            threshold=threshold,
-            side=side,
+
+    def compare(shift: Shift) -> tuple[_Comparison, _Comparison]:
+        values_C = run.values_CxM[:, shift.metric]
+        own = [other.gap for other in of_metric[shift.metric] if other is not shift]
+        least = _Least(floor_M[shift.metric], threshold, _checkpoint_noise(shift, len(values_C), side=side))
+        return (
+            _over_run(shift, _elsewhere(shift, own, busy), values_C, run.steps, least),
+            _over_stretch(shift, own, values_C, run.steps, least),
         )
-        for shift in shifts
-    }
+
+    compared = {shift: compare(shift) for shift in shifts}
 
     def explained(shift: Shift) -> bool:
         near = [other for other in of_measure[_measure(run, shift)] if abs(other.gap - shift.gap) <= 1]
-        return bool(np.mean([compared[other].log_ratio for other in near]) <= np.log(_LIKELIHOOD_RATIO))
+        ratios = np.mean([[one.log_ratio for one in compared[other]] for other in near], axis=0)
+        likely = zip(ratios, compared[shift], strict=True)
+        return any(ratio <= np.log(_LIKELIHOOD_RATIO) and not one.beyond for ratio, one in likely)
 
-    return frozenset(shift for shift in shifts if not compared[shift].beyond and explained(shift))
+    return frozenset(filter(explained, shifts))
 
 
 def _busy_gaps(shifts: Sequence[Shift]) -> list[int]:
@@ -103,37 +125,48 @@ def _measure(run: Trajectories, shift: Shift) -> str:
     return run.metrics[shift.metric].measure.removeprefix("heldout_")
 
 
-def _compare(
-    shift: Shift,
-    others: Sequence[int],
-    values_C: np.ndarray,
-    steps_C: np.ndarray,
-    *,
-    floor: float,
-    threshold: float,
-    side: int,
+def _over_run(
+    shift: Shift, others: Sequence[int], values_C: np.ndarray, steps_C: np.ndarray, least: _Least
 ) -> _Comparison:
-    """Fits a step at the shift's gap and growth, each beside steps at the metric's other shifts."""
-    there = np.isfinite(values_C)
-    values, index = values_C[there], np.flatnonzero(there)
+    """Compares a step at the shift's gap with growth over the run, each beside steps at other gaps."""
+    index = np.flatnonzero(np.isfinite(values_C))
+    values, step = values_C[index], (index > shift.gap).astype(float)
     common = [np.ones(len(values)), *((index > gap).astype(float) for gap in others)]
-    step = (index > shift.gap).astype(float)
-    rounding = _ROUNDING * values.var() + np.finfo(float).tiny
-    left_by_step = _squared_residuals([*common, step], values)
-    curves = _growth_curves(steps_C[there])
-    left_by_growth = min(_squared_residuals([*common, curve], values) for curve in curves)
-    log_ratio = len(values) / 2 * np.log((left_by_growth + rounding) / (left_by_step + rounding))
+    # Growth from 0 to 1, even in steps and in their logarithms; step 0 counts as 1.
+    curves = [_from_0_to_1(curve) for curve in (steps_C[index].astype(float), np.log1p(steps_C[index].astype(float)))]
+    by_step = _squared_residuals([*common, step], values)
+    by_growth = min(_squared_residuals([*common, curve], values) for curve in curves)
     # A mixture of shapes, because growth of a shape between them would leave a step over.
-    mixture = [*curves, np.arange(len(values), dtype=float)]
-    size, error = _step_beside([*common, *mixture], step, values)
-    size, error = np.sign(shift.size) * size, error * _checkpoint_noise(shift, len(values_C), side=side)
-    return _Comparison(float(log_ratio), bool(size >= floor and size >= threshold * error))
+    mixture = [*common, *curves, np.arange(len(values), dtype=float)]
+    return _Comparison(_log_ratio(by_step, by_growth, values), _is_step_beside(mixture, step, values, shift, least))
 
 
-def _growth_curves(steps: np.ndarray) -> list[np.ndarray]:
-    """Makes growth from 0 to 1 over a run, even in steps and in their logarithms; step 0 counts as 1."""
-    curves = [steps.astype(float), np.log1p(steps.astype(float))]
-    return [(curve - curve[0]) / (curve[-1] - curve[0]) for curve in curves]
+def _over_stretch(
+    shift: Shift, others: Sequence[int], values_C: np.ndarray, steps_C: np.ndarray, least: _Least
+) -> _Comparison:
+    """Compares a short movement through the shift's gap with a long one; on a short run the shift is none."""
+    begin, end = max(0, shift.gap + 1 - _STRETCH_RADIUS), min(len(values_C), shift.gap + 1 + _STRETCH_RADIUS)
+    if end - begin < 2 * _SHORTEST_GROWTH:
+        return _Comparison(np.inf, beyond=True)
+    index = np.arange(begin, end)[np.isfinite(values_C[begin:end])]
+    values, step, steps = values_C[index], (index > shift.gap).astype(float), steps_C.astype(float)
+    common = [np.ones(len(index)), *((index > gap).astype(float) for gap in others)]
+    first, last = (ends.ravel() for ends in np.meshgrid(np.arange(begin, shift.gap + 1), np.arange(shift.gap + 1, end)))
+    curves = np.clip((steps[index] - steps[first, None]) / (steps[last] - steps[first])[:, None], 0, 1)
+    # What the common terms leave of each curve and of the values; a step outside of the stretch is a constant.
+    vectors, singular, _ = np.linalg.svd(np.stack(common, axis=1), full_matrices=False)
+    basis = vectors[:, singular > _ROUNDING * singular[0]]
+    alone, rest = curves - curves @ basis @ basis.T, values - basis @ (basis.T @ values)
+    weights = (alone**2).sum(axis=1)
+    told = np.divide((alone @ rest) ** 2, weights, out=np.zeros(len(weights)), where=weights > _ROUNDING)
+    left, is_long = np.maximum(rest @ rest - told, 0.0), last - first >= _SHORTEST_GROWTH
+    growth = curves[is_long][np.argmin(left[is_long])]
+    ratio = _log_ratio(left[~is_long].min(), left[is_long].min(), values)
+    return _Comparison(ratio, _is_step_beside([*common, growth], step, values, shift, least))
+
+
+def _from_0_to_1(curve: np.ndarray) -> np.ndarray:
+    return (curve - curve[0]) / (curve[-1] - curve[0])
 
 
 def _squared_residuals(terms: Sequence[np.ndarray], values: np.ndarray) -> float:
@@ -142,21 +175,25 @@ def _squared_residuals(terms: Sequence[np.ndarray], values: np.ndarray) -> float
     return float(left @ left)
 
 
-def _step_beside(terms: Sequence[np.ndarray], step: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Fits a step beside other terms.
+def _log_ratio(by_step: float, by_growth: float, values: np.ndarray) -> float:
+    """Computes the log likelihood ratio of two models from their squared residuals, with errors of unknown size."""
+    rounding = _ROUNDING * values.var() + np.finfo(float).tiny
+    return float(len(values) / 2 * np.log((by_growth + rounding) / (by_step + rounding)))
 
-    Returns:
-      Its size, and its standard error for values of standard deviation 1: infinite if the terms hold the step, or if
-      nothing is left over to check it.
-    """
+
+def _is_step_beside(
+    terms: Sequence[np.ndarray], step: np.ndarray, values: np.ndarray, shift: Shift, least: _Least
+) -> bool:
+    """Checks whether a step beside other terms is as large as it must be; none is if the terms hold the step."""
     design = np.stack(terms, axis=1)
     if len(values) <= design.shape[1] + 1:
-        return 0.0, np.inf
+        return False  # nothing is left over to check it
     alone = step - design @ np.linalg.lstsq(design, step, rcond=None)[0]
     weight = float(alone @ alone)
     if weight < _ROUNDING * len(values):
-        return 0.0, np.inf
-    return float(alone @ values) / weight, weight**-0.5
+        return False
+    size = np.sign(shift.size) * float(alone @ values) / weight
+    return bool(size >= least.floor and size >= least.threshold * least.noise / np.sqrt(weight))
 
 
 def _checkpoint_noise(shift: Shift, checkpoints: int, *, side: int) -> float:

@@ -99,6 +99,19 @@ def test_splits_decide_together():
     assert explained([like_a_step, like_a_step, even], [(0, 3), (1, 3), (2, 3)], known_noise=0.2) == [False] * 3
 
 
+@pytest.mark.parametrize("gap", [22, 30, 38])
+def test_growth_over_a_stretch(gap):
+    """On a dense run a gap inside a ramp of 20 checkpoints or at its ends is explained; a movement of 6 is not."""
+    index = np.arange(80)
+    ramp = np.clip((index - 20) / 20, 0, 1)
+    assert explained([ramp], [(0, gap)]) == [True]
+    assert explained([np.clip((index - gap + 3) / 6, 0, 1)], [(0, gap)]) == [False]
+    beside_a_birth = ramp + 1.0 * (index > 44)
+    assert explained([beside_a_birth], [(0, gap), (0, 44)]) == [True, False]
+    # A shift far from the stretch has no say.
+    assert explained([ramp + 1.0 * (index > 76)], [(0, gap), (0, 76)]) == [True, False]
+
+
 def test_missing_values():
     """Checkpoints without a value are left out, not taken as steps."""
     values = np.linspace(0, 1, 8)

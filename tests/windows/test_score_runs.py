@@ -51,6 +51,33 @@ def test_growth_on_few_checkpoints(config, length, spaced, even_in):
     assert row["runs_with_windows"] <= 2
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_dense_run(config, seed):
+    """Of 160 checkpoints with two births and three ramps, the births are the windows and the ramps are ramps."""
+    rng, steps = np.random.default_rng(seed), np.arange(1, 161) * 50
+
+    def birth(step, size):
+        return size / (1 + np.exp(-(steps - step) / 40))  # 10 to 90 % in 176 steps
+
+    def ramp(begins, ends, size):
+        return size * np.clip((steps - begins) / (ends - begins), 0, 1)
+
+    curves = {
+        "answer_accuracy": birth(2000, 0.5) + birth(6000, 0.4),
+        "r": birth(2000, 0.5) + ramp(3000, 4500, 0.9),
+        "key_selectivity": ramp(2900, 4500, 0.8) + birth(6000, 0.3),
+        "w": ramp(3100, 4700, 12.0),
+    }
+    noise = {"w": 0.08}
+    courses = {name: curve + noise.get(name, 0.008) * rng.standard_normal(160) for name, curve in curves.items()}
+    (found,) = find_in_runs([hand_made(courses, steps=steps)], config)
+    centres = [int(steps[window.gap + 1]) for window in found.windows]
+    assert len(centres) == 2
+    assert abs(centres[0] - 2000) <= 100 and abs(centres[1] - 6000) <= 100
+    metrics = found.trajectories.metrics
+    assert {metrics[ramp.metric].measure for ramp in found.ramps} == {"r", "key_selectivity", "w"}
+
+
 def test_reason_of_growth(config):
     """The reason for no transition names growth as such, not a shift that is too weak."""
     steps = np.arange(1, 9) * 250
