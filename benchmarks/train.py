@@ -1,15 +1,20 @@
-"""Times a training step against eager PyTorch, and many seeds as one program against one after another.
+"""Times training steps of runs as one program beside eager PyTorch, in turn, in one process on the same cores or GPU.
 
-    python -m benchmarks.train
+    python -m benchmarks.train --config=symbolic_kv_quickstart --runs=16
+    python -m benchmarks.train --config=symbolic_kv_formation --benchmark=symbolic_kv_base --runs=1
 
-Reference shape and batch (3 layers, D 128, batch 128, 56 tokens): the same step on both sides — forward, backward,
-clipping, AdamW — in the same process on the same cores or GPU.
+A step is forward, backward, clipping and AdamW on both sides, from the same initial weights on the same batches, of the
+config's model and batch and of tokens as long as the benchmark's records. On a busy machine CPU time says more than
+wall time: of PyTorch, look at one thread, for threads that wait for each other spin.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,104 +24,152 @@ from absl import app, flags
 from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_decoder import TorchAttention, TorchDecoder
 
-from benchmarks.reporting import machine, median_seconds, torch_device, write_result
+from benchmarks.reporting import machine, torch_device, write_result
+from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
-from kvjax.config.train import InitializedModelConfig, TrainConfig
+from kvjax.config.train import TrainConfig
 from kvjax.devices import share_cpu_cores
 from kvjax.model.decoder import DecoderConfig
+from kvjax.pipeline.screen_estimate import decoder_of
 from kvjax.train.schedule import Hyperparameters, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("steps", 10, "Steps per timed segment.", lower_bound=1)
-flags.DEFINE_integer("repeats", 5, "Timed segments; the median is reported.", lower_bound=1)
-flags.DEFINE_integer("seeds", 8, "Seeds trained as one program, against as many one after another.", lower_bound=2)
+flags.DEFINE_string("config", "symbolic_kv_quickstart", "Training config, a file or the name of a shipped one.")
+flags.DEFINE_string("benchmark", "symbolic_kv_quickstart", "Benchmark config that gives vocabulary and record length.")
+flags.DEFINE_integer("runs", 16, "Runs trained as one program.", lower_bound=1)
+flags.DEFINE_integer("steps", 4, "Steps per timed segment.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Rounds; medians are reported.", lower_bound=1)
 
-VOCAB, LENGTH, RECORDS = 146, 56, 2048
+RECORDS = 2048
+PAUSE = 0.5  # seconds until threads of PyTorch that wait have gone to sleep
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What both sides train: a config, its model's shape, and tokens as long as a benchmark's longest record."""
+
+    config: TrainConfig
+    decoder: DecoderConfig
+    tokens: np.ndarray
+
+    @classmethod
+    def of(cls, name: str) -> Case:
+        config = read_config(find_config(name, "train"), TrainConfig)
+        drawn = read_config(find_config(FLAGS.benchmark, "benchmark"), BenchmarkConfig)
+        decoder = decoder_of(config, drawn)
+        size = (RECORDS, drawn.train.longest_stream)
+        tokens = np.random.default_rng(0).integers(1, decoder.vocab_size, size).astype(np.int32)
+        return cls(config, decoder, tokens)
+
+    def batches(self, seed: int) -> np.ndarray:
+        return batch_indices(seed, 1, FLAGS.steps, num_records=RECORDS, batch_size=self.config.batch_size)
+
+
+@dataclasses.dataclass
+class Timed:
+    """A side of the comparison: a segment of steps, and milliseconds per step and run of each round.
+
+    Attributes:
+      segment: trains one segment and returns the first loss of the first run.
+      runs: how many runs it trains.
+    """
+
+    segment: Callable[[], float]
+    runs: int
+    wall: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+
+    def time(self) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.segment()
+        steps = FLAGS.steps * self.runs
+        self.wall.append(1e3 * (time.perf_counter() - wall) / steps)
+        self.cpu.append(1e3 * (time.process_time() - cpu) / steps)
+
+    def medians(self) -> dict[str, float]:
+        return {"wall_ms": statistics.median(self.wall), "cpu_ms": statistics.median(self.cpu)}
 
 
 def main(argv: list[str]) -> None:
     del argv
     share_cpu_cores()
-    config = read_config(find_config("symbolic_kv_formation", "train"), TrainConfig)
-    tokens = np.random.default_rng(0).integers(1, VOCAB, (RECORDS, LENGTH)).astype(np.int32)
-    device, theirs, torch_loss = torch_device(), {}, None
+    case, device = Case.of(FLAGS.config), torch_device()
+    sides = {"kvjax": Timed(_our_segment(case, FLAGS.runs), FLAGS.runs)}
     if device is not None:
-        theirs["attention written out"], torch_loss = _torch_seconds_per_step(config, tokens, device, fused=False)
-        theirs["fused attention"], _ = _torch_seconds_per_step(config, tokens, device, fused=True)
-    one, compile_one, our_loss = _our_seconds_per_step(config, tokens, 1)
-    many, compile_many, _ = _our_seconds_per_step(config, tokens, FLAGS.seeds)
-    result = {
-        "what": "one training step: forward, backward, clipping, AdamW",
-        "machine": machine(),
-        "batch_size": config.batch_size,
-        "tokens_per_record": LENGTH,
-        "kvjax_seconds_per_step": one,
-        "kvjax_compile_seconds": compile_one,
-        "torch_seconds_per_step": theirs,
-        "ratio_to_fastest_torch": min(theirs.values()) / one if theirs else None,
-        "first_losses": {"kvjax": our_loss, "torch": torch_loss},
-        "seeds": FLAGS.seeds,
-        "seconds_per_step_of_all_seeds_as_one_program": many,
-        "compile_seconds_as_one_program": compile_many,
-        "ratio_to_one_after_another": FLAGS.seeds * one / many,
+        threads = torch.get_num_threads()
+        for name, fused, used in (
+            ("PyTorch, fused attention", True, threads),
+            ("PyTorch, fused attention, one thread", True, 1),
+            ("PyTorch, attention written out", False, threads),
+        ):
+            sides[name] = Timed(_torch_segment(case, device, fused=fused, threads=used), 1)
+    losses = {name: side.segment() for name, side in sides.items()}  # compiles, and warms up
+    for _ in range(FLAGS.repeats):
+        for side in sides.values():
+            time.sleep(PAUSE)
+            side.time()
+    found = {name: side.medians() for name, side in sides.items()}
+    ours, theirs = found["kvjax"], {name: one for name, one in found.items() if name != "kvjax"}
+    ratios = {
+        kind: min(one[f"{kind}_ms"] for one in theirs.values()) / ours[f"{kind}_ms"]
+        for kind in ("wall", "cpu")
+        if theirs
     }
-    path = write_result("train", result)
-    print(f"kvjax   {one * 1e3:8.1f} ms per step (compile {compile_one:.1f} s, once)")
-    for name, seconds in theirs.items():
-        print(f"PyTorch {seconds * 1e3:8.1f} ms per step, {name} ({seconds / one:.2f}x)")
-    print(f"first losses: kvjax {our_loss:.5f}, PyTorch {torch_loss}")
-    print(f"{FLAGS.seeds} seeds as one program: {many * 1e3:.1f} ms per step of all ({FLAGS.seeds * one / many:.2f}x)")
-    print(path)
+    result = {
+        "what": "milliseconds per step and run: forward, backward, clipping, AdamW",
+        "machine": machine(),
+        "config": FLAGS.config,
+        "runs_as_one_program": FLAGS.runs,
+        "batch_size": case.config.batch_size,
+        "tokens_per_record": case.tokens.shape[1],
+        "medians": found,
+        "rounds": {name: {"wall_ms": side.wall, "cpu_ms": side.cpu} for name, side in sides.items()},
+        "ratio_to_fastest_torch": ratios,
+        "first_losses": losses,
+    }
+    for name, one in found.items():
+        print(f"{name:38s} {one['wall_ms']:7.1f} ms per step and run, {one['cpu_ms']:7.1f} ms of CPU time")
+    print(f"the least of PyTorch over kvjax: {', '.join(f'{kind} {ratio:.2f}' for kind, ratio in ratios.items())}")
+    print(f"first losses: {', '.join(f'{name} {loss:.5f}' for name, loss in losses.items())}")
+    print(write_result(f"train_{FLAGS.config.removeprefix('symbolic_kv_')}_{FLAGS.runs}", result))
 
 
-def _model(config: TrainConfig) -> tuple[InitializedModelConfig, DecoderConfig]:
-    return config.model, DecoderConfig.from_model_config(config.model, VOCAB)
-
-
-def _our_seconds_per_step(config: TrainConfig, tokens: np.ndarray, seeds: int) -> tuple[float, float, float]:
-    """Measures seconds per step of all seeds, compile seconds, and the first loss of the first seed."""
-    model, decoder = _model(config)
+def _our_segment(case: Case, runs: int) -> Callable[[], float]:
+    """Makes a segment of `runs` runs as one program."""
+    config = case.config
     program = plan_training(
-        decoder,
+        case.decoder,
         batch_size=config.batch_size,
-        length=LENGTH,
+        length=case.tokens.shape[1],
         backend=jax.default_backend(),
-        num_runs=seeds,
+        num_runs=runs,
         num_devices=jax.local_device_count(),
     )
-    params = [initial_params(model, decoder, seed) for seed in range(seeds)]
     hyper = Hyperparameters.of(config.optimization, config.num_steps)
+    params = [initial_params(config.model, case.decoder, seed) for seed in range(runs)]
     states = [TrainState(p, make_optimizer(hyper).init(p)) for p in params]
-    indices = np.stack(
-        [batch_indices(s, 1, FLAGS.steps, num_records=RECORDS, batch_size=config.batch_size) for s in range(seeds)]
-    )
-    hypers, states, tokens = start_training(program, [hyper] * seeds, states, tokens)
-    start = time.perf_counter()
-    states, metrics = train_segment(program, hypers, states, tokens, indices, jnp.asarray(1))
-    loss = float(metrics.loss[0, 0])
-    first = time.perf_counter() - start
+    indices = np.stack([case.batches(seed) for seed in range(runs)])
+    hypers, states, tokens = start_training(program, [hyper] * runs, states, case.tokens)
 
-    def segment():
+    def segment() -> float:
         nonlocal states
         states, metrics = train_segment(program, hypers, states, tokens, indices, jnp.asarray(1))
-        return metrics.loss
+        jax.block_until_ready(states)
+        return float(metrics.loss[0, 0])
 
-    seconds = median_seconds(segment, FLAGS.repeats)
-    return seconds / FLAGS.steps, first - seconds, loss
+    return segment
 
 
-def _torch_seconds_per_step(
-    config: TrainConfig, tokens: np.ndarray, device: torch.device, *, fused: bool
-) -> tuple[float, float]:
-    """Measures seconds per step and the first loss, from the same initial weights on the same batches.
+def _torch_segment(case: Case, device: torch.device, *, fused: bool, threads: int) -> Callable[[], float]:
+    """Makes a segment of one run in PyTorch.
 
     With `fused`, attention is PyTorch's own fused kernel; the batches have no padding, so a causal mask suffices.
     """
-    model, decoder = _model(config)
-    module = TorchDecoder(model, VOCAB).to(device)
+    config = case.config
+    module = TorchDecoder(config.model, case.decoder.vocab_size).to(device)
     module.lm_head.weight = module.token_embedding.weight
-    module.load_state_dict(to_torch(initial_params(model, decoder, 0)))
+    module.load_state_dict(to_torch(initial_params(config.model, case.decoder, 0)))
     if fused:
         for block in module.blocks:
             block.attn.forward = functools.partial(_fused_attention, block.attn)
@@ -127,11 +180,11 @@ def _torch_seconds_per_step(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    indices = batch_indices(0, 1, FLAGS.steps, num_records=RECORDS, batch_size=config.batch_size)
-    batches = [torch.from_numpy(tokens[rows].astype(np.int64)).to(device) for rows in indices]
-    losses = []
+    batches = [torch.from_numpy(case.tokens[rows].astype(np.int64)).to(device) for rows in case.batches(0)]
 
-    def segment() -> None:
+    def segment() -> float:
+        torch.set_num_threads(threads)
+        losses = []
         for batch in batches:
             logits = module(batch)[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
@@ -140,9 +193,9 @@ def _torch_seconds_per_step(
             torch.nn.utils.clip_grad_norm_(module.parameters(), settings.grad_clip_norm)
             optimizer.step()
             losses.append(loss.item())
+        return losses[0]
 
-    segment()
-    return median_seconds(segment, FLAGS.repeats) / FLAGS.steps, losses[0]
+    return segment
 
 
 def _fused_attention(attn: TorchAttention, x: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:

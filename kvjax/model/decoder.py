@@ -343,9 +343,16 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """The whole model. Parameters: `token_embedding`, `position_embedding`, `blocks` (stacked on L), `final_norm`,
-    and `unembedding` if it is not tied."""
+    and `unembedding` if it is not tied.
+
+    Attributes:
+      config: its shape.
+      unroll: how many layers stand one after another in the compiled program; a loop runs over such groups. Gradients
+        are faster without a loop, which stores and copies what their backward pass needs.
+    """
 
     config: DecoderConfig
+    unroll: int = 1
 
     def setup(self) -> None:
         config = self.config
@@ -374,7 +381,7 @@ class Decoder(nn.Module):
             layer_tap = Tap(edits, layer, capture=capture)
             return block(resid_BxTxD, mask, layer_tap), layer_tap.record
 
-        scan = nn.scan(layer_body, variable_axes={"params": 0}, split_rngs={"params": True})
+        scan = nn.scan(layer_body, variable_axes={"params": 0}, split_rngs={"params": True}, unroll=self.unroll)
         resid_BxTxD, seen = scan(self.blocks, resid_BxTxD, jnp.arange(self.config.n_layers))
         logits = self.read_out(resid_BxTxD, tap)
         return logits, tap.record | seen

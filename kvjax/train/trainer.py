@@ -21,7 +21,8 @@ from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.task.vocabulary import PAD_ID
 from kvjax.train.schedule import Hyperparameters, learning_rate, make_optimizer
 
-CPU_TOKENS_PER_MICROBATCH = 900
+CPU_TOKENS_PER_MICROBATCH = 700
+MOST_LAYERS_UNROLLED = 8  # more take long to compile
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +178,8 @@ def batch_indices(seed: int, first_step: int, steps: int, *, num_records: int, b
 
 def loss_sums(config: DecoderConfig, params: Params, tokens_BxT: jax.Array, weights_B: jax.Array) -> tuple:
     """Sums cross-entropy and right predictions over the non-pad next tokens of records with weight 1."""
-    logits, _ = Decoder(config).apply({"params": params}, tokens_BxT)
+    unroll = config.n_layers if config.n_layers <= MOST_LAYERS_UNROLLED else 1
+    logits, _ = Decoder(config, unroll).apply({"params": params}, tokens_BxT)
     targets = tokens_BxT[:, 1:]
     counted = (targets != PAD_ID) & (weights_B[:, None] > 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
