@@ -6,17 +6,21 @@ vouched for, and why. Ends with status 1 if anything differs, and with 2 if a ru
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, RunsOnBenchmark, Runtime, VerifySettings
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import Display, RunsOnBenchmark, Runtime, VerifySettings, WorkplaceSettings
 
-SETTINGS = (RunsOnBenchmark, VerifySettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, VerifySettings, WorkplaceSettings, Display, Runtime)
 
 
-def run(runs: RunsOnBenchmark, settings: VerifySettings, display: Display, runtime: Runtime) -> int:
+def run(
+    runs: RunsOnBenchmark, settings: VerifySettings, workplace: WorkplaceSettings, display: Display, runtime: Runtime
+) -> int:
+    from kvjax.pipeline.over_runs import over_runs
     from kvjax.pipeline.text import print_verified
     from kvjax.pipeline.verify import verify
 
     start_jax(runtime)
-    verified = verify(runs, settings, progress_of(display))
+    work = {"progress": progress_of(display), "engine": engine_of(workplace, runtime)}
+    verified = over_runs("verification", verify, runs, settings, needs="nothing", **work)
     print_verified(verified)
     return int(any(one.differs for one in verified))

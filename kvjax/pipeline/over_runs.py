@@ -18,9 +18,9 @@ def over_runs(
     stage: Callable[..., list[Any]],
     runs: Runs,
     *settings: Any,
-    results: ResultSettings,
     progress: Progress,
     engine: Engine,
+    results: ResultSettings | None = None,
     needs: Needs = "step checkpoints",
     **options: Any,
 ) -> list[Any]:
@@ -31,12 +31,13 @@ def over_runs(
 
     Args:
       name: of the stage, for messages.
-      stage: called as `stage(runs, *settings, results=…, **options)`, here also with `progress`; returns a list.
+      stage: called as `stage(runs, *settings, results=…, **options)`, in this process also with `progress`; returns a
+        list.
       runs: the runs.
       settings: of the stage.
-      results: where results go.
       progress: shows how far it is.
       engine: where it is done.
+      results: where results go; None for a stage that writes none.
       needs: what directories that a glob finds have to hold, see `find_run_dirs`.
       options: further arguments of the stage.
 
@@ -44,13 +45,15 @@ def over_runs(
       InputError: a run cannot be opened, or the stage refused one. What was written for others stays.
     """
     if not engine.spreads:
-        return stage(runs, *settings, results=results, progress=progress, **options)
+        given = {} if results is None else {"results": results}
+        return stage(runs, *settings, progress=progress, **given, **options)
     found = find_run_dirs(runs.run_dirs, needs=needs)
-    if results.output_dir is not None:
-        found = with_results_in(found, Path(results.output_dir))
-    own = {"results": dataclasses.replace(results, output_dir=None), **options}
+    if results is not None:
+        if results.output_dir is not None:
+            found = with_results_in(found, Path(results.output_dir))
+        options["results"] = dataclasses.replace(results, output_dir=None)
     units = [
-        Unit(name, str(run.path), stage, (dataclasses.replace(runs, run_dirs=(str(run.path),)), *settings), own)
+        Unit(name, str(run.path), stage, (dataclasses.replace(runs, run_dirs=(str(run.path),)), *settings), options)
         for run in found
     ]
     with progress(len(units), "runs") as advance:

@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,12 +20,11 @@ import xarray as xr
 
 from kvjax.commands.main import main
 from kvjax.errors import InputError, Note
-from kvjax.units.cluster import Cluster
 from kvjax.units.unit import Unit
 from kvjax.units.worker import Assignment
 from tests.helpers import units
 from tests.helpers.building import SMALL_MODEL, read_lines, write_run
-from tests.helpers.clusters import ONE_DEVICE, local_cluster, run_without_dask
+from tests.helpers.clusters import local_cluster, run_without_dask
 from tests.helpers.commands import refused
 
 QUICK = ["--ablations=zero", "--probe=none", "--noprogress"]
@@ -40,10 +37,10 @@ def cluster():
         yield opened
 
 
-def scaled(cluster, workers):
+def scheduler_flag(cluster, workers):
+    """Scales a cluster, and returns the flag that names its scheduler."""
     cluster.scale(workers)
-    cluster.wait_for_workers(workers, timeout=30)
-    return Cluster(cluster.scheduler_address)
+    return f"--scheduler={cluster.file}"
 
 
 def done(engine, *given):
@@ -94,7 +91,7 @@ def test_equal_files_with_any_number_of_workers(cluster, four_runs, capsys):
     arguments, found = ["checkpoint-sweep", f"--run_dirs={four_runs}/*", *QUICK], {}
     for workers in (0, 1, 2, 4):
         if workers:
-            assert main([*arguments, f"--scheduler={scaled(cluster, workers)._address}"]) == 0
+            assert main([*arguments, scheduler_flag(cluster, workers)]) == 0
             printed = capsys.readouterr().out
         else:
             printed = run_without_dask(*arguments)
@@ -114,14 +111,13 @@ def test_results_keep_their_order(cluster):
     """Results come in the order of the units, whichever ends first."""
     seconds = (0.4, 0.0, 0.2)
     given = [Unit("wait", str(one), units.wait, (one,)) for one in seconds]
-    found = done(scaled(cluster, 2), *given)
+    found = done(cluster.scale(2), *given)
     assert len(found) == 3 and len(set(found)) == 2, "two processes"
 
 
 def test_killed_worker(cluster, four_runs, capsys):
     """A worker killed in the middle of a sweep costs nothing but time: the run is swept elsewhere."""
-    scheduler, lock = scaled(cluster, 2)._address, Path(four_runs) / "b" / "analysis" / "lock"
-    killed = []
+    flag, lock, killed = scheduler_flag(cluster, 2), Path(four_runs) / "b" / "analysis" / "lock", []
 
     def kill():
         while not killed:
@@ -131,7 +127,7 @@ def test_killed_worker(cluster, four_runs, capsys):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    assert main(["checkpoint-sweep", f"--run_dirs={four_runs}/*", *QUICK, f"--scheduler={scheduler}"]) == 0
+    assert main(["checkpoint-sweep", f"--run_dirs={four_runs}/*", *QUICK, flag]) == 0
     killer.join()
     assert killed[0] != os.getpid()
     for name in "abcd":
@@ -141,11 +137,11 @@ def test_killed_worker(cluster, four_runs, capsys):
 
 def test_worker_out_of_memory(tmp_path):
     """A run that takes more memory than a worker has is named in one line; the other units' files are there."""
-    with local_cluster(workers=2, memory="400MB") as frail:
+    with local_cluster(workers=2, memory="700MB") as frail:
         given = [Unit("write", name, units.write_text, (str(tmp_path / name), name)) for name in "abcdef"]
         hungry = Unit("sweep", "runs/large", units.fill_memory)
         with pytest.raises(InputError) as refusal:
-            done(Cluster(frail.scheduler_address), *given[:3], hungry, *given[3:])
+            done(frail.scale(2), *given[:3], hungry, *given[3:])
     line = str(refusal.value)
     assert line.startswith("runs/large: expected its sweep to end (give workers more memory, or see their logs); found")
     assert "2 workers that died, the last tcp://" in line and "\n" not in line
@@ -154,7 +150,7 @@ def test_worker_out_of_memory(tmp_path):
 
 def test_refused_units(cluster, tmp_path):
     """An error of a unit arrives as itself; with several, the first does, and the others are named."""
-    engine = scaled(cluster, 2)
+    engine = cluster.scale(2)
     wrong = [Unit("look", f"runs/{name}", units.refuse, (f"runs/{name}/file",)) for name in "xyz"]
     right = Unit("write", "runs/a", units.write_text, (str(tmp_path / "a"), "a"))
     with pytest.raises(InputError) as refusal:
@@ -169,7 +165,7 @@ def test_refused_units(cluster, tmp_path):
 def test_unexpected_errors(cluster, error):
     """Any other error of a unit is one line with run and unit, and is not taken for one of the scheduler."""
     with pytest.raises(InputError) as refusal:
-        done(scaled(cluster, 1), Unit("sweep", "runs/x", units.fail, (error,)))
+        done(cluster.scale(1), Unit("sweep", "runs/x", units.fail, (error,)))
     line = str(refusal.value)
     assert line.startswith(f"runs/x: expected its sweep to end; found {type(error).__name__}: {error}")
     assert "whose log has the traceback" in line and "scheduler" not in line
@@ -179,25 +175,25 @@ def test_notes_of_units(cluster, monkeypatch, tmp_path):
     """A note made in a worker is made in the command; the unit worked in the command's folder."""
     monkeypatch.chdir(tmp_path)
     with pytest.warns(Note, match="runs/x: odd"):
-        assert done(scaled(cluster, 1), Unit("tell", "runs/x", units.tell, ("runs/x: odd",))) == [str(tmp_path)]
+        assert done(cluster.scale(1), Unit("tell", "runs/x", units.tell, ("runs/x: odd",))) == [str(tmp_path)]
 
 
 def test_memory_of_a_worker(cluster):
     """A worker plans with its own limit of memory, not with the machine's."""
     given = Unit("look", "x", units.environment, ("KVJAX_MEMORY_BYTES",))
-    assert done(scaled(cluster, 1), given) == ["4000000000"]
+    assert done(cluster.scale(1), given) == ["4000000000"]
 
 
 def test_worker_of_another_version(cluster, monkeypatch):
     """A worker with another version of kvjax is refused, and runs nothing."""
     monkeypatch.setattr("kvjax.units.cluster.Assignment", functools.partial(Assignment, version="0.0.1"))
     with pytest.raises(InputError, match=r"scheduler: expected workers with kvjax 0\.0\.1; found"):
-        done(scaled(cluster, 1), Unit("wait", "x", units.wait, (0,)))
+        done(cluster.scale(1), Unit("wait", "x", units.wait, (0,)))
 
 
 def test_folder_that_workers_do_not_see(cluster, monkeypatch, tmp_path):
     """A command in a folder that workers lack is refused by the folder's name."""
-    engine = scaled(cluster, 1)
+    engine = cluster.scale(1)
     monkeypatch.setattr("os.getcwd", lambda: str(tmp_path / "elsewhere"))
     with pytest.raises(InputError, match=r"scheduler: expected a folder that every worker sees, .*elsewhere; found No"):
         done(engine, Unit("tell", "runs/x", units.tell, ("",)))
@@ -207,8 +203,8 @@ def test_folder_that_workers_do_not_see(cluster, monkeypatch, tmp_path):
 def test_folder_that_cannot_be_written(cluster, four_runs, capsys):
     """A results folder that refuses is named in one line; the other runs' results are there."""
     (Path(four_runs) / "b" / "analysis").symlink_to("/sys/kernel")
-    scheduler = scaled(cluster, 2)._address
-    line = refused(capsys, "checkpoint-sweep", f"--run_dirs={four_runs}/*", *QUICK, f"--scheduler={scheduler}")
+    flag = scheduler_flag(cluster, 2)
+    line = refused(capsys, "checkpoint-sweep", f"--run_dirs={four_runs}/*", *QUICK, flag)
     assert "runs/b/analysis: expected a folder that can be written (or --output_dir); found" in line
     for name in "acd":
         assert (Path(four_runs) / name / "analysis" / "sweep.json").is_file()
@@ -216,8 +212,8 @@ def test_folder_that_cannot_be_written(cluster, four_runs, capsys):
 
 def test_results_elsewhere(cluster, four_runs, capsys):
     """`--output_dir` gets a folder per run, and nothing is written into the runs."""
-    scheduler = scaled(cluster, 2)._address
-    flags = [f"--run_dirs={four_runs}/a,{four_runs}/b", "--output_dir=out", f"--scheduler={scheduler}", *QUICK]
+    flag = scheduler_flag(cluster, 2)
+    flags = [f"--run_dirs={four_runs}/a,{four_runs}/b", "--output_dir=out", flag, *QUICK]
     assert main(["checkpoint-sweep", *flags]) == 0
     for name in "ab":
         assert (Path("out") / name / "analysis" / "sweep.json").is_file()
@@ -227,49 +223,27 @@ def test_results_elsewhere(cluster, four_runs, capsys):
 def test_workers_of_several_threads():
     """Workers that would run two units in one process are refused."""
     with local_cluster(threads=2) as wide, pytest.raises(InputError) as refusal:
-        done(Cluster(wide.scheduler_address), Unit("wait", "x", units.wait, (0,)))
+        done(wide.scale(1), Unit("wait", "x", units.wait, (0,)))
     assert "expected workers of one thread" in str(refusal.value) and "found 2 threads" in str(refusal.value)
 
 
-@pytest.fixture
-def started(tmp_path):
-    """Starts a scheduler and a worker as processes of their own; yields the scheduler's process and file."""
-    file = tmp_path / "scheduler.json"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path, "env": ONE_DEVICE}
-    dask_command = [sys.executable, "-m", "dask"]
-    scheduler = subprocess.Popen(
-        [*dask_command, "scheduler", "--port=0", "--no-dashboard", f"--scheduler-file={file}"], **quiet
-    )
-    worker = subprocess.Popen(
-        [*dask_command, "worker", f"--scheduler-file={file}", "--nthreads=1", "--no-dashboard", "--death-timeout=10"],
-        **quiet,
-    )
-    while not file.is_file():
-        time.sleep(0.05)
-    yield scheduler, file
-    for process in (scheduler, worker):
-        process.kill()
-        process.wait()
-
-
-def test_scheduler_that_goes_away(started, tmp_path):
+def test_scheduler_that_goes_away(tmp_path):
     """A scheduler killed while units run ends the command in one line, and files of units that ended stay."""
-    scheduler, file = started
     begun, first = tmp_path / "begun", threading.Event()
+    given = [
+        Unit("write", "runs/a", units.write_text, (str(tmp_path / "a"), "a")),
+        Unit("sweep", "runs/b", units.write_after, (str(begun), 600.0, str(tmp_path / "b"))),
+    ]
 
-    def kill():
+    def kill(scheduler):
         first.wait()
         while not begun.exists():
             time.sleep(0.02)
         scheduler.kill()
 
-    threading.Thread(target=kill, daemon=True).start()
-    given = [
-        Unit("write", "runs/a", units.write_text, (str(tmp_path / "a"), "a")),
-        Unit("sweep", "runs/b", units.write_after, (str(begun), 600.0, str(tmp_path / "b"))),
-    ]
-    with pytest.raises(InputError) as refusal:
-        Cluster(str(file)).run(given, lambda done: first.set())
+    with local_cluster() as opened, pytest.raises(InputError) as refusal:
+        threading.Thread(target=kill, args=(opened.scheduler,), daemon=True).start()
+        opened.scale(1).run(given, lambda done: first.set())
     line = str(refusal.value)
     assert line.startswith("scheduler: expected a scheduler until the end (1 of 2 units have ended")
     assert "found none at tcp://" in line and (tmp_path / "a").read_text() == "a"
@@ -277,7 +251,7 @@ def test_scheduler_that_goes_away(started, tmp_path):
 
 def test_interrupted_command(cluster, tmp_path):
     """Ctrl-C ends the command at once; a unit that has begun ends, and the others are not begun."""
-    engine, waiting = scaled(cluster, 1), tmp_path / "begun"
+    engine, waiting = cluster.scale(1), tmp_path / "begun"
 
     def interrupt():
         while not waiting.exists():

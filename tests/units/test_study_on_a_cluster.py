@@ -32,9 +32,9 @@ SCREEN = {
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """The address of a scheduler with one worker: what each further one has to compile takes the longest here."""
+    """The file of a scheduler with one worker: what each further one has to compile takes the longest here."""
     with local_cluster() as cluster:
-        yield cluster.scheduler_address
+        yield cluster.file
 
 
 @pytest.fixture
