@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reporting import machine, write_result
-from benchmarks.window_calibration import SPLITS
+from benchmarks.simulated_runs import SPLITS
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.model.components import Component

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from benchmarks.window_calibration import Truth, merged, plan
+from benchmarks.simulated_runs import Truth
+from benchmarks.window_calibration import merged, plan
 
 
 def result(row, **more):

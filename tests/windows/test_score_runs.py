@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import window_intervals
-from benchmarks.window_calibration import Noise, Truth, measure, simulate
+from benchmarks.simulated_runs import Noise, Truth, simulate
+from benchmarks.window_calibration import measure
 from kvjax.artifacts.birth_windows_schema import TrajectoryBreak
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
