@@ -197,7 +197,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         if row["table"] not in ("flat", "few checkpoints", "shift", "power", *DRIFTS):
             what = f"{row['kind']} {row['size']:g}" if row["size"] else row["kind"]
             what += ", half the steps missing" if row["missing"] else ""
-            what += f", {row['length']} checkpoints long" if row["kind"] == "spike" else ""
+            what += f", {row['length']} checkpoint{'s' * (row['length'] > 1)} long" if row["kind"] == "spike" else ""
             if row["spaced"] == "log":
                 what += (
                     f", log-spaced steps, wobble {row['wobble_share']:g}, autocorrelation {row['autocorrelation']:g}"

@@ -98,6 +98,15 @@ def test_intervals_of_one_run_at_other_checkpoints(config):
         assert row["midpoint"] >= row["found"] - 1
 
 
+def test_onset_and_completion_of_a_long_rise(config):
+    """Where a rise over 1600 steps begins and ends is inside its intervals, though its slow ends look like rest."""
+    found = window_intervals.measure(1600, config, runs=2, seed=1, everies=(3,))
+    (row,) = found["densities"]
+    assert row["found"] == 18
+    # Of intervals that hold the truth in 95 %, 3 of 18 miss it in 6 % of cases; in 60 % of them, 8 would.
+    assert row["onset"] >= 16 and row["completion"] >= 16
+
+
 def test_runs_of_different_lengths_together(config):
     """Runs searched together give what each gives alone, whatever their lengths."""
     rng = np.random.default_rng(3)
