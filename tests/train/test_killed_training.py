@@ -15,7 +15,7 @@ from tests.helpers.building import read_lines
 from tests.helpers.commands import optimised_environment
 from tests.helpers.training import small_train_config
 
-SEEDS, STEPS, EVERY = (3, 4, 5), 96, 8
+SEEDS, STEPS, EVERY = (3, 4, 5), 160, 8
 PATIENCE = 120  # seconds until a checkpoint must be there
 
 
@@ -67,7 +67,7 @@ def test_bytes_after_a_kill(command, undisturbed, tmp_path):
     for one in (f"seed_{seed}" for seed in SEEDS):
         ours, theirs = tmp_path / one, undisturbed / one
         names = sorted(path.name for path in (theirs / "checkpoints").iterdir())
-        assert sorted(path.name for path in (ours / "checkpoints").iterdir()) == names and len(names) == 13
+        assert sorted(path.name for path in (ours / "checkpoints").iterdir()) == names and len(names) == 21
         for name in names:
             loaded = [torch.load(run / "checkpoints" / name, weights_only=True) for run in (ours, theirs)]
             assert loaded[0]["step"] == loaded[1]["step"], (moment, one, name)
