@@ -45,7 +45,7 @@ _PEAK = "print(*(line for line in open('/proc/self/status') if line.startswith('
 
 def main(argv: list[str]) -> None:
     del argv
-    rows: list[dict[str, Any]] = []
+    result = {"what": __doc__.splitlines()[0], "machine": machine(), "rows": []}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         generate_benchmark(BenchmarkConfig.model_validate(benchmark_config()), scratch / "benchmark", overwrite=False)
@@ -54,15 +54,18 @@ def main(argv: list[str]) -> None:
             _write_run(scratch / f"run_{checkpoints}", scratch / "benchmark", checkpoints)
             row = {"runs": 1, "checkpoints": checkpoints} | _measure([scratch / f"run_{checkpoints}"])
             if number:
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+                _add(result, row)
         for runs in map(int, FLAGS.runs):
             folders = [scratch / f"{runs}_runs" / f"run_{index}" for index in range(runs)]
             for folder in folders:
                 _write_run(folder, scratch / "benchmark", _OF_A_RUN)
-            rows.append({"runs": runs, "checkpoints": _OF_A_RUN} | _measure(folders))
-            print(json.dumps(rows[-1]), flush=True)
-    print(write_result("many", {"what": __doc__.splitlines()[0], "machine": machine(), "rows": rows}))
+            _add(result, {"runs": runs, "checkpoints": _OF_A_RUN} | _measure(folders))
+
+
+def _add(result: dict[str, Any], row: dict[str, Any]) -> None:
+    """Adds a row to the result and writes it, so that a stopped benchmark keeps the rows it has."""
+    result["rows"].append(row)
+    print(json.dumps(row), write_result("many", result), flush=True)
 
 
 def _measure(runs: list[Path]) -> dict[str, Any]:
