@@ -21,7 +21,7 @@ from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.tables import read_dataset
-from kvjax.compare.aligned import named_runs
+from kvjax.compare.aligned import SweptRun, named_runs
 from kvjax.compare.settings import CompareSettings
 from kvjax.errors import InputError, bad_argument, command, unusable
 from kvjax.measure.declarations.components import drop_field
@@ -130,15 +130,11 @@ def make_page(settings: ReportSettings, progress: Progress = no_progress) -> Pag
         for number, one in enumerate(shown):
             pages.append(_run_page(one.results, one.name, f"run{number}", settings))
             advance(1)
-    return Page(*_titles(swept, settings), _made_from(settings, runs), sections, pages, notes)
+    return Page(*_titles(swept), _made_from(settings, runs), sections, pages, notes)
 
 
 def _runs(settings: ReportSettings) -> list[RunDir]:
-    if settings.run_dirs:
-        return find_run_dirs(settings.run_dirs, needs="checkpoints")
-    if not settings.factor_dirs:
-        raise bad_argument("run_dirs", "runs, or factors of a screen (`factor_dirs`), to report on", "neither")
-    return []
+    return find_run_dirs(settings.run_dirs, needs="checkpoints")
 
 
 def _factor_folders(settings: ReportSettings) -> list[Path]:
@@ -157,7 +153,7 @@ def _factor_folders(settings: ReportSettings) -> list[Path]:
     return folders
 
 
-def _titles(swept: Sequence[Any], settings: ReportSettings) -> tuple[str, str]:
+def _titles(swept: Sequence[SweptRun]) -> tuple[str, str]:
     if len(swept) == 1:
         config = swept[0].run.config
         seed = "" if config.seed is None else f", seed {config.seed}"
@@ -165,9 +161,7 @@ def _titles(swept: Sequence[Any], settings: ReportSettings) -> tuple[str, str]:
             f"{config.run_name}{seed}",
             "What emerged in this training run, when, where, in what order, and how sure that is.",
         )
-    if swept:
-        return f"{len(swept)} runs", "What emerged in these training runs, what repeats, and how sure that is."
-    return f"{len(_factor_folders(settings))} factors", "What each factor changes, beside what seeds change."
+    return f"{len(swept)} runs", "What emerged in these training runs, what repeats, and how sure that is."
 
 
 def _made_from(settings: ReportSettings, runs: Sequence[RunDir]) -> str:

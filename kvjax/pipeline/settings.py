@@ -256,19 +256,16 @@ def check_logistic_steps(inputs: SweepInputs, settings: SweepSettings) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportSettings(Settings):
+class ReportSettings(RunsOnBenchmark):
     """What a report shows, and where it goes."""
 
-    run_dirs: tuple[str, ...] | None = setting(
-        None,
-        "Run directories, or folders of their results: a comma list, globs allowed; may be repeated.",
-        repeated=True,
-    )
     comparison_dir: str | None = setting(
         None, "Comparison of these runs, as compare-seeds wrote it; by default several runs are compared anew."
     )
     factor_dirs: tuple[str, ...] | None = setting(
-        None, "Factors of a screen, such as screen/factors/*: a comma list; may be repeated.", repeated=True
+        None,
+        "Factors of a screen around these runs, such as screen/factors/*; may be repeated.",
+        repeated=True,
     )
     output: str | None = setting(
         None, "The HTML file; by default analysis/report.html of a single run, else report.html."
@@ -278,9 +275,6 @@ class ReportSettings(Settings):
         None, "Heads whose attention is shown, such as L0H3,L1H2; by default those whose ablation costs most."
     )
     example: int = setting(0, "Stream of the probe set whose attention is shown, counted from 0.", minimum=0)
-    benchmark_dir: str | None = setting(
-        None, "The runs' benchmark; by default the one each run's config records, or that it was swept on."
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
