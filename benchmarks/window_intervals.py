@@ -103,7 +103,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         for one in row["densities"]:
-            shares = (f"{100 * one[name] / max(one['found'], 1):.0f} %" for name in MOMENTS)
+            shares = (f"{100 * one[name] / one['found']:.0f} %" if one["found"] else "–" for name in MOMENTS)
             found = f"{100 * one['found'] / one['looked_for']:.0f} %"
             overlap = f"{row['overlapping']} of {row['pairs']}" if one["every"] == 1 else ""
             widths = ", ".join(f"{width:g}" for width in one["widths"].values())
