@@ -36,8 +36,13 @@ def _formed(document: Mapping[str, Any]) -> Iterator[str]:
             median = f"median step {entry['median']}{step_interval(entry)}"
         yield (
             f"{name} reached {entry['threshold']:g} on {entry['split']} in {entry['formed']} of {entry['total']} runs, "
-            f"between steps {min(steps)} and {max(steps)}; {median}."
+            f"{_between(steps)}; {median}."
         )
+
+
+def _between(steps: Sequence[int]) -> str:
+    first, last = min(steps), max(steps)
+    return f"at step {first}" if first == last else f"between steps {first} and {last}"
 
 
 def step_interval(entry: Mapping[str, Any]) -> str:
@@ -80,7 +85,7 @@ def _handed_over(document: Mapping[str, Any]) -> Iterator[str]:
     count = sum(bool(story["handovers"]) for story in stories.values())
     phases = [len(story["phases"]) for story in stories.values()]
     yield (
-        f"Each run's story has {_range(phases)} phases; "
+        f"Each run's story has {_range(phases)} {'phase' if set(phases) == {1} else 'phases'}; "
         f"{count} of {len(stories)} hand the lookup over from some components to others."
     )
 

@@ -53,7 +53,8 @@ class Part:
         lines = ["", f"## {self.title}", ""] if self.title else [""]
         lines += [f"- {line}" for line in self.lines]
         for table in self.tables:
-            lines += ["", *([table.title, ""] if table.title else []), *table.markdown()]
+            gap = [""] if lines[-1] else []
+            lines += [*gap, *([table.title, ""] if table.title else []), *table.markdown()]
         return lines
 
 

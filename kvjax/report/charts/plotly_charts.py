@@ -22,6 +22,7 @@ from kvjax.report.charts.description import (
 )
 
 _SCALES = {"share": "Cividis", "size": "Cividis", "signed": "RdBu_r"}
+_PLACES = {"share": 3}  # decimal places of a scale's numbers; others have four significant digits
 _DOT = "•"
 _ROW_HEIGHT, _LOW_ROW_HEIGHT = 22, 9  # pixels of a row of a heatmap or timeline; of one with many rows and columns
 _FINE = 36  # rows and columns from which on a heatmap is fine-grained
@@ -93,7 +94,6 @@ def _held(values: np.ndarray, moves_first: bool) -> np.ndarray:
 @plotly_figure.register
 def _heatmap(chart: Heatmap) -> go.Figure:
     values = chart.values if chart.steps is not None else chart.values[None]
-    marks = np.zeros(values.shape, bool) if chart.marks is None else chart.marks.reshape(values.shape)
     low, high = chart.ends
     fine = min(len(chart.x), len(chart.y)) > _FINE
     trace = {
@@ -106,14 +106,13 @@ def _heatmap(chart: Heatmap) -> go.Figure:
         "xgap": 0 if fine else 1,
         "ygap": 0 if fine else 1,
         "colorbar": {"title": {"text": chart.unit, "side": "right"}, "thickness": 12},
-        "texttemplate": "%{text}",
-        "textfont": {"size": 14},
         "hovertemplate": f"{chart.y_title} %{{y}}<br>{chart.x_title} %{{x}}<br>%{{z:.4g}}<extra></extra>",
     }
-    frames = [
-        {"z": _plain(of_step), "text": np.where(of_mark, _DOT, "").tolist()}
-        for of_step, of_mark in zip(values, marks, strict=True)
-    ]
+    frames: list[dict[str, Any]] = [{"z": _plain(of_step, places=_PLACES.get(chart.scale))} for of_step in values]
+    if chart.marks is not None:
+        trace |= {"texttemplate": "%{text}", "textfont": {"size": 14}}
+        for frame, of_step in zip(frames, chart.marks.reshape(values.shape), strict=True):
+            frame["text"] = np.where(of_step, _DOT, "").tolist()
     layout = _layout(chart, height=110 + (_LOW_ROW_HEIGHT if fine else _ROW_HEIGHT) * max(4, len(chart.y)))
     layout["xaxis"] = {"title": {"text": chart.x_title}, "type": "category", "automargin": True, "showgrid": False}
     layout["yaxis"] = {
@@ -315,12 +314,16 @@ def _transparent(colour: str, share: float) -> str:
     return f"rgba({red},{green},{blue},{share})"
 
 
-def _plain(values: np.ndarray) -> list[Any]:
-    """Turns numbers into lists with null in place of NaN, rounded to four significant digits."""
-    return [_plain(one) if np.ndim(one) else _rounded(one) for one in values]
+def _plain(values: np.ndarray, places: int | None = None) -> list[Any]:
+    """Turns numbers into lists with null in place of NaN.
+
+    They are rounded to so many places, else to four significant digits.
+    """
+    return [_plain(one, places) if np.ndim(one) else _rounded(one, places) for one in values]
 
 
-def _rounded(value: float) -> float | int | None:
-    if isinstance(value, np.integer):
-        return int(value)
-    return float(f"{value:.4g}") if np.isfinite(value) else None
+def _rounded(value: float, places: int | None) -> float | int | None:
+    if not np.isfinite(value):
+        return None
+    rounded = round(float(value), places) if places is not None else float(f"{value:.4g}")
+    return int(rounded) if rounded.is_integer() else rounded
