@@ -73,7 +73,7 @@ def main(_: list[str]) -> None:
     results = RunResults(opened.run)
     heads = all_heads(results.metrics.sizes["layer"], results.metrics.sizes["head"])[:4]
     record = opened.benchmark.read_split("validation_iid")[0]
-    attention = attention_patterns(opened, results, heads, record)
+    attention = attention_patterns(opened, opened.steps[:8], heads, record)
     began = time.perf_counter()
     runs = {f"copy {seed}": stretched(opened.run, seed) for seed in range(RUNS)}
     pages = [

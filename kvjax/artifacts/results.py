@@ -21,7 +21,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.story_schema import Story, read_story
 from kvjax.artifacts.sweep_schema import Sweep, read_sweep
 from kvjax.artifacts.tables import read_dataset
-from kvjax.errors import command, unusable
+from kvjax.errors import InputError, command, unusable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -67,6 +67,16 @@ class Intervention:
             raise unusable(path, expected, f"no {missing[0]}")
         check_seal(document, path, "run kvjax intervene again")
         return cls(path.parent.name, path.stem, path, document)
+
+    @classmethod
+    def open_whole(cls, path: Path) -> Intervention | None:
+        """Opens a summary whose own hash and whose arrays' hash are right; gives None for any other."""
+        try:
+            found = cls.open(path)
+            found.check_arrays()
+        except InputError:
+            return None
+        return found
 
     def check_arrays(self) -> None:
         """Checks the arrays against the hash in the summary; raises `InputError` if they differ."""

@@ -104,7 +104,7 @@ class InterventionPlan:
         """Opens the results that a task reads, by kind; those of other settings, pairs or files are left out."""
         found = {}
         for other in task.reads:
-            result = _stored(other.path)
+            result = Intervention.open_whole(other.path)
             if result is not None and result.document["measured_on"] == self.measured_on(other, hashes).document:
                 found[other.kind] = result
         return found
@@ -166,7 +166,7 @@ def plan_interventions(
             recorded = _recorded(earlier, "checkpoints"), _recorded(earlier, "stored_results")
             wanted = Identity(planned.chosen, _measured_inputs(inputs, pair_set, planned, *recorded))
             decision = wanted.decide(earlier.get("measured_on", {}), planned.path, overwrite=settings.overwrite)
-            if decision == "redo" or _stored(planned.path) is None:
+            if decision == "redo" or Intervention.open_whole(planned.path) is None:
                 earlier = None
         return dataclasses.replace(planned, earlier=earlier)
 
@@ -226,16 +226,6 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     except InputError:
         return None
     return document if isinstance(document, dict) else None
-
-
-def _stored(path: Path) -> Intervention | None:
-    """Opens a summary that has the hashes it records, as have the arrays beside it; gives None for any other."""
-    try:
-        found = Intervention.open(path)
-        found.check_arrays()
-    except InputError:
-        return None
-    return found
 
 
 def chosen_windows(run: RunDir, settings: InterventionSettings) -> list[Window]:

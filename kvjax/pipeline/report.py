@@ -166,7 +166,7 @@ def _titles(swept: Sequence[SweptRun]) -> tuple[str, str]:
 
 def _made_from(settings: ReportSettings, runs: Sequence[RunDir]) -> str:
     """Hashes what a report shows: by the hashes that results have, so that nothing large is read."""
-    shown = {"heads": settings.heads, "example": settings.example, "version": __version__}
+    shown = {"version": __version__} | {name: getattr(settings, name) for name in ("heads", "steps", "example")}
     folders = [settings.comparison_dir] if settings.comparison_dir else []
     compared = [FileHash.of(ComparisonLayout(Path(folder)).comparison).sha256 for folder in folders]
     factors = [FileHash.of(ComparisonLayout(path, "factor").comparison).sha256 for path in _factor_folders(settings)]
@@ -222,14 +222,15 @@ def _run_page(results: RunResults, name: str, anchor: str, settings: ReportSetti
     try:
         opened = OpenedRun(results.run, Benchmark.open(results.run.benchmark_dir(settings.benchmark_dir)))
         probe = open_probe_set(results.run.layout.probe_set, opened.benchmark)
-        heads = _chosen_heads(results, settings)
+        results.check_tables()  # which heads and steps are chosen from
     except InputError as error:
         reason = str(error)
     else:
         pairs = _pairs(probe, opened.benchmark)
+        heads, steps = _chosen_heads(results, settings), _chosen_steps(results, settings)
         check_chosen(results, heads, probe, settings.example)
         try:
-            attention = attention_patterns(opened, results, heads, probe.records[settings.example])
+            attention = attention_patterns(opened, steps, heads, probe.records[settings.example])
         except InputError as error:
             reason = str(error)
     return run_page(results, anchor=anchor, title=name, pairs=pairs, attention=attention, why_no_attention=reason)
@@ -257,9 +258,15 @@ def _pairs(probe: ProbeSet, benchmark: Benchmark) -> Mapping[str, StreamPair]:
 
 
 def attention_patterns(
-    opened: OpenedRun, results: RunResults, heads: Sequence[Component], record: Record
+    opened: OpenedRun, steps: Sequence[int], heads: Sequence[Component], record: Record
 ) -> AttentionPatterns:
-    """Computes the attention of heads on a stream, at the steps where most changes.
+    """Computes the attention of heads on a stream.
+
+    Args:
+      opened: the run.
+      steps: of its checkpoints.
+      heads: of its layers.
+      record: whose tokens the heads look at.
 
     Raises:
       InputError: a checkpoint cannot be used.
@@ -271,11 +278,18 @@ def attention_patterns(
         _, trace = plain_forward(config)(params, tokens_1xT, capture=("pattern",))
         return trace["pattern"][layers, 0, numbers]
 
-    rows = rows_of_change(results.rows, most=_MOST_ATTENTION_STEPS)
-    steps = [results.rows[row]["step"] for row in rows]
-    measured = opened.measure(patterns, tokens, steps=steps)
+    measured = opened.measure(patterns, tokens, steps=list(steps))
     sample = f"{record['sample_id']} ({record['split']})"
     return AttentionPatterns(record["tokens"], sample, list(map(str, heads)), steps, np.asarray(measured))
+
+
+def _chosen_steps(results: RunResults, settings: ReportSettings) -> list[int]:
+    """Chooses the measured steps that were asked for, or those at which most changes."""
+    swept = [row["step"] for row in results.rows]
+    if settings.steps is None:
+        return [swept[row] for row in rows_of_change(results.rows, most=_MOST_ATTENTION_STEPS)]
+    asked = results.run.select_steps(settings.steps)
+    return [step for step in asked if step in swept]
 
 
 def _chosen_heads(results: RunResults, settings: ReportSettings) -> list[Component]:

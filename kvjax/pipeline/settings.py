@@ -274,6 +274,11 @@ class ReportSettings(RunsOnBenchmark):
     heads: tuple[str, ...] | None = setting(
         None, "Heads whose attention is shown, such as L0H3,L1H2; by default those whose ablation costs most."
     )
+    steps: str | None = setting(
+        None,
+        "Steps whose attention is shown: all, or steps and ranges such as 250,1000-4000; by default up to eight, those "
+        "at which most changes.",
+    )
     example: int = setting(0, "Stream of the probe set whose attention is shown, counted from 0.", minimum=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.errors import InputError
 from kvjax.pipeline.factor_plan import plan_screen
 from kvjax.pipeline.settings import FactorSettings
+from tests.helpers.pages import read_page
 
 FACTORS = [
     {
@@ -143,6 +145,15 @@ def test_comparison_of_settings(trained, capsys):
     assert (layout.figures / "births.png").stat().st_size > 1000
     assert main(["factor-screen", f"--config={config}", "--noprogress"]) == 0
     assert ": done" not in capsys.readouterr().out
+    runs, page = plan.layout.path / "runs" / "base" / "*", plan.layout.path / "report.html"
+    flags = [f"--run_dirs={runs}", f"--factor_dirs={plan.layout.path}/factors/*", f"--output={page}", "--noprogress"]
+    assert main(["report", *flags]) == 0
+    shown = read_page(page)
+    assert "factor-rate" in shown.sections
+    (settings,) = (chart for name, chart in shown.charts.items() if name.endswith("rate-accuracy_validation"))
+    assert [line["name"] for line in settings["data"] if line["name"]] == ["rate-3e-3 (2 seeds)", "rate-1e-2 (2 seeds)"]
+    if keep := os.environ.get("KVJAX_SCREENSHOTS"):
+        shutil.copy(page, keep)
 
 
 def test_run_of_another_config(trained):

@@ -82,10 +82,11 @@ def test_numbers_of_a_page(run):
 
 def test_attention_of_a_page(run):
     """The attention shown is a distribution over the tokens up to each one, of the heads that were asked for."""
-    page = written(run, "--heads=L0H1", "--example=2")
+    page = written(run, "--heads=L0H1", "--example=2", "--steps=16")
     charts = {name: chart for name, chart in page.charts.items() if "-attention-" in name}
     assert list(charts) == ["run0-attention-attention_L0H1"]
     (chart,) = charts.values()
+    assert [frame["name"] for frame in chart["frames"]] == ["16"]
     for frame in chart["frames"]:
         for row, values in enumerate(frame["data"][0]["z"]):
             rounding = 0.0005 * (row + 1)  # each share is shown with three decimals
@@ -135,6 +136,8 @@ def test_run_without_a_sweep(run):
         ("--heads=L7H0", "heads: expected heads of 1 layers with 2 each"),
         ("--heads=L0.mlp", "heads: expected heads of 1 layers with 2 each"),
         ("--example=100000", "example: expected a number below"),
+        ("--heads=nonsense", "heads: expected"),
+        ("--steps=nonsense", "steps: expected all, or steps and ranges"),
         ("--comparison_dir=nowhere", "comparison.json"),
         ("--factor_dirs=nowhere", "factor_dirs: expected folders with a factor.json"),
     ],
@@ -264,6 +267,26 @@ def test_numbers_for_a_reader(shown, browser):
     cells = figure.locator(".numbers tr:nth-child(2) td").all_text_contents()
     first = content["frames"][-1]["data"][0]["z"][0]
     assert [float(cell) for cell in cells[1:]] == first
+    opened.close()
+
+
+def test_print_and_resize(shown, browser):
+    """On paper no chart is wider than a column; on a screen that became narrow charts are drawn anew to fit."""
+    opened = Opened(browser, shown)
+    page = opened.page
+    page.evaluate(
+        """addEventListener("beforeprint", () => {
+          window.widths = [...document.querySelectorAll(".plot .main-svg")].map((one) => one.width.baseVal.value);
+        })"""
+    )
+    assert page.pdf().startswith(b"%PDF")
+    assert len(set(page.evaluate("widths"))) == 1 and page.evaluate("widths")[0] <= 340
+    page.set_viewport_size({"width": WIDTHS["phone"], "height": 900})
+    page.wait_for_timeout(400)
+    page.locator("#run0-behaviour-answer_accuracy").scroll_into_view_if_needed()
+    chart = page.locator("#run0-behaviour-answer_accuracy .main-svg").first
+    chart.wait_for()
+    assert chart.bounding_box()["width"] <= WIDTHS["phone"] and not opened.faults
     opened.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,12 @@ _DOT = "•"
 _ROW_HEIGHT, _LOW_ROW_HEIGHT = 22, 9  # pixels of a row of a heatmap or timeline; of one with many rows and columns
 _FINE = 36  # rows and columns from which on a heatmap is fine-grained
 _WIDEST_EDGE = 9
-_LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0}
+_LEGEND = {"orientation": "h", "y": -0.3, "yanchor": "top", "x": 0}
+_HEIGHT, _LEGEND_ROW, _LEGEND_WIDTH = (
+    320,
+    20,
+    70,
+)  # pixels of a chart and of a further row of its legend; letters in a row
 
 
 @functools.singledispatch
@@ -43,7 +49,7 @@ def plotly_figure(chart: Chart) -> go.Figure:
 @plotly_figure.register
 def _lines(chart: LineChart) -> go.Figure:
     traces = [trace for number, line in enumerate(chart.lines) for trace in _line_traces(line, number)]
-    layout = _layout(chart, height=320)
+    layout = _layout(chart, height=_height([line.name for line in chart.lines if line.name]))
     layout |= {"xaxis": {"title": {"text": chart.x_title}}, "yaxis": {"title": {"text": chart.y_title}}}
     if chart.y_range is not None:
         layout["yaxis"]["range"] = list(chart.y_range)
@@ -138,7 +144,7 @@ def _bars(chart: Bars) -> go.Figure:
     finite = everything[np.isfinite(everything)]
     low, high = min(0.0, finite.min(initial=0.0)), max(0.0, finite.max(initial=0.0))
     room = 0.05 * (high - low or 1.0)
-    layout = _layout(chart, height=320)
+    layout = _layout(chart, height=_height(list(several)))
     layout |= {
         "xaxis": {"type": "category", "automargin": True},
         "yaxis": {"title": {"text": chart.y_title}, "range": [low - room * (low < 0), high + room]},
@@ -263,6 +269,12 @@ def _stepped(
         }
     ]
     return go.Figure(data=shown, layout=layout, frames=named)
+
+
+def _height(names: Sequence[str]) -> int:
+    """Makes room for a legend of several rows, so that the axes keep their size and the legend clears their title."""
+    rows = -(-sum(len(name) + 8 for name in names) // _LEGEND_WIDTH)
+    return _HEIGHT + _LEGEND_ROW * max(0, rows - 1)
 
 
 def _layout(chart: Chart, *, height: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def attention_section(found: AttentionPatterns | None, missing: str | None) -> S
         return Section("attention", "Attention patterns", lead, missing=missing)
     reading = (
         f"Stream {found.sample}: {' '.join(found.tokens)}. A row is the token that looks, a column the token it "
-        "looks at; rows sum to 1. `--heads` and `--example` choose others."
+        "looks at; rows sum to 1. `--heads`, `--steps` and `--example` choose others."
     )
     return Section("attention", "Attention patterns", lead, [Part(lines=[reading], charts=attention_charts(found))])
 

@@ -19,8 +19,10 @@ from kvjax.report.sections.run_data import (
     step_labels,
     window_bands,
 )
+from kvjax.story.wording import count
 
 _BEHAVIOUR = ("answer_accuracy", "answer_margin", "answer_loss", "fixed_margin")
+_NULL = "key_selectivity_null"
 _DISTANCES = {
     "tokens_since_support": "Accuracy by distance from the value",
     "tokens_since_copy": "Accuracy by distance from the nearest copy",
@@ -36,9 +38,8 @@ def behaviour_section(results: RunResults) -> Section:
         "Behaviour",
         "How well reads are answered at each checkpoint, on which kinds of streams, and from how far back.",
         lambda: [
-            Part(charts=behaviour_charts(results)),
+            Part(charts=[*behaviour_charts(results), attention_chart(results)]),
             Part("By distance and by copies", charts=distance_charts(results)),
-            Part("Attention to the answer", charts=[attention_chart(results)]),
             Part("Every slice", charts=slice_charts(results), folded=True),
         ],
     )
@@ -68,15 +69,19 @@ def behaviour_charts(results: RunResults) -> list[Chart]:
 def attention_chart(results: RunResults) -> LineChart:
     """Draws the measures of attention to the answer over training, with the null of key selectivity."""
     dataset, split = results.metrics, main_split(results.metrics)
-    attention = [measure for measure in registry.MEASURES if measure.panel == "attention" and measure.name in dataset]
+    attention = [
+        measure
+        for measure in registry.MEASURES
+        if measure.panel == "attention" and measure.name in dataset and measure.name != _NULL
+    ]
     lines = [
         measured_line(
             dataset, results.intervals, own.name, own.axis_label(), COLOURS[place % len(COLOURS)], split=split
         )
         for place, own in enumerate(attention)
     ]
-    if "key_selectivity_null" in dataset:
-        null = dataset["key_selectivity_null"].sel(split=split)
+    if _NULL in dataset:
+        null = dataset[_NULL].sel(split=split)
         lines.append(
             Line("key selectivity, null", null["step"].values, null.values.astype(float), colour=NEUTRAL, dashed=True)
         )
@@ -114,7 +119,7 @@ def _by_value(
             results.metrics,
             results.intervals,
             "slice_accuracy",
-            f"{value} ({places[value]} reads)",
+            f"{value} ({count(places[value], 'read')})",
             COLOURS[number % len(COLOURS)],
             split=split,
             axis_value=f"{axis}={value}",
@@ -161,10 +166,10 @@ def slices_of(dataset: xr.Dataset, axis: str, split: str) -> dict[str, int]:
     """Finds the values of an axis that a split has reads of: value -> number of reads, in the order of the numbers."""
     counts = dataset["slice_count"].sel(split=split)
     found = {}
-    for label, count in zip(counts["axis_value"].values.tolist(), counts.values.tolist(), strict=True):
+    for label, reads in zip(counts["axis_value"].values.tolist(), counts.values.tolist(), strict=True):
         name, _, value = label.partition("=")
-        if name == axis and count > 0:
-            found[value] = int(count)
+        if name == axis and reads > 0:
+            found[value] = int(reads)
     return dict(sorted(found.items(), key=lambda item: int(re.match(r"\d+", item[0])[0])))
 
 

@@ -12,7 +12,7 @@ from kvjax.artifacts.files import read_json
 from kvjax.artifacts.identity import check_seal
 from kvjax.artifacts.recovery_tables import PATCHING, component_recoveries
 from kvjax.artifacts.results import Intervention, RunResults
-from kvjax.errors import InputError, command, unusable
+from kvjax.errors import command, unusable
 from kvjax.intervene.kinds import find_kind
 from kvjax.report.charts.description import COLOURS, Chart, Edge, Graph, Heatmap, Line, LineChart, Node
 from kvjax.report.leaders import ablation_in_words
@@ -54,23 +54,18 @@ def _parts(results: RunResults, pairs: Mapping[str, StreamPair]) -> list[Part]:
     ]
     if rows := _importance(results):
         parts.append(rows)
-    studies = [one for path in results.intervention_files() if (one := _opened(path)) is not None]
-    for one in studies:
-        if one.kind == PATCHING:
-            charts = position_charts(one, pairs)
-            parts.append(
-                Part(f"By position, {_window(one)}", [_POSITIONS], charts, folded=one is not _last(studies, PATCHING))
-            )
-    for one in studies:
-        if one.kind == "path_patching":
-            charts = path_charts(one)
-            folded = one is not _last(studies, one.kind)
-            parts.append(Part(f"Paths, {_window(one)}", [_PATHS], charts, folded=folded))
-    for one in studies:
-        if one.kind == "necessity":
-            charts = set_charts(one)
-            folded = one is not _last(studies, one.kind)
-            parts.append(Part(f"Necessary and sufficient sets, {_window(one)}", [_SETS], charts, folded=folded))
+    opened = (Intervention.open_whole(path) for path in results.intervention_files())
+    studies = [one for one in opened if one is not None]
+    drawn = {
+        PATCHING: ("By position", _POSITIONS, lambda one: position_charts(one, pairs)),
+        "path_patching": ("Paths", _PATHS, path_charts),
+        "necessity": ("Necessary and sufficient sets", _SETS, set_charts),
+    }
+    for kind, (title, reading, charts) in drawn.items():
+        of_kind = [one for one in studies if one.kind == kind]
+        for one in of_kind:
+            folded = one is not of_kind[-1]
+            parts.append(Part(f"{title}, {_window(one)}", [reading], charts(one), folded=folded))
     for one in studies:
         lines = find_kind(one.kind).summary_lines(one.document)
         parts.append(Part(f"Numbers: {one.kind.replace('_', ' ')}, {_window(one)}", listing=lines, folded=True))
@@ -91,20 +86,6 @@ _SETS = (
     "ablated (completeness: how much is left without it?). 1 is the whole clean run. Components join "
     "in the order of what each costs."
 )
-
-
-def _opened(path: object) -> Intervention | None:
-    """Opens a summary with its arrays; None if it is damaged, which `kvjax intervene` mends."""
-    try:
-        found = Intervention.open(path)
-        found.check_arrays()
-    except InputError:
-        return None
-    return found
-
-
-def _last(studies: Sequence[Intervention], kind: str) -> Intervention:
-    return [one for one in studies if one.kind == kind][-1]
 
 
 def _window(one: Intervention) -> str:

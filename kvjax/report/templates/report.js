@@ -1,6 +1,7 @@
 "use strict";
 (() => {
   const root = document.documentElement;
+  const CONFIG = { responsive: false, displayModeBar: false };
   const drawn = new Set();
 
   function colours() {
@@ -12,12 +13,13 @@
   // The layout of a chart in the colours of the page, without what the page shows itself.
   function themed(layout) {
     const { ink, line, paper } = colours();
-    const own = { ...layout, font: { color: ink, size: 12 }, autosize: true };
+    // A copy down to the ground: plotly writes into what it gets.
+    const own = { ...structuredClone(layout), font: { color: ink, size: 12 }, autosize: true };
     delete own.title;
     delete own.sliders;
-    own.margin = { ...layout.margin, t: layout.annotations && layout.annotations.length ? 24 : 10 };
+    own.margin = { ...own.margin, t: layout.annotations && layout.annotations.length ? 24 : 10 };
     for (const axis of ["xaxis", "yaxis"]) {
-      own[axis] = { ...layout[axis], gridcolor: line, zerolinecolor: line, linecolor: line };
+      own[axis] = { ...own[axis], gridcolor: line, zerolinecolor: line, linecolor: line };
     }
     own.hoverlabel = { bgcolor: paper, bordercolor: line, font: { color: ink } };
     return own;
@@ -28,12 +30,12 @@
     return figure.content;
   }
 
-  function draw(figure) {
+  function draw(figure, size = {}) {
     if (drawn.has(figure)) return;
     drawn.add(figure);
     const { data, layout } = contentOf(figure);
     const plot = figure.querySelector(".plot");
-    Plotly.newPlot(plot, data, themed(layout), { responsive: true, displayModeBar: false });
+    Plotly.newPlot(plot, data, { ...themed(layout), ...size }, CONFIG);
     plot.style.minHeight = "";
     const slider = sliderOf(figure);
     if (slider) show(figure, stepOf(slider));
@@ -119,7 +121,10 @@
   document.querySelectorAll("figure.chart").forEach((figure) => near.observe(figure));
 
   function recolour() {
-    for (const figure of drawn) Plotly.relayout(figure.querySelector(".plot"), themed(contentOf(figure).layout));
+    for (const figure of drawn) {
+      const { data, layout } = contentOf(figure);
+      Plotly.react(figure.querySelector(".plot"), data, themed(layout), CONFIG);
+    }
   }
   document.getElementById("theme").addEventListener("click", () => {
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -137,19 +142,38 @@
   addEventListener("hashchange", () => open(location.hash));
   open(location.hash);
 
-  // On paper: everything drawn, in dark ink.
+  // On paper: everything drawn, in dark ink, as wide as one of two columns. Paper is laid out before any script may measure it.
+  const PAPER_WIDTH = 330;
   let before;
+  // Draws every chart anew when it is next looked at: one that plotly resizes keeps the room that its legend took before.
+  function forget() {
+    for (const figure of drawn) {
+      const plot = figure.querySelector(".plot");
+      plot.style.minHeight = `${plot.offsetHeight}px`;
+      Plotly.purge(plot);
+      near.observe(figure);
+    }
+    drawn.clear();
+  }
+  let width = innerWidth;
+  let waiting;
+  addEventListener("resize", () => {
+    if (innerWidth === width) return;
+    width = innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(forget, 150);
+  });
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
+    forget();
     for (const figure of document.querySelectorAll("figure.chart")) {
-      if (figure.closest("details:not([open])") === null) draw(figure);
+      if (figure.closest("details:not([open])") === null) draw(figure, { width: PAPER_WIDTH, autosize: false });
     }
-    recolour();
   });
   addEventListener("afterprint", () => {
     if (before) root.dataset.theme = before;
     else delete root.dataset.theme;
-    recolour();
+    forget();
   });
 })();
