@@ -326,6 +326,11 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_named(name: str) -> int:
+    """Parses the step from a name that `step_name` formed."""
+    return int(name.rpartition("_")[2])
+
+
 def step_of(file: Path) -> int | None:
     """Parses the step from a checkpoint file's name; None if the name has no step."""
     match = re.fullmatch(r"step_(\d+)\.pt", file.name)

@@ -19,7 +19,7 @@ import numpy as np
 from kvjax.artifacts.differences import Difference, between_arrays, between_documents, largest
 from kvjax.artifacts.files import HashedFile
 from kvjax.artifacts.find_runs import with_results_in
-from kvjax.artifacts.layout import ProbeSetLayout, step_name
+from kvjax.artifacts.layout import ProbeSetLayout, step_name, step_named
 from kvjax.artifacts.partials import partial_folder
 from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
@@ -50,12 +50,16 @@ def redraw_tables(run: RunDir, sweep: Sweep, benchmark_dir: str | None) -> Diffe
         loader = CachedLoader(run, inputs.benchmark, certify_on=inputs.certificate_tokens, keep="nothing")
         sweep_runs([inputs], lambda _: loader, settings=_settings_of(run, sweep), advance=lambda count: None)
         before, now = RunResults(run), RunResults(copied)
-        tables = [("checkpoint_metrics.jsonl", before.rows, now.rows), ("heads.jsonl", before.heads, now.heads)]
-        tables.append(("mlps.jsonl", before.mlps, now.mlps))
-        found = [between_documents(mine, theirs, where=name) for name, mine, theirs in tables]
+        layout = run.layout
+        tables = [
+            (layout.rows, before.rows, now.rows),
+            (layout.heads, before.heads, now.heads),
+            (layout.mlps, before.mlps, now.mlps),
+        ]
+        found = [between_documents(mine, theirs, where=path.name) for path, mine, theirs in tables]
         for group in ("metrics", "intervals", "events"):
             mine, theirs = getattr(before, group), getattr(now, group)
-            found.append(between_arrays(_variables(mine), _variables(theirs), where=f"checkpoint_metrics.nc/{group}"))
+            found.append(between_arrays(_variables(mine), _variables(theirs), where=f"{layout.arrays.name}/{group}"))
         return largest(found)
 
 
@@ -155,7 +159,7 @@ def inputs_of(run: RunDir, sweep: Sweep, benchmark_dir: str | None) -> RunInputs
 
 def _inputs_of(copied: RunDir, sweep: Sweep, benchmark_dir: str | None, steps: str | Sequence[int]) -> RunInputs:
     named = sweep.reference
-    reference = "final" if named is None else BEST if named == BEST else str(int(named.removeprefix("step_")))
+    reference = "final" if named is None else BEST if named == BEST else str(step_named(named))
     return prepare_run(
         copied,
         benchmark_dir=benchmark_dir,

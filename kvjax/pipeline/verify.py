@@ -97,10 +97,10 @@ def _checks(run: RunDir, benchmark_dir: str | None, settings: VerifySettings) ->
     try:
         sweep = results.sweep
     except InputError as error:
-        yield Check("sweep.json", "differs", str(error))
+        yield Check(run.layout.sweep.name, "differs", str(error))
         return
     seal = _SEALED if sweep.content_sha256 else "it records no hash of its content"
-    yield Check("sweep.json", "holds" if sweep.content_sha256 else "open", seal)
+    yield Check(run.layout.sweep.name, "holds" if sweep.content_sha256 else "open", seal)
     checks = _Checks(results, sweep, benchmark_dir)
     yield from checks.inputs()
     yield from checks.results()
@@ -295,12 +295,17 @@ def _measured(subject: str, again: Callable[[], Difference], tolerance: float, *
         return Check(subject, "holds", apart)
     reason = f"{difference.where} differs by {difference.size:.1e}"
     if device is not None and _kind(device) != _kind(device_description()):
-        return Check(subject, "open", f"{reason}; it was measured on {_kind(device)}, and this is another device")
+        return Check(
+            subject, "open", f"{reason}; it was measured on {_kind(device)}, and this is {_kind(device_description())}"
+        )
     return Check(subject, "differs", reason)
 
 
 def _kind(device: object) -> str:
-    return f"{device.get('backend')} {device.get('kind')}" if isinstance(device, dict) else "an unknown device"
+    """Names a device as far as last digits depend on it: sums are split among devices, so that their number counts."""
+    if not isinstance(device, dict):
+        return "an unknown device"
+    return f"{device.get('backend')} {device.get('kind')}, count {device.get('count')}"
 
 
 def _sample(chance: random.Random, members: Sequence, size: int) -> list:

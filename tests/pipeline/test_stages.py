@@ -90,7 +90,7 @@ def test_needs_of_stages():
     for stage in STAGES:
         assert set(stage.needs) <= seen, stage.name
         seen.add(stage.name)
-    assert len({stage.command for stage in STAGES}) == len(STAGES) == 10
+    assert len({stage.command for stage in STAGES}) == len(STAGES) == 11
 
 
 def test_study_that_was_moved(folder):

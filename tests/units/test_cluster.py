@@ -249,7 +249,7 @@ def test_scheduler_that_goes_away(tmp_path):
     assert "found none at tcp://" in line and (tmp_path / "a").read_text() == "a"
 
 
-def test_interrupted_command(cluster, tmp_path):
+def test_interrupted_command(cluster, tmp_path, request):
     """Ctrl-C ends the command at once; a unit that has begun ends, and the others are not begun."""
     engine, waiting = cluster.scale(1), tmp_path / "begun"
 
@@ -258,6 +258,8 @@ def test_interrupted_command(cluster, tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    handled = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handled))
     threading.Thread(target=interrupt, daemon=True).start()
     begun = Unit("write", "runs/a", units.write_after, (str(waiting), 0.5, str(tmp_path / "a")))
     others = [Unit("write", name, units.write_text, (str(tmp_path / name), name)) for name in "bcd"]
