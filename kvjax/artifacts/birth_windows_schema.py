@@ -9,7 +9,7 @@ import pydantic
 
 from kvjax.artifacts.files import read_json, write_json
 from kvjax.artifacts.identity import check_seal, sealed
-from kvjax.errors import misfit
+from kvjax.errors import misfit, unusable
 
 StepInterval = tuple[int | None, int | None]  # an end is None if it lies beyond the run
 
@@ -204,11 +204,14 @@ def read_birth_windows(path: Path) -> BirthWindows:
     Raises:
       InputError: the file is missing, does not fit the schema, or was edited.
     """
+    expected = "birth windows (run kvjax birth-windows)"
+    if not path.is_file():
+        raise unusable(path, expected, "no such file")
     document = read_json(path)
     try:
         found = BirthWindows.model_validate(document)
     except pydantic.ValidationError as error:
-        raise misfit(path, error, "birth windows (run kvjax birth-windows)") from None
+        raise misfit(path, error, expected) from None
     if found.content_sha256:
         check_seal(document, path, "run kvjax birth-windows again")
     return found

@@ -220,9 +220,9 @@ def _factor(path: Path) -> Section:
 def _run_page(results: RunResults, name: str, anchor: str, settings: ReportSettings) -> RunPage:
     pairs, attention, reason = {}, None, None
     try:
+        results.check_tables()  # which heads and steps are chosen from
         opened = OpenedRun(results.run, Benchmark.open(results.run.benchmark_dir(settings.benchmark_dir)))
         probe = open_probe_set(results.run.layout.probe_set, opened.benchmark)
-        results.check_tables()  # which heads and steps are chosen from
     except InputError as error:
         reason = str(error)
     else:

@@ -127,6 +127,7 @@ def test_run_without_a_sweep(run):
     shutil.rmtree(run / "analysis")
     page = written(run)
     assert page.sections == [f"run0-{name}" for name in SECTIONS] and len(page.missing) == len(SECTIONS)
+    assert all("run kvjax " in reason for reason in page.missing), page.missing
     assert not page.charts
 
 
