@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvjax.compare.findings import step_interval
 from kvjax.report.parts import Part, Table
+
+MOST_NAMED = 12  # runs that get columns and rows of their own; of more, tables say what they have in common
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -19,7 +22,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 def comparison_parts(document: Mapping[str, Any]) -> list[Part]:
     """Writes the findings and notes, and tables of accuracy, events, roles, leading components and phases."""
-    runs = document["runs"]
+    runs = document["runs"] if len(document["runs"]) <= MOST_NAMED else []
     parts = [Part(lines=document["findings"])]
     if document["notes"]:
         parts.append(Part("Notes", document["notes"]))
@@ -41,17 +44,24 @@ def comparison_parts(document: Mapping[str, Any]) -> list[Part]:
         ("From which checkpoint on measures are stable", "stabilization"),
     ):
         parts.append(_events(title, document[family], runs))
-    winners = [
-        [role, *(f"{w['component'] or '-'} {w['score']:.2f} ({w['second_score']:.2f})" for w in own)]
-        for role, own in document["roles"]["winners"].items()
-    ]
+    if runs:
+        columns = [one["name"] for one in runs]
+        winners = [
+            [role, *(f"{w['component'] or '-'} {w['score']:.2f} ({w['second_score']:.2f})" for w in own)]
+            for role, own in document["roles"]["winners"].items()
+        ]
+    else:
+        columns = ["heads, and in how many runs each has the largest score"]
+        winners = [[role, _counted(own)] for role, own in document["roles"]["winners"].items()]
     evidence = {"ablation": "ablation", "interventions": "patching"}[document["roles"]["evidence"]]
     reading = (
         f"A score is attention times the share of the causal effect (by {evidence}); in brackets the next head's. "
         "Which head answers to which: `matching` in comparison.json."
     )
-    table = Table("", ["role", *(one["name"] for one in runs)], winners)
+    table = Table("", ["role", *columns], winners)
     parts.append(Part("Heads by role", [reading], tables=[table]))
+    if not runs:
+        return [*parts, Part("", ["Leading components, phases and handovers of each run: comparison.json."])]
     leaders = [
         [own["run"], own["step"], leaders_in_words(own["heads"]), leaders_in_words(own["mlps"])]
         for own in document["leaders"]
@@ -63,6 +73,11 @@ def comparison_parts(document: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
+def _counted(winners: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(one["component"] or "none" for one in winners)
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
 def _events(title: str, events: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Part:
     if not events:
         return Part(title, ["None in any run."])
@@ -71,7 +86,8 @@ def _events(title: str, events: Mapping[str, Any], runs: Sequence[Mapping[str, A
         for name, entry in events.items()
     ]
     header = ["", *(one["name"] for one in runs), "formed", "median [95 %]"]
-    return Part(title, ["`>` marks a run that had not formed it by that step."], tables=[Table("", header, rows)])
+    reading = ["`>` marks a run that had not formed it by that step."] if runs else []
+    return Part(title, reading, tables=[Table("", header, rows)])
 
 
 def _phases(story: Mapping[str, Any]) -> str:

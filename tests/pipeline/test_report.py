@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvjax.pipeline import report as report_stage
 from kvjax.pipeline.interventions import intervene
 from kvjax.pipeline.report import report, report_is_current
 from kvjax.pipeline.settings import PairSource, ReportSettings, RunsOnBenchmark
+from kvjax.report import comparison_page
 from tests.helpers.browser import WIDTHS, Opened, chromium
 from tests.helpers.building import read_lines
 from tests.helpers.pages import read_page
@@ -169,8 +171,11 @@ def test_page_of_several_runs(run, monkeypatch):
     seeds = [trace for trace in page.charts["seeds-seeds_validation_iid"]["data"] if trace.get("name")]
     assert len(seeds) == 3 and seeds[0]["y"] == seeds[1]["y"] == seeds[2]["y"]
     monkeypatch.setattr(report_stage, "MOST_RUNS", 1)
-    few = written(run, names)
-    assert few.sections == ["runs", "seeds"] and any("kvjax report --run_dirs" in word for word in few.words)
+    monkeypatch.setattr(comparison_page, "MOST_NAMED", 1)
+    many = written(run, names)
+    assert many.sections == ["runs", "seeds"] and any("kvjax report --run_dirs" in word for word in many.words)
+    counted = [word for word in many.words if re.fullmatch(r"(L0H[01]|none) 2", word)]
+    assert len(counted) == 3, "of each role: both copies of the run have the same head"
 
 
 def test_figures_for_papers(run):
