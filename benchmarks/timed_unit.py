@@ -18,7 +18,7 @@ def timed(stage: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
 
 
 def core_seconds_so_far() -> float:
-    """Returns what this process has cost since it began: Python, imports, connecting."""
+    """Measures the core seconds of this process since it began, those of Python, imports and connecting included."""
     return round(_core_seconds(), 2)
 
 

@@ -1,6 +1,6 @@
 """Put everything that was measured on runs into one HTML file that needs no network: what, when, where, who, how sure.
 
-One run is told in full; several are compared first. A result that is missing is named with the command that makes it.
+Tells one run in full, and compares several first. Of a result that is missing the page names the command that makes it.
 `--figures_dir` writes every chart as PNG and SVG as well, for papers.
 """
 

@@ -116,9 +116,8 @@ def make_page(settings: ReportSettings, progress: Progress = no_progress) -> Pag
     runs = _runs(settings)
     swept = named_runs(runs)
     sections, notes = [], []
-    if len(swept) > 1:
-        sections.append(runs_section({one.name: headline(one.results) for one in swept}))
     if len(swept) >= FEWEST_RUNS:
+        sections.append(runs_section({one.name: headline(one.results) for one in swept}))
         sections.append(_seeds(settings, runs))
     sections += [_factor(path) for path in _factor_folders(settings)]
     shown = swept if len(swept) <= MOST_RUNS else []
@@ -284,12 +283,18 @@ def attention_patterns(
 
 
 def _chosen_steps(results: RunResults, settings: ReportSettings) -> list[int]:
-    """Chooses the measured steps that were asked for, or those at which most changes."""
+    """Chooses the measured steps that were asked for, or those at which most changes.
+
+    Raises:
+      InputError: none of those that were asked for was measured.
+    """
     swept = [row["step"] for row in results.rows]
     if settings.steps is None:
         return [swept[row] for row in rows_of_change(results.rows, most=_MOST_ATTENTION_STEPS)]
-    asked = results.run.select_steps(settings.steps)
-    return [step for step in asked if step in swept]
+    chosen = [step for step in results.run.select_steps(settings.steps) if step in swept]
+    if not chosen:
+        raise bad_argument("steps", "steps that were measured (run kvjax checkpoint-sweep)", settings.steps)
+    return chosen
 
 
 def _chosen_heads(results: RunResults, settings: ReportSettings) -> list[Component]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -94,7 +95,7 @@ def test_attention_of_a_page(run):
             rounding = 0.0005 * (row + 1)  # each share is shown with three decimals
             assert sum(values[: row + 1]) == pytest.approx(1.0, abs=rounding + 1e-6)
             assert set(values[row + 1 :]) <= {None}
-    tokens = [label.split(" ", 1)[1] for label in chart["data"][0]["x"]]
+    tokens = [html.unescape(label).split(" ", 1)[1] for label in chart["data"][0]["x"]]
     assert f"{' '.join(tokens)}" in "".join(page.words)
 
 
@@ -162,6 +163,23 @@ def _second(run):
     return other
 
 
+def test_steps_that_were_not_measured(run, capsys):
+    """A checkpoint that no sweep has measured has no attention to show: one line, status 2."""
+    shutil.copy(run / "checkpoints" / "step_000016.pt", run / "checkpoints" / "step_000024.pt")
+    assert main(["report", f"--run_dirs={run}", "--steps=24", "--noprogress"]) == 2
+    assert "steps: expected steps that were measured" in capsys.readouterr().err
+
+
+def test_hostile_name_in_a_chart(run):
+    """plotly reads tags in names; a run's name reaches it escaped."""
+    other = _second(run)
+    document = json.loads((other / "run_config.json").read_text())
+    (other / "run_config.json").write_text(json.dumps(document | {"run_name": "<a href='https://example.org'>b</a>"}))
+    page = written(run, f"--run_dirs={other}")
+    names = {trace["name"] for trace in page.charts["seeds-seeds_validation_iid"]["data"] if trace.get("name")}
+    assert "&lt;a href='https://example.org'&gt;b&lt;/a&gt;" in names
+
+
 def test_page_of_several_runs(run, monkeypatch):
     """Several runs are compared first and then told one by one; of very many, only what they have in common."""
     other = _second(run)
@@ -226,7 +244,8 @@ def test_interventions_of_a_page(shown):
     assert {"recovery_value", "recovery_swap"} <= set(drawn)
     positions = next(name for name in drawn if name.startswith("positions_value"))
     labels = page.charts[f"run0-interventions-{positions}"]["data"][0]["x"]
-    assert labels[0] == "0 <bos>" and any(" → " in label for label in labels)
+    assert labels[0] == "0 &lt;bos&gt;", "plotly shows it letter by letter"
+    assert any(" → " in label for label in labels)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

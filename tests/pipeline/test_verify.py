@@ -52,7 +52,7 @@ def layout(run):
 
 
 def checked(run, **settings):
-    """Returns what came of every comparison, by subject."""
+    """Returns every check of a run by its subject."""
     (found,) = verify(RunsOnBenchmark(run_dirs=(str(run),)), VerifySettings(**settings))
     return {check.subject: check for check in found.checks}
 

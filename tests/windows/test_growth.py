@@ -57,7 +57,7 @@ def test_step(steps):
 
 
 def test_two_steps():
-    """Two steps look like growth on the whole; each is told from it beside the other."""
+    """Two steps look like growth over the whole run; beside the other, each is a step."""
     index = np.arange(12)
     values = 1.0 * (index > 3) + 1.0 * (index > 7)
     assert explained([values], [(0, 3), (0, 7)]) == [False, False]

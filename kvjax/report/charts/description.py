@@ -183,12 +183,12 @@ class Node:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edge:
-    """An edge of a graph; its width is `weight`'s share of the largest one, `label` is shown on hover."""
+    """An edge of a graph, as wide as its `weight` is of the largest one; `labels` are shown on hover, a line each."""
 
     start: str
     end: str
     weight: float
-    label: str
+    labels: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

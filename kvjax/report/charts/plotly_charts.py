@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def _line_traces(line: Line, number: int) -> list[dict[str, Any]]:
             "type": "scatter",
             "x": _plain(line.x),
             "y": _plain(line.y),
-            "name": line.name,
+            "name": _escaped(line.name),
             "showlegend": bool(line.name),
             "legendgroup": group,
             "mode": "lines" if line.faint or line.dashed else "lines+markers",
@@ -104,8 +105,8 @@ def _heatmap(chart: Heatmap) -> go.Figure:
     fine = min(len(chart.x), len(chart.y)) > _FINE
     trace = {
         "type": "heatmap",
-        "x": list(chart.x),
-        "y": list(chart.y),
+        "x": list(map(_escaped, chart.x)),
+        "y": list(map(_escaped, chart.y)),
         "zmin": low,
         "zmax": high,
         "colorscale": _SCALES[chart.scale],
@@ -135,7 +136,12 @@ def _heatmap(chart: Heatmap) -> go.Figure:
 def _bars(chart: Bars) -> go.Figure:
     several = {name: values if chart.steps is not None else values[None] for name, values in chart.series.items()}
     traces = [
-        {"type": "bar", "x": list(chart.labels), "name": name, "marker": {"color": COLOURS[number % len(COLOURS)]}}
+        {
+            "type": "bar",
+            "x": list(map(_escaped, chart.labels)),
+            "name": _escaped(name),
+            "marker": {"color": COLOURS[number % len(COLOURS)]},
+        }
         for number, name in enumerate(several)
     ]
     count = len(next(iter(several.values())))
@@ -166,7 +172,7 @@ def _timeline(chart: Timeline) -> go.Figure:
         for span in own:
             ends = [end for end in (span.start, span.middle, span.end) if end is not None]
             x += [min(ends), max(ends), None] if ends else []
-            y += [span.label, span.label, None] if ends else []
+            y += [_escaped(span.label), _escaped(span.label), None] if ends else []
         bars = {"type": "scatter", "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 7}}
         traces.append(bars | {"hoverinfo": "skip", "showlegend": False, "opacity": 0.45, "legendgroup": group})
         seen = [span for span in own if span.middle is not None]
@@ -174,17 +180,17 @@ def _timeline(chart: Timeline) -> go.Figure:
             {
                 "type": "scatter",
                 "x": [span.middle for span in seen],
-                "y": [span.label for span in seen],
+                "y": [_escaped(span.label) for span in seen],
                 "customdata": [[_step(span.start), _step(span.end)] for span in seen],
                 "mode": "markers",
-                "name": group,
+                "name": _escaped(group),
                 "legendgroup": group,
                 "marker": {"color": colour, "size": 9},
                 "hovertemplate": "%{y}<br>onset %{customdata[0]}, midpoint %{x:.0f}, completion %{customdata[1]}"
                 "<extra></extra>",
             }
         )
-    labels = list(dict.fromkeys(span.label for span in chart.spans))
+    labels = list(dict.fromkeys(_escaped(span.label) for span in chart.spans))
     layout = _layout(chart, height=130 + _ROW_HEIGHT * max(3, len(labels)))
     layout |= {
         "xaxis": {"title": {"text": chart.x_title}},
@@ -215,7 +221,7 @@ def _graph(chart: Graph) -> go.Figure:
                 "mode": "lines",
                 "line": {"color": COLOURS[0], "width": max(1.0, _WIDEST_EDGE * abs(edge.weight) / largest)},
                 "opacity": 0.55,
-                "text": [edge.label] * 3,
+                "text": ["<br>".join(map(_escaped, edge.labels))] * 3,
                 "hoverinfo": "text",
                 "showlegend": False,
             }
@@ -225,7 +231,7 @@ def _graph(chart: Graph) -> go.Figure:
             "type": "scatter",
             "x": [node.x for node in chart.nodes],
             "y": [node.y for node in chart.nodes],
-            "text": [node.name for node in chart.nodes],
+            "text": [_escaped(node.name) for node in chart.nodes],
             "mode": "markers+text",
             "textposition": "top center",
             "marker": {"size": 13, "color": NEUTRAL},
@@ -279,7 +285,7 @@ def _height(names: Sequence[str]) -> int:
 
 def _layout(chart: Chart, *, height: int) -> dict[str, Any]:
     return {
-        "title": {"text": chart.title},
+        "title": {"text": _escaped(chart.title)},
         "height": height,
         "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -312,13 +318,18 @@ def _shaded(bands: Any) -> dict[str, Any]:
                 "y": 1,
                 "xref": "x",
                 "yref": "paper",
-                "text": band.label,
+                "text": _escaped(band.label),
                 "showarrow": False,
                 "yanchor": "bottom",
                 "font": {"size": 11},
             }
         )
     return {"shapes": shapes, "annotations": labels}
+
+
+def _escaped(text: str) -> str:
+    """Writes a text as plotly shows it letter by letter: it would take tags in it for links and bold letters."""
+    return html.escape(text, quote=False)
 
 
 def _transparent(colour: str, share: float) -> str:

@@ -82,9 +82,9 @@ _POSITIONS = (
 )
 _PATHS = "The strongest paths at the last step at which the clean run answers; width: recovery along the path alone."
 _SETS = (
-    "Left: the answer's lead if all but the set is ablated (faithfulness: does the set suffice?). Right: if the set is "
-    "ablated (completeness: how much is left without it?). 1 is the whole clean run. Components join "
-    "in the order of what each costs."
+    "The set alone: the answer's lead if all else is ablated (faithfulness: does the set suffice?). Without it: "
+    "if the set is ablated (completeness: how much is left?). 1 is the whole clean run. Components join in the order "
+    "of what each costs."
 )
 
 
@@ -309,7 +309,7 @@ def _edge(here: xr.Dataset, place: int, recovery: np.ndarray) -> Edge:
         sender,
         receiver.partition(".")[0] if "H" in receiver else receiver,
         float(estimate),
-        f"{path}: {estimate:.2f} [{low:.2f}, {high:.2f}]",
+        (f"{path}: {estimate:.2f} [{low:.2f}, {high:.2f}]",),
     )
 
 
@@ -319,7 +319,7 @@ def _joined(edges: Sequence[Edge]) -> list[Edge]:
     for edge in edges:
         between.setdefault((edge.start, edge.end), []).append(edge)
     return [
-        Edge(start, end, max(edge.weight for edge in own), "<br>".join(edge.label for edge in own))
+        Edge(start, end, max(edge.weight for edge in own), tuple(label for edge in own for label in edge.labels))
         for (start, end), own in between.items()
     ]
 

@@ -76,6 +76,9 @@
     });
   }
 
+  // Names are escaped for plotly, which reads tags in them.
+  const unescaped = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+
   // A table of a chart's numbers, for those who do not see it or want to copy them.
   function fill(figure, details) {
     details.querySelectorAll("div").forEach((old) => old.remove());
@@ -86,7 +89,7 @@
       for (const cell of cells) {
         const empty = cell === null || cell === undefined || cell === "";
         const one = document.createElement(empty ? "td" : tag);
-        one.textContent = empty ? "" : String(cell);
+        one.textContent = empty ? "" : unescaped(String(cell));
         line.append(one);
       }
     };
