@@ -14,7 +14,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import bad_argument, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
-from kvjax.task.probe_set import ProbeSet, open_probe_set, own_probe_set
+from kvjax.task.probe_set import ProbeSet, has_probe_set, install_probe_set, open_probe_set, own_probe_set
 
 BEST = "best"  # the result name of the best checkpoint, which may be no step checkpoint
 
@@ -59,11 +59,16 @@ class RunInputs:
 
 
 class OpenedInputs:
-    """Shares inputs among runs: benchmarks and given probe sets are opened once, equal records are encoded once."""
+    """Shares inputs among runs.
+
+    Benchmarks and given probe sets are opened once, runs' own probe sets are chosen once for each benchmark, and equal
+    records are encoded once.
+    """
 
     def __init__(self) -> None:
         self.benchmark = functools.cache(Benchmark.open)
         self._probe_sets: dict[tuple[Path, str], ProbeSet] = {}
+        self._chosen: dict[str, ProbeSet] = {}
         self._encoded: dict[tuple[str, str, int], tuple[EncodedRecords, EncodedRecords]] = {}
 
     def probe_set(self, path: Path, benchmark: Benchmark) -> ProbeSet:
@@ -72,6 +77,17 @@ class OpenedInputs:
         if key not in self._probe_sets:
             self._probe_sets[key] = open_probe_set(path, benchmark)
         return self._probe_sets[key]
+
+    def own_probe_set(self, path: Path, benchmark: Benchmark) -> ProbeSet:
+        """Opens a run's own probe set; an absent one is made, or copied from the first run that got one here."""
+        absent = not has_probe_set(path)
+        if absent and (chosen := self._chosen.get(benchmark.sha256)):
+            install_probe_set(chosen, path)
+            return dataclasses.replace(chosen, path=path)
+        probe = own_probe_set(path, benchmark)
+        if absent:
+            self._chosen[benchmark.sha256] = probe
+        return probe
 
     def encoded(self, probe: ProbeSet, benchmark: Benchmark, max_seq_len: int) -> tuple[EncodedRecords, EncodedRecords]:
         """Encodes a probe set's records and its fit set's as arrays."""
@@ -119,7 +135,7 @@ def prepare_run(
     if reference_name is not None:
         wanted[reference_name] = result_file(run, reference_name)
     given = Path(probe_set) if probe_set else None
-    probe = opened.probe_set(given, benchmark) if given else own_probe_set(run.layout.probe_set, benchmark)
+    probe = opened.probe_set(given, benchmark) if given else opened.own_probe_set(run.layout.probe_set, benchmark)
     encoded, fit = opened.encoded(probe, benchmark, run.config.model.max_seq_len)
     return RunInputs(run, benchmark, probe, encoded, fit, wanted, named, reference_name, reference)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError, command
+from kvjax.execution.inputs import OpenedInputs
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import ProbeSetSettings
 from kvjax.task.benchmark import Benchmark
-from kvjax.task.probe_set import ProbeSet, frozen_manifest, generate_probe_set, own_probe_set
+from kvjax.task.probe_set import ProbeSet, frozen_manifest, generate_probe_set
 
 
 def choose_probe_set(settings: ProbeSetSettings) -> ProbeSet:
@@ -27,13 +29,15 @@ def choose_probe_set(settings: ProbeSetSettings) -> ProbeSet:
     )
 
 
-def ensure_probe_set(run: RunDir) -> ProbeSet:
-    """Opens the probe set in a run's analysis folder, or makes it there.
+def ensure_probe_sets(runs: Sequence[RunDir]) -> None:
+    """Makes a probe set in the analysis folder of each run that lacks one, the same for all runs on one benchmark.
 
     Raises:
-      InputError: the run's benchmark or the probe set cannot be used.
+      InputError: a run's benchmark or its probe set cannot be used.
     """
-    return own_probe_set(run.layout.probe_set, Benchmark.open(run.benchmark_dir()))
+    opened = OpenedInputs()
+    for run in runs:
+        opened.own_probe_set(run.layout.probe_set, opened.benchmark(run.benchmark_dir()))
 
 
 def probe_set_is_current(run: RunDir) -> Current:

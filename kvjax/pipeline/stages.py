@@ -22,7 +22,7 @@ from kvjax.pipeline.evaluate import evaluate, evaluation_is_current
 from kvjax.pipeline.generate import benchmark_is_current
 from kvjax.pipeline.interventions import intervene, interventions_are_current
 from kvjax.pipeline.over_runs import over_runs
-from kvjax.pipeline.probe_set import ensure_probe_set, probe_set_is_current
+from kvjax.pipeline.probe_set import ensure_probe_sets, probe_set_is_current
 from kvjax.pipeline.progress import Progress
 from kvjax.pipeline.report import report, report_is_current
 from kvjax.pipeline.select_reference import rank_runs, ranking_is_current
@@ -212,7 +212,7 @@ PROBE_SET = Stage(
     "generate-probe-set",
     ("generate",),
     _of_every_run(probe_set_is_current),
-    lambda study, progress: [ensure_probe_set(run) for run in study.open_runs()],
+    lambda study, progress: ensure_probe_sets(study.open_runs()),
 )
 SWEEP = Stage(
     "sweep",

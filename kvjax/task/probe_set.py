@@ -131,7 +131,7 @@ def own_probe_set(path: Path, benchmark: Benchmark) -> ProbeSet:
     Files that an interrupted run left without their manifest are not a probe set, and are made anew.
     """
     names = ProbeSetLayout(path)
-    if not _is_complete(names):
+    if not has_probe_set(path):
         for file in (path, names.fit, names.sources):
             file.unlink(missing_ok=True)
         smallest = min((benchmark.split_sizes.get(split, 0) for split in PROBE_SPLITS), default=0)
@@ -223,7 +223,7 @@ def _has_own_manifest(metadata: Any) -> bool:
 
 def check_installable(probe: ProbeSet, target: Path) -> None:
     """Raises `InputError` if another probe set than the given one is installed at `target`."""
-    if _is_complete(ProbeSetLayout(target)) and _installed_sha256(target) != probe.manifest.content_sha256:
+    if has_probe_set(target) and _installed_sha256(target) != probe.manifest.content_sha256:
         raise unusable(target, f"the probe set {probe.path} of this sweep (or `overwrite`)", "another probe set")
 
 
@@ -233,7 +233,7 @@ def install_probe_set(probe: ProbeSet, target: Path) -> None:
     Its manifest is copied last: files without one are not a probe set. The pairs of a replaced probe set are deleted.
     """
     names = ProbeSetLayout(target)
-    if _is_complete(names) and _installed_sha256(target) == probe.manifest.content_sha256:
+    if has_probe_set(target) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
     # Pairs first: after any interruption they belong to the probe set beside them, or are made again.
     for stale in (names.pairs_manifest, names.pairs, names.manifest, names.companion):
@@ -243,7 +243,9 @@ def install_probe_set(probe: ProbeSet, target: Path) -> None:
             shutil.copyfile(file, partial)
 
 
-def _is_complete(names: ProbeSetLayout) -> bool:
+def has_probe_set(path: Path) -> bool:
+    """Says whether all of a probe set is at `path`: records and, written last, a manifest."""
+    names = ProbeSetLayout(path)
     return names.records.is_file() and (names.manifest.is_file() or names.companion.is_file())
 
 
