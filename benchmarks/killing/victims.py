@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.artifacts.files import read_json, read_json_lines
 from kvjax.artifacts.layout import RunLayout
 
 BENCHMARK, RUN, STUDY = "benchmark", "run", "study"
@@ -37,13 +38,19 @@ def _train(folder: Path) -> list[str]:
 
 
 def _trained(folder: Path) -> dict[str, Any]:
+    """Collects the parameters, the optimizer's moments, the log and the best checkpoint of a run."""
     import torch
 
     layout, found = RunLayout(folder / RUN), {}
     for step, path in sorted(layout.step_checkpoints()):
-        state = torch.load(path, weights_only=True)["model_state"]
-        found[f"step {step}"] = {name: tensor.numpy() for name, tensor in state.items()}
-    return found
+        document = torch.load(path, weights_only=True)
+        found[f"step {step}"] = {name: tensor.numpy() for name, tensor in document["model_state"].items()}
+        for number, moments in document["optimizer_state"]["state"].items():
+            found[f"step {step} {number}"] = {name: tensor.numpy() for name, tensor in moments.items()}
+    rows = read_json_lines(layout.metrics)
+    found["log"] = [row for row in rows if row["phase"] != "resume"]
+    best = read_json(layout.best_record)
+    return found | {"best": {name: value for name, value in best.items() if name != "path"}}
 
 
 def _swept(folder: Path) -> dict[str, Any]:
@@ -80,8 +87,13 @@ def _studied(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for sweep in sorted((folder / STUDY).rglob("analysis/sweep.json")):
-        run = sweep.parents[1]
-        found[str(run.relative_to(folder))] = open_results(run).rows
+        run, name = sweep.parents[1], str(sweep.parents[1].relative_to(folder))
+        results, best = open_results(run), RunLayout(run).evaluation("best")
+        found[name] = results.rows
+        found[f"{name} windows"] = results.windows.model_dump(mode="json")["windows"]
+        found[f"{name} story"] = results.story.model_dump(mode="json")["accuracy"]
+        if best.is_file():
+            found[f"{name} evaluation"] = read_json(best)["splits"]
     for name in ("comparison.nc", "factor.nc"):
         for path in sorted((folder / STUDY).rglob(name)):
             found[str(path.relative_to(folder))] = _variables(read_dataset(path, expected="arrays"))
@@ -109,7 +121,7 @@ VICTIMS: dict[str, Victim] = {
     "pipeline": Victim(
         None,
         lambda folder: [
-            *("pipeline", f"--config={folder / 'train.json'}", f"--benchmark_config={folder / 'benchmark.json'}"),
+            *("pipeline", f"--config={folder / 'study.json'}", f"--benchmark_config={folder / 'benchmark.json'}"),
             *("--seeds=3,4", "--pairs_per_kind=2", f"--output_dir={folder / STUDY}"),
         ],
         _studied,
