@@ -96,7 +96,7 @@ class FileRecorder:
         if layout.analysis.is_dir():
             note(f"{layout.analysis} was removed: it measured the run that is overwritten")
             shutil.rmtree(layout.analysis)
-        remove_abandoned(layout.checkpoints)
+        self._remove_abandoned()
         written = [layout.best_record, layout.metrics, layout.best, layout.last]
         for file in (*written, *(path for _, path in layout.step_checkpoints())):
             file.unlink(missing_ok=True)
@@ -111,10 +111,15 @@ class FileRecorder:
         with replace_file(layout.metrics) as partial:
             partial.write_bytes(b"".join(line + b"\n" for line in (*history.lines, json.dumps(resume).encode())))
         layout.summary.unlink(missing_ok=True)  # the run is unfinished again
-        remove_abandoned(layout.checkpoints)
+        self._remove_abandoned()
         if self._best is not None and self.config.checkpointing.save_best_checkpoint:
             self._restore_best(int(self._best["step"]))
         write_json(layout.config, self._spec)  # it may have been prolonged
+
+    def _remove_abandoned(self) -> None:
+        """Removes what a killed training left half-written, beside the run directory and among its checkpoints."""
+        for folder in (self.path.resolve().parent, self._layout.checkpoints):
+            remove_abandoned(folder)
 
     def log(self, row: Row) -> None:
         """Appends a row to `metrics.jsonl`."""

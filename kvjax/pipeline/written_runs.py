@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvjax.artifacts.find_runs import Needs, find_run_dirs, with_results_in
+from kvjax.artifacts.partials import remove_abandoned
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.run_lock import allow_locks, hold
 from kvjax.pipeline.settings import ResultSettings, Runs
@@ -32,4 +33,12 @@ def open_to_write(runs: Runs, results: ResultSettings, *, needs: Needs = "step c
         # In one order for all commands: two that wait for each other would wait for ever.
         for run in sorted(found, key=lambda run: run.analysis.resolve()):
             held.enter_context(hold(run.layout.analysis_lock, run.path, wait=results.wait))
+            _remove_abandoned(run)
         yield found
+
+
+def _remove_abandoned(run: RunDir) -> None:
+    """Removes what a killed command left half-written, also where this one writes nothing."""
+    analysis, interventions = run.layout.analysis, run.layout.interventions
+    for folder in (analysis, *(path for above in (analysis, interventions) for path in above.glob("*/"))):
+        remove_abandoned(folder)

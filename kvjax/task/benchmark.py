@@ -13,6 +13,7 @@ from typing import Any
 from kvjax.artifacts.benchmark_hash import BenchmarkHashes
 from kvjax.artifacts.files import HashedFile, file_sha256, read_json, replace_directory, write_json, write_json_lines
 from kvjax.artifacts.layout import BenchmarkLayout
+from kvjax.artifacts.partials import remove_abandoned
 from kvjax.config.benchmark import HELDOUT_SPLIT, BenchmarkConfig
 from kvjax.config.json_text import parse_json_lines, without_garbage_collection
 from kvjax.errors import InputError, one_line, unusable
@@ -188,6 +189,7 @@ def generate_benchmark(
     Raises:
       InputError: the directory is taken, the settings cannot work, or a fairness check fails.
     """
+    remove_abandoned(output_dir.resolve().parent)  # of a killed call, also if this one is refused
     taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
     if taken and not overwrite:
         raise unusable(output_dir, "a directory to create (or `overwrite`)", "an existing one")

@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,10 @@ import pytest
 from kvjax.artifacts import partials
 from kvjax.artifacts.files import FileHash, replace_directory, replace_file, replace_together
 from kvjax.artifacts.partials import partial_folder, put_folder_in_place, remove_abandoned
+from kvjax.commands.main import main
+from tests.helpers.building import small_benchmark_config
+from tests.helpers.commands import refused
+from tests.helpers.training import small_train_config
 
 _WRITING = """
 import sys
@@ -204,3 +210,37 @@ def test_permissions(tmp_path):
     (tmp_path / "folder").mkdir()
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes["a"] == modes["plain"] and modes["b"] == modes["folder"]
+
+
+def test_commands_that_write_elsewhere(tmp_path, small_run, small_benchmark, forget, capsys):
+    """What a killed command left is removed by the next of its kind, also where that one writes nothing.
+
+    A training, a drawing of a benchmark or a conversion that was killed after its folder stood in its place leaves the
+    file whose lock stood for the folder.
+    """
+    places = [small_run / "analysis" / "converted", small_run / "analysis" / "interventions" / "neurons", tmp_path]
+    owners = [place / f".{name}.abcd1234.kvjax-partial" for place, name in zip(places, "abc", strict=True)]
+    for owner in owners:
+        owner.parent.mkdir(parents=True, exist_ok=True)
+        owner.touch()
+    assert main(["evaluate", f"--run_dirs={small_run}", "--splits=test_iid", "--noprogress"]) == 0
+    assert [owner.exists() for owner in owners] == [False, False, True]
+    taken = tmp_path / "drawn"
+    shutil.copytree(small_benchmark, taken)
+    config = tmp_path / "benchmark.json"
+    config.write_text(json.dumps(small_benchmark_config()))
+    assert "a directory to create" in refused(
+        capsys, "generate-benchmark", f"--config={config}", f"--output_dir={taken}"
+    )
+    assert not owners[2].exists()
+
+
+def test_training_killed_after_its_folder_was_put_in_place(tmp_path, small_benchmark, forget):
+    """The hidden file beside the run directory goes, whether the training begins anew or goes on."""
+    config, run = tmp_path / "train.json", tmp_path / "run"
+    config.write_text(small_train_config(small_benchmark, num_steps=8).model_dump_json())
+    owner = tmp_path / ".run.abcd1234.kvjax-partial"
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        owner.touch()
+        assert main(["train", f"--config={config}", f"--output_dir={run}", "--noprogress", *flags]) == 0
+        assert not owner.exists(), flags
