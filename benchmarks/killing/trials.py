@@ -129,10 +129,14 @@ def _between(before: Any, now: Any, name: str) -> Difference:
 
 
 def _files(folder: Path) -> set[str]:
-    """Names every file below a folder, and every partial one in the folders beside it that commands write into."""
+    """Names every file below a folder, and every partial one in the folders beside it that commands write into.
+
+    Which parts a store of parameters consists of depends on how many checkpoints were converted at once.
+    """
     beside = [folder.parent / "tmp", folder.parent / "cache"]
     partial = {str(path.relative_to(folder.parent)) for one in beside for path in one.rglob(".*.kvjax-partial*")}
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} | partial
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {file for file in files if "/converted/part_" not in file} | partial
 
 
 def _described(moment: Moment, tried: Attempt) -> str:

@@ -60,15 +60,17 @@ def _swept(folder: Path) -> dict[str, Any]:
     found = {"rows": results.rows, "heads": results.heads, "mlps": results.mlps}
     for group in ("metrics", "intervals", "events"):
         found[group] = _variables(getattr(results, group))
-    return found
+    return found | _converted(folder)
 
 
 def _converted(folder: Path) -> dict[str, Any]:
     import jax
     from kvjax.converters.parameter_store import read_stored_run
 
-    found = {}
-    for stored in read_stored_run(RunLayout(folder / RUN).converted):
+    store = RunLayout(folder / RUN).converted
+    named = {one["part"] for one in read_json(store / "manifest.json")["checkpoints"]}
+    found: dict[str, Any] = {"parts that nothing names": sorted({p.name for p in store.glob("part_*")} - named)}
+    for stored in read_stored_run(store):
         leaves = jax.tree_util.tree_leaves_with_path(stored.params)
         found[f"step {stored.step}"] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     return found
