@@ -23,6 +23,8 @@ _HELD_BYTES = 256 << 20  # of converted parameters, before they are written as a
 class CachedLoader:
     """Loads the checkpoints of one run, for one benchmark. Several threads may call `load` at once.
 
+    One that keeps conversions is for whoever holds the lock of the run's results.
+
     Args:
       run: the run.
       benchmark: the benchmark it is measured on.
@@ -44,6 +46,8 @@ class CachedLoader:
         self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
         self._trust_store, self._keep = trust_store, keep
         self._store = ParameterStore(run.layout.converted, store_identity(run, benchmark))
+        if keep != "nothing":
+            self._store.remove_unnamed()
         self._held: list[Checkpoint] = []
         self._lock = threading.Lock()
 

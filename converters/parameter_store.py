@@ -14,7 +14,6 @@ import functools
 import hashlib
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,6 @@ from kvjax.model.decoder import DecoderConfig, Params
 _MANIFEST = "manifest.json"
 _VERSION = 4
 _PARTS_AT_HAND = 2  # whoever reads a run in the order of its steps is done with a part when it needs the next
-_TEN_MINUTES = 600.0  # a living process names a part in the manifest within milliseconds
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 _CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/performance.md
 
@@ -185,20 +183,24 @@ class ParameterStore:
             raise
         self._manifest = manifest
         self._part.cache_clear()
-        self._remove_unnamed(superfluous=before.parts if before else set())
+        for part in (before.parts if before else set()) - manifest.parts:
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+
+    def remove_unnamed(self) -> None:
+        """Removes parts of processes that died before they named them in the manifest.
+
+        No other process may write the store meanwhile: whoever calls this holds the lock of the run's results.
+        """
+        manifest = _read_manifest(self.folder)
+        if manifest is None and (self.folder / _MANIFEST).exists():
+            return  # of another version, or damaged: the next part begins a new one
+        for part in self.folder.glob("part_*"):
+            if manifest is None or part.name not in manifest.parts:
+                shutil.rmtree(part, ignore_errors=True)
 
     def _read_own_manifest(self) -> StoreManifest | None:
         manifest = _read_manifest(self.folder)
         return manifest if manifest is not None and manifest.identity == self._identity else None
-
-    def _remove_unnamed(self, *, superfluous: set[str]) -> None:
-        """Removes parts that the manifest no longer names, and those of processes that died before they named them."""
-        for folder in self.folder.glob("part_*"):
-            if folder.name in self._manifest.parts:
-                continue
-            with contextlib.suppress(OSError):  # another process renamed or removed it in the meantime
-                if folder.name in superfluous or time.time() - folder.stat().st_mtime > _TEN_MINUTES:
-                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def stored_sha256s(folder: Path) -> frozenset[str]:

@@ -228,3 +228,25 @@ def test_loading_without_keeping(loader, small_run, monkeypatch):
     monkeypatch.setattr(kvjax.converters.cached_loader, "_HELD_BYTES", 1)
     load_all(loader(keep="nothing"), small_run)
     assert not (small_run / "analysis").exists()
+
+
+@pytest.mark.parametrize("manifest", ["there", "missing", "damaged"])
+def test_part_that_a_killed_process_did_not_name(loader, small_run, manifest):
+    """The next process that writes the store removes it; one that only reads does not."""
+    folder = small_run / "analysis" / "converted"
+    convert_all = loader()
+    load_all(convert_all, small_run)
+    convert_all.save()
+    (named,) = folder.glob("part_*")
+    unnamed = shutil.copytree(named, folder / "part_0123456789abcdef")
+    if manifest == "missing":
+        (folder / "manifest.json").unlink()
+    elif manifest == "damaged":
+        (folder / "manifest.json").write_text("{")
+    loader(keep="nothing")
+    assert unnamed.is_dir()
+    again = loader()
+    assert unnamed.is_dir() == (manifest == "damaged") and named.is_dir() == (manifest != "missing")
+    load_all(again, small_run)
+    again.save()
+    assert stored_steps(folder) == [100, 200, 300]
