@@ -86,7 +86,7 @@ def convert_run(
     """
     steps = run.select_steps("all")
     tokens = _certificate_tokens(run, benchmark, verify)
-    checks = _MetricVerifier(run, benchmark) if verify == "metrics" else None
+    checks = MetricVerifier(run, benchmark) if verify == "metrics" else None
     # Verification converts every file again: stored conversions would verify themselves.
     loader = CachedLoader(run, benchmark, certify_on=tokens, trust_store=False, keep="everything")
     certificates: list[Certificate] = []
@@ -172,7 +172,7 @@ def _certificate_tokens(run: RunDir, benchmark: Benchmark, verify: Verify) -> np
     return encode_records(records, benchmark.vocabulary, [VERIFY_SPLIT], **limits).tokens
 
 
-class _MetricVerifier:
+class MetricVerifier:
     """Compares checkpoints with the full-split accuracies that their run recorded: an oracle outside this project."""
 
     def __init__(self, run: RunDir, benchmark: Benchmark):
@@ -181,6 +181,11 @@ class _MetricVerifier:
         self._evaluator = SplitEvaluator(config, benchmark)
 
     def check(self, checkpoint: Checkpoint) -> Iterator[MetricCheck]:
+        """Yields each accuracy that the log records of a checkpoint, beside the one it gives.
+
+        Raises:
+          InputError: they differ, or the log cannot be used.
+        """
         evaluation = self._run.config.evaluation
         limit = evaluation.max_eval_batches and evaluation.max_eval_batches * evaluation.batch_size
         for row in self._run.log.evaluations():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from kvjax.artifacts.files import FileHash, read_json, write_json
+from kvjax.artifacts.files import FileHash, Replace, read_json, replace_file, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import misfit
 
@@ -17,7 +17,11 @@ class _Part(pydantic.BaseModel):
 
 
 class ComparedRun(_Part):
-    """One run of a comparison; `best_step` is its best measured checkpoint on `validation_iid`."""
+    """One run of a comparison; `best_step` is its best measured checkpoint on `validation_iid`.
+
+    `story_sha256` is the hash of its story's content, and so of the windows and interventions that it is told from;
+    older versions did not record it.
+    """
 
     name: str
     path: str
@@ -28,6 +32,7 @@ class ComparedRun(_Part):
     best_step: int
     sweep_sha256: str
     probe_set_sha256: str
+    story_sha256: str = ""
 
 
 class AlignmentEntry(_Part):
@@ -197,7 +202,11 @@ class OutlierEntry(_Part):
 
 
 class Comparison(_Part):
-    """`comparison.json`; `story` holds each run's phases and handovers, `content_sha256` the hash of all else."""
+    """`comparison.json`.
+
+    `story` holds each run's phases and handovers, `arrays` the hash of `comparison.nc`, `files` those of the page and
+    the figures by their names (older versions did not record them), `content_sha256` the hash of all else.
+    """
 
     schema_version: int
     runs: list[ComparedRun]
@@ -218,13 +227,14 @@ class Comparison(_Part):
     settings: dict[str, Any]
     versions: dict[str, str]
     arrays: FileHash
+    files: dict[str, FileHash] = {}
     content_sha256: str = ""
 
 
-def write_comparison(path: Path, document: dict[str, Any]) -> None:
+def write_comparison(path: Path, document: dict[str, Any], *, replace: Replace = replace_file) -> None:
     """Checks the document against its schema and writes it atomically."""
     checked = Comparison.model_validate(document)
-    write_json(path, sealed(checked.model_dump(mode="json", exclude={"content_sha256"})))
+    write_json(path, sealed(checked.model_dump(mode="json", exclude={"content_sha256"})), replace=replace)
 
 
 def read_comparison(path: Path) -> Comparison:

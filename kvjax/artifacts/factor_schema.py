@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pydantic
 
 from kvjax.artifacts.comparison_schema import EventEntry, Leader, RoleWinner, SpreadEntry, StabilityEntry
-from kvjax.artifacts.files import FileHash, read_json, write_json
+from kvjax.artifacts.files import FileHash, Replace, read_json, replace_file, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.errors import misfit
 
@@ -31,6 +31,7 @@ class ScreenedRun(_Part):
     last_step: int | None
     sweep_sha256: str | None
     probe_set_sha256: str | None
+    story_sha256: str | None = None
 
 
 class RunCandidates(_Part):
@@ -91,7 +92,7 @@ class SummaryEntry(_Part):
 
 
 class FactorComparison(_Part):
-    """`factor.json`; `content_sha256` is the hash of all else."""
+    """`factor.json`; `arrays` and `files` as in `Comparison`, `content_sha256` is the hash of all else."""
 
     schema_version: int
     screen: str
@@ -103,13 +104,14 @@ class FactorComparison(_Part):
     findings: list[str]
     versions: dict[str, str]
     arrays: FileHash
+    files: dict[str, FileHash] = {}
     content_sha256: str = ""
 
 
-def write_factor(path: Path, document: dict[str, Any]) -> None:
+def write_factor(path: Path, document: dict[str, Any], *, replace: Replace = replace_file) -> None:
     """Checks the document against its schema and writes it atomically."""
     checked = FactorComparison.model_validate(document)
-    write_json(path, sealed(checked.model_dump(mode="json", exclude={"content_sha256"})))
+    write_json(path, sealed(checked.model_dump(mode="json", exclude={"content_sha256"})), replace=replace)
 
 
 def read_factor(path: Path) -> FactorComparison:

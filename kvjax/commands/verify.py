@@ -1,7 +1,8 @@
 """Say whether results are what their inputs give: hashes again, certificates again, a sample measured again.
 
-Nothing is written. Each run gets a line for everything that was compared: it holds, it differs, or it could not be
-vouched for, and why. Ends with status 1 if anything differs, and with 2 if a run cannot be opened or has no sweep.
+Nothing is written. Each run, and each comparison that is named, gets a line for everything that was compared: it
+holds, it differs, or it could not be vouched for, and why. Ends with status 1 if anything differs, and with 2 if a
+run cannot be opened or has no sweep.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ def run(
 ) -> int:
     from kvjax.pipeline.over_runs import over_runs
     from kvjax.pipeline.text import print_verified
-    from kvjax.pipeline.verify import verify
+    from kvjax.pipeline.verify import verify, verify_comparisons
 
     start_jax(runtime)
     work = {"progress": progress_of(display), "engine": engine_of(workplace, runtime)}
-    verified = over_runs("verification", verify, runs, settings, needs="nothing", **work)
+    compared = verify_comparisons(settings)
+    verified = [*over_runs("verification", verify, runs, settings, needs="nothing", **work), *compared]
     print_verified(verified)
     return int(any(one.differs for one in verified))

@@ -30,6 +30,14 @@ class SweptRun:
         return self.results.run
 
     @property
+    def made_from(self) -> tuple[str, str]:
+        """What a comparison of it rests on: the hash of its sweep, and that of its story.
+
+        The story has the hashes of the windows and interventions that it is told from.
+        """
+        return self.results.sweep.measured_on.sweep_sha256, self.results.story.content_sha256
+
+    @property
     def steps(self) -> list[int]:
         """The measured steps, ascending."""
         return self.results.metrics["step"].values.tolist()

@@ -101,6 +101,7 @@ def _setting_entry(setting: Setting) -> dict[str, Any]:
 
 def _described(run: ScreenedRun) -> dict[str, Any]:
     sweep = None if run.swept is None else run.swept.results.sweep
+    sweep_sha256, story_sha256 = (None, None) if run.swept is None else run.swept.made_from
     return {
         "name": run.name,
         "path": run.path,
@@ -108,8 +109,9 @@ def _described(run: ScreenedRun) -> dict[str, Any]:
         "state": "finished" if run.diverged_at is None else "diverged",
         "diverged_at": run.diverged_at,
         "last_step": None if run.swept is None else run.swept.steps[-1],
-        "sweep_sha256": None if sweep is None else sweep.measured_on.sweep_sha256,
+        "sweep_sha256": sweep_sha256,
         "probe_set_sha256": None if sweep is None else sweep.probe_set.content_sha256,
+        "story_sha256": story_sha256,
     }
 
 

@@ -104,6 +104,7 @@ def best_step(one: SweptRun) -> int:
 
 def _described(one: SweptRun, best: int) -> dict[str, Any]:
     run, sweep = one.run, one.results.sweep
+    sweep_sha256, story_sha256 = one.made_from
     return {
         "name": one.name,
         "path": str(run.path),
@@ -112,8 +113,9 @@ def _described(one: SweptRun, best: int) -> dict[str, Any]:
         "planned_steps": run.planned_steps,
         "complete": run.complete,
         "best_step": best,
-        "sweep_sha256": sweep.measured_on.sweep_sha256,
+        "sweep_sha256": sweep_sha256,
         "probe_set_sha256": sweep.probe_set.content_sha256,
+        "story_sha256": story_sha256,
     }
 
 

@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvjax.artifacts.comparison_schema import read_comparison, write_comparison
-from kvjax.artifacts.files import FileHash, replace_file
 from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.tables import write_datasets
-from kvjax.compare.aligned import named_runs
+from kvjax.compare.aligned import SweptRun, named_runs
 from kvjax.compare.findings import findings
 from kvjax.compare.labelled import groups_of
 from kvjax.compare.seeds import SeedComparison, compare
 from kvjax.compare.settings import CompareSettings
 from kvjax.errors import InputError, bad_argument
+from kvjax.pipeline.comparison_files import check_comparison_files, write_comparison_files
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.settings import ComparisonOutput, Runs
 from kvjax.report.comparison_charts import comparison_charts
 from kvjax.report.comparison_page import page
-from kvjax.report.figures import save_charts
 
 FEWEST_RUNS = 2
 
@@ -44,7 +42,12 @@ def compare_runs(runs: Runs, settings: CompareSettings) -> SeedComparison:
     found = find_run_dirs(runs.run_dirs, needs="checkpoints")
     if len(found) < FEWEST_RUNS:
         raise bad_argument("run_dirs", "two or more runs to compare", f"{len(found)}, {found[0].path}")
-    made = compare(named_runs(found), settings)
+    return compare_swept(named_runs(found), settings)
+
+
+def compare_swept(runs: Sequence[SweptRun], settings: CompareSettings) -> SeedComparison:
+    """Compares runs that have names, and states the findings; raises `InputError` as `compare_runs`."""
+    made = compare(runs, settings)
     made.document["findings"] = findings(made.document)
     return made
 
@@ -52,32 +55,37 @@ def compare_runs(runs: Runs, settings: CompareSettings) -> SeedComparison:
 def compare_seeds(runs: Runs, settings: CompareSettings, output: ComparisonOutput) -> WrittenComparison:
     """Compares runs and writes `comparison.json`, `.nc`, `.md` and figures.
 
-    `comparison.json` comes last and holds the hash of the arrays, so that an interrupted call leaves no mixed result.
+    `comparison.json` comes last and holds the hashes of the others, so that an interrupted call leaves no mixed result
+    that is taken for a whole one.
 
     Raises:
       InputError: the runs cannot be compared (see `compare_runs`), or a file cannot be written.
     """
     made, layout = compare_runs(runs, settings), ComparisonLayout(Path(output.output_dir))
-    write_datasets(layout.arrays, groups_of(made.dataset, made.document))
-    made.document["arrays"] = dataclasses.asdict(FileHash.of(layout.arrays))
-    save_charts(comparison_charts(made.document, made.dataset), layout.figures)
-    with replace_file(layout.page) as partial:
-        partial.write_text(page(made.document), encoding="utf-8")
-    write_comparison(layout.comparison, made.document)
+    write_comparison_files(
+        layout,
+        made.document,
+        groups=groups_of(made.dataset, made.document),
+        charts=comparison_charts(made.document, made.dataset),
+        page=page(made.document),
+        write=write_comparison,
+    )
     return WrittenComparison(layout, made)
 
 
 def comparison_is_current(runs: Sequence[RunDir], output_dir: Path) -> Current:
     """Says whether a folder holds a comparison of exactly these runs as they are measured now."""
-    path = ComparisonLayout(output_dir).comparison
+    layout = ComparisonLayout(output_dir)
+    path = layout.comparison
     if not path.is_file():
         return Current(False, f"{path} does not exist")
     try:
         found = read_comparison(path)
-        now = {one.name: one.results.sweep.measured_on.sweep_sha256 for one in named_runs(runs)}
+        check_comparison_files(layout, found.arrays, found.files, remedy="run kvjax compare-seeds again")
+        now = {one.name: one.made_from for one in named_runs(runs)}
     except InputError as error:
         return Current(False, str(error))
-    then = {one.name: one.sweep_sha256 for one in found.runs}
+    then = {one.name: (one.sweep_sha256, one.story_sha256) for one in found.runs}
     if then != now:
         return Current(False, f"{path} compares {len(then)} runs as they were measured before")
     return Current(True, f"{path} compares these runs")

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from kvjax.artifacts.files import file_sha256, read_json, write_json
+from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.convert import convert_checkpoint
+from kvjax.devices import device_description
 from kvjax.errors import InputError, bad_argument, command
 from kvjax.model.decoder import DecoderConfig
 from kvjax.pipeline.current import Current
@@ -94,7 +96,7 @@ def evaluate(
             benchmark = Benchmark.open(run.benchmark_dir(runs.benchmark_dir))
             result = evaluator.evaluate(run, benchmark, settings.checkpoint, settings.splits or _all_splits(benchmark))
             path = run.layout.evaluation(settings.checkpoint)
-            write_json(path, _document(result, _earlier_splits(path, result)))
+            write_json(path, sealed(_document(result, _earlier_splits(path, result))))
             evaluated.append((result, path))
             advance(1)
     return evaluated
@@ -107,6 +109,7 @@ def evaluation_is_current(run: RunDir, checkpoint: str = "best") -> Current:
         return Current(False, f"{path} does not exist", rerun)
     try:
         document, benchmark = read_json(path), Benchmark.open(run.benchmark_dir())
+        check_seal(document, path, rerun)
         measured, measured_on = document.get("checkpoint_sha256"), document["benchmark"]["sha256"]
         missing = [split for split in _all_splits(benchmark) if split not in document["splits"]]
         sha256 = file_sha256(run.checkpoint_named(checkpoint)[1])
@@ -131,12 +134,13 @@ def _earlier_splits(path: Path, result: EvaluatedCheckpoint) -> dict[str, Any]:
     """Reads what an earlier call evaluated on other splits, if of the same checkpoint file and benchmark."""
     try:
         document = read_json(path)
+        check_seal(document, path, "evaluated again")
         same = (document["checkpoint_sha256"], document["benchmark"]["sha256"]) == (
             result.sha256,
             result.benchmark.sha256,
         )
         return dict(document["splits"]) if same else {}
-    except (InputError, KeyError, TypeError, ValueError):
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
         return {}  # there is none, or it is damaged
 
 
@@ -150,5 +154,6 @@ def _document(result: EvaluatedCheckpoint, earlier: Mapping[str, Any]) -> dict[s
         "benchmark": {"name": result.benchmark.name, "sha256": result.benchmark.sha256},
         "splits": {split: splits[split] for split in result.benchmark.split_sizes if split in splits},
         "notes": list(result.notes),
+        "device": device_description(),
         "versions": software_versions(),
     }

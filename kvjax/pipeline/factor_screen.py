@@ -11,12 +11,12 @@ from typing import Any
 import xarray as xr
 
 from kvjax.artifacts.factor_schema import read_factor, write_factor
-from kvjax.artifacts.files import FileHash, read_json, replace_file
+from kvjax.artifacts.files import read_json
 from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.artifacts.tables import SCHEMA_VERSION, write_datasets
+from kvjax.artifacts.tables import SCHEMA_VERSION
 from kvjax.compare.aligned import SweptRun, align
 from kvjax.compare.factor_findings import factor_findings
 from kvjax.compare.factors import ScreenedRun, Setting, compare_settings
@@ -24,6 +24,7 @@ from kvjax.compare.settings import CompareSettings
 from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError
 from kvjax.pipeline.compare_seeds import FEWEST_RUNS, compare_seeds, comparison_is_current
+from kvjax.pipeline.comparison_files import check_comparison_files, write_comparison_files
 from kvjax.pipeline.current import Current, all_current
 from kvjax.pipeline.factor_plan import PlannedSetting, ScreenPlan
 from kvjax.pipeline.progress import Progress, no_progress
@@ -42,7 +43,6 @@ from kvjax.pipeline.train import runs_are_trained
 from kvjax.pipeline.train_apart import TrainingGroup, train_apart
 from kvjax.report.factor_charts import factor_charts
 from kvjax.report.factor_page import factor_page
-from kvjax.report.figures import save_charts
 from kvjax.report.text import say
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark
@@ -258,41 +258,61 @@ def compare_factor(plan: ScreenPlan, name: str) -> dict[str, Any]:
     Raises:
       InputError: a run lacks a result, or a file cannot be written.
     """
-    settings, layout = _settings_of(plan, name), plan.layout.factor(name)
+    return write_factor_comparison(plan.layout.factor(name), plan.screen.name, name, _settings_of(plan, name))
+
+
+def write_factor_comparison(
+    layout: ComparisonLayout, screen: str, factor: str, settings: Sequence[Setting]
+) -> dict[str, Any]:
+    """Compares settings of a factor, the base first, and writes the files.
+
+    Args:
+      layout: where they go.
+      screen, factor: names.
+      settings: the settings with their runs.
+
+    Raises:
+      InputError: as `compare_factor`.
+    """
     trajectories = {one.label: align(one.swept, _COMMON_STEPS.align).dataset for one in settings if one.swept}
     document = {
         "schema_version": SCHEMA_VERSION,
-        "screen": plan.screen.name,
-        "factor": name,
-        "base_label": plan.factor(name).base_label,
+        "screen": screen,
+        "factor": factor,
+        "base_label": settings[0].label,
         **compare_settings(settings),
         "versions": software_versions(),
     }
     document["findings"] = factor_findings(document)
-    root = xr.Dataset(attrs={"factor": name, "settings": ", ".join(trajectories)})
-    write_datasets(layout.arrays, [(None, root), *trajectories.items()])
-    document["arrays"] = dataclasses.asdict(FileHash.of(layout.arrays))
-    save_charts(factor_charts(document, trajectories), layout.figures)
-    with replace_file(layout.page) as partial:
-        partial.write_text(factor_page(document), encoding="utf-8")
-    write_factor(layout.comparison, document)
+    root = xr.Dataset(attrs={"factor": factor, "settings": ", ".join(trajectories)})
+    write_comparison_files(
+        layout,
+        document,
+        groups=[(None, root), *trajectories.items()],
+        charts=factor_charts(document, trajectories),
+        page=factor_page(document),
+        write=write_factor,
+    )
     return document
 
 
 def _factor_is_current(plan: ScreenPlan, name: str) -> Current:
-    path = plan.layout.factor(name).comparison
+    layout = plan.layout.factor(name)
+    path = layout.comparison
     if not path.is_file():
         return Current(False, f"{path} does not exist")
     try:
-        then = [(run.path, run.sweep_sha256) for entry in read_factor(path).settings for run in entry.runs]
-        now = [(run.path, _sweep_of(run)) for setting in _settings_of(plan, name) for run in setting.runs]
+        found = read_factor(path)
+        check_comparison_files(layout, found.arrays, found.files, remedy="run kvjax factor-screen again")
+        then = [(run.path, run.sweep_sha256, run.story_sha256) for entry in found.settings for run in entry.runs]
+        now = [(run.path, *_made_from(run)) for setting in _settings_of(plan, name) for run in setting.runs]
     except InputError as error:
         return Current(False, str(error))
     return Current(then == now, f"{path} compares {len(then)} runs, as they are measured now or were before")
 
 
-def _sweep_of(run: ScreenedRun) -> str | None:
-    return None if run.swept is None else run.swept.results.sweep.measured_on.sweep_sha256
+def _made_from(run: ScreenedRun) -> tuple[str | None, str | None]:
+    return (None, None) if run.swept is None else run.swept.made_from
 
 
 def print_screen(layouts: Sequence[ComparisonLayout]) -> None:

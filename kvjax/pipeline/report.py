@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from kvjax import __version__
 from kvjax.artifacts.comparison_schema import read_comparison
 from kvjax.artifacts.factor_schema import read_factor
 from kvjax.artifacts.files import FileHash, digest, replace_file
+from kvjax.artifacts.find_comparisons import find_comparison_dirs
 from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.results import RunResults
@@ -137,19 +137,7 @@ def _runs(settings: ReportSettings) -> list[RunDir]:
 
 
 def _factor_folders(settings: ReportSettings) -> list[Path]:
-    """Lists the folders of factors that texts name, globs expanded.
-
-    Raises:
-      InputError: a text names no folder of a factor.
-    """
-    folders = []
-    for name in settings.factor_dirs or ():
-        matches = [Path(name)] if Path(name).is_dir() else sorted(map(Path, glob.glob(name)))
-        found = [path for path in matches if ComparisonLayout(path, "factor").comparison.is_file()]
-        if not found:
-            raise bad_argument("factor_dirs", "folders with a factor.json (run kvjax factor-screen)", name)
-        folders += found
-    return folders
+    return find_comparison_dirs(settings.factor_dirs or (), parameter="factor_dirs", stem="factor")
 
 
 def _titles(swept: Sequence[SweptRun]) -> tuple[str, str]:

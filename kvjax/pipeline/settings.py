@@ -212,6 +212,12 @@ class VerifySettings(Settings):
         3, "Checkpoints of each run, and interventions, that are measured again; 0 compares hashes only.", minimum=0
     )
     seed: int = setting(0, "Seed of the choice of these.")
+    comparison_dirs: tuple[str, ...] | None = setting(
+        None, "Comparisons to verify as well, such as seeds/*/*; globs allowed; may be repeated.", repeated=True
+    )
+    factor_dirs: tuple[str, ...] | None = setting(
+        None, "Factors of a screen to verify as well, such as screen/factors/*; may be repeated.", repeated=True
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

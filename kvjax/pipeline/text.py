@@ -16,13 +16,13 @@ from kvjax.report.text import print_windows_report, say
 if TYPE_CHECKING:
     from kvjax.artifacts.run_dir import RunDir
     from kvjax.converters.convert_run import ConversionReport
+    from kvjax.pipeline.checks import Verified
     from kvjax.pipeline.compare_seeds import WrittenComparison
     from kvjax.pipeline.evaluate import EvaluatedCheckpoint
     from kvjax.pipeline.generate import GeneratedBenchmark
     from kvjax.pipeline.report import WrittenReport
     from kvjax.pipeline.status import Readiness
     from kvjax.pipeline.train import TrainedRun
-    from kvjax.pipeline.verify import VerifiedRun
     from kvjax.pipeline.windows import ToldWindows
     from kvjax.task.probe_set import ProbeSet
 
@@ -130,13 +130,13 @@ def print_readiness(states: Sequence[Readiness], *, reasons: bool) -> None:
     say(f"\n{count} of {len(states)} run{'s' if len(states) > 1 else ''} ready for circuit work")
 
 
-def print_verified(runs: Sequence[VerifiedRun]) -> None:
-    """Prints what could be vouched for in each run, what differs, and what could not be compared."""
-    for one in runs:
-        say(f"\n{one.run.config.title}, {one.run.path}")
+def print_verified(verified: Sequence[Verified]) -> None:
+    """Prints what could be vouched for in each run or comparison, what differs, and what could not be compared."""
+    for one in verified:
+        say(f"\n{one.title}")
         for check in one.checks:
             say(f"  {check.verdict:<7}  {check.subject}: {check.reason}")
-    counts = collections.Counter(check.verdict for one in runs for check in one.checks)
+    counts = collections.Counter(check.verdict for one in verified for check in one.checks)
     say(f"\n{counts['holds']} hold, {counts['differs']} differ, {counts['open']} could not be vouched for")
 
 

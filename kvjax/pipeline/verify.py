@@ -6,26 +6,24 @@ drawn again from the measured sums, and a random sample of checkpoints and inter
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from kvjax.artifacts.checkpoint_sums import ResultStore
-from kvjax.artifacts.differences import Difference
 from kvjax.artifacts.files import file_sha256, read_json
+from kvjax.artifacts.find_comparisons import find_comparison_dirs
 from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.identity import check_seal
 from kvjax.artifacts.layout import step_name
 from kvjax.artifacts.results import Intervention, RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import Sweep
-from kvjax.devices import device_description
 from kvjax.errors import InputError, unusable
 from kvjax.execution.inputs import RunInputs
 from kvjax.intervene.plan import INTERVENTION_VERSION
+from kvjax.pipeline.checks import MEASURED, REDRAWN, SEALED, UNSEALED, Check, Verified, compared, listed, made_again
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.remeasure import (
     inputs_of,
@@ -35,46 +33,14 @@ from kvjax.pipeline.remeasure import (
     remeasure_intervention,
 )
 from kvjax.pipeline.settings import RunsOnBenchmark, VerifySettings
+from kvjax.pipeline.verify_comparisons import verify_comparison, verify_factor
+from kvjax.pipeline.verify_training import check_config, check_evaluation, check_log, evaluate_again, evaluation_files
 from kvjax.sweeps.run import RESULT_VERSION
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.probe_set import frozen_manifest
 
-Verdict = Literal["holds", "differs", "open"]
 
-_SEALED = "its content has the hash it records"
-_REDRAWN = 1e-9  # the same sums give the same tables, but for rounding by other versions of libraries
-_MEASURED = 1e-4  # of the largest number of an array: float32 on other numbers of cores, and room to spare
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """What was compared, and what came of it.
-
-    Attributes:
-      subject: what.
-      verdict: `open` if it could not be vouched for.
-      reason: why, in one sentence.
-    """
-
-    subject: str
-    verdict: Verdict
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifiedRun:
-    """Everything that was compared in one run."""
-
-    run: RunDir
-    checks: Sequence[Check]
-
-    @property
-    def differs(self) -> bool:
-        """Checks whether anything is not what was recorded."""
-        return any(check.verdict == "differs" for check in self.checks)
-
-
-def verify(runs: RunsOnBenchmark, settings: VerifySettings, progress: Progress = no_progress) -> list[VerifiedRun]:
+def verify(runs: RunsOnBenchmark, settings: VerifySettings, progress: Progress = no_progress) -> list[Verified]:
     """Compares the inputs and results of runs with what was recorded, and a sample with what is measured now.
 
     Raises:
@@ -87,9 +53,22 @@ def verify(runs: RunsOnBenchmark, settings: VerifySettings, progress: Progress =
     verified = []
     with progress(len(found), "runs") as advance:
         for run in found:
-            verified.append(VerifiedRun(run, list(_checks(run, runs.benchmark_dir, settings))))
+            title = f"{run.config.title}, {run.path}"
+            verified.append(Verified(title, list(_checks(run, runs.benchmark_dir, settings))))
             advance(1)
     return verified
+
+
+def verify_comparisons(settings: VerifySettings) -> list[Verified]:
+    """Compares the comparisons and factors that are named with what they record, and with their runs as they are.
+
+    Raises:
+      InputError: a folder has none.
+    """
+    compared_runs = find_comparison_dirs(settings.comparison_dirs or (), parameter="comparison_dirs")
+    factors = find_comparison_dirs(settings.factor_dirs or (), parameter="factor_dirs", stem="factor")
+    again = settings.sample > 0
+    return [*(verify_comparison(path, again=again) for path in compared_runs), *map(verify_factor, factors)]
 
 
 def _checks(run: RunDir, benchmark_dir: str | None, settings: VerifySettings) -> Iterator[Check]:
@@ -99,20 +78,23 @@ def _checks(run: RunDir, benchmark_dir: str | None, settings: VerifySettings) ->
     except InputError as error:
         yield Check(run.layout.sweep.name, "differs", str(error))
         return
-    seal = _SEALED if sweep.content_sha256 else "it records no hash of its content"
+    seal = SEALED if sweep.content_sha256 else UNSEALED
     yield Check(run.layout.sweep.name, "holds" if sweep.content_sha256 else "open", seal)
     checks = _Checks(results, sweep, benchmark_dir)
     yield from checks.inputs()
     yield from checks.results()
-    yield Check("config and log", "open", "run_config.json, metrics.jsonl and evaluation/ carry no hash")
     if (reason := checks.why_not_again(settings.sample)) is not None:
         yield Check("numbers", "open", f"nothing was measured again: {reason}")
         return
     chance = random.Random(f"{settings.seed}/{run.config.run_name}")
     yield checks.redrawn()
-    yield from checks.checkpoints_again(_sample(chance, checks.steps, settings.sample))
+    steps = _sample(chance, checks.steps, settings.sample)
+    yield from checks.checkpoints_again(steps)
+    yield from check_log(run, checks.benchmark, steps)
     for found in _sample(chance, checks.interventions, settings.sample):
         yield checks.intervention_again(found)
+    for path in _sample(chance, checks.evaluations, settings.sample):
+        yield evaluate_again(run, checks.benchmark, path)
 
 
 class _Checks:
@@ -121,6 +103,7 @@ class _Checks:
     Attributes:
       steps: those whose files and sums are there, as recorded.
       interventions: those whose files have the hashes they record.
+      evaluations: files of evaluations of checkpoints as they are.
     """
 
     def __init__(self, results: RunResults, sweep: Sweep, benchmark_dir: str | None):
@@ -130,6 +113,12 @@ class _Checks:
         self._whole = True  # whether the tables are as recorded
         self.steps: list[int] = []
         self.interventions: list[Intervention] = []
+        self.evaluations: list[Path] = []
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark, if `why_not_again` gives no reason."""
+        return self._opened.benchmark
 
     def inputs(self) -> Iterator[Check]:
         """Compares checkpoints, benchmark and probe set with the hashes that the sweep recorded."""
@@ -140,9 +129,10 @@ class _Checks:
         if self.steps:
             yield Check("checkpoints", "holds", f"{len(self.steps)} files have the hashes they were measured by")
         if changed:
-            yield Check("checkpoints", "differs", f"steps {_listed(changed)} are other files than were measured")
+            yield Check("checkpoints", "differs", f"steps {listed(changed)} are other files than were measured")
         if gone:
-            yield Check("checkpoints", "open", f"steps {_listed(gone)} have no file any more")
+            yield Check("checkpoints", "open", f"steps {listed(gone)} have no file any more")
+        yield check_config(self._run, self.steps)
         try:
             benchmark = Benchmark.open(self._run.benchmark_dir(self._benchmark_dir))
         except InputError as error:
@@ -155,24 +145,28 @@ class _Checks:
     def results(self) -> Iterator[Check]:
         """Compares every file of results with the hash that another file, or itself, records."""
         layout = self._run.layout
-        tables = _compared("tables", self._results.check_tables, "all four have the hashes in sweep.json")
+        tables = compared("tables", self._results.check_tables, "all four have the hashes in sweep.json")
         self._whole = tables.verdict == "holds"
         yield tables
         for path, name in ((layout.birth_windows, "windows"), (layout.story, "story")):
             if path.is_file():
-                yield _compared(path.name, lambda name=name: getattr(self._results, name), "as written, of this sweep")
+                yield compared(path.name, lambda name=name: getattr(self._results, name), "as written, of this sweep")
         if (path := layout.importance).is_file():
-            yield _compared(path.name, lambda: check_seal(read_json(path), path, "run kvjax intervene again"), _SEALED)
+            yield compared(path.name, lambda: check_seal(read_json(path), path, "run kvjax intervene again"), SEALED)
         for path in self._results.intervention_files():
-            yield _compared(
+            yield compared(
                 _name(path), lambda path=path: self._check_intervention(path), "summary and arrays as written"
             )
+        for path in evaluation_files(self._run):
+            found = check_evaluation(self._run, path)
+            self.evaluations += [path] if found.reason in (SEALED, UNSEALED) else []
+            yield found
         store = ResultStore(layout.measured, self._sweep.identity)
         sha256s = {checkpoint.step: checkpoint.sha256 for checkpoint in self._sweep.checkpoints}
         lost = [step for step in self.steps if not store.holds(step_name(step), sha256s[step])]
         self.steps = [step for step in self.steps if step not in lost]
         if lost:
-            yield Check("measured sums", "open", f"those of steps {_listed(lost)} are missing")
+            yield Check("measured sums", "open", f"those of steps {listed(lost)} are missing")
 
     def why_not_again(self, sample: int) -> str | None:
         """Says why nothing can be made again to compare with; None if it can."""
@@ -191,7 +185,7 @@ class _Checks:
         subject = "tables, drawn again"
         if not self._complete:
             return Check(subject, "open", "not every checkpoint and its sums are as they were measured")
-        return _measured(subject, lambda: redraw_tables(self._run, self._sweep, self._benchmark_dir), _REDRAWN)
+        return made_again(subject, lambda: redraw_tables(self._run, self._sweep, self._benchmark_dir), REDRAWN)
 
     def checkpoints_again(self, steps: Sequence[int]) -> Iterator[Check]:
         """Converts, certifies and measures some checkpoints again."""
@@ -202,8 +196,8 @@ class _Checks:
         )
         devices = {one.step: (one.model_extra or {}).get("device") for one in self._sweep.checkpoints}
         for step in steps:
-            yield _measured(
-                f"step {step}, measured again", lambda step=step: again()[step], _MEASURED, device=devices[step]
+            yield made_again(
+                f"step {step}, measured again", lambda step=step: again()[step], MEASURED, device=devices[step]
             )
 
     def intervention_again(self, found: Intervention) -> Check:
@@ -215,10 +209,10 @@ class _Checks:
             return Check(subject, "open", reason)
         if not set(found.document["steps"]) <= set(self.steps):
             return Check(subject, "open", "not every checkpoint is as it was measured")
-        return _measured(
+        return made_again(
             subject,
             lambda: remeasure_intervention(self._run, found, self._benchmark_dir),
-            _MEASURED,
+            MEASURED,
             device=found.document.get("device"),
         )
 
@@ -277,37 +271,6 @@ class _Checks:
         self.interventions.append(found)
 
 
-def _compared(subject: str, compare: Callable[[], object], what_holds: str) -> Check:
-    try:
-        compare()
-    except InputError as error:
-        return Check(subject, "differs", str(error))
-    return Check(subject, "holds", what_holds)
-
-
-def _measured(subject: str, again: Callable[[], Difference], tolerance: float, *, device: object = None) -> Check:
-    try:
-        difference = again()
-    except InputError as error:
-        return Check(subject, "open", f"it cannot be made again: {error}")
-    if difference.size <= tolerance:
-        apart = f"the largest difference is {difference.size:.0e}" if difference.size else "every number is the same"
-        return Check(subject, "holds", apart)
-    reason = f"{difference.where} differs by {difference.size:.1e}"
-    if device is not None and _kind(device) != _kind(device_description()):
-        return Check(
-            subject, "open", f"{reason}; it was measured on {_kind(device)}, and this is {_kind(device_description())}"
-        )
-    return Check(subject, "differs", reason)
-
-
-def _kind(device: object) -> str:
-    """Names a device as far as last digits depend on it: sums are split among devices, so that their number counts."""
-    if not isinstance(device, dict):
-        return "an unknown device"
-    return f"{device.get('backend')} {device.get('kind')}, count {device.get('count')}"
-
-
 def _sample(chance: random.Random, members: Sequence, size: int) -> list:
     """Chooses some members at random, in their order."""
     chosen = sorted(chance.sample(range(len(members)), min(size, len(members))))
@@ -316,7 +279,3 @@ def _sample(chance: random.Random, members: Sequence, size: int) -> list:
 
 def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps[:5])) + (", …" if len(steps) > 5 else "")

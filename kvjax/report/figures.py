@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import xarray as xr
 
-from kvjax.artifacts.files import replace_file
+from kvjax.artifacts.files import Replace, replace_file
 from kvjax.measure import registry
 from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT
 from kvjax.model.components import all_heads
@@ -89,21 +89,21 @@ def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save_figure(figure: Figure, folder: Path, name: str, *, replace: Replace = replace_file) -> list[Path]:
     """Writes a figure as PNG and SVG, each file replaced whole, and returns the paths."""
     paths = []
     for form in _FORMATS:
         path = folder / f"{name}.{form}"
-        with replace_file(path) as partial:
+        with replace(path) as partial:
             figure.savefig(partial, format=form, dpi=150)
         paths.append(path)
     plt.close(figure)
     return paths
 
 
-def save_charts(charts: Iterable[Chart], folder: Path) -> list[Path]:
+def save_charts(charts: Iterable[Chart], folder: Path, *, replace: Replace) -> list[Path]:
     """Writes charts as PNG and SVG under their names, and returns the paths."""
-    return [path for chart in charts for path in save_figure(chart.matplotlib(), folder, chart.name)]
+    return [path for chart in charts for path in save_figure(chart.matplotlib(), folder, chart.name, replace=replace)]
 
 
 def _line(axis: Axes, values: xr.DataArray, label: str, colour: str) -> None:

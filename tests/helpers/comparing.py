@@ -90,7 +90,8 @@ def seed_run(
         model_dump=lambda **_: {
             "phases": [{"between": [w["start_step"], w["end_step"]], "carriers": []} for w in windows],
             "handovers": [],
-        }
+        },
+        content_sha256=f"story of {name}",
     )
     results = SimpleNamespace(
         run=run,

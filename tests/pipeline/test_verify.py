@@ -17,10 +17,13 @@ from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
 from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline import checks as checks_of
 from kvjax.pipeline import verify as stage
+from kvjax.pipeline.evaluate import evaluate
 from kvjax.pipeline.interventions import intervene
-from kvjax.pipeline.settings import PairSource, RunsOnBenchmark, VerifySettings
+from kvjax.pipeline.settings import EvaluateSettings, PairSource, RunsOnBenchmark, VerifySettings
 from kvjax.pipeline.verify import verify
+from kvjax.pipeline.verify_training import check_config
 from kvjax.pipeline.windows import WindowSettings, find_birth_windows
 from tests.helpers.building import STEPS
 from tests.helpers.commands import refused
@@ -32,12 +35,13 @@ PATCHED = "activation_patching"
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, untied_run):
-    """A run with a sweep, windows and an intervention; tests copy it."""
+    """A run with a sweep, windows, an intervention and an evaluation; tests copy it."""
     run = shutil.copytree(untied_run, tmp_path_factory.mktemp("measured") / "run")
     sweep(run, **LITTLE)
     find_birth_windows(RunsOnBenchmark(run_dirs=(str(run),)), WindowSettings())
     settings = InterventionSettings(steps="200", kinds=(PATCHED,), pairs_per_kind=2, force=True)
     intervene(RunsOnBenchmark(run_dirs=(str(run),)), PairSource(), settings)
+    evaluate(RunsOnBenchmark(run_dirs=(str(run),)), EvaluateSettings(checkpoint="200", splits=("test_iid",)))
     return run
 
 
@@ -74,16 +78,20 @@ def rewrite_hashes(layout):
 
 
 def test_sound_run(run, capsys):
-    """Everything holds but for what carries no hash, and verifying writes nothing."""
+    """Everything holds, and verifying writes nothing."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["verify", f"--run_dirs={run}", "--noprogress", f"--sample={len(STEPS)}"]) == 0
     printed = capsys.readouterr().out
     for step in STEPS:
         assert f"holds    step {step}, measured again" in printed
         assert f"holds    step {step}, converted again: logits agree with PyTorch's, and the stored" in printed
-    for subject in ("benchmark", "probe set", "tables", "story.json", f"{PATCHED}/steps_200.json, measured again"):
+        assert f"holds    metrics.jsonl, step {step}: its accuracies on validation_iid counted again" in printed
+    for subject in (
+        *("run_config.json", "benchmark", "probe set", "tables", "story.json", "evaluation/200.json"),
+        *(f"{PATCHED}/steps_200.json, measured again", "evaluation/200.json, evaluated again"),
+    ):
         assert f"holds    {subject}: " in printed
-    assert printed.endswith(" hold, 0 differ, 1 could not be vouched for\n")
+    assert printed.endswith(" hold, 0 differ, 0 could not be vouched for\n")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -148,9 +156,9 @@ def test_edited_sums(run, layout, monkeypatch):
     assert measured_again == {"step 200, measured again"}
     assert f"step_000200.npz {name}" in checks["step 200, measured again"].reason
     assert checks["tables, drawn again"].verdict == "holds"
-    here = stage.device_description()
+    here = checks_of.device_description()
     for other in ({"backend": "gpu", "kind": "another"}, {"count": here["count"] + 1}):
-        monkeypatch.setattr(stage, "device_description", lambda other=other: here | other)
+        monkeypatch.setattr(checks_of, "device_description", lambda other=other: here | other)
         elsewhere = checked(run, sample=len(STEPS))["step 200, measured again"]
         assert elsewhere.verdict == "open" and "measured on cpu" in elsewhere.reason
 
@@ -171,13 +179,78 @@ def test_edited_intervention(run, layout, edited):
     assert those(checks, "differs") == {f"{PATCHED}/steps_200.json, measured again"}
 
 
+@pytest.mark.parametrize("name", ["batch_size", "model.d_ff", "evaluation.tracked_splits"])
+def test_edited_config(run, layout, name):
+    """A field of the config that the checkpoint files record otherwise is named."""
+    opened, document = RunDir.open(run), json.loads(layout.config.read_text())
+    section, _, field = name.rpartition(".")
+    (document[section] if section else document)[field] = 41
+    layout.config.write_text(json.dumps(document))
+    check = check_config(opened, STEPS)
+    assert check.verdict == "differs" and check.reason.startswith(f"{name} is 41, and step_000300.pt")
+
+
+def test_edited_place(run, layout):
+    """A run that was moved, or prolonged after its last checkpoint, has the config it was trained with."""
+    document = json.loads(layout.config.read_text())
+    layout.config.write_text(json.dumps(document | {"output_dir": "moved", "num_steps": 900}))
+    assert check_config(RunDir.open(run), STEPS).reason.startswith("num_steps is 900")
+    with layout.metrics.open("a") as log:
+        log.write(json.dumps({"phase": "resume", "step": 300, "num_steps": 900}) + "\n")
+    assert check_config(RunDir.open(run), STEPS).verdict == "holds"
+    assert check_config(RunDir.open(run), ()).verdict == "open"
+
+
+def test_edited_log(run, layout):
+    """An accuracy of the log that the checkpoint does not give is found once the checkpoint is in the sample."""
+    rows = [json.loads(line) for line in layout.metrics.read_text().splitlines()]
+    (row,) = [row for row in rows if row["step"] == 200]
+    row["answer_accuracy"] += 0.1
+    layout.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    checks = checked(run, sample=len(STEPS))
+    assert those(checks, "differs") == {"metrics.jsonl, step 200"}
+    assert "expected the answer_accuracy the run recorded" in checks["metrics.jsonl, step 200"].reason
+    assert those(checks, "open") == {"metrics.jsonl, step 300"}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_edited_evaluation(run, layout, hidden):
+    """An edited evaluation is found by its hash, and with its hash rewritten by evaluating again."""
+    path = layout.evaluation("200")
+    document = json.loads(path.read_text())
+    document["splits"]["test_iid"]["answer_accuracy"] += 0.01
+    if hidden:
+        del document["content_sha256"]
+        document = sealed(document)
+    path.write_text(json.dumps(document))
+    checks = checked(run, sample=1)
+    assert those(checks, "differs") == {"evaluation/200.json, evaluated again" if hidden else "evaluation/200.json"}
+    if hidden:
+        assert "test_iid answer_accuracy differs" in checks["evaluation/200.json, evaluated again"].reason
+
+
+def test_evaluation_of_another_version(run, layout):
+    """An evaluation without a hash is open, and evaluated again all the same; one of another checkpoint is not."""
+    path = layout.evaluation("200")
+    document = json.loads(path.read_text())
+    del document["content_sha256"]
+    path.write_text(json.dumps(document))
+    checks = checked(run, sample=1)
+    assert those(checks, "open") == {"evaluation/200.json"}
+    assert checks["evaluation/200.json, evaluated again"].verdict == "holds"
+    path.write_text(json.dumps(document | {"checkpoint_sha256": "0" * 64}))
+    checks = checked(run, sample=1)
+    assert "is another file by now" in checks["evaluation/200.json"].reason
+    assert "evaluation/200.json, evaluated again" not in checks
+
+
 def test_inputs_that_are_gone(run, small_benchmark, tmp_path):
     """Without the benchmark hashes are compared, and the rest is said to be open."""
     shutil.copytree(small_benchmark, tmp_path / "moved")
     runs = RunsOnBenchmark(run_dirs=(str(run),), benchmark_dir=str(tmp_path / "absent"))
     (found,) = verify(runs, VerifySettings())
     checks = {check.subject: check for check in found.checks}
-    assert those(checks, "open") == {"benchmark", "config and log", "numbers"} and not found.differs
+    assert those(checks, "open") == {"benchmark", "numbers"} and not found.differs
     (tmp_path / "moved" / "structural_ood.jsonl").write_text("")
     runs = RunsOnBenchmark(run_dirs=(str(run),), benchmark_dir=str(tmp_path / "moved"))
     (found,) = verify(runs, VerifySettings())
