@@ -163,7 +163,10 @@ def replace_directory(path: Path) -> Iterator[Path]:
                 for name in names:
                     _sync_file(Path(folder, name))
                 _sync_folder(Path(folder))
-        put_folder_in_place(partial, path)
+        try:
+            put_folder_in_place(partial, path)
+        except OSError as error:
+            raise unusable(path, _DIRECTORY, error.strerror) from None
         _sync_folder(path.parent)
 
 

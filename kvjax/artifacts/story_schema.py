@@ -7,7 +7,7 @@ from typing import Literal
 
 import pydantic
 
-from kvjax.artifacts.files import read_json, replace_file, write_json
+from kvjax.artifacts.files import read_json, replace_together, write_json
 from kvjax.artifacts.identity import check_seal, sealed
 from kvjax.artifacts.layout import RunLayout
 from kvjax.errors import misfit, unusable
@@ -250,11 +250,12 @@ class Story(_Part):
 
 
 def write_story(layout: RunLayout, story: Story, text: str) -> Story:
-    """Writes the story and its text, each file whole, and returns it with the hash of its content."""
+    """Writes the story and its text together, and returns it with the hash of its content."""
     document = sealed(story.model_dump(mode="json", by_alias=True, exclude={"content_sha256"}))
-    with replace_file(layout.story_text) as partial:
-        partial.write_text(text, encoding="utf-8")
-    write_json(layout.story, document)
+    with replace_together() as files:
+        with files.file(layout.story_text) as partial:
+            partial.write_text(text, encoding="utf-8")
+        write_json(layout.story, document, replace=files.file)
     return Story.model_validate(document)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.artifacts.files import FileHash, write_json, write_json_lines
+from kvjax.artifacts.files import replace_together, write_json, write_json_lines
 from kvjax.artifacts.identity import Identity, sealed
 from kvjax.artifacts.layout import arrays_beside
 from kvjax.artifacts.provenance import software_versions
@@ -207,10 +207,11 @@ def _publish(
     dataset = outcome.dataset
     dataset.attrs |= run.config.attributes | {"kind": kind}
     dataset.attrs["measured_on_sha256"] = measured_on.sha256
-    write_datasets(arrays_beside(task.path), [(None, dataset)])
-    document["arrays"] = dataclasses.asdict(FileHash.of(arrays_beside(task.path)))
-    document = sealed(document)
-    write_json(task.path, document)
+    with replace_together() as files:
+        write_datasets(arrays_beside(task.path), [(None, dataset)], replace=files.file)
+        document["arrays"] = dataclasses.asdict(files.hash(arrays_beside(task.path)))
+        document = sealed(document)
+        write_json(task.path, document, replace=files.file)
     return InterventionReport(run, kind, window.name, task.path, document)
 
 

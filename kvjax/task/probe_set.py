@@ -27,7 +27,7 @@ from kvjax.artifacts.files import (
     file_sha256,
     read_json,
     read_json_lines,
-    replace_file,
+    replace_together,
     write_json,
     write_json_lines,
 )
@@ -102,14 +102,17 @@ def generate_probe_set(
 ) -> ProbeSet:
     """Chooses and writes a probe set; existing files are never overwritten.
 
+    Files that an interrupted call left are no probe set: `path` alone may be someone's, with its companions it is ours.
+
     Raises:
       InputError: the path is taken, or the benchmark lacks a split or has too few records in it.
     """
     _check_suffix(path)
     names = ProbeSetLayout(path)
-    taken = [p for p in (path, names.manifest, names.fit, names.sources) if p.exists()]
-    if taken:
-        raise unusable(taken[0], "a path to create (probe sets are immutable; choose another name)", "a file")
+    interrupted = not names.manifest.exists() and (names.sources.exists() or not path.exists())
+    if not interrupted:
+        taken = path if path.exists() else names.manifest
+        raise unusable(taken, "a path to create (probe sets are immutable; choose another name)", "a file")
     records: list[Record] = []
     added: dict[str, int] = {}
     for split in PROBE_SPLITS:
@@ -120,8 +123,7 @@ def generate_probe_set(
         added[split] = len(chosen) - examples_per_split
         records += chosen
     companions = _choose_companions(benchmark, records, seed, fit_examples)
-    write_json_lines(path, records)
-    _complete(path, names.manifest, benchmark, records, companions, seed, added)
+    _write(path, names.manifest, benchmark, records, companions, seed, added)
     return open_probe_set(path, benchmark)
 
 
@@ -235,12 +237,13 @@ def install_probe_set(probe: ProbeSet, target: Path) -> None:
     names = ProbeSetLayout(target)
     if has_probe_set(target) and _installed_sha256(target) == probe.manifest.content_sha256:
         return
-    # Pairs first: after any interruption they belong to the probe set beside them, or are made again.
-    for stale in (names.pairs_manifest, names.pairs, names.manifest, names.companion):
-        stale.unlink(missing_ok=True)
-    for file in probe.files:
-        with replace_file(target.parent / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
-            shutil.copyfile(file, partial)
+    with replace_together() as files:
+        for file in probe.files:
+            with files.file(target.parent / file.name.replace(probe.path.stem, target.stem, 1)) as partial:
+                shutil.copyfile(file, partial)
+        # Pairs first: after any interruption they belong to the probe set beside them, or are made again.
+        for stale in (names.pairs_manifest, names.pairs, names.manifest, names.companion):
+            stale.unlink(missing_ok=True)
 
 
 def has_probe_set(path: Path) -> bool:
@@ -279,7 +282,7 @@ def _adopt(names: ProbeSetLayout, metadata: Any, benchmark: Benchmark) -> None:
             found = f"{record['sample_id']}, which differs from the benchmark's"
             raise unusable(where, f"a record of the benchmark in {benchmark.path}", found)
     companions = _choose_companions(benchmark, records, seed, DEFAULT_FIT_EXAMPLES)
-    _complete(path, names.companion, benchmark, records, companions, seed, dict.fromkeys(by_split, 0))
+    _write(path, names.companion, benchmark, records, companions, seed, dict.fromkeys(by_split, 0))
 
 
 def _choose_companions(
@@ -292,7 +295,7 @@ def _choose_companions(
     return fit, _source_records(benchmark, records)
 
 
-def _complete(
+def _write(
     path: Path,
     manifest_file: Path,
     benchmark: Benchmark,
@@ -301,11 +304,9 @@ def _complete(
     seed: int,
     added: Mapping[str, int],
 ) -> None:
-    """Writes the fit set, the source records and, last, the manifest that makes them a probe set."""
+    """Writes the files of a probe set together; records that there are already, of the reference tool, stay."""
     fit, sources = companions
     names = ProbeSetLayout(path)
-    write_json_lines(names.fit, fit)
-    write_json_lines(names.sources, sources)
     counts = Counter(record["split"] for record in records)
     document = {
         "kvjax_probe_set": SCHEMA_VERSION,
@@ -320,12 +321,19 @@ def _complete(
         "difficulty": assign_difficulty(records),
         "fit_split": FIT_SPLIT,
         "num_fit_records": len(fit),
-        "records_sha256": file_sha256(path),
-        "fit_sha256": file_sha256(names.fit),
-        "sources_sha256": file_sha256(names.sources),
     }
-    document["content_sha256"] = content_digest(document)
-    write_json(manifest_file, Manifest.model_validate(document).model_dump())
+    with replace_together() as files:
+        write_json_lines(names.fit, fit, replace=files.file)
+        write_json_lines(names.sources, sources, replace=files.file)
+        if manifest_file == names.manifest:
+            write_json_lines(path, records, replace=files.file)
+            document["records_sha256"] = files.hash(path).sha256
+        else:
+            document["records_sha256"] = file_sha256(path)
+        document["fit_sha256"] = files.hash(names.fit).sha256
+        document["sources_sha256"] = files.hash(names.sources).sha256
+        document["content_sha256"] = content_digest(document)
+        write_json(manifest_file, Manifest.model_validate(document).model_dump(), replace=files.file)
 
 
 def _source_records(benchmark: Benchmark, records: Sequence[Record]) -> list[Record]:
