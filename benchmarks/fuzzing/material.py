@@ -8,19 +8,26 @@ Runs in a process of its own, since what starts JAX must not fork afterwards.
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.files import read_json, write_json
-from kvjax.artifacts.layout import RunLayout
+from kvjax.artifacts.layout import ComparisonLayout, RunLayout
+from kvjax.artifacts.results import RunResults
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
+from kvjax.compare.aligned import SweptRun
+from kvjax.compare.factors import ScreenedRun, Setting
 from kvjax.config.files import find_config
+from kvjax.pipeline.factor_screen import write_factor_comparison
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.pairs import generate_pairs
 from kvjax.task.probe_set import open_probe_set
 
 BENCHMARK, RUN, CONFIGS, RANKING = "benchmark", "run", "configs", "ranking.json"
+COMPARISON, FACTOR = "comparison", "factor"
 STEPS, EVERY = 60, 10
 # Something counts as formed in any run, so that there are windows to damage.
 _FIND_WINDOWS = {"threshold": 0.01, "threshold_alone": 0.01, "corroboration": 1, "resamples": 50}
@@ -51,6 +58,21 @@ def make_material(root: Path) -> None:
     opened = Benchmark.open(benchmark)
     generate_pairs(open_probe_set(RunLayout(run).probe_set, opened), opened, pairs_per_kind=4)  # fewer than by default
     _call("intervene", f"--run_dirs={run}", f"--steps={STEPS}", "--force", "--kinds=neurons", "--pairs_per_kind=2")
+    other = shutil.copytree(run, root / "other")
+    write_json(other / "run_config.json", read_json(run / "run_config.json") | {"run_name": "other", "seed": 6})
+    _call("compare-seeds", f"--run_dirs={run},{other}", f"--output_dir={root / COMPARISON}", "--null_draws=20")
+    _compare_factor(root / FACTOR, run, other)
+    shutil.rmtree(other)
+
+
+def _compare_factor(folder: Path, run: Path, other: Path) -> None:
+    """Compares two runs as two settings of a factor; a screen would train both."""
+    settings = []
+    for path, overrides in ((run, {}), (other, {"optimization.learning_rate": 0.003})):
+        swept = SweptRun(path.name, RunResults(RunDir.open(path)))
+        screened = ScreenedRun(path.name, str(path), 5, None, swept, None, {})
+        settings.append(Setting(path.name, overrides, [screened], None))
+    write_factor_comparison(ComparisonLayout(folder, "factor"), "fuzzed", "rate", settings)
 
 
 def _call(*arguments: str) -> None:

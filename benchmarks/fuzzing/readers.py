@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.fuzzing.material import BENCHMARK, CONFIGS, RANKING, RUN, STEPS
+from benchmarks.fuzzing.material import BENCHMARK, COMPARISON, CONFIGS, FACTOR, RANKING, RUN, STEPS
 from benchmarks.fuzzing.mutations import damage_bytes, damage_checkpoint, damage_json, damage_json_lines
 from benchmarks.fuzzing.reader import Reader
 from benchmarks.fuzzing.reading import (
@@ -15,6 +15,8 @@ from benchmarks.fuzzing.reading import (
     check_unsealed,
     check_written_again,
     read_best,
+    read_compared,
+    read_compared_factor,
     read_config_of,
     read_converted,
     read_evaluation,
@@ -214,6 +216,36 @@ def readers_of(step: int) -> dict[str, Reader]:
             [f"{_ANALYSIS}/interventions/neurons/steps_{step}.nc"],
             _BYTES,
             read_summary,
+            _DETECTED,
+        ),
+        "comparison.json": Reader(
+            "`report --comparison_dir`, `verify`",
+            [f"{COMPARISON}/comparison.json"],
+            _JSON,
+            read_compared,
+            _DETECTED,
+            names=("comparison.nc",),
+        ),
+        "netCDF of a comparison": Reader(
+            "`report --comparison_dir`, `verify`",
+            [f"{COMPARISON}/comparison.nc"],
+            _BYTES,
+            read_compared,
+            _DETECTED,
+        ),
+        "factor.json": Reader(
+            "`report --factor_dirs`, `verify`",
+            [f"{FACTOR}/factor.json"],
+            _JSON,
+            read_compared_factor,
+            _DETECTED,
+            names=("factor.nc",),
+        ),
+        "netCDF of a factor": Reader(
+            "`report --factor_dirs`, `verify`",
+            [f"{FACTOR}/factor.nc"],
+            _BYTES,
+            read_compared_factor,
             _DETECTED,
         ),
         "store's manifest": Reader(

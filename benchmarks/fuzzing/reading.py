@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,20 @@ from kvjax.converters.to_torch import to_torch
 from benchmarks.fuzzing.material import BENCHMARK, RANKING, RUN
 from benchmarks.fuzzing.reader import fingerprint
 from kvjax.artifacts.checkpoint_sums import ResultStore
+from kvjax.artifacts.comparison_schema import Comparison, read_comparison
+from kvjax.artifacts.factor_schema import FactorComparison, read_factor
 from kvjax.artifacts.files import HashedFile, read_json
 from kvjax.artifacts.find_runs import find_run_dirs
-from kvjax.artifacts.layout import step_of
+from kvjax.artifacts.layout import ComparisonLayout, step_of
 from kvjax.artifacts.results import Intervention, open_results
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.tables import read_dataset
 from kvjax.config.files import read_config
 from kvjax.config.train import TrainConfig
 from kvjax.intervene.analysis import InterventionReport
 from kvjax.intervene.plan import chosen_windows
 from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.comparison_files import check_comparison_files
 from kvjax.pipeline.evaluate import evaluation_is_current
 from kvjax.pipeline.resume import read_resumed
 from kvjax.pipeline.run_history import RunHistory
@@ -208,6 +212,25 @@ def read_summary(root: Path, file: Path) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         print_intervention_report(report)
     return summary.document, arrays
+
+
+def read_compared(root: Path, file: Path) -> Any:
+    """Reads a comparison of runs with its arrays, as `report` does."""
+    layout = ComparisonLayout(file.parent)
+    document = read_comparison(layout.comparison)
+    return document, _arrays(layout, document, (None, "events", "order", "matching"))
+
+
+def read_compared_factor(root: Path, file: Path) -> Any:
+    """Reads the comparison of a factor's settings with its arrays, as `report` does."""
+    layout = ComparisonLayout(file.parent, "factor")
+    document = read_factor(layout.comparison)
+    return document, _arrays(layout, document, [entry.label for entry in document.settings])
+
+
+def _arrays(layout: ComparisonLayout, document: Comparison | FactorComparison, groups: Sequence[str | None]) -> Any:
+    check_comparison_files(layout, document.arrays, document.files, remedy="made again")
+    return [read_dataset(layout.arrays, group=group, expected="arrays").to_dict() for group in groups]
 
 
 def check_unsealed(value: Any, sound: Any, file: Path) -> str | None:
