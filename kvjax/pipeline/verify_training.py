@@ -92,10 +92,14 @@ def check_evaluation(run: RunDir, path: Path) -> Check:
         sealed = "content_sha256" in document
         if sealed:
             check_seal(document, path, remedy)
-        if document.get("checkpoint_sha256") != file_sha256(run.checkpoint_named(path.stem)[1]):
-            return Check(_name(path), "open", f"the checkpoint {path.stem} is another file by now ({remedy})")
     except InputError as error:
         return Check(_name(path), "differs", str(error))
+    try:
+        sha256 = file_sha256(run.checkpoint_named(path.stem)[1])
+    except InputError as error:
+        return Check(_name(path), "open", str(error))
+    if document.get("checkpoint_sha256") != sha256:
+        return Check(_name(path), "open", f"the checkpoint {path.stem} is another file by now ({remedy})")
     return Check(_name(path), "holds" if sealed else "open", SEALED if sealed else UNSEALED)
 
 

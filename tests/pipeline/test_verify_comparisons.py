@@ -21,9 +21,7 @@ def made(tmp_path_factory, untied_run):
     """Two swept runs with windows, and their comparison; tests copy them to the same place."""
     folder = tmp_path_factory.mktemp("compared") / "work"
     for name in ("one", "other"):
-        run = shutil.copytree(untied_run, folder / name)
-        config = json.loads((run / "run_config.json").read_text()) | {"run_name": name, "seed": len(name)}
-        (run / "run_config.json").write_text(json.dumps(config))
+        shutil.copytree(untied_run, folder / name)
     runs = f"--run_dirs={folder}/one,{folder}/other"
     assert main(["checkpoint-sweep", runs, "--ablations=zero", "--probe=none", "--noprogress"]) == 0
     assert main(["birth-windows", runs, "--noprogress"]) == 0
