@@ -1,10 +1,9 @@
-"""Reads `param_groups` of a PyTorch optimiser: which one it is, its settings, and which parameter each number is."""
+"""Finds which parameter each number in a PyTorch optimiser's state is."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,35 +12,9 @@ from kvjax.converters.inert_pickle import InertArray
 from kvjax.converters.parameter_names import modern_name
 from kvjax.converters.weights import WRAPPERS
 
-from kvjax.config.train import OptimizationConfig
 from kvjax.errors import InputError, note, unusable
 
 Key = int | str  # by which `state` holds a parameter's entry: its number, or its name
-
-# What only one optimiser's groups or states have; Adam's and AdamW's have none of it. ASGD has an alpha as well.
-_OTHER_GROUPS = {
-    "momentum_decay": "NAdam",
-    "ns_steps": "Muon",
-    "dampening": "SGD",
-    "lambd": "ASGD",
-    "etas": "Rprop",
-    "rho": "Adadelta",
-    "lr_decay": "Adagrad",
-    "beta2_decay": "Adafactor",
-    "alpha": "RMSprop",
-    "correct_bias": "the AdamW of transformers, which decays after the update",
-    "bias_correction": "a fused Adam of apex or DeepSpeed",
-}
-_OTHER_STATES = {
-    "mu_product": "NAdam",
-    "exp_inf": "Adamax",
-    "momentum_buffer": "SGD or Muon",
-    "acc_delta": "Adadelta",
-    "square_avg": "RMSprop",
-    "row_var": "Adafactor",
-    "max_exp_avg_sq": "AdamW with amsgrad",
-}
-_ENTRY = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,53 +30,11 @@ class ParameterGroup:
     decays: bool = True
 
 
-def check_optimizer(
-    groups: object,
-    entries: Mapping[Key, Mapping[str, Any]],
-    optimization: OptimizationConfig,
-    learning_rates: Sequence[float],
-    *,
-    where: object,
-) -> list[bool]:
-    """Checks that groups are AdamW's, with the settings of a config.
-
-    A learning rate that differs is noted: the config's schedule goes on.
-
-    Args:
-      groups: `param_groups`.
-      entries: `state`.
-      optimization: the config's settings.
-      learning_rates: those that a file of this step may hold, before and after its scheduler's step.
-      where: the file, for messages.
-
-    Returns:
-      For each group, whether it decays.
-
-    Raises:
-      InputError: it is another optimiser, or one with other settings.
-    """
-    if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
-        found = "none" if groups is None or (isinstance(groups, list) and not groups) else type(groups).__name__
-        raise unusable(where, "param_groups of an optimizer", found)
-    if other := _other_optimizer(groups, entries):
-        raise unusable(where, "the state of AdamW, which is what training goes on with", other)
-    for group in groups:
-        _check_settings(group, optimization, where)
-    rates = [_number(group, "lr", where) for group in groups]
-    if any(not math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates):
-        raise unusable(where, "one learning rate for all parameters", f"lr {', '.join(f'{r:g}' for r in rates)}")
-    if not any(math.isclose(rates[0], rate, rel_tol=1e-3, abs_tol=1e-12) for rate in learning_rates):
-        note(f"{where}: its lr is {rates[0]:g}; training goes on with the config's {learning_rates[-1]:g}")
-    if optimization.weight_decay and any("decoupled_weight_decay" not in group for group in groups):
-        note(f"{where}: older PyTorch does not record if weight decay is AdamW's or Adam's L2; taken as AdamW's")
-    return [_decays(group, optimization, where) for group in groups]
-
-
 def name_parameters(
     groups: Sequence[Mapping[str, Any]],
     decays: Sequence[bool],
     order: Sequence[str],
-    shapes: Mapping[Key, tuple[int, ...]],
+    shapes: Mapping[Key, tuple[int, ...]] | None,
     expected: Mapping[str, tuple[int, ...]],
     *,
     where: object,
@@ -118,7 +49,7 @@ def name_parameters(
       groups: `param_groups`.
       decays: whether each decays.
       order: names of the parameters as in `model_state`, each once.
-      shapes: of the first moments, by their key in `state`.
+      shapes: of what the optimiser keeps of each parameter, by its key in `state`; None if it keeps nothing.
       expected: the shape of each parameter, by current name.
       where: the file, for messages.
 
@@ -127,8 +58,9 @@ def name_parameters(
     """
     keys = [[as_key(key) for key in _listed(group, "params", where)] for group in groups]
     every = list(itertools.chain.from_iterable(keys))
-    if len(set(every)) < len(every) or set(every) != set(shapes) or len(every) != len(expected):
-        found = f"{len(every)} in param_groups, {len(shapes)} in state"
+    in_state = set(every if shapes is None else shapes)
+    if len(set(every)) < len(every) or set(every) != in_state or len(every) != len(expected):
+        found = f"{len(every)} in param_groups, {len(in_state)} in state"
         raise unusable(where, f"an optimizer state of {len(expected)} parameters", found)
     names = _recorded_names(groups, keys, where)
     if names is not None:
@@ -137,8 +69,8 @@ def name_parameters(
             raise unusable(where, "each parameter once in param_names", f"{len(set(resolved))} different ones")
         return dict(zip(every, resolved, strict=True))
     candidates = {tuple(modern_name(name) for name in names): None for names in _numberings(keys, decays, order)}
-    found = [shapes[key] for key in every]
-    fitting = [names for names in candidates if [expected[name] for name in names] == found]
+    found = None if shapes is None else [shapes[key] for key in every]
+    fitting = [names for names in candidates if found is None or [expected[name] for name in names] == found]
     if not fitting:
         _refuse_shapes(every, found, next(iter(candidates), ()), expected, where)
     if len(fitting) > 1:
@@ -166,57 +98,6 @@ def as_number(value: object) -> float | None:
         return float(value)
     except OverflowError:
         return None
-
-
-def _other_optimizer(groups: Sequence[Mapping[str, Any]], entries: Mapping[Key, Mapping[str, Any]]) -> str | None:
-    """Names the optimiser if it is not AdamW, or does other things than this project's."""
-    for group in groups:
-        if marks := [name for mark, name in _OTHER_GROUPS.items() if mark in group]:
-            return marks[0]
-        if "betas" not in group:
-            return f"an optimizer without betas ({', '.join(sorted(map(str, group))[:6])})"
-        if "amsgrad" not in group:
-            return "RAdam, or another optimizer whose param_groups have no amsgrad"
-        for option in ("amsgrad", "maximize"):
-            if not (group.get(option) is None or group.get(option) is False):
-                return f"AdamW with {option}"
-        if group.get("decoupled_weight_decay") is False and as_number(group.get("weight_decay")) != 0.0:
-            return f"Adam with weight decay {group.get('weight_decay')} as L2, which is not AdamW's"
-    for entry in entries.values():
-        if marks := [name for mark, name in _OTHER_STATES.items() if mark in entry]:
-            return marks[0]
-        if unknown := sorted(map(str, set(entry) - _ENTRY)):
-            return f"an optimizer that also keeps {', '.join(unknown[:3])}"
-    return None
-
-
-def _check_settings(group: Mapping[str, Any], optimization: OptimizationConfig, where: object) -> None:
-    betas = group["betas"]
-    if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise unusable(where, "two betas", betas)
-    for name, ours, theirs in (
-        ("beta1", optimization.beta1, as_number(betas[0])),
-        ("beta2", optimization.beta2, as_number(betas[1])),
-        ("eps", optimization.eps, _number(group, "eps", where)),
-    ):
-        if theirs is None or not math.isclose(ours, theirs, rel_tol=1e-6):
-            raise unusable(where, f"{name} {ours:g} as in the config (or set optimization.{name})", theirs)
-
-
-def _decays(group: Mapping[str, Any], optimization: OptimizationConfig, where: object) -> bool:
-    ours, theirs = optimization.weight_decay, _number(group, "weight_decay", where)
-    if math.isclose(ours, theirs, rel_tol=1e-6):
-        return True
-    if theirs != 0.0:
-        raise unusable(where, f"weight_decay {ours:g} as in the config (or set optimization.weight_decay)", theirs)
-    return False
-
-
-def _number(group: Mapping[str, Any], name: str, where: object) -> float:
-    value = as_number(group.get(name))
-    if value is None or not math.isfinite(value):
-        raise unusable(where, f"a number as {name} of an optimizer's group", repr(group.get(name)))
-    return value
 
 
 def _listed(group: Mapping[str, Any], name: str, where: object) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Converts AdamW's state between optax, where moments are trees, and PyTorch, where they are numbered tensors."""
+"""Converts an optimiser's state between optax, where it is trees, and PyTorch, where it is numbered tensors."""
 
 from __future__ import annotations
 
@@ -14,57 +14,69 @@ from kvjax.converters.optimizer_groups import (
     ParameterGroup,
     as_key,
     as_number,
-    check_optimizer,
     name_parameters,
 )
+from kvjax.converters.optimizer_settings import check_optimizer
 from kvjax.converters.parameter_names import TOKEN_EMBEDDING, UNEMBEDDING, modern_name, torch_names
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.to_torch import to_torch
 
 from kvjax.config.run import ModelConfig
-from kvjax.config.train import OptimizationConfig
+from kvjax.config.train import AdamWConfig, OptimizationConfig, SGDConfig
 from kvjax.errors import unusable
 from kvjax.model.decoder import Params
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclasses.dataclass(frozen=True)
-class AdamMoments:
-    """AdamW's state after `count` steps: first and second moments, shaped like the parameters.
+class OptimizerState:
+    """An optimiser's state after `count` steps.
 
     Attributes:
       count: steps taken.
-      mu, nu: first and second moments.
+      accumulators: what the config's `accumulators` names, each shaped like the parameters.
       groups: the optimiser's parameter groups; none if it has one, which numbers the parameters as `state_dict` does.
     """
 
     count: int
-    mu: Params
-    nu: Params
+    accumulators: Mapping[str, Params]
     groups: tuple[ParameterGroup, ...] = ()
 
 
-def to_torch_optimizer(moments: AdamMoments, optimization: OptimizationConfig, learning_rate: float) -> dict[str, Any]:
-    """Converts moments to the state that `torch.optim.AdamW.load_state_dict` reads.
+def to_torch_optimizer(
+    state: OptimizerState, params: Params, optimization: OptimizationConfig, learning_rate: float
+) -> dict[str, Any]:
+    """Converts a state to what `load_state_dict` of the same optimiser of `torch.optim` reads.
 
     PyTorch numbers parameters in the order of `Module.parameters()`, where a tied unembedding has no number of its own.
     Other groups are numbered as the file that training went on from had them, and hold the parameters' names.
     """
-    first, second = to_torch(moments.mu), to_torch(moments.nu)
-    groups = moments.groups or (ParameterGroup(tuple(_names(moments.mu))),)
-    state, written = {}, []
+    tensors = {name: to_torch(state.accumulators[name]) for name in optimization.accumulators}
+    groups = state.groups or (ParameterGroup(tuple(_names(params))),)
+    entries, written, first = {}, [], 0
     for group in groups:
-        numbers = range(len(state), len(state) + len(group.names))
+        numbers = range(first, first + len(group.names))
+        first = numbers.stop
         for number, name in zip(numbers, group.names, strict=True):
-            step = torch.tensor(float(moments.count))
-            state[number] = {"step": step, "exp_avg": first[name], "exp_avg_sq": second[name]}
+            step = {"step": torch.tensor(float(state.count))} if isinstance(optimization, AdamWConfig) else {}
+            if entry := step | {kind: of[name] for kind, of in tensors.items()}:
+                entries[number] = entry
         written.append(
-            {
+            _group_settings(optimization, learning_rate, optimization.weight_decay if group.decays else 0.0)
+            | {"params": list(numbers)}
+            | ({"param_names": list(group.names)} if state.groups else {})
+        )
+    return {"state": entries, "param_groups": written}
+
+
+def _group_settings(optimization: OptimizationConfig, learning_rate: float, weight_decay: float) -> dict[str, Any]:
+    """Lists a group's settings in PyTorch's order."""
+    match optimization:
+        case AdamWConfig():
+            return {
                 "lr": learning_rate,
                 "betas": (optimization.beta1, optimization.beta2),
                 "eps": optimization.eps,
-                "weight_decay": optimization.weight_decay if group.decays else 0.0,
+                "weight_decay": weight_decay,
                 "amsgrad": False,
                 "maximize": False,
                 "foreach": None,
@@ -72,11 +84,19 @@ def to_torch_optimizer(moments: AdamMoments, optimization: OptimizationConfig, l
                 "differentiable": False,
                 "fused": None,
                 "decoupled_weight_decay": True,
-                "params": list(numbers),
-                **({"param_names": list(group.names)} if moments.groups else {}),
             }
-        )
-    return {"state": state, "param_groups": written}
+        case SGDConfig():
+            return {
+                "lr": learning_rate,
+                "momentum": optimization.momentum,
+                "dampening": 0,
+                "weight_decay": weight_decay,
+                "nesterov": optimization.nesterov,
+                "maximize": False,
+                "foreach": None,
+                "differentiable": False,
+                "fused": None,
+            }
 
 
 def from_torch_optimizer(
@@ -88,42 +108,48 @@ def from_torch_optimizer(
     names: Iterable[str],
     optimization: OptimizationConfig,
     learning_rates: Sequence[float],
+    step: int,
     where: object,
-) -> AdamMoments:
-    """Converts a PyTorch AdamW state to the moments of the given parameters.
+) -> OptimizerState:
+    """Converts a PyTorch state of a config's optimiser to that of the given parameters.
 
     Args:
-      state: what `torch.optim.AdamW.state_dict()` returned, its tensors as NumPy arrays.
+      state: what the optimiser's `state_dict()` returned, its tensors as NumPy arrays.
       params: the parameters.
       model: the model's sizes.
       vocab_size: number of tokens of the benchmark.
       names: of the tensors of `model_state`, in its order, which is that of the optimiser's numbers.
       optimization: the settings that training goes on with.
       learning_rates: those that a file of this step may hold, before and after its scheduler's step.
+      step: of the checkpoint; the count of SGD, which records none.
       where: the file, for messages.
 
     Raises:
-      InputError: the state is no AdamW state of a model of this shape, has other settings, or is damaged.
+      InputError: the state is of another optimiser or a model of another shape, has other settings, or is damaged.
     """
     entries, groups = _entries(state, where), state.get("param_groups")
     decays = check_optimizer(groups, entries, optimization, learning_rates, where=where)
-    shapes = {name: parameter.torch_shape(model, vocab_size) for name, parameter in _parameters(params)}
-    arrays = {key: {kind: _array(entry, kind, key, where) for kind in _MOMENTS} for key, entry in entries.items()}
+    kinds = optimization.accumulators
+    expected = {name: parameter.torch_shape(model, vocab_size) for name, parameter in _parameters(params)}
+    if not kinds:
+        _check_empty(entries, where)
+    arrays = {key: {kind: _array(entry, kind, key, where) for kind in kinds} for key, entry in entries.items()}
     name_of = name_parameters(
         groups,
         decays,
         _once_each(names, tied="unembedding" not in params),
-        {key: of["exp_avg"].shape for key, of in arrays.items()},
-        shapes,
+        {key: of[kinds[0]].shape for key, of in arrays.items()} if kinds else None,
+        expected,
         where=where,
     )
-    moments = {
-        kind: {name: _moment(arrays[key][kind], kind, name, shapes[name], where) for key, name in name_of.items()}
-        for kind in _MOMENTS
-    }
-    count = _count(entries, where)
-    mu, nu = (_tree(moments[kind], model, vocab_size, where) for kind in _MOMENTS)
-    return AdamMoments(count, mu, nu, _groups(groups, decays, name_of, _names(params)))
+    trees = {}
+    for kind in kinds:
+        named = {
+            name: _accumulator(arrays[key][kind], kind, name, expected[name], where) for key, name in name_of.items()
+        }
+        trees[kind] = _tree(named, model, vocab_size, where)
+    count = _count(entries, where) if isinstance(optimization, AdamWConfig) else step
+    return OptimizerState(count, trees, _groups(groups, decays, name_of, _names(params)))
 
 
 def undecayed_paths(groups: Iterable[ParameterGroup], n_layers: int, *, where: object) -> frozenset[tuple[str, ...]]:
@@ -154,15 +180,21 @@ def _entries(state: Mapping[str, Any], where: object) -> dict[Key, Mapping[str, 
     return {as_key(key): entry for key, entry in entries.items()}
 
 
+def _check_empty(entries: Mapping[Key, Mapping[str, Any]], where: object) -> None:
+    """Refuses a state with anything in it; older PyTorch writes None for what it does not keep."""
+    if kept := sorted({name for entry in entries.values() for name, value in entry.items() if value is not None}):
+        raise unusable(where, "nothing kept of a parameter, as SGD without momentum does", ", ".join(kept))
+
+
 def _array(entry: Mapping[str, Any], kind: str, key: Key, where: object) -> np.ndarray:
     array = entry.get(kind)
     if not isinstance(array, np.ndarray):
         found = "none" if array is None else type(array).__name__
-        raise unusable(where, f"a tensor {kind} of parameter {key}, as AdamW keeps one", found)
+        raise unusable(where, f"a tensor {kind} of parameter {key}, as the optimizer keeps one", found)
     return array
 
 
-def _moment(array: np.ndarray, kind: str, name: str, shape: tuple[int, ...], where: object) -> np.ndarray:
+def _accumulator(array: np.ndarray, kind: str, name: str, shape: tuple[int, ...], where: object) -> np.ndarray:
     if array.shape != shape:
         raise unusable(where, f"{kind} of {name} of shape {list(shape)}", list(array.shape))
     if not np.issubdtype(array.dtype, np.floating):
@@ -202,11 +234,11 @@ def _groups(
     return () if named == (ParameterGroup(tuple(usual)),) else named
 
 
-def _tree(moments: dict[str, np.ndarray], model: ModelConfig, vocab_size: int, where: object) -> Params:
-    tied = UNEMBEDDING.torch not in moments
+def _tree(arrays: dict[str, np.ndarray], model: ModelConfig, vocab_size: int, where: object) -> Params:
+    tied = UNEMBEDDING.torch not in arrays
     if tied:
-        moments = {**moments, UNEMBEDDING.torch: moments[TOKEN_EMBEDDING.torch]}
-    return to_flax(moments, model, vocab_size, where=where)
+        arrays = {**arrays, UNEMBEDDING.torch: arrays[TOKEN_EMBEDDING.torch]}
+    return to_flax(arrays, model, vocab_size, where=where)
 
 
 def _once_each(names: Iterable[str], *, tied: bool) -> list[str]:

@@ -147,7 +147,8 @@ def read_resumed_state(root: Path, file: Path) -> Any:
     """Reads what `train --resume` goes on from."""
     resumed = read_resumed({root / RUN: _training_config(root)}, Benchmark.open(root / BENCHMARK))
     (run,) = resumed.runs
-    return run.moments.count, run.moments.mu, run.moments.nu, run.params, resumed.step
+    moments = run.optimizer.accumulators
+    return run.optimizer.count, moments["exp_avg"], moments["exp_avg_sq"], run.params, resumed.step
 
 
 def _training_config(root: Path) -> TrainConfig:

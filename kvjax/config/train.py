@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from kvjax.config.base import Section
 from kvjax.config.benchmark import IntRange
@@ -34,9 +37,25 @@ class ScheduleConfig(Section):
     min_learning_rate: float | None = None
 
 
-class OptimizationConfig(Section):
+class _Decaying(Section):
+    """What the settings of every optimiser have in common; each declares its fields in the order that runs record."""
+
+    @pydantic.model_validator(mode="after")
+    def _decays(self) -> Self:
+        schedule = self.schedule
+        start = schedule.decay_start_step if schedule.decay_start_step is not None else self.warmup_steps
+        if schedule.decay_end_step is not None and schedule.decay_end_step <= start:
+            raise ValueError(f"decay_end_step {schedule.decay_end_step} is not after the decay's start at {start}")
+        if not 0.0 <= (schedule.min_learning_rate or 0.0) <= self.learning_rate:
+            raise ValueError(f"min_learning_rate {schedule.min_learning_rate} is not between 0 and learning_rate")
+        return self
+
+
+class AdamWConfig(_Decaying):
     """AdamW as PyTorch defines it, with clipping by global norm (none if `grad_clip_norm` is null)."""
 
+    # Not recorded: it is the optimiser of every config without one, so that older runs and new ones record the same.
+    optimizer: Literal["adamw"] = pydantic.Field(default="adamw", exclude=True)
     learning_rate: float = pydantic.Field(gt=0.0)
     weight_decay: float = pydantic.Field(ge=0.0)
     beta1: float = pydantic.Field(ge=0.0, lt=1.0)
@@ -46,15 +65,76 @@ class OptimizationConfig(Section):
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     schedule: ScheduleConfig = ScheduleConfig()
 
+    @property
+    def accumulators(self) -> tuple[str, ...]:
+        """Names, as PyTorch's, what the optimiser keeps of every parameter from step to step."""
+        return ("exp_avg", "exp_avg_sq")
+
+
+class SGDConfig(_Decaying):
+    """SGD as PyTorch defines it without dampening: weight decay is added to the clipped gradient, before momentum."""
+
+    optimizer: Literal["sgd"]
+    learning_rate: float = pydantic.Field(gt=0.0)
+    weight_decay: float = pydantic.Field(ge=0.0)
+    momentum: float = pydantic.Field(ge=0.0, lt=1.0)
+    nesterov: bool = False
+    grad_clip_norm: float | None = pydantic.Field(default=None, gt=0.0)
+    warmup_steps: int = pydantic.Field(default=0, ge=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+
     @pydantic.model_validator(mode="after")
-    def _decays(self) -> OptimizationConfig:
-        schedule = self.schedule
-        start = schedule.decay_start_step if schedule.decay_start_step is not None else self.warmup_steps
-        if schedule.decay_end_step is not None and schedule.decay_end_step <= start:
-            raise ValueError(f"decay_end_step {schedule.decay_end_step} is not after the decay's start at {start}")
-        if not 0.0 <= (schedule.min_learning_rate or 0.0) <= self.learning_rate:
-            raise ValueError(f"min_learning_rate {schedule.min_learning_rate} is not between 0 and learning_rate")
+    def _momentum_to_look_ahead_with(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; found 0")
         return self
+
+    @property
+    def accumulators(self) -> tuple[str, ...]:
+        """Names, as PyTorch's, what the optimiser keeps of every parameter from step to step."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+
+_OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig}
+
+
+def _optimizer_of(settings: Any) -> str | None:
+    if isinstance(settings, _Decaying):
+        return settings.optimizer
+    name = settings.get("optimizer", "adamw") if isinstance(settings, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _of_one_optimizer(settings: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
+    """Validates the settings of the optimiser that they name; errors name fields as the file has them."""
+    try:
+        return validate(settings)
+    except pydantic.ValidationError as error:
+        problems = [_without_tag(problem) for problem in error.errors()]
+        raise pydantic.ValidationError.from_exception_data(error.title, problems) from None
+
+
+def _without_tag(problem: Mapping[str, Any]) -> InitErrorDetails:
+    """Takes the optimiser, which is no field, out of a problem's place; a setting of another one gets plain words."""
+    kind, found, (name, *place) = problem["type"], problem["input"], problem["loc"] or (None,)
+    if name is None:
+        known = " or ".join(map(json.dumps, _OPTIMIZERS))
+        if isinstance(found, dict):
+            place, found = ["optimizer"], found["optimizer"]
+        expected = f"expected {known}" if place else f"expected an object with fields, perhaps an optimizer: {known}"
+        kind = PydanticCustomError("optimizer", expected)
+    elif kind == "extra_forbidden" and len(place) == 1:
+        others = [other for other, config in _OPTIMIZERS.items() if place[0] in config.model_fields]
+        remedy = f" ({others[0]} has: set optimizer)" if others else ""
+        kind = PydanticCustomError("setting", f"{name} has no such setting{remedy}")
+    return {**problem, "type": kind, "loc": tuple(place), "input": found}
+
+
+OptimizationConfig = Annotated[
+    Annotated[AdamWConfig, pydantic.Tag("adamw")] | Annotated[SGDConfig, pydantic.Tag("sgd")],
+    pydantic.Discriminator(_optimizer_of),
+    pydantic.WrapValidator(_of_one_optimizer),
+]
 
 
 class TrainingEvaluationConfig(EvaluationConfig):

@@ -11,7 +11,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.files import read_config
 from kvjax.config.train import TrainConfig
 from kvjax.converters.convert import check_recorded_config
-from kvjax.converters.optimizer_state import AdamMoments, from_torch_optimizer, undecayed_paths
+from kvjax.converters.optimizer_state import OptimizerState, from_torch_optimizer, undecayed_paths
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.torch_checkpoint import read_checkpoint
 from kvjax.converters.weights import AVERAGED
@@ -28,12 +28,12 @@ class ResumedRun:
 
     Attributes:
       params: its parameters.
-      moments: its optimiser's state.
+      optimizer: its optimiser's state.
       history: what it logged up to the step.
     """
 
     params: Params
-    moments: AdamMoments
+    optimizer: OptimizerState
     history: RunHistory
 
 
@@ -75,7 +75,7 @@ def read_resumed(configs: Mapping[Path, TrainConfig], benchmark: Benchmark) -> R
             raise unusable(path, f"num_steps of at least {step}, which the run has reached", config.num_steps)
     runs = {path: _read_run(path, available[path][step], step, config, benchmark) for path, config in configs.items()}
     undecayed = {
-        undecayed_paths(run.moments.groups, configs[path].model.n_layers, where=available[path][step])
+        undecayed_paths(run.optimizer.groups, configs[path].model.n_layers, where=available[path][step])
         for path, run in runs.items()
     }
     if len(undecayed) > 1:
@@ -127,7 +127,7 @@ def _read_run(folder: Path, file: Path, step: int, config: TrainConfig, benchmar
     if not checkpoint.optimizer_state:
         raise unusable(file, "optimizer state to resume from", "none")
     hyper = Hyperparameters.of(config.optimization, config.num_steps)
-    moments = from_torch_optimizer(
+    optimizer = from_torch_optimizer(
         checkpoint.optimizer_state,
         params,
         model,
@@ -135,9 +135,10 @@ def _read_run(folder: Path, file: Path, step: int, config: TrainConfig, benchmar
         names=checkpoint.state,
         optimization=config.optimization,
         learning_rates=[float(learning_rate(hyper, at)) for at in (step - 1, step + 1, step)],
+        step=step,
         where=file,
     )
-    if moments.count != step:
-        note(f"{file}: its optimizer has taken {moments.count} steps, not {step}; bias correction goes on from there")
+    if optimizer.count != step:
+        note(f"{file}: its optimizer has taken {optimizer.count} steps, not {step}; bias correction goes on from there")
     history = RunHistory.of(RunDir.open(folder).log, step, config.checkpointing)
-    return ResumedRun(params, moments, history)
+    return ResumedRun(params, optimizer, history)

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from kvjax.artifacts.partials import remove_abandoned
 from kvjax.artifacts.provenance import software_versions
 from kvjax.config.train import TrainConfig
 from kvjax.converters.optimizer_groups import ParameterGroup
-from kvjax.converters.optimizer_state import AdamMoments, to_torch_optimizer
+from kvjax.converters.optimizer_state import OptimizerState, to_torch_optimizer
 from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.devices import device_description
@@ -34,7 +34,7 @@ class OptimizerStart:
     """How the optimiser of a run is written, if another trainer began it.
 
     Attributes:
-      groups: its parameter groups, as in `AdamMoments`.
+      groups: its parameter groups, as in `OptimizerState`.
       more_updates: how many updates it has taken beyond the run's steps.
     """
 
@@ -130,7 +130,7 @@ class FileRecorder:
         except OSError as error:
             raise unusable(self._layout.metrics, "a file that can be written", error) from None
 
-    def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
+    def save(self, step: int, params: Params, accumulators: Mapping[str, Params], evaluations: dict[str, Row]) -> None:
         """Hands the checkpoints that are due at a step to the writer, and the best one if this is it."""
         checkpointing, files = self.config.checkpointing, []
         self.last_evaluations = evaluations or self.last_evaluations
@@ -144,10 +144,10 @@ class FileRecorder:
                 self._best = candidate
                 files.append(self._layout.best)
         if files:
-            moments = AdamMoments(step + self._start.more_updates, mu, nu, self._start.groups)
+            optimizer = OptimizerState(step + self._start.more_updates, accumulators, self._start.groups)
             best = self._best_record() if self._layout.best in files else None
             rate = float(learning_rate(Hyperparameters.of(self.config.optimization, self.config.num_steps), step))
-            job = functools.partial(self._write, files, step, params, moments, evaluations, rate=rate, best=best)
+            job = functools.partial(self._write, files, step, params, optimizer, evaluations, rate=rate, best=best)
             self._writer.submit(job)
 
     def diverge(self, step: int, loss: float) -> None:
@@ -203,14 +203,15 @@ class FileRecorder:
         files: Sequence[Path],
         step: int,
         params: Params,
-        moments: AdamMoments,
+        optimizer: OptimizerState,
         evaluations: dict[str, Row],
         *,
         rate: float,
         best: Row | None,
     ) -> None:
         """Writes a state to files, and the record of the best one behind it if this is it."""
-        state, optimizer_state = to_torch(params), to_torch_optimizer(moments, self.config.optimization, rate)
+        state = to_torch(params)
+        optimizer_state = to_torch_optimizer(optimizer, params, self.config.optimization, rate)
         for file in files:
             write_checkpoint(
                 file,

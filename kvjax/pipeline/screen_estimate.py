@@ -63,7 +63,7 @@ def estimate_setting(setting: PlannedSetting, base: BenchmarkConfig) -> Estimate
     return Estimate(
         training_flop=runs * per_run,
         sweep_flop=runs * checkpoints * passes * _sweep_flop(model, drawn),
-        checkpoint_bytes=float(runs * files * checkpoint_file_bytes(model)),
+        checkpoint_bytes=float(runs * files * checkpoint_file_bytes(model, len(config.optimization.accumulators))),
     )
 
 

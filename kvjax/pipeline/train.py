@@ -24,7 +24,7 @@ from kvjax.pipeline.settings import TrainSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Row, Training
 from kvjax.train.memory import checkpoint_file_bytes, parameter_count
-from kvjax.train.schedule import restore_adam
+from kvjax.train.schedule import restore_optimizer
 from kvjax.train.trainer import TrainState
 
 _PLACES = {"output_dir", "benchmark_dir"}  # a folder that was moved holds the same run
@@ -125,15 +125,16 @@ def _train_runs(
             resumed.step,
             [_state(training, config, run) for config, run in zip(configs, resumed.runs, strict=True)],
         )
-        starts = [OptimizerStart(run.moments.groups, run.moments.count - step) for run in resumed.runs]
+        starts = [OptimizerStart(run.optimizer.groups, run.optimizer.count - step) for run in resumed.runs]
     else:
         for path in runs:
             _check_free(path, overwrite)
         training = Training(configs, benchmark)
         step, states, starts = 0, training.initial_states(), [OptimizerStart()] * len(runs)
+    accumulators = max(len(config.optimization.accumulators) for config in configs)
     files = (1 + configs[0].checkpointing.save_best_checkpoint) * len(runs)
     for path in runs:
-        _check_space(path, checkpoint_file_bytes(training.decoder) * files)
+        _check_space(path, checkpoint_file_bytes(training.decoder, accumulators) * files)
     num_parameters = parameter_count(training.decoder)
     with BackgroundWriter(pending=len(runs)) as writer:  # at most one state of each run waits to be written
         recorders = [
@@ -248,7 +249,8 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _state(training: Training, config: TrainConfig, run: ResumedRun) -> TrainState:
-    params, moments, step = run.params, run.moments, run.history.step
-    optimizer = training.optimizer(config)
-    restored = restore_adam(optimizer, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=step)
-    return TrainState(params, restored)
+    state, step = run.optimizer, run.history.step
+    optimizer, kept = training.optimizer(config), state.accumulators
+    return TrainState(
+        run.params, restore_optimizer(optimizer, run.params, count=state.count, accumulators=kept, step=step)
+    )

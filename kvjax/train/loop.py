@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 from kvjax.train.curriculum import draw_batches, draw_phases
 from kvjax.train.memory import check_memory
-from kvjax.train.schedule import Hyperparameters, adam_moments, make_optimizer
+from kvjax.train.schedule import Hyperparameters, accumulators_of, make_optimizer
 from kvjax.train.trainer import (
     StepMetrics,
     TrainProgram,
@@ -43,7 +44,7 @@ class RunRecorder(Protocol):
     def log(self, row: Row) -> None:
         """Takes a row of `metrics.jsonl`."""
 
-    def save(self, step: int, params: Params, mu: Params, nu: Params, evaluations: dict[str, Row]) -> None:
+    def save(self, step: int, params: Params, accumulators: Mapping[str, Params], evaluations: dict[str, Row]) -> None:
         """Takes the state after `step`, as numpy trees, with the step's evaluations by split, if it had any."""
 
     def diverge(self, step: int, loss: float) -> None:
@@ -55,8 +56,10 @@ _OF_EACH_RUN = ("run_name", "seed", "output_dir", "optimization", "curriculum", 
 
 
 def shared_settings(config: TrainConfig) -> str:
-    """Writes, as JSON, what runs that train as one program have in common: shapes, data, steps, evaluations."""
-    return config.model_dump_json(exclude={**dict.fromkeys(_OF_EACH_RUN, True), "model": {"init_scale"}})
+    """Writes, as JSON, what runs of one program have in common: shapes, data, steps, optimiser, evaluations."""
+    shared = config.model_dump(mode="json", exclude={**dict.fromkeys(_OF_EACH_RUN, True), "model": {"init_scale"}})
+    shared["optimization"] = config.optimization.model_dump(include={"optimizer", "nesterov"})
+    return json.dumps(shared)
 
 
 class Training:
@@ -81,7 +84,8 @@ class Training:
     ):
         self.configs, config = tuple(configs), configs[0]
         if len({shared_settings(one) for one in configs}) > 1:
-            raise ValueError("expected runs that differ in seed, optimization, init_scale and curriculum alone")
+            expected = "runs that differ in seed, optimization, init_scale and curriculum alone, of one optimizer"
+            raise ValueError(f"expected {expected}")
         missing = [split for split in config.evaluation.tracked_splits if split not in benchmark.split_sizes]
         if missing:
             raise InputError(f"{benchmark.path}: expected the tracked split {missing[0]}; found none")
@@ -111,6 +115,7 @@ class Training:
         check_memory(
             self.program,
             num_runs=len(configs),
+            accumulators=max(len(one.optimization.accumulators) for one in configs),
             batch_size=config.batch_size,
             length=encoded.tokens.shape[1],
             segment=min(self._segment, config.num_steps),
@@ -207,7 +212,7 @@ class Training:
                     evaluation = self._evaluator.evaluate(state.params, split, max_records=self._max_records)
                     evaluations[split] = {"phase": "eval", "split": split, "step": step, **evaluation.to_row()}
                     recorder.log(evaluations[split])
-            recorder.save(step, state.params, *adam_moments(state.optimizer), evaluations)
+            recorder.save(step, state.params, accumulators_of(state.optimizer), evaluations)
 
 
 def _first_not_finite(metrics: StepMetrics, index: int) -> int | None:

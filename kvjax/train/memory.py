@@ -12,9 +12,6 @@ from kvjax.errors import InputError
 from kvjax.model.decoder import DecoderConfig
 from kvjax.train.trainer import TrainProgram, parameter_shapes
 
-_STATE_COPIES = 4  # parameters, two moments, the gradient
-_SAVED_COPIES = 3  # a checkpoint holds no gradient
-
 
 @functools.cache
 def parameter_count(config: DecoderConfig) -> int:
@@ -22,13 +19,20 @@ def parameter_count(config: DecoderConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
 
 
-def checkpoint_file_bytes(config: DecoderConfig) -> int:
-    """Estimates the size of a checkpoint file: parameters and both moments in float32."""
-    return 4 * _SAVED_COPIES * parameter_count(config)
+def checkpoint_file_bytes(config: DecoderConfig, accumulators: int) -> int:
+    """Estimates the size of a checkpoint file: parameters and so many accumulators of the optimiser in float32."""
+    return 4 * (1 + accumulators) * parameter_count(config)
 
 
 def check_memory(
-    program: TrainProgram, *, num_runs: int, batch_size: int, length: int, segment: int, on_cpu: bool
+    program: TrainProgram,
+    *,
+    num_runs: int,
+    accumulators: int,
+    batch_size: int,
+    length: int,
+    segment: int,
+    on_cpu: bool,
 ) -> None:
     """Refuses a training that cannot fit into the memory of the machine, or of an accelerator.
 
@@ -38,6 +42,7 @@ def check_memory(
     Args:
       program: what is trained.
       num_runs: how many runs train together.
+      accumulators: how many arrays the optimiser keeps of every parameter.
       batch_size: records per step.
       length: tokens of the longest record.
       segment: steps that are dispatched together.
@@ -51,7 +56,8 @@ def check_memory(
     rows = batch_size // program.parts // program.microbatches
     at_once = devices if program.lift == "map" or not by_run else num_runs
     kept = config.n_layers * (4 * config.d_model + config.d_ff + config.n_heads * length) + 2 * config.vocab_size
-    states = 4 * _STATE_COPIES * parameter_count(config) * num_runs * (devices if on_cpu and not by_run else 1)
+    copies = 2 + accumulators  # parameters and their gradient
+    states = 4 * copies * parameter_count(config) * num_runs * (devices if on_cpu and not by_run else 1)
     activations = 4 * kept * rows * length * at_once
     batches = 4 * batch_size * segment * num_runs
     parts = 1 if on_cpu else devices  # accelerators have a memory each

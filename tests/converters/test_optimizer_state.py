@@ -6,115 +6,36 @@ import jax
 import optax
 import pytest
 import torch
-from kvjax.converters.optimizer_state import from_torch_optimizer, to_torch_optimizer, undecayed_paths
+from kvjax.converters.optimizer_state import to_torch_optimizer, undecayed_paths
 from kvjax.converters.to_flax import to_flax
 from kvjax.converters.to_torch import to_torch
-from kvjax.converters.torch_checkpoint import read_checkpoint
-from kvjax.converters.torch_decoder import TorchDecoder
 
-from kvjax.config.run import ModelConfig
-from kvjax.config.train import OptimizationConfig
 from kvjax.errors import InputError, Note
-from kvjax.train.schedule import Hyperparameters, make_optimizer, restore_adam
-
-MODEL = ModelConfig(d_model=8, n_layers=2, n_heads=2, d_ff=12, max_seq_len=10)
-VOCAB, STEPS, RATE, DECAY = 15, 3, 1e-2, 0.1
-CONFIG = OptimizationConfig(learning_rate=RATE, weight_decay=DECAY, beta1=0.9, beta2=0.95)
-ADAMW = {"lr": RATE, "betas": (0.9, 0.95), "weight_decay": DECAY}
-
-
-def tied_module():
-    torch.manual_seed(0)
-    module = TorchDecoder(MODEL, VOCAB)
-    module.lm_head.weight = module.token_embedding.weight
-    return module
-
-
-def step(module, optimizer):
-    """Takes a step along random gradients; returns them by name."""
-    gradients = {}
-    for name, parameter in module.named_parameters():
-        parameter.grad = gradients[name] = torch.randn_like(parameter)
-    optimizer.step()
-    return gradients
-
-
-def trained(groups, optimizer_class=torch.optim.AdamW, **options):
-    """Returns a module and an optimizer of its parameters after a few steps."""
-    module = tied_module()
-    optimizer = optimizer_class(groups(module), **(ADAMW | options))
-    for _ in range(STEPS):
-        step(module, optimizer)
-    return module, optimizer
-
-
-def read(tmp_path, module, state, optimization=CONFIG, rate=RATE):
-    """Reads a state from a file as a resume does."""
-    path = tmp_path / "step_000003.pt"
-    torch.save({"step": STEPS, "model_state": module.state_dict(), "optimizer_state": state}, path)
-    checkpoint = read_checkpoint(path)
-    params = to_flax(checkpoint.state, MODEL, VOCAB, where=path)
-    return params, from_torch_optimizer(
-        checkpoint.optimizer_state,
-        params,
-        MODEL,
-        VOCAB,
-        names=checkpoint.state,
-        optimization=optimization,
-        learning_rates=[rate],
-        where=path,
-    )
+from kvjax.train.schedule import Hyperparameters, make_optimizer, restore_optimizer
+from tests.helpers.optimizer_states import (
+    ADAMW,
+    CONFIG,
+    GROUPS,
+    MODEL,
+    RATE,
+    STEPS,
+    VOCAB,
+    by_rule,
+    read,
+    step,
+    tied_module,
+    trained,
+)
 
 
 def assert_own_moments(module, optimizer, moments):
     """Compares every parameter's moments with those that PyTorch keeps for this very parameter."""
-    first, second = to_torch(moments.mu), to_torch(moments.nu)
+    first, second = (to_torch(moments.accumulators[kind]) for kind in ("exp_avg", "exp_avg_sq"))
     assert moments.count == STEPS
     for name, parameter in module.named_parameters():
         kept = optimizer.state[parameter]
         torch.testing.assert_close(first[name], kept["exp_avg"], rtol=0, atol=0, msg=name)
         torch.testing.assert_close(second[name], kept["exp_avg_sq"], rtol=0, atol=0, msg=name)
-
-
-def by_rule(decays, *, decayed_first=True, ordered=list, named=False):
-    """Returns a maker of two groups, one that decays and one that does not."""
-
-    def groups(module):
-        parameters = dict(module.named_parameters())
-        made = []
-        for side in (decayed_first, not decayed_first):
-            names = ordered([name for name, parameter in parameters.items() if decays(name, parameter) is side])
-            listed = [(name, parameters[name]) for name in names]
-            made.append(
-                {
-                    "params": listed if named else [parameter for _, parameter in listed],
-                    "weight_decay": DECAY if side else 0.0,
-                }
-            )
-        return made
-
-    return groups
-
-
-def is_matrix(name, parameter):
-    return parameter.ndim >= 2
-
-
-def is_linear_weight(name, parameter):
-    return parameter.ndim >= 2 and "embedding" not in name
-
-
-GROUPS = {
-    "one": lambda module: module.parameters(),
-    "one, named": lambda module: module.named_parameters(),
-    "one, named in another order": lambda module: list(module.named_parameters())[::-1],
-    "matrices decay": by_rule(is_matrix),
-    "matrices decay, second": by_rule(is_matrix, decayed_first=False),
-    "linear weights decay, sorted": by_rule(is_linear_weight, ordered=sorted),
-    "no embedding decays": by_rule(lambda name, _: "embedding" not in name),
-    "no norm decays": by_rule(lambda name, _: "norm" not in name and "ln_" not in name),
-    "anything decays, named": by_rule(lambda name, _: "attn" in name, named=True, ordered=lambda n: n[::-1]),
-}
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
@@ -123,13 +44,13 @@ def test_parameters_of_groups(tmp_path, groups):
     module, optimizer = trained(groups)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)
-        _, moments = read(tmp_path, module, optimizer.state_dict())
+        params, moments = read(tmp_path, module, optimizer.state_dict())
     assert_own_moments(module, optimizer, moments)
     undecayed = {name for group in moments.groups if not group.decays for name in group.names}
     names = {parameter: name for name, parameter in module.named_parameters()}
     of_torch = {names[p] for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     assert undecayed == of_torch
-    written = to_torch_optimizer(moments, CONFIG, RATE)
+    written = to_torch_optimizer(moments, params, CONFIG, RATE)
     again = torch.optim.AdamW(groups(module))
     again.load_state_dict(written)
     assert_own_moments(module, again, moments)
@@ -171,9 +92,9 @@ def test_module_of_another_order(tmp_path):
         return module.parameters()
 
     module, optimizer = trained(reordered)
-    _, moments = read(tmp_path, module, optimizer.state_dict())
+    params, moments = read(tmp_path, module, optimizer.state_dict())
     assert_own_moments(module, optimizer, moments)
-    written = to_torch_optimizer(moments, CONFIG, RATE)
+    written = to_torch_optimizer(moments, params, CONFIG, RATE)
     plain = tied_module()  # of the usual order: names tell the numbers apart
     assert_own_moments(module, optimizer, read(tmp_path, plain, written)[1])
 
@@ -201,7 +122,7 @@ def test_next_step(tmp_path, groups, options, updates):
         params, moments = read(tmp_path, module, optimizer.state_dict(), config)
     undecayed = undecayed_paths(moments.groups, MODEL.n_layers, where="here")
     ours = make_optimizer(Hyperparameters.of(config, 100), undecayed)
-    state = restore_adam(ours, params, count=moments.count, mu=moments.mu, nu=moments.nu, step=STEPS)
+    state = restore_optimizer(ours, params, count=moments.count, accumulators=moments.accumulators, step=STEPS)
     gradients = step(module, optimizer)
     gradients["lm_head.weight"] = gradients["token_embedding.weight"]
     gradients = to_flax({n: g.numpy() for n, g in gradients.items()}, MODEL, VOCAB, where="here")
@@ -315,7 +236,7 @@ DAMAGE = {
     "shape": ("exp_avg", lambda t: t[:-1], r"of shape \[8\] for blocks.0.ln_1.weight; found \[7\]"),
     "second shape": ("exp_avg_sq", lambda t: t[None], r"exp_avg_sq of .* of shape \[8\]; found \[1, 8\]"),
     "no tensor": ("exp_avg", [1.0], "a tensor exp_avg of parameter 2"),
-    "no moment": ("exp_avg", None, "a tensor exp_avg of parameter 2, as AdamW keeps one; found none"),
+    "no moment": ("exp_avg", None, "a tensor exp_avg of parameter 2, as the optimizer keeps one; found none"),
     "another moment": ("master", torch.ones(8), "an optimizer that also keeps master"),
     "text step": ("step", "3", "a whole number of steps of parameter 2"),
     "infinite step": ("step", torch.tensor(float("inf")), "a whole number of steps"),

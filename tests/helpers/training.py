@@ -9,6 +9,8 @@ import jax
 from kvjax.config.train import TrainConfig
 from tests.helpers.building import SMALL_MODEL
 
+SGD = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 1e-3, "momentum": 0.9, "grad_clip_norm": 1.0}
+
 
 def small_train_config(benchmark: object, **changes: Any) -> TrainConfig:
     """Returns the config of a training that takes about a second."""
@@ -53,8 +55,8 @@ class Kept:
     def log(self, row):
         self.rows.append(row)
 
-    def save(self, step, params, mu, nu, evaluations):
-        self.saved[step] = jax.tree.leaves((params, mu, nu))
+    def save(self, step, params, accumulators, evaluations):
+        self.saved[step] = jax.tree.leaves((params, accumulators))
 
     def diverge(self, step, loss):
         self.diverged = step

@@ -25,7 +25,7 @@ from kvjax.pipeline.train import train_runs
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.memory import parameter_count
-from kvjax.train.schedule import adam_moments
+from kvjax.train.schedule import accumulators_of
 from tests.helpers.building import SMALL_MODEL, read_lines
 from tests.helpers.training import small_train_config
 
@@ -198,7 +198,7 @@ def test_optimizer_of_other_steps(run, small_benchmark, monkeypatch):
         """Stands in for training: saves the state of step 17 as it was read, which is all that matters here."""
         (state,), (recorder,) = states, recorders
         taken.append(state.optimizer)
-        recorder.save(17, state.params, *adam_moments(state.optimizer), {})
+        recorder.save(17, state.params, accumulators_of(state.optimizer), {})
 
     monkeypatch.setattr(Training, "run", one_step)
     with pytest.warns(Note, match=r"step_000016.pt: its optimizer has taken 15 steps, not 16"):

@@ -13,7 +13,7 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training, shared_settings
 from tests.helpers.building import SMALL_MODEL
 from tests.helpers.commands import optimised_environment
-from tests.helpers.training import small_train_config
+from tests.helpers.training import SGD, small_train_config
 from tests.helpers.training_together import PROGRAMS, runs_that_differ
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,13 +48,26 @@ def test_settings_take_effect(found):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_steps": 13}, {"batch_size": 12}, {"model": SMALL_MODEL | {"n_heads": 1}}, {"benchmark_dir": "elsewhere"}],
-    ids=["steps", "batch", "heads", "data"],
+    [
+        {"num_steps": 13},
+        {"batch_size": 12},
+        {"model": SMALL_MODEL | {"n_heads": 1}},
+        {"benchmark_dir": "elsewhere"},
+        {"optimization": SGD},
+    ],
+    ids=["steps", "batch", "heads", "data", "optimizer"],
 )
 def test_settings_that_part_runs(small_benchmark, change):
-    """Runs of other shapes, steps or data have other shared settings, and no training takes both."""
+    """Runs of other shapes, steps, data or optimizers have other shared settings, and no training takes both."""
     config = runs_that_differ(small_benchmark)[0]
     other = small_train_config(small_benchmark, **({"num_steps": 12} | change))
     assert shared_settings(config) != shared_settings(other)
     with pytest.raises(ValueError, match="expected runs that differ in seed, optimization, init_scale and curriculum"):
         Training([config, other], Benchmark.open(small_benchmark))
+
+
+def test_settings_that_part_runs_of_sgd(small_benchmark):
+    """Rates, decay and momentum differ within a program of SGD; Nesterov's look ahead is another program."""
+    changes = ({}, {"learning_rate": 0.5, "momentum": 0.0, "weight_decay": 0.5}, {"nesterov": True})
+    plain, other, ahead = (small_train_config(small_benchmark, optimization=SGD | one) for one in changes)
+    assert shared_settings(plain) == shared_settings(other) != shared_settings(ahead)
