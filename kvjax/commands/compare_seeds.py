@@ -7,14 +7,17 @@ comparison.nc, comparison.md and figures.
 
 from __future__ import annotations
 
+from kvjax.commands.runtime import engine_of
 from kvjax.compare.settings import CompareSettings
-from kvjax.pipeline.settings import ComparisonOutput, Runs
+from kvjax.pipeline.settings import ComparisonOutput, Runs, WorkplaceSettings
 
-SETTINGS = (Runs, CompareSettings, ComparisonOutput)
+SETTINGS = (Runs, CompareSettings, ComparisonOutput, WorkplaceSettings)
 
 
-def run(runs: Runs, settings: CompareSettings, output: ComparisonOutput) -> None:
+def run(runs: Runs, settings: CompareSettings, output: ComparisonOutput, workplace: WorkplaceSettings) -> None:
     from kvjax.pipeline.compare_seeds import compare_seeds
+    from kvjax.pipeline.over_runs import on_all_runs
     from kvjax.pipeline.text import print_comparison
 
-    print_comparison(compare_seeds(runs, settings, output))
+    given, engine = (output.output_dir, runs, settings, output), engine_of(workplace)
+    print_comparison(on_all_runs("comparison", compare_seeds, *given, engine=engine))

@@ -6,15 +6,17 @@ Tells one run in full, and compares several first. Of a result that is missing t
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, ReportSettings, Runtime
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import Display, ReportSettings, Runtime, WorkplaceSettings
 
-SETTINGS = (ReportSettings, Display, Runtime)
+SETTINGS = (ReportSettings, WorkplaceSettings, Display, Runtime)
 
 
-def run(settings: ReportSettings, display: Display, runtime: Runtime) -> None:
-    from kvjax.pipeline.report import report
+def run(settings: ReportSettings, workplace: WorkplaceSettings, display: Display, runtime: Runtime) -> None:
+    from kvjax.pipeline.over_runs import on_all_runs
+    from kvjax.pipeline.report import report, report_path
     from kvjax.pipeline.text import print_report
 
     start_jax(runtime)
-    print_report(report(settings, progress_of(display)))
+    work = {"progress": progress_of(display), "engine": engine_of(workplace, runtime)}
+    print_report(on_all_runs("report", report, str(report_path(settings)), settings, **work))

@@ -6,15 +6,18 @@ runs below the minimum validation accuracy are listed, but not eligible. The rea
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, RunsOnBenchmark, Runtime, SelectSettings
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import Display, RunsOnBenchmark, Runtime, SelectSettings, WorkplaceSettings
 
-SETTINGS = (RunsOnBenchmark, SelectSettings, Display, Runtime)
+SETTINGS = (RunsOnBenchmark, SelectSettings, WorkplaceSettings, Display, Runtime)
 
 
-def run(runs: RunsOnBenchmark, settings: SelectSettings, display: Display, runtime: Runtime) -> None:
+def run(
+    runs: RunsOnBenchmark, settings: SelectSettings, workplace: WorkplaceSettings, display: Display, runtime: Runtime
+) -> None:
     from kvjax.pipeline.select_reference import rank_runs
     from kvjax.pipeline.text import print_ranking
 
     start_jax(runtime)
-    print_ranking(rank_runs(runs, settings, progress_of(display)), settings.output)
+    ranking = rank_runs(runs, settings, progress_of(display), engine_of(workplace, runtime))
+    print_ranking(ranking, settings.output)

@@ -6,15 +6,15 @@ summary.json: what every other command reads.
 
 from __future__ import annotations
 
-from kvjax.commands.runtime import progress_of, start_jax
-from kvjax.pipeline.settings import Display, Runtime, TrainSettings
+from kvjax.commands.runtime import engine_of, progress_of, start_jax
+from kvjax.pipeline.settings import Display, Runtime, TrainSettings, WorkplaceSettings
 
-SETTINGS = (TrainSettings, Display, Runtime)
+SETTINGS = (TrainSettings, WorkplaceSettings, Display, Runtime)
 
 
-def run(settings: TrainSettings, display: Display, runtime: Runtime) -> None:
+def run(settings: TrainSettings, workplace: WorkplaceSettings, display: Display, runtime: Runtime) -> None:
     from kvjax.pipeline.text import print_trained
-    from kvjax.pipeline.train import train
+    from kvjax.pipeline.train_seeds import train
 
     start_jax(runtime)
-    print_trained(train(settings, progress_of(display)))
+    print_trained(train(settings, progress_of(display), engine_of(workplace, runtime)))

@@ -1,4 +1,4 @@
-"""Does a stage for several runs: together in this process, or apart on a cluster."""
+"""Does a stage for several runs: together in this process, or on a cluster, apart or as one unit."""
 
 from __future__ import annotations
 
@@ -58,3 +58,30 @@ def over_runs(
     ]
     with progress(len(units), "runs") as advance:
         return [report for reports in engine.run(units, advance) for report in reports]
+
+
+def on_all_runs(
+    name: str,
+    stage: Callable[..., Any],
+    subject: str,
+    *settings: Any,
+    engine: Engine,
+    progress: Progress | None = None,
+) -> Any:
+    """Does a stage that takes its runs together, here or on one worker of a cluster, and returns what it returns.
+
+    Args:
+      name: of the stage, for messages.
+      stage: a function at the top level of a module, called with `settings`, in this process also with `progress`.
+      subject: what it makes, for messages.
+      settings: of the stage, the runs among them.
+      engine: where it is done.
+      progress: shows how far it is; None for a stage that shows nothing.
+
+    Raises:
+      InputError: the stage was refused.
+    """
+    if not engine.spreads:
+        return stage(*settings, **({} if progress is None else {"progress": progress}))
+    (made,) = engine.run([Unit(name, subject, stage, settings)], lambda done: None)
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from kvjax.pipeline.train import run_directories
 from kvjax.report.figures import head_ablation_figure, save_figure, trajectory_figure
 from kvjax.report.text import print_sweep_reports, say
 from kvjax.sweeps.results import SweepReport
+from kvjax.units.unit import IN_PROCESS, Engine
 
 _SHOWN = 8
 
 
-def quickstart(settings: QuickstartSettings, progress: Progress = no_progress) -> WrittenReport:
+def quickstart(
+    settings: QuickstartSettings, progress: Progress = no_progress, engine: Engine = IN_PROCESS
+) -> WrittenReport:
     """Draws a benchmark, trains seeds, measures every checkpoint, looks for birth windows, makes figures and a page.
 
     Prints what it does. What is there already is not made again.
@@ -33,13 +37,14 @@ def quickstart(settings: QuickstartSettings, progress: Progress = no_progress) -
     Raises:
       InputError: a config cannot be used, or the output directory holds a study of other configs.
     """
-    output, study = Path(settings.output_dir), study_of(settings)
+    output, study = Path(settings.output_dir), dataclasses.replace(study_of(settings), engine=engine)
     drawn = study.benchmark_config
     if not study.benchmark_dir.exists():
         say(f"1/6  drawing the benchmark: {drawn.num_keys} keys, {drawn.num_values} values")
     GENERATE.run(study, progress)
     steps = next(iter(study.runs.values())).num_steps
-    say(f"2/6  training {len(study.runs)} seeds, {steps} steps each, as one program")
+    together = "" if engine.spreads else ", as one program"
+    say(f"2/6  training {len(study.runs)} seeds, {steps} steps each{together}")
     TRAIN.run(study, progress)
     say("3/6  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated")
     reports = SWEEP.run(study, progress)

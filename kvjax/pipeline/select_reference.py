@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from kvjax.compare.reference import RANKED_SPLITS, Candidate, select_reference
 from kvjax.errors import InputError, unusable
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.evaluate import CheckpointEvaluator
+from kvjax.pipeline.over_runs import over_runs
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import RunsOnBenchmark, SelectSettings
 from kvjax.task.benchmark import Benchmark
+from kvjax.units.unit import IN_PROCESS, Engine
 
 
-def rank_runs(runs: RunsOnBenchmark, settings: SelectSettings, progress: Progress = no_progress) -> dict[str, Any]:
+def rank_runs(
+    runs: RunsOnBenchmark, settings: SelectSettings, progress: Progress = no_progress, engine: Engine = IN_PROCESS
+) -> dict[str, Any]:
     """Evaluates the best checkpoint of each run, ranks the runs and selects the reference.
 
     Returns:
@@ -26,25 +31,46 @@ def rank_runs(runs: RunsOnBenchmark, settings: SelectSettings, progress: Progres
     Raises:
       InputError: a run, its benchmark or its best checkpoint cannot be used, or the runs are of several benchmarks.
     """
+    benchmark = _common_benchmark(find_run_dirs(runs.run_dirs, needs="checkpoints"), runs.benchmark_dir)
+    candidates = over_runs(
+        "evaluation", evaluate_candidates, runs, needs="checkpoints", progress=progress, engine=engine
+    )
+    floor = settings.min_validation_answer_accuracy
+    ranking = select_reference(candidates, min_validation_answer_accuracy=floor)
+    ranking["benchmark"] = {"name": benchmark.name, "sha256": benchmark.sha256}
+    if settings.output:
+        write_json(Path(settings.output), ranking)
+    return ranking
+
+
+def evaluate_candidates(runs: RunsOnBenchmark, progress: Progress = no_progress) -> list[Candidate]:
+    """Evaluates the best checkpoint of each run on the splits that rank it.
+
+    Raises:
+      InputError: a run, its benchmark or its best checkpoint cannot be used.
+    """
     found, evaluator, candidates = find_run_dirs(runs.run_dirs, needs="checkpoints"), CheckpointEvaluator(), []
     with progress(len(found), "runs") as advance:
-        first = None
         for run in found:
             benchmark = Benchmark.open(run.benchmark_dir(runs.benchmark_dir))
-            first = first or benchmark
-            if benchmark.sha256 != first.sha256:
-                expected = f"a run of the benchmark in {first.path}, as the others (or `benchmark_dir`)"
-                raise unusable(run.path, expected, f"one of {benchmark.path}")
             result = evaluator.evaluate(run, benchmark, "best", RANKED_SPLITS)
             accuracies = {split: evaluation.answer_accuracy for split, evaluation in result.splits.items()}
             candidates.append(Candidate(str(run.path), result.step, result.sha256, accuracies, result.parameter_count))
             advance(1)
-    floor = settings.min_validation_answer_accuracy
-    ranking = select_reference(candidates, min_validation_answer_accuracy=floor)
-    ranking["benchmark"] = {"name": first.name, "sha256": first.sha256}
-    if settings.output:
-        write_json(Path(settings.output), ranking)
-    return ranking
+    return candidates
+
+
+def _common_benchmark(found: Sequence[RunDir], override: str | None) -> Benchmark:
+    """Opens the benchmark of runs, and refuses those of several."""
+    opened: dict[Path, Benchmark] = {}
+    for run in found:
+        path = run.benchmark_dir(override)
+        benchmark = opened[path] = opened.get(path) or Benchmark.open(path)
+        first = next(iter(opened.values()))
+        if benchmark.sha256 != first.sha256:
+            expected = f"a run of the benchmark in {first.path}, as the others (or `benchmark_dir`)"
+            raise unusable(run.path, expected, f"one of {benchmark.path}")
+    return first
 
 
 def ranking_is_current(runs: list[RunDir], output: Path) -> Current:

@@ -72,8 +72,8 @@ class WorkplaceSettings(Settings):
 
     scheduler: str | None = setting(
         None,
-        "Dask scheduler on whose workers to work, a run each: its address (tcp://host:8786) or the file that it wrote; "
-        "by default all is done in this process.",
+        "Dask scheduler on whose workers to work, a run each, or a group of runs that train: its address "
+        "(tcp://host:8786) or the file that it wrote; by default all is done in this process.",
     )
 
 

@@ -15,13 +15,13 @@ from kvjax.config.run import RunConfig
 from kvjax.errors import unusable
 from kvjax.intervene.analysis import InterventionReport
 from kvjax.intervene.settings import InterventionSettings
-from kvjax.pipeline.compare_seeds import compare_seeds, comparison_is_current
+from kvjax.pipeline.compare_seeds import WrittenComparison, compare_seeds, comparison_is_current
 from kvjax.pipeline.convert import conversion_is_current, convert
 from kvjax.pipeline.current import Current, all_current
 from kvjax.pipeline.evaluate import evaluate, evaluation_is_current
 from kvjax.pipeline.generate import benchmark_is_current
 from kvjax.pipeline.interventions import intervene, interventions_are_current
-from kvjax.pipeline.over_runs import over_runs
+from kvjax.pipeline.over_runs import on_all_runs, over_runs
 from kvjax.pipeline.probe_set import ensure_probe_sets, probe_set_is_current
 from kvjax.pipeline.progress import Progress
 from kvjax.pipeline.report import report, report_is_current
@@ -154,6 +154,12 @@ def _report_settings(study: Study) -> ReportSettings:
     )
 
 
+def _compare(study: Study) -> WrittenComparison:
+    folder = str(study.comparison)
+    given = (Runs.of(study.runs), CompareSettings(), ComparisonOutput(output_dir=folder))
+    return on_all_runs("comparison", compare_seeds, folder, *given, engine=study.engine)
+
+
 def _with_windows(study: Study) -> list[RunDir]:
     """Finds the runs in which something formed; nothing is intervened in the others."""
     return [run for run in study.open_runs() if windows_are_identified(run).holds]
@@ -205,7 +211,7 @@ SELECT = Stage(
     "select-reference",
     ("generate", "train"),
     lambda study: ranking_is_current(study.open_runs(), study.ranking),
-    lambda study, progress: rank_runs(_runs(study), SelectSettings(output=str(study.ranking)), progress),
+    lambda study, progress: rank_runs(_runs(study), SelectSettings(output=str(study.ranking)), progress, study.engine),
 )
 PROBE_SET = Stage(
     "probe set",
@@ -238,16 +244,16 @@ COMPARE = Stage(
     "compare-seeds",
     ("windows",),
     lambda study: comparison_is_current(study.open_runs(), study.comparison),
-    lambda study, progress: compare_seeds(
-        Runs.of(study.runs), CompareSettings(), ComparisonOutput(output_dir=str(study.comparison))
-    ),
+    lambda study, progress: _compare(study),
 )
 REPORT = Stage(
     "report",
     "report",
     ("sweep",),
     lambda study: report_is_current(_report_settings(study)),
-    lambda study, progress: report(_report_settings(study), progress),
+    lambda study, progress: on_all_runs(
+        "report", report, str(study.report), _report_settings(study), engine=study.engine, progress=progress
+    ),
 )
 
 STAGES = (GENERATE, TRAIN, CONVERT, EVALUATE, SELECT, PROBE_SET, SWEEP, WINDOWS, INTERVENE, COMPARE, REPORT)

@@ -8,6 +8,7 @@ from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import unusable
 from kvjax.pipeline.current import Current
+from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import Runs
 from kvjax.pipeline.story import StoryState, story_state
 from kvjax.pipeline.sweep_state import checkpoints_are_measured, probe_set_is_measured, reference_is_fixed
@@ -57,13 +58,18 @@ def readiness(run: RunDir) -> Readiness:
     return Readiness(run, {name: check(run) for name, check in _CONDITIONS.items()}, story_state(run))
 
 
-def status(runs: Runs) -> list[Readiness]:
+def status(runs: Runs, progress: Progress = no_progress) -> list[Readiness]:
     """Checks the conditions for circuit work on runs.
 
     Raises:
       InputError: a run cannot be opened.
     """
-    return [readiness(run) for run in find_run_dirs(runs.run_dirs)]
+    found, states = find_run_dirs(runs.run_dirs), []
+    with progress(len(found), "runs") as advance:
+        for run in found:
+            states.append(readiness(run))
+            advance(1)
+    return states
 
 
 def check_all_ready(states: list[Readiness]) -> None:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvjax.artifacts.files import read_json
 from kvjax.artifacts.layout import RunLayout
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.run_lock import hold
-from kvjax.config.files import find_config, read_config
+from kvjax.config.files import read_config
 from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError, unusable
 from kvjax.pipeline.background_writer import BackgroundWriter
 from kvjax.pipeline.current import Current
-from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.resume import ResumedRun, read_resumed, resumable
 from kvjax.pipeline.run_recorder import FileRecorder, OptimizerStart
-from kvjax.pipeline.settings import TrainSettings
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Row, Training
 from kvjax.train.memory import checkpoint_file_bytes, parameter_count
@@ -38,25 +36,6 @@ class TrainedRun:
     seed: int
     evaluations: Mapping[str, Row]
     diverged_at: int | None = None
-
-
-def train(settings: TrainSettings, progress: Progress = no_progress) -> list[TrainedRun]:
-    """Trains the seeds of a config, as one program.
-
-    Raises:
-      InputError: the config or the benchmark cannot be used, a directory is taken, or a run cannot be resumed.
-    """
-    config = read_config(find_config(settings.config, "train"), TrainConfig)
-    if settings.benchmark_dir:
-        config = config.model_copy(update={"benchmark_dir": settings.benchmark_dir})
-    runs = run_directories(config, settings.seeds, settings.output_dir)
-    benchmark = Benchmark.open(Path(config.benchmark_dir))
-    with progress(config.num_steps, "steps") as advance:
-        trained = train_runs(runs, benchmark, resume=settings.resume, overwrite=settings.overwrite, advance=advance)
-    if all(run.diverged_at is not None for run in trained):
-        found = ", ".join(f"seed {run.seed} diverged at step {run.diverged_at}" for run in trained)
-        raise InputError(f"{settings.config}: expected a finite loss and gradient; found none to the end ({found})")
-    return trained
 
 
 def run_directories(
@@ -101,10 +80,22 @@ def train_runs(
     Raises:
       InputError: a directory is taken, cannot be resumed, or is written by another command.
     """
-    with contextlib.ExitStack() as held:
-        for path in sorted(runs, key=Path.resolve):
-            held.enter_context(hold(RunLayout(path).training_lock, path))
+    with _training_held(runs):
         return _train_runs(runs, benchmark, resume=resume, overwrite=overwrite, advance=advance)
+
+
+def begin_runs(runs: Mapping[Path, TrainConfig], benchmark: Benchmark) -> None:
+    """Leaves run directories as before the first step, whatever runs they hold; checks first that they can be trained.
+
+    Args:
+      runs: run directory -> config; the configs have one `shared_settings`.
+      benchmark: what they are trained on.
+
+    Raises:
+      InputError: a directory is taken, or is written by another command, or the runs cannot be trained.
+    """
+    with _training_held(runs):
+        _train_runs(runs, benchmark, resume=False, overwrite=True, advance=lambda steps: None, begin_only=True)
 
 
 def _train_runs(
@@ -114,6 +105,7 @@ def _train_runs(
     resume: bool,
     overwrite: bool,
     advance: Callable[[int], None],
+    begin_only: bool = False,
 ) -> list[TrainedRun]:
     configs = tuple(runs.values())
     # Everything is read and checked before the first file is touched.
@@ -128,7 +120,7 @@ def _train_runs(
         starts = [OptimizerStart(run.optimizer.groups, run.optimizer.count - step) for run in resumed.runs]
     else:
         for path in runs:
-            _check_free(path, overwrite)
+            check_free(path, overwrite)
         training = Training(configs, benchmark)
         step, states, starts = 0, training.initial_states(), [OptimizerStart()] * len(runs)
     accumulators = max(len(config.optimization.accumulators) for config in configs)
@@ -151,10 +143,11 @@ def _train_runs(
                     held.enter_context(_results_held(path))
                 for recorder in recorders:
                     recorder.begin()
-        training.run(states, recorders, done_steps=step, advance=advance)
-        for recorder in recorders:
-            if recorder.diverged_at is None:
-                recorder.finish()
+        if not begin_only:
+            training.run(states, recorders, done_steps=step, advance=advance)
+            for recorder in recorders:
+                if recorder.diverged_at is None:
+                    recorder.finish()
     return [TrainedRun(r.path, r.config.seed, r.last_evaluations, r.diverged_at) for r in recorders]
 
 
@@ -174,14 +167,12 @@ def train_missing_runs(
     begun, fresh = {}, {}
     for path, config in runs.items():
         layout = RunLayout(path)
-        if layout.config.is_file():
-            recorded = read_config(layout.config, TrainConfig, recorded=True)
-            if not _same_run(recorded, config):
-                found = f"a run of another config ({_differences(recorded, config)})"
-                raise unusable(path, "a run of this config (or another `output_dir`)", found)
+        if (recorded := recorded_config(path)) is not None and not same_run(recorded, config):
+            found = f"a run of another config ({_differences(recorded, config)})"
+            raise unusable(path, "a run of this config (or another `output_dir`)", found)
         if layout.summary.is_file():
             advance(config.num_steps)
-        elif layout.config.is_file() and resumable(path):
+        elif recorded is not None and resumable(path):
             begun[path] = config
         else:
             fresh[path] = config
@@ -197,7 +188,7 @@ def runs_are_trained(runs: Mapping[Path, TrainConfig]) -> Current:
             recorded = read_config(RunLayout(path).config, TrainConfig, recorded=True)
         except InputError as error:
             return Current(False, str(error))
-        if not _same_run(recorded, config):
+        if not same_run(recorded, config):
             return Current(False, f"{path} holds a run of another config ({_differences(recorded, config)})")
         if not RunLayout(path).summary.is_file():
             reached = max(RunDir.open(path).checkpoints, default=0)
@@ -205,7 +196,18 @@ def runs_are_trained(runs: Mapping[Path, TrainConfig]) -> Current:
     return Current(True, f"all {len(runs)} runs are trained")
 
 
-def _same_run(recorded: TrainConfig, config: TrainConfig) -> bool:
+def recorded_config(path: Path) -> TrainConfig | None:
+    """Reads the config that a run directory records; None if no run has begun there.
+
+    Raises:
+      InputError: the record is damaged.
+    """
+    file = RunLayout(path).config
+    return read_config(file, TrainConfig, recorded=True) if file.is_file() else None
+
+
+def same_run(recorded: TrainConfig, config: TrainConfig) -> bool:
+    """Says whether two configs are of the same run, wherever run and benchmark lie."""
     return recorded.model_dump(exclude=_PLACES) == config.model_dump(exclude=_PLACES)
 
 
@@ -225,14 +227,27 @@ def _times(runs: int, advance: Callable[[int], None]) -> Callable[[int], None]:
     return lambda steps: advance(runs * steps)
 
 
+@contextlib.contextmanager
+def _training_held(runs: Iterable[Path]) -> Iterator[None]:
+    """Keeps other trainings out of run directories."""
+    with contextlib.ExitStack() as held:
+        for path in sorted(runs, key=Path.resolve):
+            held.enter_context(hold(RunLayout(path).training_lock, path))
+        yield
+
+
 def _results_held(path: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps commands from writing results into a directory while it is replaced."""
     layout = RunLayout(path)
     return hold(layout.analysis_lock, path) if layout.analysis.is_dir() else contextlib.nullcontext()
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    """Refuses a directory that a run may not be put into; all are checked before the first is replaced."""
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses a directory that a run may not be put into; all are checked before the first is replaced.
+
+    Raises:
+      InputError: there are files in it, which are to stay or are of no run.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
             raise unusable(path, "an empty run directory (or `resume`, or `overwrite`)", "files")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvjax.config.train import TrainConfig
@@ -34,10 +34,26 @@ class TrainingGroup:
             yield TrainingGroup({path: self.runs[path] for path in paths[start : start + size]}, self.benchmark_dir)
 
 
-def train_apart(groups: Sequence[TrainingGroup], engine: Engine, progress: Progress) -> None:
-    """Trains what is not trained yet, each group in as many parts as its share of the workers; without any, run by run.
+def train_missing(group: TrainingGroup) -> None:
+    """Trains the runs of a group that are not trained yet; begun ones go on."""
+    train_missing_runs(group.runs, Benchmark.open(group.benchmark_dir), advance=lambda steps: None)
+
+
+def train_apart(
+    groups: Sequence[TrainingGroup],
+    engine: Engine,
+    progress: Progress,
+    train: Callable[[TrainingGroup], None] = train_missing,
+) -> None:
+    """Trains groups, each in as many parts as its share of the workers; without any, run by run.
 
     A worker that dies costs what its runs trained since their last checkpoint.
+
+    Args:
+      groups: the runs.
+      engine: where they are trained.
+      progress: shows how far it is.
+      train: what is done with a part; by default, what is not trained yet is trained.
 
     Raises:
       InputError: a run directory holds a run of another config, or a part cannot be trained. The others are.
@@ -46,15 +62,11 @@ def train_apart(groups: Sequence[TrainingGroup], engine: Engine, progress: Progr
     units = []
     for group in groups:
         share = math.ceil(len(group.runs) * workers / total)
-        units += [_unit(part) for part in group.parts(share or len(group.runs))]
+        units += [_unit(part, train) for part in group.parts(share or len(group.runs))]
     with progress(len(units), "groups of runs") as advance:
         engine.run(units, advance)
 
 
-def _unit(group: TrainingGroup) -> Unit:
+def _unit(group: TrainingGroup, train: Callable[[TrainingGroup], None]) -> Unit:
     first, *others = map(str, group.runs)
-    return Unit("training", f"{first} and {len(others)} more" if others else first, _train, (group,))
-
-
-def _train(group: TrainingGroup) -> None:
-    train_missing_runs(group.runs, Benchmark.open(group.benchmark_dir), advance=lambda steps: None)
+    return Unit("training", f"{first} and {len(others)} more" if others else first, train, (group,))

@@ -11,7 +11,8 @@ import pytest
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.pipeline.settings import TrainSettings
-from kvjax.pipeline.train import train, train_missing_runs, train_runs
+from kvjax.pipeline.train import train_missing_runs, train_runs
+from kvjax.pipeline.train_seeds import train
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from tests.helpers.building import read_lines
