@@ -90,12 +90,12 @@ def head_ablation_figure(runs: Sequence[xr.Dataset]) -> Figure:
 
 
 def save_figure(figure: Figure, folder: Path, name: str, *, replace: Replace = replace_file) -> list[Path]:
-    """Writes a figure as PNG and SVG, each file replaced whole, and returns the paths."""
+    """Writes a figure as PNG and SVG, each replaced whole, and returns the paths; equal figures give equal files."""
     paths = []
     for form in _FORMATS:
-        path = folder / f"{name}.{form}"
-        with replace(path) as partial:
-            figure.savefig(partial, format=form, dpi=150)
+        path, dated = folder / f"{name}.{form}", {"metadata": {"Date": None}} if form == "svg" else {}
+        with replace(path) as partial, plt.rc_context({"svg.hashsalt": name}):  # ids are drawn without it
+            figure.savefig(partial, format=form, dpi=150, **dated)
         paths.append(path)
     plt.close(figure)
     return paths

@@ -60,3 +60,9 @@ def test_saved_figures(run, tmp_path):
     image = matplotlib.image.imread(paths[0])
     assert image.shape[1] > 1000 and image[..., :3].std() > 0.01, "not blank"
     assert "<svg" in paths[1].read_text()[:1000]
+
+
+def test_equal_figures(run, tmp_path):
+    """Equal figures are equal files, whenever they are drawn."""
+    both = [save_figure(trajectory_figure([run]), tmp_path / folder, "trajectories") for folder in ("one", "other")]
+    assert all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in zip(*both, strict=True))
