@@ -180,7 +180,7 @@ def _measured_on_base(plan: ScreenPlan, setting: PlannedSetting) -> Current:
     runs = _on_base(plan, setting)
     if len(runs) < len(_swept(setting)):
         return Current(False, f"{plan.layout.on_base(setting.name)} lacks runs")
-    return all_current(sweep_is_current(run) for run in runs)
+    return all_current(sweep_is_current(run, plan.base.benchmark_dir) for run in runs)
 
 
 def _sweep_on_base(plan: ScreenPlan, setting: PlannedSetting, progress: Progress, engine: Engine) -> None:

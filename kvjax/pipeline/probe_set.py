@@ -40,8 +40,8 @@ def ensure_probe_sets(runs: Sequence[RunDir]) -> None:
         opened.own_probe_set(run.layout.probe_set, opened.benchmark(run.benchmark_dir()))
 
 
-def probe_set_is_current(run: RunDir) -> Current:
-    """Says whether a run has a probe set that is as it was frozen."""
+def probe_set_is_current(run: RunDir, benchmark_dir: Path | None = None) -> Current:
+    """Says whether a run has a probe set that is as it was frozen, and of a benchmark; by default the run's own."""
     path = run.layout.probe_set
     if not path.is_file():
         return Current(False, f"{path} does not exist", command("checkpoint-sweep", run_dirs=[run.path]))
@@ -49,13 +49,15 @@ def probe_set_is_current(run: RunDir) -> Current:
         manifest = frozen_manifest(path)
     except InputError as error:
         return Current(False, str(error))
-    if (benchmark := _benchmark_of(run)) is not None and not benchmark.hashes.names(manifest.benchmark_sha256):
+    if (benchmark := _benchmark_of(run, benchmark_dir)) is not None and not benchmark.hashes.names(
+        manifest.benchmark_sha256
+    ):
         return Current(False, f"{path} was built from another benchmark than the one in {benchmark.path}")
     return Current(True, f"probe set {manifest.content_sha256[:12]}, unchanged since it was frozen")
 
 
-def _benchmark_of(run: RunDir) -> Benchmark | None:
+def _benchmark_of(run: RunDir, given: Path | None) -> Benchmark | None:
     try:
-        return Benchmark.open(run.benchmark_dir())
+        return Benchmark.open(given or run.benchmark_dir())
     except InputError:
         return None  # results can be judged without it

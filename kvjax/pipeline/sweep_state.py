@@ -5,6 +5,7 @@ Every checkpoint and table is hashed again, because a replaced or truncated file
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.checkpoint_sums import ResultStore
@@ -20,9 +21,14 @@ from kvjax.sweeps.settings import SweepSettings, default_ranking
 from kvjax.task.probe_set import frozen_manifest
 
 
-def sweep_is_current(run: RunDir) -> Current:
-    """Says whether every checkpoint of a run is measured, on the probe set that the run has."""
-    for state in (probe_set_is_current(run), probe_set_is_measured(run), checkpoints_are_measured(run)):
+def sweep_is_current(run: RunDir, benchmark_dir: Path | None = None) -> Current:
+    """Says whether every checkpoint of a run is measured, on the probe set that the run has.
+
+    Args:
+      run: the run.
+      benchmark_dir: the benchmark that the probe set is from; by default the run's own.
+    """
+    for state in (probe_set_is_measured(run, benchmark_dir), checkpoints_are_measured(run)):
         if not state.holds:
             return state
     return state
@@ -52,9 +58,9 @@ def reference_is_fixed(run: RunDir) -> Current:
     return Current(True, f"the reference is {name}")
 
 
-def probe_set_is_measured(run: RunDir) -> Current:
-    """Says whether a run's sweep was made on the probe set that the run has."""
-    state = probe_set_is_current(run)
+def probe_set_is_measured(run: RunDir, benchmark_dir: Path | None = None) -> Current:
+    """Says whether a run's sweep was made on the probe set that the run has; see `sweep_is_current`."""
+    state = probe_set_is_current(run, benchmark_dir)
     if not state.holds:
         return state
     try:
