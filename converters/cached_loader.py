@@ -49,6 +49,7 @@ class CachedLoader:
         if keep != "nothing":
             self._store.remove_unnamed()
         self._held: list[Checkpoint] = []
+        self._held_bytes = 0
         self._lock = threading.Lock()
 
     def load(self, path: Path, expected_step: int | None) -> Checkpoint:
@@ -94,22 +95,20 @@ class CachedLoader:
 
     def _hold(self, checkpoint: Checkpoint) -> None:
         """Holds a conversion in memory until there are enough for a part."""
-        if self._held_bytes() >= _HELD_BYTES:
+        if self._held_bytes >= _HELD_BYTES:
             return  # those held could not be written; this one is converted again another time
         self._held.append(checkpoint)
-        if self._held_bytes() >= _HELD_BYTES:
+        self._held_bytes += checkpoint.nbytes
+        if self._held_bytes >= _HELD_BYTES:
             try:
                 self._write()
             except InputError:  # `save` tries once more, and raises
                 if self._keep == "everything":
                     raise
 
-    def _held_bytes(self) -> int:
-        return sum(checkpoint.nbytes for checkpoint in self._held)
-
     def _write(self) -> None:
         self._store.add(self._held)
-        self._held = []  # only now: after an error they are tried again
+        self._held, self._held_bytes = [], 0  # only now: after an error they are tried again
 
 
 def store_identity(run: RunDir, benchmark: Benchmark) -> StoreIdentity:

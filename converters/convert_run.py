@@ -188,9 +188,7 @@ class MetricVerifier:
         """
         evaluation = self._run.config.evaluation
         limit = evaluation.max_eval_batches and evaluation.max_eval_batches * evaluation.batch_size
-        for row in self._run.log.evaluations():
-            if row.get("step") != checkpoint.step:
-                continue
+        for row in self._run.log.evaluations_of(checkpoint.step):
             where = f"{self._run.layout.metrics} (step {checkpoint.step})"
             try:
                 split, recorded = str(row["split"]), float(row["answer_accuracy"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ class TrainingLog:
         self.note_torn_line()
         latest = {(str(row.values.get("split")), row.step): row for row in self.rows if row.phase == "eval"}
         return [row.values for row in latest.values()]
+
+    def evaluations_of(self, step: int) -> Sequence[Mapping[str, Any]]:
+        """Selects the evaluations of a step, in order."""
+        return self._evaluations_by_step.get(step, ())
+
+    @functools.cached_property
+    def _evaluations_by_step(self) -> Mapping[Any, Sequence[Mapping[str, Any]]]:
+        by_step: dict[Any, list[Mapping[str, Any]]] = {}
+        for row in self.evaluations():
+            by_step.setdefault(row.get("step"), []).append(row)
+        return by_step
 
 
 def whole_number(value: object) -> int | None:

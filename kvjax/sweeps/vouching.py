@@ -98,7 +98,7 @@ def recorded_accuracies(run: RunDir, checkpoint: Checkpoint) -> list[RecordedAcc
     found = [entry for source, document in stored if (entry := _recorded(source, document)) is not None]
     if not found:
         name = run.layout.metrics.name
-        rows = (row for row in run.log.evaluations() if row.get("step") == checkpoint.step)
+        rows = run.log.evaluations_of(checkpoint.step)
         found = [entry for row in rows if (entry := _recorded(name, row)) is not None]
     return sorted(found, key=lambda entry: entry.split != BIRTH_SPLIT)
 

@@ -47,26 +47,28 @@ class WeightComparisons:
         self._store, self._anew = store, anew
         self._found: dict[tuple[str, str], Arrays] = {}  # by name and key
         self._planned: dict[str, Others] = {}
+        self._waiting: dict[str, set[str]] = {}  # by checkpoint, the planned comparisons that it takes part in
         self._held: dict[str, _Held] = {}
 
     def plan(self, others: Mapping[str, Others], arriving: Collection[str]) -> None:
         """Plans the comparisons whose checkpoints will all arrive; the others are left to `compare`."""
-        whole = {name for name in others if {name, *others[name].values()} <= set(arriving)}
-        self._planned = {name: others[name] for name in whole}
+        arriving = set(arriving)
+        self._plan({name: of for name, of in others.items() if {name, *of.values()} <= arriving})
 
     def arrive(self, name: str, checkpoint: Checkpoint, spectra: HeadSpectra) -> None:
         """Compares a checkpoint with those at hand, and stores every comparison that is complete now."""
         self._held[name] = _Held(checkpoint, spectra)
-        for own, others in list(self._planned.items()):
-            if {own, *others.values()} <= self._held.keys():
-                self._compare(own, others)
-                del self._planned[own]
-        self._release()
+        waiting = sorted(self._waiting.get(name, ()))
+        for own in waiting:
+            if {own, *self._planned[own].values()} <= self._held.keys():
+                self._compare(own, self._planned[own])
+                self._drop(own)
+        self._release(name)
 
     def give_up(self, name: str) -> None:
         """Drops the planned comparisons with a checkpoint that cannot be used."""
-        self._planned = {own: of for own, of in self._planned.items() if name not in (own, *of.values())}
-        self._release()
+        for own in list(self._waiting.get(name, ())):
+            self._drop(own)
 
     def compare(
         self,
@@ -97,7 +99,7 @@ class WeightComparisons:
         keys = {name: _key(name, of, {n: r.info["sha256"] for n, r in results.items()}) for name, of in others.items()}
         missing = [name for name, key in keys.items() if self._of(name, key) is None]
         if missing:
-            self._planned = {name: others[name] for name in missing}
+            self._plan({name: others[name] for name in missing})
             needed = {name for own in missing for name in (own, *others[own].values())}
             # The reference first: everything that is compared with it would have to wait for it.
             in_order = sorted(needed, key=lambda name: (not reference or name != reference[0], results[name].step))
@@ -139,10 +141,26 @@ class WeightComparisons:
         self._found[name, key] = found
         self._store.save(f"weights_{name}", key, own.checkpoint.step, found, {"others": dict(others)})
 
-    def _release(self) -> None:
-        """Drops the parameters that no planned comparison needs."""
-        needed = {name for own, others in self._planned.items() for name in (own, *others.values())}
-        self._held = {name: held for name, held in self._held.items() if name in needed}
+    def _plan(self, others: Mapping[str, Others]) -> None:
+        """Replaces the planned comparisons."""
+        self._planned, self._waiting = dict(others), {}
+        for own, of in others.items():
+            for name in {own, *of.values()}:
+                self._waiting.setdefault(name, set()).add(own)
+        for name in list(self._held):
+            self._release(name)
+
+    def _drop(self, own: str) -> None:
+        """Takes a comparison out of the plan, with the parameters that it alone needed."""
+        for name in {own, *self._planned.pop(own).values()}:
+            self._waiting[name].discard(own)
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        """Drops a checkpoint's parameters if no planned comparison needs them."""
+        if not self._waiting.get(name):
+            self._waiting.pop(name, None)
+            self._held.pop(name, None)
 
 
 def compared_with(names: Sequence[str], reference: str | None) -> dict[str, dict[str, str]]:
