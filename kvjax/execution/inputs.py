@@ -14,7 +14,15 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import bad_argument, unusable
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records
-from kvjax.task.probe_set import ProbeSet, has_probe_set, install_probe_set, open_probe_set, own_probe_set
+from kvjax.task.probe_set import (
+    ProbeSet,
+    frozen_manifest,
+    has_probe_set,
+    install_probe_set,
+    installed_sha256,
+    open_probe_set,
+    own_probe_set,
+)
 
 BEST = "best"  # the result name of the best checkpoint, which may be no step checkpoint
 
@@ -61,7 +69,7 @@ class RunInputs:
 class OpenedInputs:
     """Shares inputs among runs.
 
-    Benchmarks and given probe sets are opened once, runs' own probe sets are chosen once for each benchmark, and equal
+    Benchmarks and equal probe sets are opened once, runs' own probe sets are chosen once for each benchmark, and equal
     records are encoded once.
     """
 
@@ -69,6 +77,7 @@ class OpenedInputs:
         self.benchmark = functools.cache(Benchmark.open)
         self._probe_sets: dict[tuple[Path, str], ProbeSet] = {}
         self._chosen: dict[str, ProbeSet] = {}
+        self._own: dict[tuple[str | None, str], ProbeSet] = {}  # by content and benchmark
         self._encoded: dict[tuple[str, str, int], tuple[EncodedRecords, EncodedRecords]] = {}
 
     def probe_set(self, path: Path, benchmark: Benchmark) -> ProbeSet:
@@ -84,7 +93,11 @@ class OpenedInputs:
         if absent and (chosen := self._chosen.get(benchmark.sha256)):
             install_probe_set(chosen, path)
             return dataclasses.replace(chosen, path=path)
+        if not absent and (equal := self._own.get((installed_sha256(path), benchmark.sha256))):
+            frozen_manifest(path)  # its files are compared with their hashes all the same
+            return dataclasses.replace(equal, path=path)
         probe = own_probe_set(path, benchmark)
+        self._own[probe.manifest.content_sha256, benchmark.sha256] = probe
         if absent:
             self._chosen[benchmark.sha256] = probe
         return probe

@@ -225,7 +225,7 @@ def _has_own_manifest(metadata: Any) -> bool:
 
 def check_installable(probe: ProbeSet, target: Path) -> None:
     """Raises `InputError` if another probe set than the given one is installed at `target`."""
-    if has_probe_set(target) and _installed_sha256(target) != probe.manifest.content_sha256:
+    if has_probe_set(target) and installed_sha256(target) != probe.manifest.content_sha256:
         raise unusable(target, f"the probe set {probe.path} of this sweep (or `overwrite`)", "another probe set")
 
 
@@ -235,7 +235,7 @@ def install_probe_set(probe: ProbeSet, target: Path) -> None:
     Its manifest is copied last: files without one are not a probe set. The pairs of a replaced probe set are deleted.
     """
     names = ProbeSetLayout(target)
-    if has_probe_set(target) and _installed_sha256(target) == probe.manifest.content_sha256:
+    if has_probe_set(target) and installed_sha256(target) == probe.manifest.content_sha256:
         return
     with replace_together() as files:
         for file in probe.files:
@@ -252,7 +252,8 @@ def has_probe_set(path: Path) -> bool:
     return names.records.is_file() and (names.manifest.is_file() or names.companion.is_file())
 
 
-def _installed_sha256(path: Path) -> str | None:
+def installed_sha256(path: Path) -> str | None:
+    """Reads the hash of its content that a probe set's manifest names; None if there is no manifest that does."""
     names = ProbeSetLayout(path)
     for file in (names.companion, names.manifest):
         document = read_json(file) if file.is_file() else None
