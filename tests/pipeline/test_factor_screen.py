@@ -14,6 +14,7 @@ from kvjax.artifacts.factor_schema import read_factor
 from kvjax.commands.main import main
 from kvjax.config.factors import FactorScreenConfig
 from kvjax.config.files import find_config, read_config
+from kvjax.config.train import SGDConfig
 from kvjax.errors import InputError
 from kvjax.pipeline.factor_plan import plan_screen
 from kvjax.pipeline.settings import FactorSettings
@@ -103,13 +104,22 @@ def test_unusable_values(screen, value, expected, capsys):
 
 @pytest.mark.parametrize("name", [path.stem for path in find_config("quick", "factors").parent.glob("*.json")])
 def test_shipped_screens(name):
-    """Every shipped screen can be planned; the plan's eight factors are in it."""
+    """Every shipped screen can be planned; the plan's eight factors are in it, or the optimizer, a ninth."""
     plan = plan_screen(FactorSettings(config=name))
-    expected = {"depth", "width", "heads", "learning_rate", "weight_decay", "init_scale", "curriculum", "difficulty"}
-    assert expected <= set(plan.varied)
-    assert {"base", *(f"{name}/{one.label}" for name in ONE_PROGRAM for one in plan.factor(name).values)} == {
+    eight = {"depth", "width", "heads", "learning_rate", "weight_decay", "init_scale", "curriculum", "difficulty"}
+    expected = {"quick": eight, "formation": eight | {"optimizer"}, "quick_optimizer": {"optimizer"}}
+    assert set(plan.varied) == expected[name]
+    together = [factor for factor in ONE_PROGRAM if factor in plan.varied]
+    assert {"base", *(f"{factor}/{one.label}" for factor in together for one in plan.factor(factor).values)} == {
         setting.name for setting in plan.programs[0]
     }
+    for setting in plan.varied.get("optimizer", ()):
+        assert isinstance(setting.config.optimization, SGDConfig)
+        assert setting.config.model_copy(update={"optimization": None, "run_name": ""}) == (
+            plan.base.config.model_copy(
+                update={"optimization": None, "run_name": "", "output_dir": setting.config.output_dir}
+            )
+        ), "all else is equal"
     assert read_config(find_config(name, "factors"), FactorScreenConfig).seeds
 
 
