@@ -137,10 +137,15 @@ class RunDir:
             raise unusable(record_path, f"its checkpoint in {self.layout.checkpoints}", f"no {name}")
         return step, file
 
-    @functools.cached_property
+    @property
     def log(self) -> TrainingLog:
         """What training logged in `metrics.jsonl`; empty if the trainer wrote none."""
-        return TrainingLog.read(self.layout.metrics)
+        path = self.layout.metrics
+        try:
+            found = path.stat()
+        except OSError:
+            return TrainingLog.read(path)
+        return _read_log(path, (found.st_ino, found.st_size, found.st_mtime_ns))
 
     def checkpoint_named(self, name: str) -> tuple[int, Path]:
         """Finds the step and file of the checkpoint that `best`, `final` or a step number names.
@@ -191,6 +196,12 @@ class RunDir:
         if len(steps) <= 8:
             return "steps " + ", ".join(map(str, steps))
         return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+@functools.lru_cache(maxsize=2)  # a command goes from run to run, and the logs of a thousand are large
+def _read_log(path: Path, state: tuple[int, ...]) -> TrainingLog:
+    del state  # a log that has grown is read again
+    return TrainingLog.read(path)
 
 
 def _name_in(path: str) -> str:

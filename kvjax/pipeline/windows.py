@@ -19,6 +19,8 @@ from kvjax.pipeline.story import tell_story
 from kvjax.pipeline.written_runs import open_to_write
 from kvjax.windows.run import WindowsReport, write_windows
 
+_AT_ONCE = 16  # runs whose arrays and resamples are in memory together: they are scored in one call
+
 
 @dataclasses.dataclass(frozen=True)
 class ToldWindows:
@@ -37,16 +39,18 @@ def find_birth_windows(
     """Finds the birth windows of runs, tells what happened in them, and writes each run's files.
 
     Raises:
-      InputError: the config cannot be used, or a run has no sweep that can be read.
+      InputError: the config cannot be used, or a run has no sweep that can be read. What was written for runs before
+        it stays.
     """
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
     with open_to_write(runs, results, needs="checkpoints") as found:
-        opened = {run.path: RunResults(run) for run in found}
-        reports, told = write_windows(list(opened.values()), config), []
-        with progress(len(reports), "runs") as advance:
-            for report in reports:
-                told.append(ToldWindows(report, tell_story(opened[report.run.path])))
-                advance(1)
+        told = []
+        with progress(len(found), "runs") as advance:
+            for begin in range(0, len(found), _AT_ONCE):
+                opened = {run.path: RunResults(run) for run in found[begin : begin + _AT_ONCE]}
+                for report in write_windows(list(opened.values()), config):
+                    told.append(ToldWindows(report, tell_story(opened[report.run.path])))
+                    advance(1)
         return told
 
 
