@@ -3,12 +3,13 @@
     python -m benchmarks.many [--checkpoints=100,1000] [--runs=10,100]
 
 Tiny models with random weights, each file another one. Each command runs in a process of its own, with compiled
-programs there: the first sweep, one that finds everything measured, `status`, and opening the runs alone. Memory is the
-largest that the process had.
+programs there: opening the runs, the first sweep, a sweep that finds everything current, `status`, and
+`kvjax.open_results` on the means of one run. Memory is the largest that the process had.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ from benchmarks.reporting import machine, write_result
 from kvjax.artifacts.layout import RunLayout
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.run import ModelConfig
-from kvjax.model.decoder import Decoder, DecoderConfig
+from kvjax.model.decoder import Decoder, DecoderConfig, Params
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 
 FLAGS = flags.FLAGS
@@ -39,6 +40,7 @@ flags.DEFINE_list("runs", ["10", "100"], "Numbers of runs, of 10 checkpoints eac
 _OF_A_RUN = 10
 _SWEEP = ("checkpoint-sweep", "--ablations=zero", "--probe=none", "--noprogress")
 _OPENING = "from kvjax.artifacts.find_runs import find_run_dirs; find_run_dirs(sys.argv[1:])"
+_RESULTS = "import kvjax; kvjax.open_results(sys.argv[1]).metrics"
 _COMMAND = "from kvjax.commands.main import main; assert main(sys.argv[1:]) == 0"
 _PEAK = "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"
 
@@ -75,6 +77,7 @@ def _measure(runs: list[Path]) -> dict[str, Any]:
         "first_sweep": _time(_COMMAND, *_SWEEP, named),
         "sweep_again": _time(_COMMAND, *_SWEEP, named),
         "status": _time(_COMMAND, "status", named),
+        "open_results": _time(_RESULTS, str(runs[0])),
     }
 
 
@@ -88,6 +91,11 @@ def _time(code: str, *arguments: str) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_mb": round(int(peak.split()[1]) / 1024)}
 
 
+@functools.cache
+def _initial(config: DecoderConfig) -> Params:
+    return Decoder(config).init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
+
+
 def _write_run(folder: Path, benchmark_dir: Path, checkpoints: int) -> None:
     """Writes a run of a tiny model that drifts at random."""
     benchmark = Benchmark.open(benchmark_dir)
@@ -99,8 +107,7 @@ def _write_run(folder: Path, benchmark_dir: Path, checkpoints: int) -> None:
     }
     model = ModelConfig.model_validate(document["model"])
     config = DecoderConfig.from_model_config(model, len(benchmark.vocabulary.tokens))
-    params = Decoder(config).init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
-    state = to_torch(jax.tree.map(np.array, params))
+    state = to_torch(jax.tree.map(np.array, _initial(config)))
     layout, chance = RunLayout(folder), np.random.default_rng(0)
     layout.checkpoints.mkdir(parents=True)
     layout.config.write_text(json.dumps(document))
