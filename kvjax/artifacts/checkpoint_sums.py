@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from kvjax.artifacts.files import digest, file_sha256, replace_file
 Arrays = Mapping[str, np.ndarray]
 
 _INFO = "info"
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip file: signature, …, lengths of name and extra field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +29,17 @@ class CheckpointResult:
 
     Attributes:
       step: its training step.
-      arrays: measured arrays by name.
+      arrays: measured arrays by name; empty if they are left in the file.
       info: provenance: the file and its hash, the certificate, the time it took, the device.
     """
 
     step: int
     arrays: Arrays
     info: Mapping[str, Any]
+
+    def without_arrays(self) -> CheckpointResult:
+        """Drops the arrays: those of a long run would fill the memory."""
+        return dataclasses.replace(self, arrays={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +59,10 @@ class ResultStore:
     def find(self, name: str, key: str) -> CheckpointResult | None:
         """Reads the result of a name; None unless it was measured on the file whose hash is `key`."""
         try:
-            with np.load(self._path(name), allow_pickle=False) as stored:
-                info = json.loads(str(stored[_INFO]))
-                if info["fingerprint"] != self._fingerprint(key):
-                    return None
-                arrays = {key: stored[key] for key in stored.files if key != _INFO}
+            arrays = _read_npz(self._path(name))
+            info = json.loads(str(arrays.pop(_INFO)))
+            if info["fingerprint"] != self._fingerprint(key):
+                return None
         except Exception:  # NumPy and zipfile raise many kinds for a missing or damaged file
             return None
         return CheckpointResult(int(info["step"]), arrays, info)
@@ -84,3 +93,39 @@ class ResultStore:
 
     def _fingerprint(self, key: str) -> str:
         return digest({**self.identity, "checkpoint": key})
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of an uncompressed `.npz` file, read-only, and compares each with its checksum.
+
+    It takes a sixth of the time of `np.load`, which opens and parses every one of 50 small arrays by itself.
+
+    Raises:
+      Exception: of many kinds, if the file is missing or damaged.
+    """
+    content = path.read_bytes()
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for member in archive.infolist():
+            local = content[member.header_offset : member.header_offset + _LOCAL_HEADER.size]
+            signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(local)
+            name = member.header_offset + _LOCAL_HEADER.size
+            begin = name + name_length + extra_length
+            array = content[begin : begin + member.file_size]
+            stored = signature == b"PK\3\4" and content[name : name + name_length] == member.filename.encode()
+            if not stored or member.compress_type != zipfile.ZIP_STORED or zlib.crc32(array) != member.CRC:
+                raise zipfile.BadZipFile(member.filename)
+            length = 10 + int.from_bytes(array[8:10], "little")
+            shape, in_columns, dtype = _npy_header(array[:length])
+            values = np.frombuffer(array, dtype, offset=length).reshape(shape, order="F" if in_columns else "C")
+            arrays[member.filename.removesuffix(".npy")] = values
+    return arrays
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Parses the header of an array: shape, whether columns come first, type. A run's checkpoints have equal ones."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("version of the npy format")
+    return np.lib.format.read_array_header_1_0(file)

@@ -85,6 +85,7 @@ class Sweep(_Part):
     `vouched` is the recorded accuracy that a checkpoint was compared with, null if there was none to compare.
     `breaks` holds the pairs of checkpoints that cannot be neighbours in one training run.
     `converted` says whether the parameters of all checkpoints were in the store when the sweep ended.
+    `drawn_from` is the hash of everything that the tables were drawn from; files of older versions have none.
     `content_sha256` is the hash of all else; files of older versions have none.
     """
 
@@ -107,6 +108,7 @@ class Sweep(_Part):
     breaks: list[TrajectoryBreak] = []
     tables: dict[str, FileHash] = {}
     converted: bool = False
+    drawn_from: str = ""
     content_sha256: str = ""
 
     @property

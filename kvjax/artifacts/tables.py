@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pydantic
 
-from kvjax.artifacts.files import Replace, replace_file, write_json_lines
+from kvjax.artifacts.files import Replace, replace_file
 from kvjax.artifacts.partials import partial_folder
 from kvjax.errors import unusable
 from kvjax.measure.declaration import Table
@@ -152,46 +154,134 @@ def row_schema(table: Table) -> type[pydantic.BaseModel]:
     return pydantic.create_model(name, __base__=_Row, **{name: (kind, ...) for name, kind in types.items()})
 
 
-def write_rows(
-    path: Path, rows: Iterable[dict[str, Any]], schema: type[pydantic.BaseModel], *, replace: Replace = replace_file
-) -> None:
-    """Checks rows against their schema, then writes them as JSON lines, atomically."""
-    write_json_lines(path, [schema.model_validate(row).model_dump() for row in rows], replace=replace)
+@contextlib.contextmanager
+def rows_file(
+    path: Path, schema: type[pydantic.BaseModel], *, replace: Replace = replace_file
+) -> Iterator[Callable[[Iterable[dict[str, Any]]], None]]:
+    """Yields a function that checks rows against their schema and writes them as JSON lines to a file, atomically.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    with replace(path) as partial, partial.open("w", encoding="utf-8") as lines:
+
+        def write(rows: Iterable[dict[str, Any]]) -> None:
+            for row in rows:
+                line = json.dumps(schema.model_validate(row).model_dump(), allow_nan=False) + "\n"
+                try:
+                    lines.write(line)
+                except OSError as error:  # which names no file, and several may be open
+                    raise OSError(error.errno, error.strerror, str(partial)) from None
+
+        yield write
 
 
-def write_datasets(
-    path: Path, groups: Sequence[tuple[str | None, xarray.Dataset]], *, replace: Replace = replace_file
-) -> None:
+Groups = Sequence[tuple[str | None, "xarray.Dataset"]]  # group name, or None for the root; its dataset; the root first
+
+
+def write_datasets(path: Path, groups: Groups, *, replace: Replace = replace_file) -> None:
     """Writes labelled arrays as one netCDF file, atomically.
+
+    Args:
+      path: the file.
+      groups: the groups.
+      replace: opens the file that is to replace `path`.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    with datasets_file(path, replace=replace) as file:
+        file.append(groups)
+
+
+@contextlib.contextmanager
+def datasets_file(
+    path: Path, *, along: str | None = None, parts: int = 1, replace: Replace = replace_file
+) -> Iterator[DatasetsFile]:
+    """Yields a netCDF file to write labelled arrays to, part by part; it replaces `path` when the block ends.
 
     netCDF's library locks the file it writes, which fails on network file systems without locks. So it writes in the
     folder of temporary files, if there is room, and the file is copied.
 
     Args:
       path: the file.
-      groups: (group name, or None for the root; its dataset), the root first.
+      along: the dimension that several parts are appended along.
+      parts: how many there will be; none is larger than the first.
       replace: opens the file that is to replace `path`.
 
     Raises:
       InputError: the file cannot be written.
     """
-    needed = sum(dataset.nbytes for _, dataset in groups)
-    with replace(path) as partial, _scratch(path, needed) as scratch:
+    with replace(path) as partial, contextlib.ExitStack() as held:
+        file = DatasetsFile(path, lambda needed: held.enter_context(_scratch(path, parts * needed)), along, parts)
+        yield file
+        shutil.copyfile(file.scratch, partial)
+
+
+class DatasetsFile:
+    """A netCDF file of labelled arrays while it is written, see `datasets_file`."""
+
+    def __init__(self, path: Path, make: Callable[[int], Path], along: str | None, parts: int):
+        self._path, self._make, self._along, self._parts = path, make, along if parts > 1 else None, parts
+        self.scratch: Path | None = None
+
+    def append(self, groups: Groups) -> None:
+        """Writes the first part of every group, or another one behind those that are there.
+
+        Variables without the dimension `along`, attributes and coordinates are those of the first part.
+        """
+        nbytes = sum(dataset.nbytes for _, dataset in groups)
+        first = self.scratch is None
+        if first:
+            self.scratch = self._make(nbytes)
+        try:
+            self._begin(groups) if first else self._go_on(groups)
+        except RuntimeError as error:  # netCDF4's kind of error
+            # It says nothing of a full disk. The system does, if as much is written once more.
+            _fill(self.scratch, 2**20 + nbytes, self._path)
+            raise unusable(self._path, "a file that can be written", error) from None
+
+    @contextlib.contextmanager
+    def opened(self, *groups: str | None) -> Iterator[list[xarray.Dataset]]:
+        """Yields groups of what was written so far; their arrays are read when they are used."""
+        import xarray as xr
+
+        with contextlib.ExitStack() as held:
+            opened = [xr.open_dataset(self.scratch, engine=_NETCDF, group=group, cache=False) for group in groups]
+            yield [held.enter_context(dataset) for dataset in opened]
+
+    def _begin(self, groups: Groups) -> None:
         for index, (group, dataset) in enumerate(groups):
             assert not _TAKEN & set(dataset.dims), f"dimensions that sel cannot choose along: {set(dataset.dims)}"
-            compressed = {
-                name: {"zlib": True, "complevel": 1}
-                for name, variable in dataset.data_vars.items()
-                if variable.ndim and variable.dtype.kind in "fiub"
-            }
+            grows = {} if self._along is None else {"unlimited_dims": [self._along]}
+            encoding = {name: self._encoding(variable) for name, variable in dataset.data_vars.items()}
             mode = "a" if index else "w"
-            try:
-                dataset.to_netcdf(scratch, mode=mode, group=group, engine=_NETCDF, encoding=compressed)
-            except RuntimeError as error:  # netCDF4's kind of error
-                # It says nothing of a full disk. The system does, if as much is written once more.
-                _fill(scratch, 2**20 + dataset.nbytes, path)
-                raise unusable(path, "a file that can be written", error) from None
-        shutil.copyfile(scratch, partial)
+            dataset.to_netcdf(self.scratch, mode=mode, group=group, engine=_NETCDF, encoding=encoding, **grows)
+
+    def _encoding(self, variable: xarray.DataArray) -> dict[str, Any]:
+        encoding: dict[str, Any] = {}
+        if variable.ndim and variable.dtype.kind in "fiub":
+            encoding = {"zlib": True, "complevel": 1}
+        if self._along in variable.dims:  # a part is a chunk: what is written once is compressed once
+            encoding["chunksizes"] = tuple(max(size, 1) for size in variable.shape)
+        return encoding
+
+    def _go_on(self, groups: Groups) -> None:
+        import netCDF4
+
+        # Opened for each part, because an open file caches up to 16 MB of every variable.
+        with netCDF4.Dataset(self.scratch, "a") as file:
+            file.set_auto_maskandscale(False)
+            written = len(file.dimensions[self._along])  # of the root, which groups share
+            for name, dataset in groups:
+                group = file if name is None else file[name]
+                for own, variable in dataset.variables.items():
+                    if self._along in variable.dims:
+                        place = [slice(None)] * variable.ndim
+                        axis = variable.dims.index(self._along)
+                        place[axis] = slice(written, written + variable.shape[axis])
+                        values = variable.values
+                        group[own][tuple(place)] = values.astype(np.int8) if values.dtype == bool else values
 
 
 def _fill(scratch: Path, size: int, path: Path) -> None:

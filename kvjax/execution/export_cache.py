@@ -35,7 +35,7 @@ def _digest_of_code(package: Path) -> str:
 
 
 # The digest of the imported code is taken at import, because files may be edited while a long run goes on.
-_CODE = _digest_of_code(Path(kvjax.__file__).parent)
+CODE_SHA256 = _digest_of_code(Path(kvjax.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def compile_together(calls: Sequence[tuple[LoweredFunction, tuple[Any, ...]]]) -
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:
     """Computes a digest of everything that a lowered program depends on."""
     parts = (
-        _CODE,
+        CODE_SHA256,
         software_versions(),
         device_description(),
         sorted((name, str(value)) for name, value in jax.config.values.items()),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.errors import InputError, note, unusable
@@ -78,7 +77,7 @@ def sweep_over_runs(
     *,
     still_training: bool = False,
 ) -> list[SweepReport]:
-    """Measures checkpoints of runs wherever an engine does it; reports lack the arrays, which stand in the files.
+    """Measures checkpoints of runs wherever an engine does it.
 
     Args:
       runs, inputs, settings, progress, results, still_training: see `sweep`.
@@ -88,18 +87,7 @@ def sweep_over_runs(
       InputError: as `sweep`. If runs are measured apart, the results of the others stay.
     """
     shared = {"results": results, "progress": progress, "engine": engine, "still_training": still_training}
-    return over_runs("sweep", _sweep_without_arrays, runs, inputs, settings, **shared)
-
-
-def _sweep_without_arrays(
-    runs: RunsOnBenchmark,
-    inputs: SweepInputs,
-    settings: SweepSettings,
-    progress: Progress = no_progress,
-    **options: Any,
-) -> list[SweepReport]:
-    reports = sweep(runs, inputs, settings, progress, **options)
-    return [dataclasses.replace(report, dataset=None, intervals=None) for report in reports]
+    return over_runs("sweep", sweep, runs, inputs, settings, **shared)
 
 
 def _check_same_records(prepared: list[RunInputs], mixed: Mixed) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
@@ -18,22 +18,24 @@ JUMP_DRIFT = 0.8
 JUMP_RATIO = 3.0
 
 
-def trajectory_breaks(run: RunDir, dataset: xr.Dataset, arrays: Mapping[str, np.ndarray]) -> list[TrajectoryBreak]:
+def trajectory_breaks(
+    run: RunDir, steps: Sequence[int], digests_Cx32: np.ndarray, drift_C: np.ndarray
+) -> list[TrajectoryBreak]:
     """Finds every pair of consecutive checkpoints that cannot be neighbours in one training run, in step order.
 
     Args:
       run: the run, whose log says where training was resumed.
-      dataset: the sweep's means.
-      arrays: measured sums [C, …] by name.
+      steps: [C] ascending.
+      digests_Cx32: see `copies`.
+      drift_C: see `embedding_drift`.
     """
-    steps = dataset["step"].values.tolist()
     try:
         resumed = [row.step for row in run.log.rows if row.phase == "resume"]
     except InputError:
         resumed = []  # a log that cannot be read says nothing
     found = [
-        *copies(steps, arrays["weights/digest"]),
-        *jumps(steps, embedding_drift(dataset)),
+        *copies(steps, digests_Cx32),
+        *jumps(steps, drift_C),
         *resumptions(steps, [step for step in resumed if step is not None]),
     ]
     return sorted(found, key=lambda found: (found.after, found.before, found.kind))

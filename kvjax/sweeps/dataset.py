@@ -26,6 +26,7 @@ def build_dataset(
     *,
     reference: Mapping[str, np.ndarray] | None,
     weights: Sequence[Mapping[str, np.ndarray]],
+    first: Mapping[str, np.ndarray] | None = None,
     ranked_by: str,
     moved: Sequence[Mapping[str, np.ndarray]] | None = None,
     logistic: Sequence[Mapping[str, np.ndarray] | None] = (),
@@ -38,6 +39,7 @@ def build_dataset(
       probe: the records.
       reference: the arrays of the checkpoint that drift is also measured to; that drift is NaN if None.
       weights: how each checkpoint's weights differ from others', as `WeightComparisons` returns it.
+      first: the arrays of the run's first checkpoint; None if it is the first of these.
       ranked_by: the kind of ablation that ranks components.
       moved: how each checkpoint's states differ from others', as `measure_movement` returns it; None if not asked.
       logistic: each checkpoint's logistic probes, None for those that have none; empty if not asked.
@@ -59,7 +61,7 @@ def build_dataset(
     values |= random_spreads(arrays, counting, members)
     values |= probe_nulls(arrays, counting, members)
     values |= drifts(arrays, reference)
-    values |= weight_statistics(arrays, weights, steps)
+    values |= weight_statistics(arrays, weights, steps, first=first)
     if moved is not None:
         values |= movements(moved, counting, members)
     values |= logistic_accuracies(logistic, counting, members)

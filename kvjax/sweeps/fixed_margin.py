@@ -8,7 +8,7 @@ anything again, and no margin is ever to the competitor of another reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,16 @@ Named = tuple[str, CheckpointResult]
 
 @dataclasses.dataclass(frozen=True)
 class FixedMargins:
-    """The fixed margins of a run's checkpoints.
+    """What fixed margins are formed with, once the reference is known.
 
     Attributes:
-      values_CxNxQ: logit of the answer minus that of the competitor; NaN without a reference, and for no read.
       competitors_NxQ: token ids of the competitors, `NO_COMPETITOR` if there is none.
+      of_checkpoint: forms a checkpoint's margins [N, Q]: logit of the answer minus that of the competitor; NaN without
+        a reference, and for no read. Raises `InputError` if its stored logits were lost since the sweep began.
     """
 
-    values_CxNxQ: np.ndarray
     competitors_NxQ: np.ndarray
+    of_checkpoint: Callable[[Named], np.ndarray]
 
 
 def strongest_others(logits_RxV: np.ndarray, answers_R: np.ndarray) -> np.ndarray:
@@ -68,42 +69,42 @@ class ValueLogits:
         """Checks by reading them whether those of a checkpoint are stored and sound."""
         return self._find(name, key) is not None
 
-    def fixed_margins(
-        self, tabled: Sequence[Named], reference: Named | None, *, files: Mapping[str, tuple[int | None, Path]]
-    ) -> FixedMargins:
-        """Forms the fixed margins of a run's checkpoints.
+    def fixed_margins(self, reference: Named | None, *, files: Mapping[str, tuple[int | None, Path]]) -> FixedMargins:
+        """Finds the competitors at the reference.
 
         Args:
-          tabled: name and result of each.
-          reference: those of the reference; None for none.
+          reference: its name and result; None for none.
           files: result name -> (step or None, checkpoint file).
 
         Raises:
-          InputError: stored logits were lost since the sweep began.
+          InputError: its stored logits were lost since the sweep began.
         """
         is_read = self._encoded.is_read
-        margins = np.full((len(tabled), *is_read.shape), np.nan, np.float32)
         competitors = np.full(is_read.shape, NO_COMPETITOR, np.int32)
-        if reference is not None:
-            answers_R = np.argmax(self._encoded.answers[is_read][:, None] == self._value_ids, axis=1)
-            (of_reference,) = self._stored([reference], files)
-            competitors_R = strongest_others(of_reference, answers_R)
-            competitors[is_read] = self._value_ids[competitors_R]
-            rows = np.arange(len(answers_R))
-            for margin, logits_RxV in zip(margins, self._stored(tabled, files), strict=True):
-                margin[is_read] = logits_RxV[rows, answers_R] - logits_RxV[rows, competitors_R]
-        return FixedMargins(margins, competitors)
+        missing = np.full(is_read.shape, np.nan, np.float32)
+        if reference is None:
+            return FixedMargins(competitors, lambda named: missing)
+        answers_R = np.argmax(self._encoded.answers[is_read][:, None] == self._value_ids, axis=1)
+        competitors_R = strongest_others(self._stored(reference, files), answers_R)
+        competitors[is_read] = self._value_ids[competitors_R]
+        rows = np.arange(len(answers_R))
+
+        def of_checkpoint(named: Named) -> np.ndarray:
+            logits_RxV, margins = self._stored(named, files), missing.copy()
+            margins[is_read] = logits_RxV[rows, answers_R] - logits_RxV[rows, competitors_R]
+            return margins
+
+        return FixedMargins(competitors, of_checkpoint)
 
     def _find(self, name: str, key: str) -> np.ndarray | None:
         """Reads those of a checkpoint, [R, values], reads in the order of the records; None if missing or damaged."""
         stored = self._store.find(f"values_{name}", key)
         return stored and stored.arrays[VALUE_LOGITS]
 
-    def _stored(self, named: Sequence[Named], files: Mapping[str, tuple[int | None, Path]]) -> Iterator[np.ndarray]:
-        """Yields the logits of checkpoints one by one: those of all at once would fill the memory of a long run."""
-        for name, result in named:
-            logits = self._find(name, result.info["sha256"])
-            if logits is None:
-                expected = "the logits stored of it (run the sweep again)"
-                raise unusable(files[name][1], expected, "that they were lost during the sweep")
-            yield logits
+    def _stored(self, named: Named, files: Mapping[str, tuple[int | None, Path]]) -> np.ndarray:
+        name, result = named
+        logits = self._find(name, result.info["sha256"])
+        if logits is None:
+            expected = "the logits stored of it (run the sweep again)"
+            raise unusable(files[name][1], expected, "that they were lost during the sweep")
+        return logits

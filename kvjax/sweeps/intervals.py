@@ -24,18 +24,31 @@ STATISTICS = ("estimate", "low", "high")
 INTERVAL_SEED = 0
 
 
-def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], probe: ProbeIndex) -> xr.Dataset:
+Resampled = tuple[np.ndarray, np.ndarray]  # a mean [C, *X], and under each resample [J, C, *X]
+LastResampled = dict[tuple[str, int], Resampled]  # of one checkpoint, by measure and place of the split
+
+
+def build_intervals(
+    arrays: Mapping[str, np.ndarray],
+    steps: Sequence[int],
+    probe: ProbeIndex,
+    *,
+    before: LastResampled | None = None,
+) -> xr.Dataset:
     """Makes the 95 % interval of every mean that is declared to have one, and of its changes.
 
     Args:
       arrays: measured sums [C, N, …] by name, as for `build_dataset`.
       steps: the training steps, ascending.
       probe: the records.
+      before: what an earlier call, for the checkpoints before these, left in it; filled for the next call. A checkpoint
+        that was resampled twice, among different ones, could differ in its last bit.
 
     Returns:
       Variables named as in `build_dataset`, with a leading dimension `statistic`; and `<name>_change`, from the
-      previous checkpoint, NaN for the first.
+      previous checkpoint, NaN for the run's first.
     """
+    before = {} if before is None else before
     counts_JxN = resample_counts(probe.encoded.splits, seed=INTERVAL_SEED)
     counting = probe.counting(arrays)
     labels = {axis: labels for axis, labels in counting.labels.items() if axis != "margin_statistic"}
@@ -62,8 +75,10 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
             if not measure.interval:
                 continue
             over = members_of if measure.by_split else members_of[:1]
-            found = pool.map(functools.partial(_with_interval, sums, counts_JxN=counts_JxN), over)
-            levels, changes = zip(*found, strict=True)
+            previous = [before.get((measure.name, place)) for place in range(len(over))]
+            found = pool.map(functools.partial(_with_interval, sums, counts_JxN=counts_JxN), over, previous)
+            levels, changes, last = zip(*found, strict=True)
+            before |= {(measure.name, place): of_split for place, of_split in enumerate(last)}
             for name, ends in ((measure.name, levels), (f"{measure.name}_change", changes)):
                 if measure.by_split:
                     variables[name] = (("statistic", "step", "split", *measure.own_axes), np.stack(ends, axis=2))
@@ -72,14 +87,28 @@ def build_intervals(arrays: Mapping[str, np.ndarray], steps: Sequence[int], prob
     return dataset.assign(variables)
 
 
-def _with_interval(one: SequenceSums, members: np.ndarray, counts_JxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Estimates a mean over some sequences, and its changes, with the ends of their intervals: [3, C, *X] each."""
+def _with_interval(
+    one: SequenceSums, members: np.ndarray, previous: Resampled | None, *, counts_JxN: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Resampled]:
+    """Estimates a mean over some sequences, and its changes, with the ends of their intervals: [3, C, *X] each.
+
+    `previous` is the checkpoint before the first, None for none; the last one is returned for the next call.
+    """
     values, samples = resampled_ratios(counts_JxN[:, members], *one.of_sequences(members))
     level = _ends(values, samples, len(members), one.bounds)
-    change = np.full((len(STATISTICS), *values.shape), np.nan)
-    bounds = one.bounds and DIFFERENCE_OF_RATES
-    change[:, 1:] = _ends(values[1:] - values[:-1], samples[:, 1:] - samples[:, :-1], len(members), bounds)
-    return level, change
+    last = values[-1:].copy(), samples[:, -1:].copy()
+    if previous is not None:
+        values = np.concatenate([previous[0], values])
+        samples = np.concatenate([previous[1], samples], axis=1)
+    changes = _ends(
+        values[1:] - values[:-1],
+        samples[:, 1:] - samples[:, :-1],
+        len(members),
+        one.bounds and DIFFERENCE_OF_RATES,
+    )
+    change = np.full(level.shape, np.nan)
+    change[:, level.shape[1] - changes.shape[1] :] = changes
+    return level, change, last
 
 
 def _ends(values_X: np.ndarray, samples_JxX: np.ndarray, num_sequences: int, bounds: Bounds | None) -> np.ndarray:

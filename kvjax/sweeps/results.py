@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult
+from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import Vouched
 from kvjax.sweeps.fixed_margin import FixedMargins
 
 if TYPE_CHECKING:
     import xarray as xr
+
+NamedResult = tuple[str, CheckpointResult]
 
 
 @dataclasses.dataclass
@@ -48,28 +52,30 @@ class SweepLog:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRun:
-    """Everything that a run's tables are made from.
+    """Everything that a run's tables are made from; measured sums stay in their files until they are needed.
 
     Attributes:
-      checkpoints: the results that rows are made of, in step order.
+      checkpoints: names and results, without arrays, that rows are made of, in step order.
       reference: the checkpoint that drift is measured to; None if there is none, or it cannot be used.
       weights: how each checkpoint's weights differ from others', see `WeightComparisons`.
       moved: how each checkpoint's states differ from others', see `compare_consecutive`; None if not asked for.
       logistic: each checkpoint's logistic probes, None for one without; empty if the sweep has no probes.
-      margins: each checkpoint's fixed margins.
+      margins: forms each checkpoint's fixed margins.
+      sums: reads a checkpoint's measured sums; raises `InputError` if they were lost.
     """
 
-    checkpoints: Sequence[CheckpointResult]
-    reference: CheckpointResult | None
+    checkpoints: Sequence[NamedResult]
+    reference: NamedResult | None
     weights: Sequence[Mapping[str, np.ndarray]]
     moved: Sequence[Mapping[str, np.ndarray]] | None
     logistic: Sequence[Mapping[str, np.ndarray] | None]
     margins: FixedMargins
+    sums: Callable[[NamedResult], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepReport:
-    """What a sweep of one run left behind.
+    """What a sweep of one run left behind. The tables stay in their files, for there may be many runs.
 
     Attributes:
       run: the run.
@@ -77,14 +83,20 @@ class SweepReport:
       log: which checkpoints were measured, reused and refused.
       notes: sentences a reader should know, such as why a field is empty.
       vouched: the recorded accuracy that a checkpoint was compared with; None if there was none.
-      dataset: every mean, labelled; None without rows, or if the files alone have them.
-      intervals: those of the means that have them, labelled likewise.
     """
 
     run: RunDir
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
     log: SweepLog
     notes: list[str]
-    dataset: xr.Dataset | None = None
-    intervals: xr.Dataset | None = None
     vouched: Vouched | None = None
+
+    @functools.cached_property
+    def dataset(self) -> xr.Dataset | None:
+        """Every mean, labelled; None without rows."""
+        return RunResults(self.run).metrics if self.rows else None
+
+    @functools.cached_property
+    def intervals(self) -> xr.Dataset | None:
+        """Those of the means that have them, labelled likewise."""
+        return RunResults(self.run).intervals if self.rows else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def checkpoint_rows(
     run_name: str,
     seed: int | None,
     thresholds: BirthThresholds,
-    stabilization: Stabilization | None,
+    stabilized: Sequence[Mapping[str, bool | None]],
     provisional: bool = False,
     breaks: Sequence[TrajectoryBreak] = (),
 ) -> list[Row]:
@@ -49,7 +49,7 @@ def checkpoint_rows(
       intervals: of the means.
       run_name, seed: of the run.
       thresholds: of births.
-      stabilization: limits of stability; None if the table lacks a checkpoint of the run.
+      stabilized: for each checkpoint, see `stabilized_from`.
       provisional: whether the run has not reached its planned end, so that what lasts to its last checkpoint may not.
       breaks: checkpoints that cannot be neighbours in one training run.
     """
@@ -72,7 +72,7 @@ def checkpoint_rows(
         **_slices(whole),
         "split_difficulty_accuracy": _by_split(dataset["difficulty_accuracy"], splits),
         "birth_flags": _birth_flags(dataset, thresholds),
-        "stabilized": _stabilized(whole, stabilization),
+        "stabilized": list(stabilized),
         "provisional": [provisional] * len(steps),
         "trajectory_breaks": [[found.reason for found in breaks if found.after == step] for step in steps],
         "top_heads": _leaders(dataset, intervals, "heads", ("layer", "head")),
@@ -94,6 +94,27 @@ def checkpoint_rows(
         "mlp_write_norm_by_layer": _write_norms(whole["mlp_write_norm"]),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def stable_checkpoints(dataset: xr.Dataset, limits: Stabilization) -> dict[str, np.ndarray]:
+    """Checks, for each family, at which checkpoints a run changes no more than limits allow, bool [C]."""
+    whole = dataset.sel(split=ALL_SPLITS)
+    drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]
+    thousands = np.diff(whole["step"].values, prepend=np.nan) / 1000
+    with np.errstate(invalid="ignore"):
+        slow = (drift / thousands[:, None] <= limits.residual_drift).all(axis=1)
+        ordered = whole["head_rank_correlation_prev"].values >= limits.head_rank_correlation
+    return {"residual": slow, "heads": ordered}
+
+
+def stabilized_from(stable: Mapping[str, np.ndarray]) -> list[dict[str, bool | None]]:
+    """Tells, for each checkpoint and family, whether the run stays stable from it on.
+
+    Args:
+      stable: see `stable_checkpoints`, of all checkpoints of the run.
+    """
+    lasting = {family: stays_stable(of_family).tolist() for family, of_family in stable.items()}
+    return [dict(zip(lasting, row, strict=True)) for row in zip(*lasting.values(), strict=True)]
 
 
 def head_rows(dataset: xr.Dataset, intervals: xr.Dataset) -> list[Row]:
@@ -282,19 +303,6 @@ def _write_norms(norms: xr.DataArray) -> list[dict[str, dict[str, float | None]]
     """Collects, for each checkpoint, layer and position, the norm of the MLP's output."""
     by_layer = {str(layer): _labelled(norms.sel(layer=layer)) for layer in norms["layer"].values.tolist()}
     return [{layer: of[c] for layer, of in by_layer.items()} for c in range(norms.sizes["step"])]
-
-
-def _stabilized(whole: xr.Dataset, limits: Stabilization | None) -> list[dict[str, bool | None]]:
-    """Checks, for each checkpoint and family, whether the run stays stable from it on; None without limits."""
-    if limits is None:
-        return [{"residual": None, "heads": None} for _ in range(whole.sizes["step"])]
-    drift = whole["residual_drift"].sel(position_role="prediction").values  # [C, S]
-    thousands = np.diff(whole["step"].values, prepend=np.nan) / 1000
-    with np.errstate(invalid="ignore"):
-        slow = (drift / thousands[:, None] <= limits.residual_drift).all(axis=1)
-        ordered = whole["head_rank_correlation_prev"].values >= limits.head_rank_correlation
-    families = {"residual": stays_stable(slow), "heads": stays_stable(ordered)}
-    return [{family: bool(of[c]) for family, of in families.items()} for c in range(len(slow))]
 
 
 def _largest_head(by: xr.DataArray, **beside: xr.DataArray) -> list[Row | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -19,7 +20,7 @@ from kvjax.artifacts.identity import Identity, check_seal
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.devices import device_description
-from kvjax.errors import InputError, bad_argument
+from kvjax.errors import InputError, bad_argument, unusable
 from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
@@ -29,6 +30,7 @@ from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.clean import VALUE_LOGITS
 from kvjax.sweeps.compiled_sweep import CompiledSweep
+from kvjax.sweeps.current_tables import current_report
 from kvjax.sweeps.fixed_margin import ValueLogits
 from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
@@ -81,7 +83,12 @@ def sweep_runs(
                 store = _open_store(inputs.run, identity, settings)
                 if not settings.overwrite:
                     check_installable(inputs.probe, inputs.run.layout.probe_set)
-                sweep = RunSweep(inputs, _compiled_sweep(inputs, settings, compiled), store, source(inputs), settings)
+                checkpoints = source(inputs)
+                if (current := current_report(inputs, identity, settings, checkpoints)) is not None:
+                    advance(len(inputs.wanted))
+                    reports.append(beside.submit(lambda report=current: report))
+                    continue
+                sweep = RunSweep(inputs, _compiled_sweep(inputs, settings, compiled), store, checkpoints, settings)
                 measured = sweep.measure(
                     advance, meanwhile=lambda: beside.submit(importlib.import_module, "kvjax.sweeps.tables")
                 )
@@ -124,7 +131,8 @@ class RunSweep:
         self._value_logits = ValueLogits(store, inputs.encoded, inputs.benchmark.vocabulary.value_ids)
         self._weights = WeightComparisons(store, anew=self._anew)
         self._measured_weights: dict[str, tuple[dict[str, np.ndarray], HeadSpectra]] = {}  # until results are stored
-        self._results: dict[str, CheckpointResult] = {}
+        self._results: dict[str, CheckpointResult] = {}  # without arrays
+        self._steps: list[tuple[int, str]] = []  # step and name of those that rows are made of, in step order
         refuse = settings.contradiction == "refuse"
         self._voucher = Voucher(inputs.run, inputs.benchmark, refuse=refuse, way_on="contradiction=note")
         self._provenance = {
@@ -143,7 +151,8 @@ class RunSweep:
         Raises:
           InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
         """
-        self._results = self._stored_results()
+        for name, result in self._stored_results().items():
+            self._add(name, result)
         try:
             self._complete_store()
             self._measure_pending(advance, meanwhile)
@@ -176,10 +185,17 @@ class RunSweep:
         if self._settings.probe != "none" and tabled:
             asked = self._inputs.named if self._settings.probe == "logistic" else self._measured_before(tabled)
             logistic = measure_logistic(tabled, asked, store=self._store, anew=self._settings.overwrite, **shared)
-        margins = self._value_logits.fixed_margins(tabled, reference, files=self._files)
-        return MeasuredRun(
-            [result for _, result in tabled], reference and reference[1], weights, moved, logistic, margins
-        )
+        margins = self._value_logits.fixed_margins(reference, files=self._files)
+        return MeasuredRun(tabled, reference, weights, moved, logistic, margins, self._sums)
+
+    def _sums(self, named: tuple[str, CheckpointResult]) -> Mapping[str, np.ndarray]:
+        """Reads the sums of a checkpoint again; raises `InputError` if they were lost since the sweep began."""
+        name, result = named
+        stored = self._store.find(name, result.info["sha256"])
+        if stored is None:
+            expected = "the sums stored of it (run the sweep again)"
+            raise unusable(self._files[name][1], expected, "that they were lost during the sweep")
+        return stored.arrays
 
     def _measured_before(self, tabled: list[tuple[str, CheckpointResult]]) -> set[str]:
         """Names the checkpoints measured anew that had logistic probes, so that all of it is measured again."""
@@ -191,17 +207,18 @@ class RunSweep:
 
         A result that lacks its logits, or an array of a measure because it was declared later, is none.
         """
+        complete = registry.computed_sources() | WEIGHT_ARRAYS
+
+        def stored(name: str) -> CheckpointResult | None:
+            found = self._store.load(name, self._files[name][1])
+            if found is None or not complete <= found.arrays.keys():
+                return None
+            return found.without_arrays() if self._value_logits.holds(name, found.info["sha256"]) else None
+
         names = [name for name in self._files if name not in self._anew]
         with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
-            stored = readers.map(lambda name: self._store.load(name, self._files[name][1]), names)
-            complete = registry.computed_sources() | WEIGHT_ARRAYS
-            found = {
-                name: result
-                for name, result in zip(names, stored, strict=True)
-                if result is not None and complete <= result.arrays.keys()
-            }
-            kept = readers.map(lambda name: self._value_logits.holds(name, found[name].info["sha256"]), found)
-            return {name: found[name] for name, holds in zip(found, kept, strict=True) if holds}
+            found = zip(names, readers.map(stored, names), strict=True)
+            return {name: result for name, result in found if result is not None}
 
     def _measure_pending(self, advance: Callable[[int], None], meanwhile: Callable[[], Any]) -> None:
         """Measures the checkpoints without a result, the reference first: later ones are compared with it as they come.
@@ -272,19 +289,33 @@ class RunSweep:
             }
             self._value_logits.save(name, checkpoint.sha256, checkpoint.step, arrays.pop(VALUE_LOGITS))
             weights, spectra = self._measured_weights.pop(name)
-            self._results[name] = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays | weights, info)
+            saved = self._store.save(name, checkpoint.sha256, checkpoint.step, arrays | weights, info)
+            self._add(name, saved.without_arrays())
             self._weights.arrive(name, checkpoint, spectra)
             self.log.measured.append(checkpoint.step)
             advance(1)
         if compared is not None:
             self._similarities.add(arriving.pairs(chunk.items, compared))
             # Stored now, so that a sweep that is stopped need not compare again.
-            self._similarities.store_found(dict(chunk.items), self._tabled(), self._reference())
+            of_steps = [(name, self._results[name]) for name, _ in chunk.items if name != BEST]
+            pairs = [(named, self._before(named)) for named in of_steps]
+            self._similarities.store_found(pairs, self._reference())
+
+    def _add(self, name: str, result: CheckpointResult) -> None:
+        self._results[name] = result
+        if name != BEST:
+            bisect.insort(self._steps, (result.step, name))
+
+    def _before(self, named: tuple[str, CheckpointResult]) -> tuple[str, CheckpointResult] | None:
+        """Finds the checkpoint before one, of those there are by now; None if there is none."""
+        name, result = named
+        place = bisect.bisect_left(self._steps, (result.step, name))
+        before = self._steps[place - 1][1] if place else None
+        return None if before is None else (before, self._results[before])
 
     def _tabled(self) -> list[tuple[str, CheckpointResult]]:
         """Lists name and result of the step checkpoints, which rows are made of, in step order."""
-        of_steps = [(name, result) for name, result in self._results.items() if name != BEST]
-        return sorted(of_steps, key=lambda named: named[1].step)
+        return [(name, self._results[name]) for _, name in self._steps]
 
     def _reference(self) -> tuple[str, CheckpointResult] | None:
         name = self._inputs.reference

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -199,12 +199,14 @@ class Similarities:
             self._stored[stored_as] = key
         return found
 
-    def store_found(self, names: Collection[str], tabled: Sequence[Named], reference: Named | None) -> None:
-        """Stores those comparisons of the named checkpoints that were found by now (see `compare_consecutive`)."""
-        for named, kind, other in comparisons(tabled, reference):
+    def store_found(self, pairs: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
+        """Stores what was found by now of some checkpoints, each given with the one before it."""
+        for named, before in pairs:
             # The reference is measured first: the checkpoint before it may still come.
-            if named[0] in names and other and not (named == reference and kind == "previous"):
-                self.of(named, kind, other)
+            if before and named != reference:
+                self.of(named, "previous", before)
+            if reference:
+                self.of(named, "reference", reference)
 
 
 def comparisons(tabled: Sequence[Named], reference: Named | None) -> list[tuple[Named, str, Named | None]]:

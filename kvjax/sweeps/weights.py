@@ -54,13 +54,16 @@ def weight_labels(arrays: Arrays) -> dict[str, Sequence[str | int]]:
     }
 
 
-def weight_statistics(arrays: Arrays, compared: Sequence[Arrays], steps: Sequence[int]) -> dict[str, np.ndarray]:
+def weight_statistics(
+    arrays: Arrays, compared: Sequence[Arrays], steps: Sequence[int], *, first: Arrays | None = None
+) -> dict[str, np.ndarray]:
     """Forms every declared measure of weights, [C, …] each.
 
     Args:
       arrays: `WEIGHT_ARRAYS` of C checkpoints, [C, …].
       compared: of each, how its weights differ from other checkpoints', see `WeightComparisons`.
       steps: the training steps, ascending.
+      first: `WEIGHT_ARRAYS` of the run's first checkpoint; None if it is the first of these.
     """
     values = arrays["weights/singular_values"]
     norms_CxG = arrays["weights/squared_norm"]
@@ -73,6 +76,7 @@ def weight_statistics(arrays: Arrays, compared: Sequence[Arrays], steps: Sequenc
     }
     to_previous, to_before, to_first = (_with_all(x) for x in distances.values())
     norms = _with_all(norms_CxG)
+    first_norms = norms[:1] if first is None else _with_all(first["weights/squared_norm"][None])
     thousands_C = np.diff(np.asarray(steps, np.float64), prepend=np.nan) / 1000
     return {
         "head_singular_values": values,
@@ -84,7 +88,7 @@ def weight_statistics(arrays: Arrays, compared: Sequence[Arrays], steps: Sequenc
         "mlp_fc_in_norm": arrays["weights/fc_in_norm"],
         "mlp_fc_out_norm": arrays["weights/fc_out_norm"],
         "weight_change": _relative(to_previous, _before(norms)) / thousands_C[:, None],
-        "weight_change_from_first": _relative(to_first, norms[:1]),
+        "weight_change_from_first": _relative(to_first, first_norms),
         "weight_update_cosine": update_cosine(to_previous, _before(to_previous), to_before),
     }
 

@@ -104,7 +104,7 @@ def test_key_of_a_program(folder, scaled, monkeypatch, request, changed):
     elif changed == "shape":
         args = (np.zeros(4, np.float32), ARGS[1])
     elif changed == "code":
-        monkeypatch.setattr(export_cache, "_CODE", "other code")
+        monkeypatch.setattr(export_cache, "CODE_SHA256", "other code")
     else:
         request.addfinalizer(lambda: jax.config.update("jax_default_matmul_precision", None))
         jax.config.update("jax_default_matmul_precision", "bfloat16")

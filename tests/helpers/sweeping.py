@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -34,10 +35,10 @@ def prepared_run(run, *, probe_set=None, steps="all", reference="final", **how) 
 
 
 def sweep(run, *, steps="all", reference="final", still_training=False, **settings) -> SweepReport:
-    """Sweeps a run directory and returns the report."""
+    """Sweeps a run directory and returns the report, with its rows as they are now."""
     prepared = prepared_run(run, steps=steps, reference=reference, still_training=still_training)
     (report,) = sweep_runs([prepared], source, settings=SweepSettings(**settings), advance=lambda n: None)
-    return report
+    return dataclasses.replace(report, rows=list(report.rows))
 
 
 def swept_models(params: Sequence[Params], n_heads: int) -> SweptModel:

@@ -9,7 +9,7 @@ from kvjax.measure import registry
 from kvjax.sweeps.dataset import build_dataset
 from kvjax.sweeps.intervals import build_intervals
 from kvjax.sweeps.probe_index import ProbeIndex
-from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows
+from kvjax.sweeps.rows import checkpoint_rows, head_rows, mlp_rows, stabilized_from, stable_checkpoints
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 
@@ -138,7 +138,9 @@ def rows_of(dataset, intervals):
         run_name="by_hand",
         seed=1,
         thresholds=BirthThresholds(answer_accuracy=0.9, q=0.6, r=0.65, w=2.0),
-        stabilization=Stabilization(residual_drift=10.0, head_rank_correlation=0.5),
+        stabilized=stabilized_from(
+            stable_checkpoints(dataset, Stabilization(residual_drift=10.0, head_rank_correlation=0.5))
+        ),
     )
 
 
@@ -180,7 +182,7 @@ def test_behaviour(rows):
 def test_run_without_seed_and_thresholds(dataset, intervals):
     """A run that records neither has null for its seed, and flags of the thresholds it has alone."""
     made = checkpoint_rows(
-        dataset, intervals, run_name="by_hand", seed=None, thresholds=BirthThresholds(q=0.3), stabilization=None
+        dataset, intervals, run_name="by_hand", seed=None, thresholds=BirthThresholds(q=0.3), stabilized=[{}, {}]
     )
     for row in made:
         reached = row["split_metrics"]["validation_iid"]["q"] >= 0.3
