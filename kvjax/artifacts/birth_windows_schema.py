@@ -34,10 +34,11 @@ class TrajectoryBreak(_Part):
 class BirthEntry(_Part):
     """When one metric was born on a split (docs/birth_windows.md).
 
-    `censored` says that the run ends before the birth can be seen; `reason` says how. `left_censored` says that the
-    first measured checkpoint is past it already: it came at `step` or before. An end of an interval is null if it lies
-    beyond the measured checkpoints. `provisional` says that the run has not reached its planned end: half-rises are to
-    its last checkpoint, and may yet change.
+    `censored` says that the run ends before the birth can be seen; `reason` says how. `unconfirmed_step` is the step
+    from which on the metric is at its threshold in such a run, with too few further checkpoints; else null.
+    `left_censored` says that the first measured checkpoint is past it already: it came at `step` or before. An end of
+    an interval is null if it lies beyond the measured checkpoints. `provisional` says that the run has not reached its
+    planned end: half-rises are to its last checkpoint, and may yet change.
     """
 
     split: str
@@ -45,6 +46,7 @@ class BirthEntry(_Part):
     step: int | None
     interval: StepInterval | None
     censored: bool
+    unconfirmed_step: int | None = None
     left_censored: bool
     half_rise_step: int | None
     half_rise_interval: StepInterval | None

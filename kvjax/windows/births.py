@@ -67,7 +67,7 @@ def _index_of(metrics: Sequence[Metric], measure: str, split: str) -> int | None
 def _birth_entry(
     name: str, steps: np.ndarray, values: np.ndarray, samples: np.ndarray, threshold: float | None, persistence: int
 ) -> dict[str, Any]:
-    nothing = {"step": None, "interval": None, "censored": False, "left_censored": False}
+    nothing = {"step": None, "interval": None, "censored": False, "unconfirmed_step": None, "left_censored": False}
     if threshold is None:
         return nothing | {"reason": _NO_THRESHOLD.get(name, "the run's config has no threshold for it")}
     born = birth(values, threshold, persistence=persistence)
@@ -84,8 +84,10 @@ def _birth_entry(
         }
     if born.first_reached is None:
         reason = f"stays below {threshold:g} until the last measured checkpoint, {int(steps[-1])}"
-    elif born.open_ended:
-        reason = f"at or above {threshold:g} at the last measured checkpoint, with too few further ones to call it born"
+    elif born.open_from is not None:
+        since = int(steps[born.open_from])
+        reason = f"at or above {threshold:g} from step {since} on, with too few further checkpoints to call it born"
+        return nothing | {"censored": True, "unconfirmed_step": since, "reason": reason}
     else:
         reason = f"reaches {threshold:g} first at step {int(steps[born.first_reached])}, but does not stay there"
     return nothing | {"censored": True, "reason": reason}

@@ -25,12 +25,13 @@ class Birth:
     Attributes:
       index: of the checkpoint; None if there is none so far.
       first_reached: the first checkpoint at or above the threshold, whatever follows; None if there is none.
-      open_ended: the metric is at its threshold at the end, but for too few checkpoints to call it a birth.
+      open_from: the first of the checkpoints at the end at which the metric is at its threshold, too few to call it a
+        birth; None if there are none, or it was born.
     """
 
     index: int | None
     first_reached: int | None
-    open_ended: bool
+    open_from: int | None
 
 
 def birth(values_C: np.ndarray, threshold: float, *, persistence: int) -> Birth:
@@ -41,13 +42,14 @@ def birth(values_C: np.ndarray, threshold: float, *, persistence: int) -> Birth:
       threshold: to be reached.
       persistence: number of further checkpoints, directly after, that must be at or above it as well.
     """
-    reached = np.flatnonzero(values_C >= threshold)
+    reached, below = np.flatnonzero(values_C >= threshold), np.flatnonzero(~(values_C >= threshold))
+    last_below = int(below[-1]) if len(below) else -1
     (index,) = birth_indices(values_C[None], threshold, persistence=persistence).tolist()
     born = index < len(values_C)
     return Birth(
         index=index if born else None,
         first_reached=int(reached[0]) if len(reached) else None,
-        open_ended=not born and bool(len(reached)) and reached[-1] == len(values_C) - 1,
+        open_from=last_below + 1 if not born and last_below < len(values_C) - 1 else None,
     )
 
 

@@ -21,22 +21,22 @@ class TestBirth:
     def test_birth_of_a_metric_that_dips(self):
         """A birth is the first checkpoint at the threshold that enough further ones follow, later dips or not."""
         found = birth(np.array([0.1, 0.95, 0.2, 0.9, 0.91, 0.95, 0.5]), 0.9, persistence=2)
-        assert (found.index, found.first_reached, found.open_ended) == (3, 1, False)
+        assert (found.index, found.first_reached, found.open_from) == (3, 1, None)
 
     def test_threshold_reached_at_the_end(self):
         """A threshold reached with too few checkpoints left is open-ended, not a birth."""
         found = birth(np.array([0.1, 0.2, 0.95, 0.96]), 0.9, persistence=2)
-        assert (found.index, found.first_reached, found.open_ended) == (None, 2, True)
+        assert (found.index, found.first_reached, found.open_from) == (None, 2, 2)
 
     def test_threshold_never_reached(self):
         """A metric that stays below its threshold is not born; NaN is below it."""
         found = birth(np.array([0.1, 0.2, np.nan]), 0.9, persistence=2)
-        assert (found.index, found.first_reached, found.open_ended) == (None, None, False)
+        assert (found.index, found.first_reached, found.open_from) == (None, None, None)
 
     def test_threshold_reached_and_lost(self):
         """A metric that falls below its threshold again is not born and not open-ended."""
         found = birth(np.array([0.1, 0.95, 0.2, 0.3]), 0.9, persistence=2)
-        assert (found.index, found.first_reached, found.open_ended) == (None, 1, False)
+        assert (found.index, found.first_reached, found.open_from) == (None, 1, None)
 
     def test_birth_indices_at_the_threshold(self):
         """A value at the threshold counts; the index of no birth is the number of checkpoints."""
