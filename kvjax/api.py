@@ -144,6 +144,7 @@ def compare_seeds(
     *,
     align: str = "exact",
     allow_other_probe_sets: bool = False,
+    stage: str = "latest_birth",
     null_draws: int = 1000,
     output_dir: str | Path | None = None,
 ) -> xr.DataTree:
@@ -154,6 +155,8 @@ def compare_seeds(
       align: how runs with other steps or planned lengths are compared: `exact` refuses them, `intersection` takes the
         steps that all have, `interpolate` fills in between.
       allow_other_probe_sets: whether runs measured on different probe sets may stand side by side.
+      stage: where roles are compared: `latest_birth`, the latest birth of an answer that all runs have reached; `last`,
+        their last checkpoints; or the metric of a birth, such as `heldout_answer_accuracy`.
       null_draws: draws of the nulls that matched roles and addresses are compared with.
       output_dir: where the command's files go as well; none are written if None.
 
@@ -168,15 +171,17 @@ def compare_seeds(
 
     from kvjax.compare.labelled import groups_of
     from kvjax.compare.settings import CompareSettings
-    from kvjax.pipeline import compare_seeds as stage
+    from kvjax.pipeline import compare_seeds as stages
 
     given = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     runs = Runs(run_dirs=tuple(map(str, given)))
-    settings = CompareSettings(align=align, allow_other_probe_sets=allow_other_probe_sets, null_draws=null_draws)
+    settings = CompareSettings(
+        align=align, allow_other_probe_sets=allow_other_probe_sets, stage=stage, null_draws=null_draws
+    )
     if output_dir is None:
-        made = stage.compare_runs(runs, settings)
+        made = stages.compare_runs(runs, settings)
     else:
-        made = stage.compare_seeds(runs, settings, ComparisonOutput(output_dir=str(output_dir))).comparison
+        made = stages.compare_seeds(runs, settings, ComparisonOutput(output_dir=str(output_dir))).comparison
     groups = {f"/{name or ''}": dataset for name, dataset in groups_of(made.dataset, made.document)}
     tree = xr.DataTree.from_dict(groups)
     tree.attrs["findings"] = made.document["findings"]

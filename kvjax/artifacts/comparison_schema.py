@@ -44,15 +44,17 @@ class AlignmentEntry(_Part):
 
 
 class SeedEvent(_Part):
-    """When one run reached something; `formed` is false for a censored run, and `step` then its last checkpoint.
+    """When one run reached something; `formed` is false for a censored run, and `step` then the last one without it.
 
-    `left_censored` says that the first measured checkpoint is past it already.
+    `left_censored` says that the first measured checkpoint is past it already. `unconfirmed_step` is the checkpoint
+    from which on a censored run seems to have it, with too few further ones to confirm it.
     """
 
     run: str
     step: int
     formed: bool
     left_censored: bool = False
+    unconfirmed_step: int | None = None
 
 
 class CurvePoint(_Part):
@@ -181,10 +183,13 @@ class StabilityEntry(_Part):
 class RolesEntry(_Part):
     """Roles over seeds.
 
-    `evidence` says what effects were made of; `steps` lists each run's checkpoints that scores are averaged over.
+    `evidence` says what effects were made of. `stage` is where runs are compared: the metric whose birth it is, or
+    `last`; `stage_reason` says why. `steps` lists the checkpoints of each run there, over which scores are averaged.
     """
 
     evidence: Literal["ablation", "interventions"]
+    stage: str
+    stage_reason: str
     steps: dict[str, list[int]]
     winners: dict[str, list[RoleWinner]]
     role_stability: StabilityEntry

@@ -18,15 +18,17 @@ class Reached:
 
     Attributes:
       run: its name.
-      step: the checkpoint at which it has, or its last measured one.
+      step: the checkpoint at which it has, or the last one at which it had not.
       formed: whether it has.
       left_censored: whether the first measured checkpoint is past it already.
+      unconfirmed_step: the checkpoint from which on it seems to have, with too few further ones to confirm it.
     """
 
     run: str
     step: int
     formed: bool
     left_censored: bool = False
+    unconfirmed_step: int | None = None
 
 
 def births(runs: Sequence[SweptRun]) -> dict[str, dict[str, Any]]:
@@ -37,10 +39,18 @@ def births(runs: Sequence[SweptRun]) -> dict[str, dict[str, Any]]:
         if entry.threshold is None:
             continue
         about.setdefault(name, {"split": entry.split, "threshold": entry.threshold})
-        born = entry.step is not None
-        step = entry.step if born else one.steps[-1]
-        found.setdefault(name, []).append(Reached(one.name, step, born, entry.left_censored))
+        found.setdefault(name, []).append(_birth_of(one, entry))
     return {name: event_entry(own, **about[name]) for name, own in found.items()}
+
+
+def _birth_of(one: SweptRun, entry: BirthEntry) -> Reached:
+    """Takes when a run's metric was born; one that is not confirmed is censored at the checkpoint before it."""
+    if entry.step is not None:
+        return Reached(one.name, entry.step, True, entry.left_censored)
+    if entry.unconfirmed_step is None:
+        return Reached(one.name, one.steps[-1], False)
+    before = [step for step in one.steps if step < entry.unconfirmed_step]
+    return Reached(one.name, max(before, default=0), False, unconfirmed_step=entry.unconfirmed_step)
 
 
 def half_rises(runs: Sequence[SweptRun]) -> dict[str, dict[str, Any]]:

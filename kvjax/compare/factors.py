@@ -11,7 +11,7 @@ import numpy as np
 from kvjax.compare import events
 from kvjax.compare.aligned import SweptRun
 from kvjax.compare.seeds import accuracies, best_step, leaders
-from kvjax.compare.variation import VarianceShares, seed_spread, variance_shares
+from kvjax.compare.variation import VarianceShares, spread_entry, variance_shares
 from kvjax.measure.declaration import HELDOUT_SPLIT
 from kvjax.measure.registry import ALL_SPLITS, BIRTH_SPLIT
 
@@ -134,13 +134,6 @@ def _residual(swept: Sequence[SweptRun], best: Mapping[str, int]) -> dict[str, d
             values[one.name] = float(np.nanmean(here.values)) if np.isfinite(here.values).any() else None
         found[name] = spread_entry(values)
     return found
-
-
-def spread_entry(values: Mapping[str, float | None]) -> dict[str, Any]:
-    """Summarises one number per run, ready for `SpreadEntry`."""
-    spread = seed_spread(list(values.values()))
-    fields = ("median", "low", "high", "deviation", "sampling_share")
-    return {"values": dict(values), **{name: None if spread is None else getattr(spread, name) for name in fields}}
 
 
 def _summaries(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ def _formed(document: Mapping[str, Any]) -> Iterator[str]:
         if entry["formed"] == 0:
             last = min(run["step"] for run in entry["runs"])
             yield f"{name} reached {entry['threshold']:g} in none of {entry['total']} runs by step {last}."
+            yield from _unconfirmed(name, entry)
             continue
         steps = [run["step"] for run in entry["runs"] if run["formed"]]
         if entry["median"] is None:
@@ -38,6 +39,17 @@ def _formed(document: Mapping[str, Any]) -> Iterator[str]:
             f"{name} reached {entry['threshold']:g} on {entry['split']} in {entry['formed']} of {entry['total']} runs, "
             f"{_between(steps)}; {median}."
         )
+        yield from _unconfirmed(name, entry)
+
+
+def _unconfirmed(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    """Tells which runs are at a threshold at their end, too late to count."""
+    for one in entry["runs"]:
+        if one["unconfirmed_step"] is not None:
+            yield (
+                f"{one['run']} is censored for {name}, not without it: it is at {entry['threshold']:g} or above from "
+                f"step {one['unconfirmed_step']} on, with too few further checkpoints to confirm it."
+            )
 
 
 def _between(steps: Sequence[int]) -> str:
@@ -101,6 +113,8 @@ def _roles(document: Mapping[str, Any]) -> Iterator[str]:
     if stable["mean"] is None or address["mean"] is None:
         yield "No head has a role in these runs, so that nothing can be matched."
         return
+    evidence = {"ablation": "ablation", "interventions": "patching"}[roles["evidence"]]
+    yield f"Roles are compared at {roles['stage_reason']}; causal effects are by {evidence}."
     role_sure, address_sure = (entry["null"]["probability"] < _SURE for entry in (stable, address))
     numbers = (
         f"similarity of matched roles {stable['mean']:.2f}, by chance {stable['null']['mean']:.2f} "

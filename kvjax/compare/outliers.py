@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtr
+
+from kvjax.compare.variation import known_number
 
 FEWEST_SEEDS = 4  # two others have no spread to speak of
 LEVEL = 0.01  # share of summaries of equal, normal seeds in which any seed is named
@@ -63,3 +66,21 @@ def outlying_stretches(values_RxC: np.ndarray, *, persistence: int) -> list[tupl
             first, last = max(stretches, key=lambda pair: pair[1] - pair[0])
             found.append((index, first, last))
     return found
+
+
+def named_outliers(
+    what: str, names: Sequence[str], values: Sequence[float | None], indices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Describes what sets seeds apart, ready for `OutlierEntry`.
+
+    Args:
+      what: the summary.
+      names, values: of all seeds.
+      indices: of those that stand apart.
+    """
+    rows = []
+    for index in indices:
+        others = [value for i, value in enumerate(values) if i != index and value is not None and np.isfinite(value)]
+        ends = {"others_low": min(others, default=None), "others_high": max(others, default=None)}
+        rows.append({"run": names[index], "what": what, "found": known_number(values[index]), **ends})
+    return rows

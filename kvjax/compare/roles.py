@@ -10,9 +10,9 @@ import xarray as xr
 
 from kvjax.compare.aligned import SweptRun
 from kvjax.compare.matching import RoleEvidence
-from kvjax.intervene.metrics import DEFAULT_METRIC
 from kvjax.measure.registry import ALL_SPLITS
 from kvjax.model.components import Component, all_heads
+from kvjax.story.confirmations import patched_windows
 
 # Role -> the attention that shows it; a writer shows by what it adds to the answer's logit.
 ATTENTION = {
@@ -35,59 +35,56 @@ class RoleTrajectories:
       steps: [C].
       heads: X of them, layer by layer.
       attention: role -> [C, X] in [0, 1].
-      effects: role -> [C, X]; NaN at checkpoints where it was not measured.
-      from_interventions: whether effects are recoveries by patching; else they are drops by ablation, alike for all
-        roles.
+      drops: [C, X], what each head's ablation costs; it stands for the effect of every role where nothing was patched.
+      recoveries: role -> [C, X], what patching each head recovers; NaN at checkpoints where that is not known.
     """
 
     steps: np.ndarray
     heads: tuple[Component, ...]
     attention: Mapping[str, np.ndarray]
-    effects: Mapping[str, np.ndarray]
-    from_interventions: bool
+    drops: np.ndarray
+    recoveries: Mapping[str, np.ndarray]
 
     @property
     def layers(self) -> np.ndarray:
         return np.array([head.layer for head in self.heads])
 
-    def over(self, steps: Sequence[int]) -> RoleEvidence:
-        """Averages the evidence over some checkpoints; those without a measured effect are left out of effects."""
+    @property
+    def patched_steps(self) -> list[int]:
+        """The checkpoints at which patching tells the effects of every role."""
+        known = np.isfinite(np.stack(list(self.recoveries.values()))).any(axis=2).all(axis=0)
+        return self.steps[known].tolist()
+
+    def over(self, steps: Sequence[int], *, patched: bool) -> RoleEvidence:
+        """Averages the evidence over some checkpoints.
+
+        Args:
+          steps: of the checkpoints.
+          patched: whether effects are recoveries by patching, known at all of them; else they are drops by ablation.
+        """
         inside = np.isin(self.steps, list(steps))
-
-        def mean(values_CxX: np.ndarray) -> np.ndarray:
-            own = values_CxX[inside]
-            known = np.isfinite(own).any(axis=1)
-            return own[known].mean(axis=0) if known.any() else np.full(own.shape[1], np.nan)
-
+        effects = self.recoveries if patched else dict.fromkeys(ROLES, self.drops)
         return RoleEvidence(
-            {role: mean(values) for role, values in self.attention.items()},
-            {role: mean(values) for role, values in self.effects.items()},
+            {role: _mean(values, inside) for role, values in self.attention.items()},
+            {role: _mean(values, inside) for role, values in effects.items()},
         )
 
 
-def role_trajectories(one: SweptRun, *, interventions: bool) -> RoleTrajectories:
-    """Collects the evidence for roles from a run's sweep, and from its interventions if asked for.
+def role_trajectories(one: SweptRun) -> RoleTrajectories:
+    """Collects the evidence for roles from a run's sweep and its activation patching.
 
     Raises:
       InputError: a result is missing or damaged.
     """
     metrics = one.results.metrics.sel(split=ALL_SPLITS)
     steps = metrics["step"].values
-    n_layers, n_heads = metrics.sizes["layer"], metrics.sizes["head"]
-    heads = all_heads(n_layers, n_heads)
+    heads = all_heads(metrics.sizes["layer"], metrics.sizes["head"])
     attention = {role: _flat(metrics[name]) for role, name in ATTENTION.items()}
     attention["writer"] = _share_of_positive(attention["writer"], metrics["mlp_direct_logit_attribution"].values)
     drops = _flat(metrics["head_accuracy_drop"].sel(ablation=one.results.sweep.ranked_by))
-    effects = dict.fromkeys(ROLES, drops)
-    if interventions:
-        recovered = _recoveries(one, heads)
-        effects = {role: _at_steps(recovered, PAIR_KINDS[role], steps, len(heads)) for role in ROLES}
-    return RoleTrajectories(steps, heads, attention, effects, interventions)
-
-
-def has_interventions(one: SweptRun) -> bool:
-    """Checks whether activation patching of a run was stored."""
-    return bool(one.results.intervention_files("activation_patching"))
+    recovered = _recoveries(one, heads)
+    recoveries = {role: _at_steps(recovered, PAIR_KINDS[role], steps, len(heads)) for role in ROLES}
+    return RoleTrajectories(steps, heads, attention, drops, recoveries)
 
 
 def _flat(values: xr.DataArray) -> np.ndarray:
@@ -105,30 +102,31 @@ def _share_of_positive(heads_CxX: np.ndarray, mlps_CxL: np.ndarray) -> np.ndarra
 
 
 def _recoveries(one: SweptRun, heads: Sequence[Component]) -> dict[tuple[str, int], np.ndarray]:
-    """Reads each head's recovery at all positions together, denoising: (kind of pair, step) -> [X]."""
+    """Reads each head's recovery at all positions together, denoising: (kind of pair, step) -> [X].
+
+    A kind of pair whose clean run fails recovers nothing that means something, and is NaN.
+    """
     found = {}
-    for intervention in one.results.interventions("activation_patching"):
-        recovery = intervention.dataset["recovery_by_role"].sel(
-            statistic="estimate",
-            direction="denoising",
-            position_role="all",
-            metric=DEFAULT_METRIC,
-            place=[str(head) for head in heads],
-        )
-        for kind in recovery["pair_kind"].values.tolist():
-            for step in recovery["step"].values.tolist():
-                found[kind, step] = recovery.sel(pair_kind=kind, step=step).values
+    for recovery in patched_windows(one.results)[0]:
+        estimates = recovery.sel(statistic="estimate", place=[str(head) for head in heads])
+        for kind in estimates["pair_kind"].values.tolist():
+            for step in estimates["step"].values.tolist():
+                found[kind, step] = estimates.sel(pair_kind=kind, step=step).values
     return found
 
 
 def _at_steps(
     recovered: Mapping[tuple[str, int], np.ndarray], kinds: Sequence[str], steps: np.ndarray, count: int
 ) -> np.ndarray:
-    """Averages recoveries over kinds of pairs at each step, [C, X]; NaN where none was measured."""
-    rows = np.full((len(steps), count), np.nan)
-    for index, step in enumerate(steps.tolist()):
-        own = [recovered[kind, step] for kind in kinds if (kind, step) in recovered]
-        own = [values for values in own if np.isfinite(values).any()]
-        if own:
-            rows[index] = np.mean(own, axis=0)
-    return rows
+    """Averages recoveries over kinds of pairs at each step, [C, X]; NaN unless all of the kinds are known there."""
+    unknown = np.full(count, np.nan)
+    return np.stack(
+        [np.mean([recovered.get((kind, step), unknown) for kind in kinds], axis=0) for step in steps.tolist()]
+    )
+
+
+def _mean(values_CxX: np.ndarray, inside_C: np.ndarray) -> np.ndarray:
+    """Averages over checkpoints; those at which no head has a value are left out."""
+    own = values_CxX[inside_C]
+    known = np.isfinite(own).any(axis=1)
+    return own[known].mean(axis=0) if known.any() else np.full(own.shape[1], np.nan)

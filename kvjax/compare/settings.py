@@ -8,6 +8,7 @@ from typing import Any
 from kvjax.config.settings import Settings, setting
 
 ALIGNMENTS = ("exact", "intersection", "interpolate")
+LATEST_BIRTH, LAST = "latest_birth", "last"  # stages; any other is the metric of a birth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,11 @@ class CompareSettings(Settings):
     )
     allow_other_probe_sets: bool = setting(
         False, "Compare runs measured on different probe sets too; no statistic then pairs their sequences."
+    )
+    stage: str = setting(
+        LATEST_BIRTH,
+        "Where roles are compared: at the latest birth of an answer that all runs have reached, at the last checkpoint "
+        "(last), or at the birth of a metric, such as heldout_answer_accuracy.",
     )
     null_draws: int = setting(
         1000, "Draws of the nulls that matched roles and addresses are compared with.", minimum=20, maximum=1_000_000

@@ -7,7 +7,8 @@ Source: Searle, Casella and McCulloch, Variance Components (1992), chapter 3; Sh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import fdtri
@@ -104,3 +105,15 @@ def seed_spread(values: Sequence[float | None], errors: Sequence[float | None] |
         if np.isfinite(squares).all():
             share = min(1.0, float(squares.mean() / deviation**2))
     return SeedSpread(float(np.median(own)), float(own.min()), float(own.max()), deviation, share)
+
+
+def spread_entry(values: Mapping[str, float | None], errors: Sequence[float | None] | None = None) -> dict[str, Any]:
+    """Summarises one number per run by name, ready for `SpreadEntry`; `errors` as `seed_spread` takes them."""
+    spread = seed_spread(list(values.values()), errors)
+    fields = ("median", "low", "high", "deviation", "sampling_share")
+    return {"values": dict(values), **{name: None if spread is None else getattr(spread, name) for name in fields}}
+
+
+def known_number(value: Any) -> float | None:
+    """Takes a number as JSON has it; None if it is missing, NaN or infinite."""
+    return None if value is None or not np.isfinite(value) else float(value)

@@ -46,15 +46,18 @@ def comparison_parts(document: Mapping[str, Any]) -> list[Part]:
         parts.append(_events(title, document[family], runs))
     if runs:
         columns = [one["name"] for one in runs]
+        at_steps = ["at steps", *(", ".join(map(str, document["roles"]["steps"][name])) for name in columns)]
         winners = [
             [role, *(f"{w['component'] or '-'} {w['score']:.2f} ({w['second_score']:.2f})" for w in own)]
             for role, own in document["roles"]["winners"].items()
         ]
+        winners.append(at_steps)
     else:
         columns = ["heads, and in how many runs each has the largest score"]
         winners = [[role, _counted(own)] for role, own in document["roles"]["winners"].items()]
     evidence = {"ablation": "ablation", "interventions": "patching"}[document["roles"]["evidence"]]
     reading = (
+        f"Compared at {document['roles']['stage_reason']}. "
         f"A score is attention times the share of the causal effect (by {evidence}); in brackets the next head's. "
         "Which head answers to which: `matching` in comparison.json."
     )
@@ -86,7 +89,11 @@ def _events(title: str, events: Mapping[str, Any], runs: Sequence[Mapping[str, A
         for name, entry in events.items()
     ]
     header = ["", *(one["name"] for one in runs), "formed", "median [95 %]"]
-    reading = ["`>` marks a run that had not formed it by that step."] if runs else []
+    reading = []
+    if runs:
+        reading.append("`>` marks a run that had not formed it by that step.")
+        if any(own["unconfirmed_step"] is not None for entry in events.values() for own in entry["runs"]):
+            reading[0] += " `?`: it is there from this step on, with too few further checkpoints to confirm it."
     return Part(title, reading, tables=[Table("", header, rows)])
 
 
@@ -118,8 +125,12 @@ def _steps_of(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> li
     cells = []
     for one in runs:
         own = by_run.get(one["name"])
-        mark = "" if own is None or own["formed"] else ">"
-        cells.append("-" if own is None else f"{mark}{'≤' if own['left_censored'] else ''}{own['step']}")
+        if own is None:
+            cells.append("-")
+            continue
+        mark = ("≤" if own["left_censored"] else "") if own["formed"] else ">"
+        late = "" if own["unconfirmed_step"] is None else f", {own['unconfirmed_step']}?"
+        cells.append(f"{mark}{own['step']}{late}")
     return cells
 
 

@@ -41,7 +41,7 @@ def factor_charts(document: Mapping[str, Any], trajectories: Mapping[str, xr.Dat
             None,
             float(own["step"]),
             None,
-            "formed" if own["formed"] else "not formed by its last checkpoint",
+            _state(own),
         )
         for entry in document["settings"]
         for metric, event in entry["births"].items()
@@ -52,7 +52,7 @@ def factor_charts(document: Mapping[str, Any], trajectories: Mapping[str, xr.Dat
             Timeline(
                 name="births",
                 title="When seeds formed what",
-                caption="A dot for each seed: the checkpoint at which it had formed it, or its last one if it had not.",
+                caption="A dot for each seed: the checkpoint at which it had formed it, or the last without.",
                 spans=sorted(births, key=lambda span: span.label.partition(":")[0]),
             )
         )
@@ -69,6 +69,13 @@ def _chart(name: str, title: str, lines: list[Line]) -> LineChart:
         y_title="answer accuracy" if accuracy else "mean over stages, per 1000 steps",
         y_range=(-0.03, 1.03) if accuracy else None,
     )
+
+
+def _state(own: Mapping[str, Any]) -> str:
+    if own["formed"]:
+        return "formed"
+    since = own["unconfirmed_step"]
+    return "not formed by then" if since is None else f"seems formed from step {since} on, not confirmed"
 
 
 def _lines(values: xr.DataArray, label: str, colour: str) -> list[Line]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +89,26 @@ def test_seed_that_stands_apart(five):
     named = {(one["run"], one["what"]) for one in five.document["outliers"]}
     assert ("e", "birth of answer_accuracy") in named
     assert {run for run, _ in named} == {"e"}
+
+
+def test_seed_that_formed_too_late_to_confirm():
+    """A seed at the threshold at its last checkpoint alone is censored before it, not called unformed."""
+    runs = [seed_run(name, forms_at=300 + 100 * i) for i, name in enumerate("abcd")]
+    made = compare([*runs, seed_run("e", forms_at=None, unconfirmed_from=800)], EXACT)
+    document = json.loads(json.dumps(made.document))
+    birth = document["births"]["answer_accuracy"]
+    assert birth["runs"][-1] == {
+        "run": "e",
+        "step": 700,
+        "formed": False,
+        "left_censored": False,
+        "unconfirmed_step": 800,
+    }
+    assert not [one for one in document["outliers"] if one["what"] == "birth of answer_accuracy"]
+    document["findings"] = findings(document)
+    text = page(document)
+    assert "e is censored for answer_accuracy, not without it: it is at 0.9 or above from step 800 on" in text
+    assert "| answer_accuracy | 300 | 400 | 500 | 600 | >700, 800? | 4 of 5 |" in text
 
 
 def test_sentences_of_five_seeds(five):
@@ -189,13 +208,21 @@ def test_unfinished_run():
 
 def test_effects_from_patching(tmp_path):
     """Causal effects are recoveries of the answer's lead at all positions, denoising; other metrics do not count."""
-    one = seed_run("patched", forms_at=400)
     places = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
     recovered = {"swap": [[0.1 * i, 0.0, 1.0] for i in range(8)], "value": [[0.5, 0.0, 1.0]] * 8}
-    path = write_patching(tmp_path / "window_800.json", recovered, places, dict.fromkeys(one.steps, "a"))
-    patching = SimpleNamespace(dataset=xr.open_dataset(path.with_suffix(".nc")).load())
-    one.results.interventions = lambda kind: [patching]
-    found = role_trajectories(one, interventions=True)
+    recovered["stale"] = [[0.3, 0.0, 1.0]] * 8
+    path = write_patching(tmp_path / "window_800.json", recovered, places, dict.fromkeys(STEPS[2:], "a"))
+    found = role_trajectories(seed_run("patched", forms_at=400, patching=[path]))
     assert [str(head) for head in found.heads] == places
-    np.testing.assert_allclose(found.effects["binder"][-1], 0.1 * np.arange(8))
-    np.testing.assert_allclose(found.effects["writer"][-1], 0.5)
+    assert found.patched_steps == list(STEPS[2:])
+    np.testing.assert_allclose(found.recoveries["binder"][-1], 0.1 * np.arange(8))
+    np.testing.assert_allclose(found.recoveries["retriever"][-1], 0.4)
+    np.testing.assert_allclose(found.recoveries["writer"][-1], 0.5)
+
+
+def test_patching_of_other_checkpoints(tmp_path):
+    """Patching of checkpoint files that the sweep did not measure tells nothing of them."""
+    places = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    recovered = dict.fromkeys(("swap", "value", "stale"), [[0.5, 0.0, 1.0]] * 8)
+    path = write_patching(tmp_path / "window_800.json", recovered, places, dict.fromkeys(STEPS, "another"))
+    assert role_trajectories(seed_run("patched", forms_at=400, patching=[path])).patched_steps == []
