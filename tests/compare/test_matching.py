@@ -134,3 +134,104 @@ def test_stability_without_a_circuit():
         for i in range(40)
     ]
     assert sum(one.null.probability < 0.05 for one in found) <= 6  # 5 % of 40; 7 or more have probability 0.003
+
+
+def small(seed: int, count: int) -> RoleEvidence:
+    generator = np.random.default_rng(seed)
+    return RoleEvidence(
+        {role: generator.random(count) for role in ROLES}, {role: generator.exponential(1.0, count) for role in ROLES}
+    )
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_match_agrees_with_enumeration(within):
+    """Of all permutations of six heads, those that keep layers if asked, the match has the largest overlap."""
+    layers = np.repeat(np.arange(2), 3)
+    for seed in range(5):
+        one, other = small(2 * seed, 6), small(2 * seed + 1, 6)
+        a, b = role_scores(one), role_scores(other)
+        allowed = [
+            list(order)
+            for order in itertools.permutations(range(6))
+            if not within or (layers[list(order)] == layers).all()
+        ]
+        best = max(np.minimum(a, b[order]).sum() for order in allowed)
+        found = match(one, other, layers, within_layers=within, draws=1)
+        assert found.overlap.sum() == pytest.approx(best, abs=1e-8)
+
+
+def exact_similarity(one: RoleEvidence, other: RoleEvidence) -> float:
+    """The largest overlap over what either has, by trying all permutations."""
+    a, b = role_scores(one), role_scores(other)
+    orders = itertools.permutations(range(len(a)))
+    overlap = max(np.minimum(a, b[list(order)]).sum() for order in orders)
+    return overlap / (a.sum() + b.sum() - overlap)
+
+
+def permuted(run: RoleEvidence, order) -> RoleEvidence:
+    return RoleEvidence(run.attention, {role: values[list(order)] for role, values in run.effects.items()})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_null_of_similarity_agrees_with_all_permutations(seed):
+    """Four heads have 24 orders of effects a run: the null's mean, percentile and probability are of all 576 pairs.
+
+    A role's effects move together with the other's, as in `match_runs`. The Monte Carlo probability counts the observed
+    value as one more draw.
+    """
+    one, other = small(2 * seed, 4), small(2 * seed + 1, 4)
+    orders = list(itertools.permutations(range(4)))
+    exact = np.array([exact_similarity(permuted(one, p), permuted(other, q)) for p in orders for q in orders])
+    draws = 2000
+    found = match(one, other, np.zeros(4, int), within_layers=False, draws=draws).similarity
+    assert found.observed == pytest.approx(exact_similarity(one, other), abs=1e-8)
+    assert found.null.mean == pytest.approx(exact.mean(), abs=4 * exact.std() / np.sqrt(draws))
+    share = np.mean(exact >= found.observed - 1e-9)
+    error = np.sqrt(share * (1 - share) / draws)
+    assert found.null.probability == pytest.approx(share, abs=4 * error + 2 / draws)
+    below, above = np.percentile(exact, [93, 97])
+    assert below - 1e-9 <= found.null.high <= above + 1e-9
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_null_of_addresses_agrees_with_all_permutations(within):
+    """Random addresses of six heads keep a matched pair with chance 1/6, or 1/3 within layers of three.
+
+    By symmetry it is enough to move one run's addresses: all of its permutations are tried.
+    """
+    layers = np.repeat(np.arange(2), 3)
+    one, other = small(0, 6), small(1, 6)
+    found = match(one, other, layers, within_layers=within, draws=2000)
+    moves = [
+        np.array(order)
+        for order in itertools.permutations(range(6))
+        if not within or (layers[list(order)] == layers).all()
+    ]
+    exact = np.array([found.overlap[found.heads == move].sum() for move in moves]) / found.overlap.sum()
+    assert exact.mean() == pytest.approx(1 / 3 if within else 1 / 6)
+    assert found.address.null.mean == pytest.approx(exact.mean(), abs=4 * exact.std() / np.sqrt(2000))
+    share = np.mean(exact >= found.address.observed - 1e-9)
+    assert found.address.null.probability == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 2000) + 1e-3)
+    assert found.address.observed == pytest.approx(
+        found.overlap[found.heads == np.arange(6)].sum() / found.overlap.sum()
+    )
+
+
+def test_null_of_three_runs_permutes_each_once():
+    """The mean over pairs has the null of means: three heads, all 216 orders of effects of three runs."""
+    runs = [small(seed, 3) for seed in range(3)]
+    orders = list(itertools.permutations(range(3)))
+    between = {
+        (a, b): {(p, q): exact_similarity(permuted(runs[a], p), permuted(runs[b], q)) for p in orders for q in orders}
+        for a, b in itertools.combinations(range(3), 2)
+    }
+    exact = np.array(
+        [
+            np.mean([between[a, b][chosen[a], chosen[b]] for a, b in between])
+            for chosen in itertools.product(orders, repeat=3)
+        ]
+    )
+    found = match_runs(runs, np.zeros(3, int), within_layers=False, draws=2000).similarity
+    assert found.null.mean == pytest.approx(exact.mean(), abs=4 * exact.std() / np.sqrt(2000))
+    share = np.mean(exact >= found.observed - 1e-9)
+    assert found.null.probability == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 2000) + 1e-3)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import networkx as nx
+import numpy as np
 import pytest
 import scipy.stats
+from statsmodels.stats.proportion import proportion_confint
 
 from kvjax.compare.order import Onset, consensus_order, precedences, relation
 
@@ -67,3 +70,42 @@ def test_consensus_of_a_circle():
     orders = [(1, 2, 3), (3, 1, 2), (2, 3, 1)] * 30
     onsets = {name: [onset[order[i]] for order in orders] for i, name in enumerate("abc")}
     assert consensus_order(list(onsets), precedences(onsets)) is None
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_consensus_agrees_with_networkx(seed):
+    """Groups are the generations of the graph of orders that hold; a graph with a circle has none."""
+    generator = np.random.default_rng(seed)
+    onsets = {name: _drawn(generator, place=i if seed % 2 else 0) for i, name in enumerate("abcde")}
+    pairs = precedences(onsets)
+    graph = nx.DiGraph([(pair.first, pair.second) for pair in pairs if pair.holds])
+    graph.add_nodes_from(onsets)
+    found = consensus_order(list(onsets), pairs)
+    if nx.is_directed_acyclic_graph(graph):
+        assert list(map(set, found)) == list(map(set, nx.topological_generations(graph)))
+    else:
+        assert found is None
+
+
+def _drawn(generator, *, place):
+    """Draws a metric's onsets in 12 seeds around a place, each between two of 8 checkpoints; some never come."""
+    steps = np.clip(np.round(generator.normal(place, 1.0, 12)), 0, 8).astype(int)
+    return [Onset(int(step), int(step) + 1 if step < 8 else None) for step in steps]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_counts_by_enumeration(seed):
+    """Every pair is counted once, seed by seed, and its interval is statsmodels'."""
+    generator = np.random.default_rng(seed)
+    onsets = {name: _drawn(generator, place=i) for i, name in enumerate("abc")}
+    pairs = precedences(onsets)
+    assert {frozenset((pair.first, pair.second)) for pair in pairs} == {frozenset(x) for x in ("ab", "ac", "bc")}
+    for pair in pairs:
+        ends = [(float("inf") if x.by is None else x.by) for x in onsets[pair.first]]
+        others = [(float("inf") if x.by is None else x.by) for x in onsets[pair.second]]
+        # On a grid of checkpoints two intervals are the same, or one lies wholly before the other.
+        assert pair.before == sum(a < b for a, b in zip(ends, others, strict=True))
+        assert pair.undetermined == sum(a == b for a, b in zip(ends, others, strict=True))
+        if pair.share is not None:
+            low, high = proportion_confint(pair.before, pair.before + pair.after, method="wilson")
+            assert (pair.low, pair.high) == pytest.approx((low, high), abs=1e-6)

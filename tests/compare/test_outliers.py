@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
+from statsmodels.regression.linear_model import OLS
 
 from kvjax.compare.outliers import LEVEL, outliers, outlying_stretches
 
@@ -43,3 +44,15 @@ def test_stretch_of_a_trajectory():
     values[2, 3:6] = 5.0
     values[0, 0] = 5.0
     assert outlying_stretches(values, persistence=1) == [(2, 3, 5)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_seeds_agree_with_statsmodels(seed):
+    """Those named are the ones whose deleted studentised residual statsmodels finds significant (Bonferroni)."""
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=int(generator.integers(4, 12)))
+    values[0] += generator.choice([0.0, 5.0, 20.0])
+    table = OLS(values, np.ones(len(values))).fit().outlier_test(method="bonferroni")
+    outside = [not np.delete(values, i).min() <= value <= np.delete(values, i).max() for i, value in enumerate(values)]
+    expected = [i for i in range(len(values)) if table[i, 2] < LEVEL and outside[i]]
+    assert outliers(values.tolist()) == expected
