@@ -137,6 +137,8 @@ def _birth(entry: dict[str, Any]) -> str:
     parts = []
     if entry["step"] is not None:
         parts.append(f"at {entry['step']}{' or before' if entry['left_censored'] else ''}")
+    elif entry["unconfirmed_step"] is not None:
+        parts.append(f"from {entry['unconfirmed_step']} on, not yet confirmed")
     elif entry["censored"]:
         parts.append("not yet")
     if entry["half_rise_step"] is not None:
