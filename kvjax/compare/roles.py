@@ -36,7 +36,7 @@ class RoleTrajectories:
       heads: X of them, layer by layer.
       attention: role -> [C, X] in [0, 1].
       drops: [C, X], what each head's ablation costs; it stands for the effect of every role where nothing was patched.
-      recoveries: role -> [C, X], what patching each head recovers; NaN at checkpoints where that is not known.
+      recoveries: role -> [C, X], what patching each head recovers; NaN at checkpoints that are not patched.
     """
 
     steps: np.ndarray
@@ -51,7 +51,7 @@ class RoleTrajectories:
 
     @property
     def patched_steps(self) -> list[int]:
-        """The checkpoints at which patching tells the effects of every role."""
+        """The checkpoints that are patched with every kind of pair that a role asks for."""
         known = np.isfinite(np.stack(list(self.recoveries.values()))).any(axis=2).all(axis=0)
         return self.steps[known].tolist()
 
@@ -104,21 +104,21 @@ def _share_of_positive(heads_CxX: np.ndarray, mlps_CxL: np.ndarray) -> np.ndarra
 def _recoveries(one: SweptRun, heads: Sequence[Component]) -> dict[tuple[str, int], np.ndarray]:
     """Reads each head's recovery at all positions together, denoising: (kind of pair, step) -> [X].
 
-    A kind of pair whose clean run fails recovers nothing that means something, and is NaN.
+    Where the clean run fails on a kind of pair, the run has nothing to recover, and no head has an effect.
     """
     found = {}
     for recovery in patched_windows(one.results)[0]:
         estimates = recovery.sel(statistic="estimate", place=[str(head) for head in heads])
         for kind in estimates["pair_kind"].values.tolist():
             for step in estimates["step"].values.tolist():
-                found[kind, step] = estimates.sel(pair_kind=kind, step=step).values
+                found[kind, step] = np.nan_to_num(estimates.sel(pair_kind=kind, step=step).values)
     return found
 
 
 def _at_steps(
     recovered: Mapping[tuple[str, int], np.ndarray], kinds: Sequence[str], steps: np.ndarray, count: int
 ) -> np.ndarray:
-    """Averages recoveries over kinds of pairs at each step, [C, X]; NaN unless all of the kinds are known there."""
+    """Averages recoveries over kinds of pairs at each step, [C, X]; NaN unless all of the kinds are patched there."""
     unknown = np.full(count, np.nan)
     return np.stack(
         [np.mean([recovered.get((kind, step), unknown) for kind in kinds], axis=0) for step in steps.tolist()]

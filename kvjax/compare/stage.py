@@ -49,19 +49,20 @@ def choose_stage(runs: Sequence[SweptRun], asked: str, patched: Mapping[str, Seq
     Args:
       runs: to be compared.
       asked: `latest_birth`, `last`, or the metric whose birth is meant.
-      patched: the steps of each run at which patching tells the effects that every role asks for.
+      patched: the steps of each run that are patched with every kind of pair that a role asks for.
 
     Raises:
       InputError: the birth that was asked for is unknown, or some run has not reached it.
     """
     common = _common_births(runs)
     if asked == LATEST_BIRTH:
-        options = [_birth_stage(runs, name, common) for name in common if name in ANSWERING]
+        why = "the latest that every run has reached"
+        options = [_birth_stage(runs, name, common, why) for name in common if name in ANSWERING]
         options = options or [_last_stage(runs, "no birth of an answer is common to all runs")]
     elif asked == LAST:
         options = [_last_stage(runs, "as asked")]
     elif asked in common:
-        options = [dataclasses.replace(_birth_stage(runs, asked, common), reason=f"birth of {asked}, as asked")]
+        options = [_birth_stage(runs, asked, common, "as asked")]
     else:
         raise bad_argument("stage", _expected(runs, asked, common), asked)
     return _with_patching(options, patched, runs)
@@ -74,8 +75,11 @@ def _with_patching(options: Sequence[Stage], patched: Mapping[str, Sequence[int]
         steps = {name: [step for step in own if step in patched[name]] for name, own in stage.steps.items()}
         without = [one for one in runs if not steps[one.name]]
         if not without:
-            notes = [] if lacking is None else [f"roles are not compared at the later {lacking}"]
-            return dataclasses.replace(stage, steps=steps, patched=True, notes=notes)
+            found = dataclasses.replace(stage, steps=steps, patched=True)
+            if lacking is None:
+                return found
+            reason = f"{stage.reason.partition(',')[0]}, the latest at which every run is patched"
+            return dataclasses.replace(found, reason=reason, notes=[f"roles are not compared at the later {lacking}"])
         lacking = lacking or _lacking(stage, without)
     if not any(one.results.intervention_files(KIND) for one in runs):
         return first
@@ -89,7 +93,7 @@ def _lacking(stage: Stage, without: Sequence[SweptRun]) -> str:
     remedy = command("intervene", run_dirs=[one.run.path], steps=steps, kinds=KIND)
     names = ", ".join(other.name for other in without)
     what = "last checkpoints" if stage.name == LAST else f"birth of {stage.name}"
-    return f"{what}: there patching does not tell every role's effect in {names} (if it was not run: {remedy})"
+    return f"{what}, where these runs are not patched: {names} (run {remedy})"
 
 
 def _common_births(runs: Sequence[SweptRun]) -> dict[str, dict[str, Any]]:
@@ -102,15 +106,14 @@ def _common_births(runs: Sequence[SweptRun]) -> dict[str, dict[str, Any]]:
     return dict(sorted(common.items(), key=lambda item: -item[1]["median"]))
 
 
-def _birth_stage(runs: Sequence[SweptRun], name: str, common: Mapping[str, Mapping[str, Any]]) -> Stage:
+def _birth_stage(runs: Sequence[SweptRun], name: str, common: Mapping[str, Mapping[str, Any]], why: str) -> Stage:
     """Takes from each run the checkpoints that its birth rests on: where it is seen, and those that confirm it."""
     steps = {}
     for one in runs:
         first = one.steps.index(_birth(one, name).step)
         steps[one.name] = one.steps[first : first + 1 + one.results.windows.config["persistence"]]
     entry = common[name]
-    reason = f"the latest birth that every run has reached: {name} ≥ {entry['threshold']:g} on {entry['split']}"
-    return Stage(name, steps, False, reason)
+    return Stage(name, steps, False, f"the birth of {name} (≥ {entry['threshold']:g} on {entry['split']}), {why}")
 
 
 def _last_stage(runs: Sequence[SweptRun], why: str) -> Stage:

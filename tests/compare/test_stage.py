@@ -69,7 +69,7 @@ def test_stage_is_told():
     made = compare(five(), CompareSettings(null_draws=20))
     made.document["findings"] = findings(made.document)
     text = page(made.document)
-    assert "the latest birth that every run has reached: answer_accuracy ≥ 0.9 on validation_iid" in text
+    assert "the birth of answer_accuracy (≥ 0.9 on validation_iid), the latest that every run has reached" in text
     assert "| at steps | 300, 400, 500 | 400, 500, 600 |" in text
     assert any("causal effects are by ablation" in sentence for sentence in made.document["findings"])
 
@@ -146,6 +146,7 @@ def test_earlier_stage_with_patching_comes_first(tmp_path):
     ]
     document = compare(runs, CompareSettings(null_draws=20)).document
     assert (document["roles"]["stage"], document["roles"]["evidence"]) == ("w", "interventions")
+    assert document["roles"]["stage_reason"].endswith("the latest at which every run is patched")
     (note,) = [note for note in document["notes"] if note.startswith("roles")]
     assert "not compared at the later birth of answer_accuracy" in note
     assert "kvjax intervene --run_dirs=runs/b --steps=600,700,800 --kinds=activation_patching" in note
@@ -160,16 +161,19 @@ def test_run_without_patching(tmp_path):
     document = compare(runs, CompareSettings(null_draws=20)).document
     assert document["roles"]["evidence"] == "ablation"
     assert winners(document, "binder") == ["L0H0", "L0H0"]
-    assert any("rest on ablations" in note and "effect in b" in note for note in document["notes"])
+    assert any("rest on ablations" in note and "not patched: b" in note for note in document["notes"])
 
 
 def test_patching_whose_clean_run_fails(tmp_path):
-    """A kind of pair that the clean run answers no better than chance tells no effect, so that ablation stands in."""
+    """A run that answers swapped streams no better than chance has no binder, whatever ablation says."""
     runs = [
         seed_run(name, forms_at=300, patching=[patched_at(tmp_path, name, (300,), binder=2, failing=("swap",))])
         for name in "ab"
     ]
-    assert compare(runs, CompareSettings(null_draws=20)).document["roles"]["evidence"] == "ablation"
+    document = compare(runs, CompareSettings(null_draws=20)).document
+    assert document["roles"]["evidence"] == "interventions"
+    assert winners(document, "binder") == [None, None]
+    assert winners(document, "writer") == ["L1H0", "L1H0"]
 
 
 def test_runs_that_nobody_patched():
