@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.devices import start_jax
+from kvjax.devices import bound_accelerator_memory, start_jax
 from kvjax.errors import bad_argument, note, unusable
 from kvjax.pipeline.settings import ComparisonOutput, ReportSettings, ResultSettings, Runs, RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.sweep import sweep as sweep_stage
@@ -107,6 +107,9 @@ def sweep(
     """
     import xarray as xr  # imported here, because commands that only measure need not wait for it
 
+    chosen = SweepSettings(**settings)
+    if chosen.memory_gb is not None:
+        bound_accelerator_memory(chosen.memory_gb)
     start_jax()
     _check_choice("mixed", mixed, ("refuse", "join"))
     _check_choice("join", join, ("outer", "inner", "exact"))
@@ -114,7 +117,7 @@ def sweep(
     reports = sweep_stage(
         RunsOnBenchmark(run_dirs=tuple(map(str, given)), benchmark_dir=benchmark_dir and str(benchmark_dir)),
         SweepInputs(probe_set=probe_set and str(probe_set), steps=_as_text(steps), reference=str(reference)),
-        SweepSettings(**settings),
+        chosen,
         results=ResultSettings(output_dir=output_dir and str(output_dir), wait=wait),
         mixed=mixed,
     )

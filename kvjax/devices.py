@@ -9,12 +9,13 @@ import dataclasses
 import math
 import os
 import stat
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvjax.errors import unusable
-from kvjax.machine import available_cores, machine_memory_bytes
+from kvjax.machine import MEMORY_VARIABLE, available_cores, machine_memory_bytes
 
 if TYPE_CHECKING:
     import jax
@@ -33,6 +34,12 @@ _DEBUGGING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
 _DEFAULT_ACCELERATOR_BYTES = 8e9  # if the device does not say how much it has
 _ACCELERATOR_SHARE = 0.7
 _MACHINE_SHARE = 0.5
+
+# The share of a GPU's memory that JAX takes at its start, by its names of today and before, and whether it does.
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "ROCR_VISIBLE_DEVICES"}
+_SECONDS_FOR_DRIVER = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +130,20 @@ def device_description() -> dict[str, Any]:
     return {"backend": jax.default_backend(), "kind": devices[0].device_kind, "count": len(devices)}
 
 
-def fillable_memory_gb() -> float:
+def fillable_memory_gb(given_gb: float | None = None) -> float:
     """Measures the memory that a computation may fill: of each accelerator, or of the machine on a CPU.
 
     On an accelerator that is most of the memory JAX may allocate. On a CPU it is half of the memory of the machine or
     its container, because the process itself and compiling take about 2 GB.
+
+    Args:
+      given_gb: a bound that a person gave: on an accelerator on what JAX allocates, on a CPU on what is filled.
     """
     if backend() == "cpu":
-        return machine_memory_bytes() * _MACHINE_SHARE / 1e9
+        return given_gb or machine_memory_bytes() * _MACHINE_SHARE / 1e9
     limit = _accelerator_limit()
+    if given_gb is not None:
+        return min(given_gb, limit / 1e9 if limit else math.inf) * _ACCELERATOR_SHARE
     return (limit * _ACCELERATOR_SHARE if limit else _DEFAULT_ACCELERATOR_BYTES) / 1e9
 
 
@@ -208,18 +220,70 @@ def lowered_folder() -> Path | None:
     return Path(kept) / "lowered" if trusted else None
 
 
-def share_cpu_cores() -> None:
+def share_machine(index: int, processes: int) -> None:
+    """Takes this process's part of a machine that several processes of a group work on, before JAX starts its backend.
+
+    Each gets an equal part of the memory, unless its environment says how much, and one accelerator, as in
+    `jax.distributed`, unless its environment says which. Cores are `share_cpu_cores`'s.
+
+    Args:
+      index: this process's place among those of the machine, from 0.
+      processes: how many there are.
+    """
+    import jax
+
+    if processes == 1:
+        return
+    os.environ.setdefault(MEMORY_VARIABLE, str(machine_memory_bytes() // processes))
+    for platform, variable in _VISIBLE.items():
+        if variable not in os.environ:
+            jax.config.update(f"jax_{platform}_visible_devices", str(index))
+
+
+def bound_accelerator_memory(gb: float) -> None:
+    """Keeps JAX from taking more memory of an accelerator, before it starts its backend.
+
+    JAX takes three quarters of a GPU's memory when it starts, which another process may need, and then gets no more.
+    A share that the environment names already stays. If the size of the GPUs is not known, JAX takes memory as it needs
+    it instead, and gives none back.
+
+    Args:
+      gb: gigabytes that JAX may take.
+    """
+    if any(name in os.environ for name in _FRACTIONS):
+        return
+    sizes = _gpu_bytes()
+    if sizes:
+        os.environ[_FRACTIONS[0]] = f"{min(gb * 1e9 / min(sizes), 1.0):.4f}"
+    else:
+        os.environ.setdefault(_PREALLOCATE, "false")
+
+
+def _gpu_bytes() -> list[int]:
+    """Asks NVIDIA's driver for the memory of each GPU; nothing if there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_SECONDS_FOR_DRIVER, check=True)
+        return [int(line) << 20 for line in done.stdout.split("\n") if line.strip()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def share_cpu_cores(beside: int = 1) -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 
     A sweep then runs one checkpoint per core. That beats running each matrix product on all cores, since attention,
     LayerNorms and activations are too small to be shared (measured in docs/performance.md). It has no effect
     on an accelerator, or if the number was set before.
+
+    Args:
+      beside: how many processes share the cores, this one among them; each takes an equal part.
     """
     import jax
 
     if jax.config.jax_num_cpu_devices != -1 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = available_cores()
+    cores = max(1, available_cores() // beside)
     try:
         jax.config.update("jax_num_cpu_devices", cores)
     except RuntimeError:

@@ -1,11 +1,13 @@
-"""The compilation cache: private, used again by the next process, and off when asked."""
+"""What JAX takes of a machine, and the compilation cache: private, used again by the next process, off when asked."""
 
 import os
 import stat
 import subprocess
 import sys
+import textwrap
 
 import jax
+import jaxlib.xla_client
 import numpy as np
 import pytest
 
@@ -108,6 +110,84 @@ def test_share_of_the_machine(monkeypatch):
     """A sweep may fill half of the memory there is."""
     monkeypatch.setattr(devices, "machine_memory_bytes", lambda: 4_000_000_000)
     assert fillable_memory_gb() == 2.0
+
+
+def test_bound_of_an_accelerator(monkeypatch):
+    """A bound that a person gives limits what JAX may allocate, of which a part is filled; on a CPU it is filled."""
+    assert fillable_memory_gb(5.0) == 5.0
+    monkeypatch.setattr(devices, "backend", lambda: "gpu")
+    monkeypatch.setattr(devices, "_accelerator_limit", lambda: 60_000_000_000)
+    assert fillable_memory_gb(20.0) == pytest.approx(14.0)
+    assert fillable_memory_gb(100.0) == fillable_memory_gb() == pytest.approx(42.0)
+
+
+MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+
+
+def handed_to_jax(monkeypatch, gb):
+    """Bounds the memory, and returns the options that JAX's GPU plugin starts with."""
+    devices.bound_accelerator_memory(gb)
+    options = {name: os.environ[name] for name in MEMORY if name in os.environ}
+    found = jaxlib.xla_client.generate_pjrt_gpu_plugin_options()
+    for name in options:
+        monkeypatch.delenv(name)
+    return found
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A function that makes NVIDIA's tool list GPUs of so many MiB."""
+    for name in MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    tool = tmp_path / "nvidia-smi"
+
+    def lists(*mebibytes, status=0):
+        lines = "\n".join(map(str, mebibytes))
+        tool.write_text(f"#!/bin/sh\nprintf '{lines}\n'\nexit {status}\n")
+        tool.chmod(0o755)
+
+    return lists
+
+
+def test_memory_that_jax_takes(driver, monkeypatch):
+    """JAX gets the bound as a share of the smallest GPU, at most all of it; without a size it takes none beforehand."""
+    options = handed_to_jax(monkeypatch, 20.0)
+    assert options["preallocate"] is False and "memory_fraction" not in options
+    driver(81920, 40960)
+    assert handed_to_jax(monkeypatch, 20.0)["memory_fraction"] == pytest.approx(20e9 / (40960 * 2**20), abs=1e-4)
+    assert handed_to_jax(monkeypatch, 500.0)["memory_fraction"] == 1.0
+    driver("[N/A]")
+    assert handed_to_jax(monkeypatch, 20.0)["preallocate"] is False
+    driver(40960, status=9)
+    assert handed_to_jax(monkeypatch, 20.0)["preallocate"] is False
+
+
+@pytest.mark.parametrize("name", MEMORY[:2])
+def test_memory_that_the_environment_names(driver, monkeypatch, name):
+    """A share that somebody has set stays as it is."""
+    driver(81920)
+    monkeypatch.setenv(name, "0.125")
+    devices.bound_accelerator_memory(20.0)
+    assert os.environ[name] == "0.125" and not [other for other in MEMORY if other != name and other in os.environ]
+
+
+def test_part_of_a_machine(tmp_path):
+    """Processes of one machine get equal parts of cores and memory, and a GPU each unless they have theirs already."""
+    code = """
+        import os, jax
+        from jax._src import xla_bridge
+        from kvjax import devices, machine
+        devices.available_cores = lambda: 8
+        whole = machine.machine_memory_bytes()
+        devices.share_machine(1, 3)
+        devices.share_cpu_cores(beside=3)
+        assert machine.machine_memory_bytes() == whole // 3
+        print(jax.local_device_count(), xla_bridge.CUDA_VISIBLE_DEVICES.value)
+    """
+    code = textwrap.dedent(code)
+    assert run(tmp_path, code) == "2 1"
+    assert run(tmp_path, "import os; os.environ['CUDA_VISIBLE_DEVICES'] = '5';" + code) == "2 all"
 
 
 def test_threads_under_a_quota(tmp_path):

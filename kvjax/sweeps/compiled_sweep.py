@@ -75,7 +75,7 @@ class CompiledSweep:
             backend=backend(),
             num_devices=device_count(),
             num_tokens=max(encoded.tokens.size, fit.tokens.size if needs_fit and fit else 0),
-            memory_gb=settings.memory_gb or fillable_memory_gb(),
+            memory_gb=fillable_memory_gb(settings.memory_gb),
             side_by_side=restarts_at_once(config, settings.ablations, draws=settings.resample_draws),
             keeps_runs="resample" in settings.ablations,
         )

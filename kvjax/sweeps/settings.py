@@ -46,7 +46,8 @@ class SweepSettings(Settings):
     checkpoint_batch: str = setting("auto", "Checkpoints per device call: auto or a number.")
     memory_gb: float | None = setting(
         None,
-        "Memory that `checkpoint_batch=auto` may fill: of each accelerator, or of the machine on a CPU.",
+        "Memory that a sweep may take of each accelerator, which JAX else fills to three quarters when it starts; on a "
+        "CPU, memory of the machine that `checkpoint_batch=auto` may fill.",
         above=0,
     )
     precision: str = setting(
