@@ -36,9 +36,9 @@ def test_spans(monkeypatch):
 
 @pytest.mark.parametrize("logistic", [(), (STEPS[1],)])
 def test_equal_tables(swept, tmp_path, monkeypatch, logistic):
-    """In blocks of one checkpoint every mean is the same to the last bit, also if one alone has logistic probes."""
+    """In blocks of two checkpoints every mean is the same to the last bit, also if one alone has logistic probes."""
     whole, parts = (shutil.copytree(swept, tmp_path / name / "run") for name in ("whole", "parts"))
-    for run, size in ((whole, 128), (parts, 1)):
+    for run, size in ((whole, 128), (parts, 2)):
         monkeypatch.setattr(blocks, "BLOCK", size)
         how = {"probe": "logistic", "steps": list(logistic), "reference": str(STEPS[-1])} if logistic else {}
         assert sweep(run, **how).log.measured == []
