@@ -91,6 +91,11 @@ class InterventionInputs:
         return self._in_microbatches(self.encoded)
 
     @functools.cached_property
+    def over_gradients(self) -> OverPairs:
+        """Likewise, for measurements that take longer to compile for a size than padding costs: half as many sizes."""
+        return self._in_microbatches(self.encoded, max_buckets=self.max_buckets // 2)
+
+    @functools.cached_property
     def over_predictions(self) -> OverPairs:
         """Likewise, for edits at the affected reads' p_e: from the first of them on, which is most often the last."""
         return self._from_first(self.encoded.prediction_positions, widen=4)

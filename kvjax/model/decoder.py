@@ -152,11 +152,23 @@ class Attention(nn.Module):
           tap: called at every site.
           prefix: keys and values attended to before those of `inputs`.
         """
-        matmul = functools.partial(jnp.matmul, precision=self.config.precision)
         query_input, key_input, value_input = inputs
         q_BxHxPxE = self._heads(self.q_proj, query_input)
         k_BxHxTxE = tap("key", self._heads(self.k_proj, key_input))
         v_BxHxTxE = tap("value", self._heads(self.v_proj, value_input))
+        return self.attend(q_BxHxPxE, k_BxHxTxE, v_BxHxTxE, mask_Bx1xPxT, tap, prefix)
+
+    def attend(
+        self,
+        q_BxHxPxE: jax.Array,
+        k_BxHxTxE: jax.Array,
+        v_BxHxTxE: jax.Array,
+        mask_Bx1xPxT: jax.Array,
+        tap: Tap = NO_TAP,
+        prefix: Prefix | None = None,
+    ) -> jax.Array:
+        """Computes every head's z, [B, P, H, E], from its queries, keys and values; arguments as `head_outputs`."""
+        matmul = functools.partial(jnp.matmul, precision=self.config.precision)
         scores = matmul(q_BxHxPxE, k_BxHxTxE.swapaxes(2, 3))
         if prefix is not None:  # only scores are joined: keys and values would be copied for every intervention
             scores = jnp.concatenate([matmul(q_BxHxPxE, prefix.keys.swapaxes(2, 3)), scores], axis=-1)
@@ -195,7 +207,11 @@ class Attention(nn.Module):
 
     def states_sought(self, q_BxHxPxE: jax.Array) -> jax.Array:
         """Maps each head's queries back to states, W_K q, [B, H, P, D]: a key's score is the product with its state."""
-        return self._each_head(q_BxHxPxE, self._kernels("k_proj").swapaxes(1, 2))
+        return self.back_to_states("k_proj", q_BxHxPxE)
+
+    def back_to_states(self, projection: str, x_BxHxPxE: jax.Array) -> jax.Array:
+        """Maps back by the transpose of each head's `q_proj`, `k_proj` or `v_proj`, [B, H, P, D]."""
+        return self._each_head(x_BxHxPxE, self._kernels(projection).swapaxes(1, 2))
 
     def values_of(self, states_BxHxPxD: jax.Array) -> jax.Array:
         """Maps each head's own states to its values without their bias, [B, H, P, E]."""

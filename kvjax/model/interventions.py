@@ -101,7 +101,6 @@ class Tap:
       queried_BxP: the positions that are queried; None for all.
       context_BxT: the positions that keys and values are made at; None for all.
       capture: sites to record, after any edit.
-      added: what to add to the layer's activations, after any edit, by site.
       record: receives the captured activations by site.
     """
 
@@ -110,19 +109,16 @@ class Tap:
     queried_BxP: jax.Array | None = None
     context_BxT: jax.Array | None = None
     capture: tuple[str, ...] = ()
-    added: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     record: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def wants(self, name: str) -> bool:
-        """Checks whether the site is edited, captured or added to; some activations are formed only then."""
-        return name in self.edits or name in self.capture or name in self.added
+        """Checks whether the site is edited or captured; some activations are formed only then."""
+        return name in self.edits or name in self.capture
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
         if name in self.edits:
             edit = self.edits[name]
             x = jnp.where(self._local(name, edit.mask), self._local(name, edit.value), x)
-        if name in self.added:
-            x = x + self.added[name]
         if name in self.capture:
             self.record[name] = x
         return x

@@ -9,7 +9,6 @@ only the positions in it are computed, on top of the clean run's keys and values
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -178,56 +177,6 @@ def restart_from_head(
     if not in_last:
         resid = _blocks_from(params, config, clean, resid, {}, layer + 1, span)
     return Decoder(config).apply({"params": params}, resid, method=Decoder.read_out)
-
-
-def window_gradients(
-    params: Params,
-    config: DecoderConfig,
-    clean: CleanRun,
-    embedding_BxWxD: jax.Array,
-    metric: Callable[[jax.Array], jax.Array],
-    *,
-    sites: tuple[str, ...],
-    window_BxW: jax.Array,
-) -> Trace:
-    """Differentiates a metric of the logits with respect to the activations inside a window, in one backward pass.
-
-    Zeros are added to every activation and their gradients are taken: one pass reaches every site and layer, and each
-    gradient counts all ways to the logits from there on.
-
-    Args:
-      params: of the checkpoint the clean run came from.
-      config: the model's shape.
-      clean: the clean run, with `WINDOW_CAPTURE`; positions before the window keep its keys and values.
-      embedding_BxWxD: the embedding inside the window of the run that is differentiated.
-      metric: of the logits [B, W, V] inside the window, a scalar.
-      sites: the sites, each with one activation per position (axis P or T).
-      window_BxW: consecutive positions; the last one may be repeated, and has no gradient there.
-
-    Returns:
-      For each of `sites`, the gradient, of the shape of the activation inside the window.
-    """
-    span = _Span(clean.tokens != config.pad_id, window_BxW, window_BxW)
-    mask, model, block = span.mask(reads_only=False), Decoder(config), Block(config)
-    layers = jnp.arange(config.n_layers)
-
-    def run(added: Trace, capture: tuple[str, ...] = ()) -> tuple[jax.Array, Trace]:
-        in_layers = {name: x for name, x in added.items() if SITES[name].per_layer}
-        outside = Tap(added=added, capture=capture)
-
-        def body(resid: jax.Array, at: tuple[jax.Array, Params, Trace]) -> tuple[jax.Array, Trace]:
-            layer, own, added_here = at
-            tap = Tap(added=added_here, capture=capture)
-            return block.apply({"params": own}, resid, mask, tap, prefix=span.prefix(clean, layer)), tap.record
-
-        resid = outside("embedding", embedding_BxWxD)
-        resid, seen = jax.lax.scan(body, resid, (layers, params["blocks"], in_layers))
-        logits = model.apply({"params": params}, resid, outside, method=Decoder.read_out)
-        return logits, outside.record | seen
-
-    shapes = jax.eval_shape(lambda: run({}, sites)[1])
-    zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in sites}
-    return jax.grad(lambda added: metric(run(added)[0]))(zeros)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,9 @@ Source: Nanda, Attribution patching (2023); Syed et al. (2023); Hanna et al., Ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,15 +25,15 @@ from kvjax.execution.over_pairs import PairBatch
 from kvjax.intervene.inputs import InterventionInputs, Outcome, number, numbers
 from kvjax.intervene.kinds.kind import Kind
 from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS
-from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, PairRuns, answer_effects, run_pairs, with_runs
+from kvjax.intervene.pair_runs import DENOISING, DIRECTIONS, answer_effects, run_pairs, with_runs
 from kvjax.intervene.pair_tables import TOP, baselines, put_runs
-from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
+from kvjax.intervene.paths import HEAD_INPUTS, Edge, Receiver, all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.recovery import PairGroups, means_per_read
 from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure.statistics import spearman
 from kvjax.model.decoder import DecoderConfig, Params
-from kvjax.model.restart import window_gradients
 from kvjax.model.sites import Trace, take_positions
+from kvjax.model.window_gradients import WindowGradients, window_gradients
 from kvjax.task.pair_encoding import EncodedPairs
 
 # The kinds that store the exact effects of nodes and of paths.
@@ -41,9 +43,6 @@ _DIMS = {"nodes": "node", "edges": "path"}
 ESTIMATORS = ("gradient", "integrated_gradients")
 _RANKED_BY = "integrated_gradients"
 INTEGRATION_STEPS = 4
-
-# Outputs of nodes, then inputs of receivers.
-_SITES = ("embedding", "head_z", "mlp_out", "query_input", "key_input", "value_input", "mlp_input", "logits_input")
 
 
 def attribution_scores(
@@ -64,58 +63,63 @@ def attribution_scores(
     """
     runs = run_pairs(params, config, batch, direction, window=window)
     change = run_changes(runs, runs.window_BxW)
-    changes = sender_changes(params, config, change)  # [senders, B, W, D]
-    middles = (jnp.arange(INTEGRATION_STEPS) + 0.5) / INTEGRATION_STEPS
-    along = jax.lax.map(lambda share: _gradients(params, config, runs, share, metric), middles)
-    gradients = {
-        "gradient": _gradients(params, config, runs, jnp.zeros(()), metric),
-        "integrated_gradients": jax.tree.map(lambda x: jnp.mean(x, axis=0), along),
-    }
+    changes_BxSxWxD = sender_changes(params, config, change).swapaxes(0, 1)
+    own, other = (take_positions(run.trace["embedding"], runs.window_BxW, 1) for run in (runs.base, runs.source))
+
+    def of_metric(logits_BxQxV: jax.Array) -> jax.Array:
+        return jnp.sum(answer_effects(logits_BxQxV, batch)[metric])
+
+    def scored(share: jax.Array) -> dict[str, jax.Array]:
+        """Scores by the gradients in the run whose embedding lies `share` of the way from the base to the source."""
+        at = {"positions_BxQ": batch.prediction_positions, "window_BxW": runs.window_BxW}
+        gradients = window_gradients(params, config, runs.base, own + share * (other - own), of_metric, **at)
+        return {
+            "nodes": _node_scores(config, changes_BxSxWxD, change["head_z"], gradients.outputs),
+            "edges": _edge_scores(params, config, changes_BxSxWxD, gradients),
+        }
+
+    middles = (np.arange(INTEGRATION_STEPS) + 0.5) / INTEGRATION_STEPS
+    # The base run's own gradients, then those along the line: one compiled loop.
+    found = jax.lax.map(scored, jnp.array([0.0, *middles], own.dtype))
     scores = {}
-    for estimator, found in gradients.items():
-        scores[f"nodes/{estimator}"] = _node_scores(config, changes, change["head_z"], found)
-        scores[f"edges/{estimator}"] = _edge_scores(config, changes, found)
+    for what, along in found.items():
+        scores[f"{what}/gradient"] = along[0]
+        scores[f"{what}/integrated_gradients"] = jnp.mean(along[1:], axis=0)
     return with_runs(scores, runs)
 
 
-def _gradients(params: Params, config: DecoderConfig, runs: PairRuns, share: jax.Array, metric: str) -> Trace:
-    """Takes the metric's gradient at every output and input, in the run whose embedding lies `share` of the way."""
-    batch, window_BxW = runs.batch, runs.window_BxW
-    own, other = (take_positions(run.trace["embedding"], window_BxW, 1) for run in (runs.base, runs.source))
-    rows_BxQ = jnp.clip(batch.prediction_positions - window_BxW[:, :1], 0, window_BxW.shape[1] - 1)
-
-    def summed(logits_BxWxV: jax.Array) -> jax.Array:
-        return jnp.sum(answer_effects(take_positions(logits_BxWxV, rows_BxQ, 1), batch)[metric])
-
-    start = own + share * (other - own)
-    return window_gradients(params, config, runs.base, start, summed, sites=_SITES, window_BxW=window_BxW)
-
-
-def _node_scores(config: DecoderConfig, changes: jax.Array, z_change: jax.Array, gradients: Trace) -> jax.Array:
+def _node_scores(config: DecoderConfig, changes_BxSxWxD: jax.Array, z_change: jax.Array, gradients: Trace) -> jax.Array:
     heads = jnp.sum(z_change * gradients["head_z"], axis=(2, 4))  # [L, B, H]
-    by_layer = changes[1:].reshape(config.n_layers, config.n_heads + 1, *changes.shape[1:])
-    mlps = jnp.sum(by_layer[:, -1] * gradients["mlp_out"], axis=(2, 3))  # [L, B]
-    layers = jnp.concatenate([heads, mlps[..., None]], axis=-1)  # [L, B, H + 1]
-    embedding = jnp.sum(changes[0] * gradients["embedding"], axis=(1, 2))
-    return jnp.concatenate([embedding[:, None], jnp.moveaxis(layers, 1, 0).reshape(len(embedding), -1)], axis=1)
+    by_layer = changes_BxSxWxD[:, 1:].reshape(len(changes_BxSxWxD), config.n_layers, -1, *changes_BxSxWxD.shape[2:])
+    mlps = jnp.sum(by_layer[:, :, -1] * jnp.moveaxis(gradients["mlp_out"], 0, 1), axis=(2, 3))  # [B, L]
+    layers = jnp.concatenate([jnp.moveaxis(heads, 1, 0), mlps[..., None]], axis=-1)  # [B, L, H + 1]
+    embedding = jnp.sum(changes_BxSxWxD[:, 0] * gradients["embedding"], axis=(1, 2))
+    return jnp.concatenate([embedding[:, None], layers.reshape(len(embedding), -1)], axis=1)
 
 
-def _edge_scores(config: DecoderConfig, changes: jax.Array, gradients: Trace) -> jax.Array:
+def _edge_scores(
+    params: Params, config: DecoderConfig, changes_BxSxWxD: jax.Array, gradients: WindowGradients
+) -> jax.Array:
     senders = all_senders(config.n_layers, config.n_heads)
-    products = {}
-    for site in ("query_input", "key_input", "value_input"):
-        products[site] = jnp.einsum("sbtd,lbthd->slhb", changes, gradients[site], precision="highest")
-    products["mlp_input"] = jnp.einsum("sbtd,lbtd->slb", changes, gradients["mlp_input"], precision="highest")
-    products["logits_input"] = jnp.einsum("sbtd,btd->sb", changes, gradients["logits_input"], precision="highest")
-    columns = []
-    for sender, receiver in all_edges(config.n_layers, config.n_heads):
-        x = products[receiver.site][senders.index(sender)]
-        if receiver.site == "mlp_input":
-            x = x[receiver.layer]
-        elif receiver.site != "logits_input":
-            x = x[receiver.layer, receiver.head]
-        columns.append(x)
-    return jnp.stack(columns, axis=-1)
+    parts, places = [], {}
+
+    def put(receivers: Sequence[Receiver], reach: int, products: Callable[[jax.Array], jax.Array]) -> None:
+        """Keeps the products of the first `reach` senders with some receivers, and says where each lies."""
+        done = sum(part.shape[1] for part in parts)
+        each = itertools.product(senders[:reach], receivers)
+        places.update({Edge(*edge): done + number for number, edge in enumerate(each)})
+        parts.append(products(changes_BxSxWxD[:, :reach]).reshape(len(changes_BxSxWxD), -1))
+
+    for layer in range(config.n_layers):
+        before = sum(sender.layer < layer for sender in senders)
+        inputs = [Receiver(site, layer, head) for site in HEAD_INPUTS for head in range(config.n_heads)]
+        put(inputs, before, functools.partial(gradients.of_heads, params, config, layer))
+        # A head reaches the MLP of its own layer.
+        of_mlp = functools.partial(gradients.of_mlp, params, layer)
+        put([Receiver("mlp_input", layer)], before + config.n_heads, of_mlp)
+    put([Receiver("logits_input")], len(senders), functools.partial(gradients.of_logits, params))
+    order = np.array([places[edge] for edge in all_edges(config.n_layers, config.n_heads)])
+    return jnp.concatenate(parts, axis=1)[:, order]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,7 @@ class ScoreByGradients:
 
 def analyse(inputs: InterventionInputs) -> Outcome:
     """Scores every node and path to first order, denoising."""
-    scores = inputs.over_pairs.run(ScoreByGradients(inputs.config, inputs.metric), inputs.stacked)
+    scores = inputs.over_gradients.run(ScoreByGradients(inputs.config, inputs.metric), inputs.stacked)
     edges = all_edges(inputs.config.n_layers, inputs.config.n_heads)
     dataset = inputs.dataset(
         estimator=ESTIMATORS,
