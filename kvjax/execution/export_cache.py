@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,20 @@ def traced_here(function: Callable[..., Any], static: Any) -> LoweredFunction:
     return LoweredFunction(function, lambda args: (static, *args))
 
 
-def compile_together(calls: Sequence[tuple[LoweredFunction, tuple[Any, ...]]]) -> None:
-    """Compiles functions for arguments side by side, for XLA compiles one mostly on one core; calls then find them."""
+def compile_together(calls: Iterable[tuple[LoweredFunction, tuple[Any, ...]]]) -> list[LoweredFunction]:
+    """Compiles functions for arguments side by side, for XLA compiles one mostly on one core; calls then find them.
+
+    Tracing and lowering hold Python's lock, so that they stay in this thread, beside the compiling of what is lowered.
+    Let `calls` trace each function when it is asked for.
+    """
+    functions, compiling = [], []
     with ThreadPoolExecutor(available_cores()) as threads:
-        # Lowering holds Python's lock, so that it stays in this thread, beside the compiling of what is lowered.
-        compiling = [threads.submit(function.lower(*args).compile) for function, args in calls]
+        for function, args in calls:
+            functions.append(function)
+            compiling.append(threads.submit(function.lower(*args).compile))
     for each in compiling:
         each.result()
+    return functions
 
 
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:

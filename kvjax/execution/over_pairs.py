@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -136,14 +136,13 @@ def compiled_on_microbatches(
     Returns:
       For each bucket, a function of a tree, microbatches and `shared`, of arrays [1, microbatch, B, …].
     """
-    calls = []
-    for measure, own in zip(measures, batches, strict=True):
-        args = (tree, own, *shared)
-        static = _OnDevices(measure, placement)
-        lowered = kept_lowered(_over_microbatches, static, *args) if keep else traced_here(_over_microbatches, static)
-        calls.append((lowered, args))
-    compile_together(calls)
-    return [lowered for lowered, _ in calls]
+
+    def calls() -> Iterator[tuple[LoweredFunction, tuple[Any, ...]]]:
+        for measure, own in zip(measures, batches, strict=True):
+            args, of = (tree, own, *shared), _OnDevices(measure, placement)
+            yield kept_lowered(_over_microbatches, of, *args) if keep else traced_here(_over_microbatches, of), args
+
+    return compile_together(calls())
 
 
 @dataclasses.dataclass(frozen=True)
