@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvjax.units.cluster import Cluster
+from tests.helpers.commands import optimised_environment
 
-# The environment of a command beside a cluster: a worker has one device, and finds the tests' units.
-ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+# What a command beside a cluster has in its environment: a worker has one device, and finds the tests' units.
+_ONE_DEVICE = {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+ONE_DEVICE = os.environ | _ONE_DEVICE
 _SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
 
 
@@ -27,9 +29,10 @@ class LocalCluster:
       scheduler: its process.
     """
 
-    def __init__(self, folder: Path, *, threads: int, memory: str, deaths: int):
+    def __init__(self, folder: Path, *, threads: int, memory: str, deaths: int, optimised: bool):
         self.file, self._threads, self._memory, self._folder = folder / "scheduler.json", threads, memory, folder
-        environment = ONE_DEVICE | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(deaths)}
+        self._environment = _environment(optimised)
+        environment = self._environment | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(deaths)}
         self.scheduler = self._start("scheduler", "--port=0", f"--scheduler-file={self.file}", env=environment)
         self._workers: list[subprocess.Popen] = []
         while not self.file.is_file() or not self.file.read_text():
@@ -43,7 +46,7 @@ class LocalCluster:
         """Starts or kills workers until there are so many, and returns an engine on them."""
         of_each = [f"--nthreads={self._threads}", f"--memory-limit={self._memory}", f"--scheduler-file={self.file}"]
         while len(self._workers) < number:
-            self._workers.append(self._start("worker", *of_each, env=ONE_DEVICE))
+            self._workers.append(self._start("worker", *of_each, env=self._environment))
         while len(self._workers) > number:
             kill(self._workers.pop())
         engine = Cluster(str(self.file))
@@ -66,11 +69,15 @@ def kill(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def local_cluster(
-    *, workers: int = 1, threads: int = 1, memory: str = "4GB", deaths: int = 1
+    *, workers: int = 1, threads: int = 1, memory: str = "4GB", deaths: int = 1, optimised: bool = False
 ) -> Iterator[LocalCluster]:
-    """Runs a scheduler and workers; a unit with which more workers die than `deaths` is given up."""
+    """Runs a scheduler and workers; a unit with which more workers die than `deaths` is given up.
+
+    Workers compile quickly, or `optimised`, as they do for people: only then a training run has the same bits alone and
+    beside others.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        opened = LocalCluster(Path(folder), threads=threads, memory=memory, deaths=deaths)
+        opened = LocalCluster(Path(folder), threads=threads, memory=memory, deaths=deaths, optimised=optimised)
         try:
             opened.scale(workers)
             yield opened
@@ -78,7 +85,11 @@ def local_cluster(
             opened.close()
 
 
-def run_without_dask(*arguments: str) -> str:
+def _environment(optimised: bool) -> dict[str, str]:
+    return (optimised_environment() if optimised else os.environ) | _ONE_DEVICE
+
+
+def run_without_dask(*arguments: str, optimised: bool = False) -> str:
     """Runs a command in a process of its own that cannot import Dask, and returns what it prints.
 
     No test has changed there how a sweep is compiled, so that it computes what a worker computes.
@@ -87,6 +98,8 @@ def run_without_dask(*arguments: str) -> str:
         "import sys; sys.modules.update(dict.fromkeys(('dask', 'distributed', 'dask_jobqueue')));"
         "from kvjax.commands.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=ONE_DEVICE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=_environment(optimised), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -25,8 +25,8 @@ SEEDS = (3, 4, 5)
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster that each test scales to the workers it needs."""
-    with local_cluster() as opened:
+    """A cluster that each test scales to the workers it needs; they compile as they do for people."""
+    with local_cluster(optimised=True) as opened:
         yield opened
 
 
@@ -35,7 +35,7 @@ def whole(small_benchmark, tmp_path_factory):
     """A folder with the config of a small training, and its seeds trained in one process of one device, in `whole`."""
     folder = tmp_path_factory.mktemp("whole")
     write_config(folder, small_benchmark)
-    run_without_dask(*training(folder, "whole"))
+    run_without_dask(*training(folder, "whole"), optimised=True)
     return folder
 
 
@@ -172,7 +172,7 @@ def test_refused(cluster, place, capsys, small_benchmark):
 def test_ranking(cluster, whole, place, capsys):
     """`select-reference` ranks on workers as in one process, and prints the same."""
     runs = f"--run_dirs={whole / 'whole'}/*"
-    here = run_without_dask("select-reference", runs, "--noprogress", f"--output={place / 'here.json'}")
+    here = run_without_dask("select-reference", runs, "--noprogress", f"--output={place / 'here.json'}", optimised=True)
     arguments = ["select-reference", runs, "--noprogress", f"--output={place / 'there.json'}"]
     assert main([*arguments, scheduler(cluster, 2)]) == 0
     assert capsys.readouterr().out.replace("there.json", "here.json") == here
@@ -192,7 +192,7 @@ def test_status_comparison_and_report(cluster, whole, place, capsys):
             output = [f"{one}{place / side}" if one.endswith("=") else one for one in command[1:]]
             arguments = [command[0], runs, *(f"{one}.html" if "--output=" in one else one for one in output)]
             if side == "here":
-                printed.append(run_without_dask(*arguments))
+                printed.append(run_without_dask(*arguments, optimised=True))
             else:
                 assert main([*arguments, flag]) == 0
                 printed.append(capsys.readouterr().out)
