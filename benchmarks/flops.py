@@ -300,10 +300,11 @@ def main(argv: list[str]) -> None:
     counted = {
         "activation_patching": len(steps) * activation_patching_flops(config, encoded),
         "path_patching": len(steps) * path_patching_flops(config, encoded),
-        "across_checkpoints": across_checkpoints_flops(config, encoded, len(steps)),
         "subspaces": len(steps) * subspace_flops(config, encoded, ranks),
         "attribution": len(steps) * attribution_flops(config, encoded),
     }
+    if len(steps) > 1:
+        counted["across_checkpoints"] = across_checkpoints_flops(config, encoded, len(steps))
     rows = StreamReads.of(encoded, *encode_clean_streams(pairs, vocabulary, max_seq_len=longest))
     by_step = measured_sets(run)
     if all(step in by_step for step in steps):
