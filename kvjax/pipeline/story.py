@@ -20,21 +20,34 @@ def tell_story(results: RunResults) -> Story:
     Raises:
       InputError: the run has no sweep, or no birth windows of it, that can be read.
     """
-    story = with_confirmations(build_story(results), results)
-    return write_story(results.run.layout, story, story_markdown(story))
+    return _write(results, _told(results))
 
 
 def complete_story(run: RunDir) -> None:
     """Tells the story of a run again after interventions.
 
     If they were forced on a run without birth windows of its sweep, there is nothing to tell; a note says so.
+
+    Raises:
+      InputError: the story cannot be written.
     """
     if story_is_current(run).holds:
         return
+    results = RunResults(run)
     try:
-        tell_story(RunResults(run))
+        story = _told(results)
     except InputError as error:
         note(f"{run.path}: its story is not told: {error}")
+    else:
+        _write(results, story)
+
+
+def _told(results: RunResults) -> Story:
+    return with_confirmations(build_story(results), results)
+
+
+def _write(results: RunResults, story: Story) -> Story:
+    return write_story(results.run.layout, story, story_markdown(story))
 
 
 @dataclasses.dataclass(frozen=True)

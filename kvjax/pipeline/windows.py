@@ -44,8 +44,8 @@ def find_birth_windows(
     """
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
     with open_to_write(runs, results, needs="checkpoints") as found:
-        told = []
-        with progress(len(found), "runs") as advance:
+        told, shown = [], progress if len(found) > _AT_ONCE else no_progress
+        with shown(len(found), "runs") as advance:
             for begin in range(0, len(found), _AT_ONCE):
                 opened = {run.path: RunResults(run) for run in found[begin : begin + _AT_ONCE]}
                 for report in write_windows(list(opened.values()), config):

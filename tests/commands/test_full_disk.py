@@ -44,7 +44,12 @@ COMMANDS = {
     "birth-windows": lambda f: [f"--run_dirs={f}/one", "--noprogress"],
     "intervene": lambda f: [f"--run_dirs={f}/one", *PATCHING],
     "compare-seeds": lambda f: [_compared(f), f"--output_dir={f}/new", "--null_draws=20"],
-    "report": lambda f: [_compared(f), f"--output={f}/new/report.html", f"--figures_dir={f}/new/figures"],
+    "report": lambda f: [
+        _compared(f),
+        f"--output={f}/new/report.html",
+        f"--figures_dir={f}/new/figures",
+        "--noprogress",
+    ],
     "pipeline": lambda f: [f"--run_dirs={f}/{RUN}", f"--output_dir={f}/study", "--pairs_per_kind=2", "--noprogress"],
 }
 FAULTS = {"no room": errno.ENOSPC, "read-only": errno.EROFS, "over quota": errno.EDQUOT}
@@ -96,9 +101,14 @@ def check_refusal(status, lines, folder, before, fault):
 
 
 def kept(name, folder):
-    """Returns what a later call may not change: all files, but for the log and the best of a run that is resumed."""
+    """Returns what a later call may not change.
+
+    The log and the best of a run that is resumed go on, and so does the list of converted parameters.
+    """
     changing = {"metrics.jsonl", "run_config.json", "best_checkpoint.json", "best.pt"} if name == "train" else set()
-    return {path: content for path, content in contents(folder).items() if path.name not in changing}
+    converted = {RunLayout(folder / run).converted / "manifest.json" for run in (RUN, "one", "other")}
+    earlier = contents(folder).items()
+    return {path: content for path, content in earlier if path.name not in changing and path not in converted}
 
 
 def check_every(name, folder, numbers, attempt, fault=errno.ENOSPC):

@@ -29,15 +29,24 @@ NEGATIVE |= {"max_analysis_batches", "decay_start_step"}
 NUMBERS = {int, float, int | None, float | None, tuple[int, ...]}
 
 
+def options_of(kind):
+    """Lists the types that a union consists of, whatever else is noted of them."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return options_of(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return [option for part in typing.get_args(kind) for option in options_of(part)]
+    return [kind]
+
+
 def number_fields(schema, prefix=()):
     """Yields the path and type of every field with a number, in sections within sections too."""
     for name, field in schema.model_fields.items():
         kind = field.annotation
         if kind in NUMBERS:
             yield (*prefix, name), kind
-        for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
-            if isinstance(option, type) and issubclass(option, Section):
-                yield from number_fields(option, (*prefix, name))
+        sections = [option for option in options_of(kind) if isinstance(option, type) and issubclass(option, Section)]
+        for section in sections[:1]:  # the first of several is what a document without a choice has
+            yield from number_fields(section, (*prefix, name))
 
 
 FIELDS = [(schema, path, kind) for schema in DOCUMENTS for path, kind in number_fields(schema)]
