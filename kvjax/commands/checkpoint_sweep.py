@@ -49,7 +49,7 @@ def run(
     from kvjax.pipeline.text import print_sweep_example
     from kvjax.report.text import print_sweep_reports
 
-    start_jax(runtime)
+    start_jax(runtime, memory_gb=settings.memory_gb)
     given = (runs, inputs, settings, progress_of(display), results, engine_of(workplace, runtime))
     rounds = follow(*given) if following.follow else [sweep_over_runs(*given)]
     for reports in rounds:

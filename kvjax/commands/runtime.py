@@ -11,14 +11,26 @@ from kvjax.units.unit import IN_PROCESS, Engine
 DEFAULT_RUNTIME = Runtime()
 
 
-def start_jax(runtime: Runtime) -> None:
-    """Sets JAX up before anything computes: the compilation cache, and one device per CPU core."""
-    from kvjax.devices import leave_compilation_cache, share_cpu_cores, use_compilation_cache
+def start_jax(runtime: Runtime, *, memory_gb: float | None = None) -> None:
+    """Sets JAX up before anything computes: the compilation cache, and one device per CPU core.
+
+    Args:
+      runtime: what a person chose.
+      memory_gb: memory of each accelerator that JAX may take; None for its own choice.
+    """
+    from kvjax.devices import (
+        bound_accelerator_memory,
+        leave_compilation_cache,
+        share_cpu_cores,
+        use_compilation_cache,
+    )
 
     if runtime.compilation_cache:
         use_compilation_cache()
     else:
         leave_compilation_cache()
+    if memory_gb is not None:
+        bound_accelerator_memory(memory_gb)
     share_cpu_cores()
 
 
