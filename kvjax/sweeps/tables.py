@@ -120,9 +120,9 @@ def _write_tables(
     with datasets_file(layout.arrays, along="step", parts=len(parts), replace=files.file) as arrays:
         found = _write_arrays(inputs, measured, settings, arrays)
         with arrays.opened(None, "intervals") as groups, contextlib.ExitStack() as held:
-            writers = {
+            writers = {  # closed, and so put in place, in the reverse order
                 table: held.enter_context(rows_file(path, row_schema(table), replace=files.file))
-                for table, path in (("checkpoint", layout.rows), ("heads", layout.heads), ("mlps", layout.mlps))
+                for table, path in (("mlps", layout.mlps), ("heads", layout.heads), ("checkpoint", layout.rows))
             }
             for begin, end, before in parts:
                 dataset, intervals = (group.isel(step=slice(begin, end)).load() for group in groups)
