@@ -1,4 +1,4 @@
-"""Converts an optimiser's state between optax, where it is trees, and PyTorch, where it is numbered tensors."""
+"""Converts an optimiser's state between the trees of optax and the numbered tensors of PyTorch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvjax.errors import unusable
-from kvjax.machine import MEMORY_VARIABLE, available_cores, machine_memory_bytes
+from kvjax.machine import available_cores, machine_memory_bytes
 
 if TYPE_CHECKING:
     import jax
@@ -38,7 +38,6 @@ _MACHINE_SHARE = 0.5
 # The share of a GPU's memory that JAX takes at its start, by its names of today and before, and whether it does.
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
-_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "ROCR_VISIBLE_DEVICES"}
 _SECONDS_FOR_DRIVER = 20
 
 
@@ -220,26 +219,6 @@ def lowered_folder() -> Path | None:
     return Path(kept) / "lowered" if trusted else None
 
 
-def share_machine(index: int, processes: int) -> None:
-    """Takes this process's part of a machine that several processes of a group work on, before JAX starts its backend.
-
-    Each gets an equal part of the memory, unless its environment says how much, and one accelerator, as in
-    `jax.distributed`, unless its environment says which. Cores are `share_cpu_cores`'s.
-
-    Args:
-      index: this process's place among those of the machine, from 0.
-      processes: how many there are.
-    """
-    import jax
-
-    if processes == 1:
-        return
-    os.environ.setdefault(MEMORY_VARIABLE, str(machine_memory_bytes() // processes))
-    for platform, variable in _VISIBLE.items():
-        if variable not in os.environ:
-            jax.config.update(f"jax_{platform}_visible_devices", str(index))
-
-
 def bound_accelerator_memory(gb: float) -> None:
     """Keeps JAX from taking more memory of an accelerator, before it starts its backend.
 
@@ -269,21 +248,18 @@ def _gpu_bytes() -> list[int]:
         return []
 
 
-def share_cpu_cores(beside: int = 1) -> None:
+def share_cpu_cores() -> None:
     """Makes every CPU core a device, before JAX starts its backend.
 
     A sweep then runs one checkpoint per core. That beats running each matrix product on all cores, since attention,
     LayerNorms and activations are too small to be shared (measured in docs/performance.md). It has no effect
     on an accelerator, or if the number was set before.
-
-    Args:
-      beside: how many processes share the cores, this one among them; each takes an equal part.
     """
     import jax
 
     if jax.config.jax_num_cpu_devices != -1 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = max(1, available_cores() // beside)
+    cores = available_cores()
     try:
         jax.config.update("jax_num_cpu_devices", cores)
     except RuntimeError:

@@ -4,7 +4,6 @@ import os
 import stat
 import subprocess
 import sys
-import textwrap
 
 import jax
 import jaxlib.xla_client
@@ -170,24 +169,6 @@ def test_memory_that_the_environment_names(driver, monkeypatch, name):
     monkeypatch.setenv(name, "0.125")
     devices.bound_accelerator_memory(20.0)
     assert os.environ[name] == "0.125" and not [other for other in MEMORY if other != name and other in os.environ]
-
-
-def test_part_of_a_machine(tmp_path):
-    """Processes of one machine get equal parts of cores and memory, and a GPU each unless they have theirs already."""
-    code = """
-        import os, jax
-        from jax._src import xla_bridge
-        from kvjax import devices, machine
-        devices.available_cores = lambda: 8
-        whole = machine.machine_memory_bytes()
-        devices.share_machine(1, 3)
-        devices.share_cpu_cores(beside=3)
-        assert machine.machine_memory_bytes() == whole // 3
-        print(jax.local_device_count(), xla_bridge.CUDA_VISIBLE_DEVICES.value)
-    """
-    code = textwrap.dedent(code)
-    assert run(tmp_path, code) == "2 1"
-    assert run(tmp_path, "import os; os.environ['CUDA_VISIBLE_DEVICES'] = '5';" + code) == "2 all"
 
 
 def test_threads_under_a_quota(tmp_path):

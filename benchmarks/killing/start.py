@@ -45,7 +45,7 @@ def _screen(configs: Path) -> dict[str, Any]:
 
 
 def starts(configs: Path, made_by: Callable[[str, Path], Path]) -> Callable[[str], Path]:
-    """Returns what finds the folder that a command starts from.
+    """Returns a function that gives the folder a command starts from.
 
     Args:
       configs: the folder of `make_start`.

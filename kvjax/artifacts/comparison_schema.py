@@ -19,7 +19,7 @@ class _Part(pydantic.BaseModel):
 class ComparedRun(_Part):
     """One run of a comparison; `best_step` is its best measured checkpoint on `validation_iid`.
 
-    `story_sha256` is the hash of its story's content, and so of the windows and interventions that it is told from;
+    `story_sha256` is the hash of its story's content, and so of the windows and interventions that it rests on;
     older versions did not record it.
     """
 

@@ -33,7 +33,7 @@ class SweptRun:
     def made_from(self) -> tuple[str, str]:
         """What a comparison of it rests on: the hash of its sweep, and that of its story.
 
-        The story has the hashes of the windows and interventions that it is told from.
+        The story records the hashes of the windows and interventions that it rests on.
         """
         return self.results.sweep.measured_on.sweep_sha256, self.results.story.content_sha256
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kvjax.artifacts.comparison_schema import ComparedRun, Comparison, read_comparison
 from kvjax.artifacts.differences import Difference, between_arrays, between_documents, largest
-from kvjax.artifacts.factor_schema import ScreenedRun, read_factor
+from kvjax.artifacts.factor_schema import FactorComparison, ScreenedRun, read_factor
 from kvjax.artifacts.files import FileHash
 from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.results import RunResults
@@ -20,6 +21,8 @@ from kvjax.errors import InputError
 from kvjax.pipeline.checks import REDRAWN, SEALED, Check, Verified, compared, listed, made_again
 from kvjax.pipeline.compare_seeds import compare_swept
 from kvjax.pipeline.comparison_files import check_comparison_files
+
+_Document = TypeVar("_Document", Comparison, FactorComparison)
 
 _REMEDY = {"comparison": "run kvjax compare-seeds again", "factor": "run kvjax factor-screen again"}
 # Of a comparison, beside its numbers; the runs' stories are compared on their own.
@@ -45,17 +48,13 @@ def verify_factor(folder: Path) -> Verified:
 
 
 def _comparison_checks(layout: ComparisonLayout, *, again: bool) -> Iterator[Check]:
-    name = layout.comparison.name
-    try:
-        document = read_comparison(layout.comparison)
-    except InputError as error:
-        yield Check(name, "differs", str(error))
+    document, checks = _opened(layout, read_comparison)
+    yield from checks
+    if document is None:
         return
-    yield Check(name, "holds", SEALED)
-    yield _files(layout, document.arrays, document.files)
     runs = _runs(document.runs)
     yield runs
-    subject = f"{name}, compared again"
+    subject = f"{layout.comparison.name}, compared again"
     if not again or runs.verdict != "holds":
         yield Check(subject, "open", "not every run is as it was compared" if again else "the sample is 0")
     else:
@@ -63,16 +62,23 @@ def _comparison_checks(layout: ComparisonLayout, *, again: bool) -> Iterator[Che
 
 
 def _factor_checks(layout: ComparisonLayout) -> Iterator[Check]:
+    document, checks = _opened(layout, read_factor)
+    yield from checks
+    if document is None:
+        return
+    yield _runs([run for entry in document.settings for run in entry.runs if run.sweep_sha256 is not None])
+    subject = f"{layout.comparison.name}, compared again"
+    yield Check(subject, "open", "factors are not compared again; seeds of a setting are")
+
+
+def _opened(layout: ComparisonLayout, read: Callable[[Path], _Document]) -> tuple[_Document | None, list[Check]]:
+    """Reads a document, and compares it and the files beside it with their hashes; gives None if it is not whole."""
     name = layout.comparison.name
     try:
-        document = read_factor(layout.comparison)
+        document = read(layout.comparison)
     except InputError as error:
-        yield Check(name, "differs", str(error))
-        return
-    yield Check(name, "holds", SEALED)
-    yield _files(layout, document.arrays, document.files)
-    yield _runs([run for entry in document.settings for run in entry.runs if run.sweep_sha256 is not None])
-    yield Check(f"{name}, compared again", "open", "factors are not compared again; seeds of a setting are")
+        return None, [Check(name, "differs", str(error))]
+    return document, [Check(name, "holds", SEALED), _files(layout, document.arrays, document.files)]
 
 
 def _files(layout: ComparisonLayout, arrays: FileHash, files: dict[str, FileHash]) -> Check:

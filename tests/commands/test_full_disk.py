@@ -78,7 +78,7 @@ def folder(material, tmp_path):
 
 
 def contents(folder):
-    """Returns what every file holds, but for locks, which hold nothing at rest."""
+    """Reads every file but the locks."""
     files = (path for path in folder.rglob("*") if path.is_file() and "lock" not in path.name)
     return {path: path.read_bytes() for path in files}
 
@@ -101,9 +101,9 @@ def check_refusal(status, lines, folder, before, fault):
 
 
 def kept(name, folder):
-    """Returns what a later call may not change.
+    """Reads the files that a later call must leave as they are.
 
-    The log and the best of a run that is resumed go on, and so does the list of converted parameters.
+    A resumed run goes on with its log and its best checkpoint, and the list of converted parameters grows.
     """
     changing = {"metrics.jsonl", "run_config.json", "best_checkpoint.json", "best.pt"} if name == "train" else set()
     converted = {RunLayout(folder / run).converted / "manifest.json" for run in (RUN, "one", "other")}

@@ -25,6 +25,7 @@ from tests.helpers.optimizer_states import (
     step,
     tied_module,
     trained,
+    with_first,
 )
 
 
@@ -213,17 +214,6 @@ def changed(optimizer, part, value):
     else:
         entries[2][part] = value
     return {"state": entries, "param_groups": groups}
-
-
-def with_first(value):
-    """Returns a change of a tensor's first number."""
-
-    def change(tensor):
-        tensor = tensor.clone()
-        tensor.view(-1)[0] = value
-        return tensor
-
-    return change
 
 
 DAMAGE = {

@@ -26,6 +26,7 @@ from tests.helpers.optimizer_states import (
     step,
     tied_module,
     trained,
+    with_first,
 )
 
 SGD = {"lr": RATE, "momentum": 0.9, "weight_decay": DECAY}
@@ -170,17 +171,6 @@ def test_sgd_for_a_run_of_adamw(tmp_path):
     groups = trained(GROUPS["one"], settings=ADAMW)[1].state_dict()["param_groups"]
     with pytest.raises(InputError, match=f"{expected}; found SGD or Muon"):
         read(tmp_path, module, optimizer.state_dict() | {"param_groups": groups}, CONFIG)
-
-
-def with_first(value):
-    """Returns a change of a tensor that sets its first number."""
-
-    def change(tensor):
-        changed = tensor.clone()
-        changed.view(-1)[0] = value
-        return changed
-
-    return change
 
 
 DAMAGES = {

@@ -100,3 +100,14 @@ GROUPS = {
     "no norm decays": by_rule(lambda name, _: "norm" not in name and "ln_" not in name),
     "anything decays, named": by_rule(lambda name, _: "attn" in name, named=True, ordered=lambda n: n[::-1]),
 }
+
+
+def with_first(value):
+    """Returns a change of a tensor that sets its first number."""
+
+    def change(tensor):
+        changed = tensor.clone()
+        changed.view(-1)[0] = value
+        return changed
+
+    return change

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import torch
 
 from kvjax.config.train import TrainConfig
 from tests.helpers.building import SMALL_MODEL
@@ -60,3 +61,16 @@ class Kept:
 
     def diverge(self, step, loss):
         self.diverged = step
+
+
+def torch_step(module, optimizer, sequences):
+    """Takes one training step in PyTorch and returns its loss."""
+    longest = max(map(len, sequences))
+    batch = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+    logits = module(batch)[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=0)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()

@@ -14,7 +14,7 @@ from kvjax.pipeline.train import train_runs
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.trainer import batch_indices
 from tests.helpers.building import SMALL_MODEL, read_lines
-from tests.helpers.training import SGD, small_train_config
+from tests.helpers.training import SGD, small_train_config, torch_step
 
 SEED = 3
 WARMED = SGD | {"warmup_steps": 4}
@@ -67,16 +67,7 @@ def torch_steps(run, step, steps, records, name):
     assert (group["momentum"], group["nesterov"]) == (settings["momentum"], settings.get("nesterov", False))
     found = []
     for rows in batch_indices(SEED, step + 1, steps, num_records=80, batch_size=24):
-        sequences = [records[i]["token_ids"] for i in rows if i >= 0]
-        longest = max(map(len, sequences))
-        batch = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
-        logits = module(batch)[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=0)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        found.append(loss.item())
+        found.append(torch_step(module, optimizer, [records[i]["token_ids"] for i in rows if i >= 0]))
     state = {"model_state": module.state_dict(), "optimizer_state": optimizer.state_dict()}
     return found, document | {"step": step + steps} | state
 

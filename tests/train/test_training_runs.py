@@ -19,7 +19,7 @@ from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
 from kvjax.train.trainer import batch_indices
 from tests.helpers.building import SMALL_MODEL, read_lines, write_small_benchmark
-from tests.helpers.training import small_train_config
+from tests.helpers.training import small_train_config, torch_step
 
 SEEDS = [3, 4]
 
@@ -90,19 +90,6 @@ def test_next_loss_in_pytorch(trained, small_benchmark):
         loss = torch_step(module, optimizer, [records[i]["token_ids"] for i in rows if i >= 0])
         if step == 18:
             assert loss == pytest.approx(losses(run)[18], rel=1e-4)
-
-
-def torch_step(module, optimizer, sequences):
-    """Takes one training step in PyTorch and returns its loss."""
-    longest = max(map(len, sequences))
-    batch = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
-    logits = module(batch)[:, :-1].flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=0)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
 
 
 def forget_after(run, step):
