@@ -70,10 +70,9 @@ def folder(tmp_path_factory):
     small = small_train_config("replaced", num_steps=16, model=SMALL_MODEL | {"n_layers": 1, "n_heads": 2})
     (folder / "small_train.json").write_text(json.dumps(small.model_dump(mode="json")))
     for seed in (7, 11):
-        run = write_run(folder / "runs" / f"seed_{seed}", folder / "data" / "benchmark", steps=STEPS)
-        config = json.loads((run / "run_config.json").read_text())
-        config |= {"run_name": f"seed_{seed}", "seed": seed, "num_steps": STEPS[-1]}
-        (run / "run_config.json").write_text(json.dumps(config))
+        name = f"seed_{seed}"
+        settings = {"run_name": name, "seed": seed, "num_steps": STEPS[-1]}
+        write_run(folder / "runs" / name, folder / "data" / "benchmark", steps=STEPS, **settings)
     return folder
 
 

@@ -96,11 +96,16 @@ def fit_read_out(module: TorchDecoder, records: list[dict[str, Any]]) -> None:
         module.lm_head.weight.copy_(torch.linalg.solve(gram, 10 * features.T @ targets).T)
 
 
-def write_run(folder: Path, benchmark_dir: Path, *, tied: bool = False, steps: tuple[int, ...] = STEPS) -> Path:
-    """Writes a run directory as the reference trainer does, with random models of growing distance from each other."""
+def write_run(
+    folder: Path, benchmark_dir: Path, *, tied: bool = False, steps: tuple[int, ...] = STEPS, **settings: Any
+) -> Path:
+    """Writes a run directory as the reference trainer does, with random models of growing distance from each other.
+
+    The settings are of the run's config, where it differs from `run_config`.
+    """
     metadata = json.loads((benchmark_dir / "metadata.json").read_text())
     vocab_size = len(metadata["vocabulary"]["tokens"])
-    spec = run_config(benchmark_dir)
+    spec = run_config(benchmark_dir) | settings
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "run_config.json").write_text(json.dumps(spec))
     validation = read_lines(benchmark_dir / "validation_iid.jsonl")

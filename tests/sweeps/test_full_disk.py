@@ -93,8 +93,10 @@ def test_tables_that_find_no_room(small_run, monkeypatch, undisturbed):
         else:
             break
         assert {path: path.read_bytes() for path in (small_run / "analysis").rglob("*") if path.is_file()} == before
-    assert disk.writes == [
-        *("checkpoint_metrics.nc", "kvjax_checkpoint_metrics.nc"),
-        *("checkpoint_metrics.jsonl", "heads.jsonl", "mlps.jsonl", "sweep.json"),
-    ]
+    assert sorted(disk.writes) == sorted(
+        [
+            *("checkpoint_metrics.nc", "kvjax_checkpoint_metrics.nc"),
+            *("checkpoint_metrics.jsonl", "heads.jsonl", "mlps.jsonl", "sweep.json"),
+        ]
+    )
     assert RunResults(RunDir.open(small_run)).rows == undisturbed
