@@ -22,9 +22,7 @@ from benchmarks.reporting import machine, result_path, write_result
 from benchmarks.simulated_runs import LOG_STEPS, Noise, Truth, simulate
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
-from kvjax.windows.score_runs import RunFinding, find_in_runs
-
-_RUNS_PER_BATCH = 20
+from kvjax.windows.find_in_run import RunFinding, find_in_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +47,16 @@ def measure(
     """Counts simulated runs with windows, and true shifts that a window is centred on within a checkpoint."""
     rng = np.random.default_rng(seed)
     with_windows = shifts = found = extra = ramps = 0
-    for start in range(0, runs, _RUNS_PER_BATCH):
-        batch = [simulate(rng, checkpoints, noise, truth, config) for _ in range(min(_RUNS_PER_BATCH, runs - start))]
-        for finding, (_, gaps) in zip(find_in_runs([run for run, _ in batch], config), batch, strict=True):
-            centres = [window.gap for window in finding.windows]
-            hits = [gap for gap in gaps if any(abs(centre - gap) <= 1 for centre in centres)]
-            with_windows += bool(centres)
-            shifts += len(gaps)
-            found += len(hits)
-            extra += len(_unexplained(finding, gaps)) > 0
-            ramps += len(finding.ramps) > 0
+    for _ in range(runs):
+        run, gaps = simulate(rng, checkpoints, noise, truth, config)
+        finding = find_in_run(run, config)
+        centres = [window.gap for window in finding.windows]
+        hits = [gap for gap in gaps if any(abs(centre - gap) <= 1 for centre in centres)]
+        with_windows += bool(centres)
+        shifts += len(gaps)
+        found += len(hits)
+        extra += len(_unexplained(finding, gaps)) > 0
+        ramps += len(finding.ramps) > 0
     return {
         "checkpoints": checkpoints,
         **dataclasses.asdict(noise),

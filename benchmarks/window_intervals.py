@@ -21,7 +21,7 @@ from benchmarks.simulated_runs import SPLITS
 from kvjax.config.files import find_config, read_config
 from kvjax.config.windows import WindowConfig
 from kvjax.model.components import Component
-from kvjax.windows.score_runs import find_in_runs
+from kvjax.windows.find_in_run import find_in_run
 from kvjax.windows.summary import window_entries
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
@@ -69,10 +69,11 @@ def measure(width: float, config: WindowConfig, *, runs: int, seed: int, everies
     rows = {every: {"looked_for": 0, "found": 0, **dict.fromkeys(MOMENTS, 0)} for every in everies}
     widths: dict[tuple[int, str], list[int]] = {(every, moment): [] for every in everies for moment in MOMENTS}
     of_run: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for finding, (number, every, truth) in zip(find_in_runs(searched, config), labels, strict=True):
+    for run, (number, every, truth) in zip(searched, labels, strict=True):
         row = rows[every]
         row["looked_for"] += len(MEASURES)
-        order = [entry for window in window_entries(finding, _NOTHING, config) for entry in window["order"]]
+        windows = window_entries(find_in_run(run, config), _NOTHING, config)
+        order = [entry for window in windows for entry in window["order"]]
         for entry in {entry["metric"]: entry for entry in order}.values():
             row["found"] += 1
             for moment, (name, interval) in zip(truth[entry["metric"]], MOMENTS.items(), strict=True):

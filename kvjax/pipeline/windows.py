@@ -19,7 +19,7 @@ from kvjax.pipeline.story import tell_story
 from kvjax.pipeline.written_runs import open_to_write
 from kvjax.windows.run import WindowsReport, write_windows
 
-_AT_ONCE = 16  # runs whose arrays and resamples are in memory together: they are scored in one call
+_FEW = 16  # runs that are over before a progress bar says anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,12 @@ def find_birth_windows(
     """
     config = read_config(find_config(settings.config, "windows"), WindowConfig)
     with open_to_write(runs, results, needs="checkpoints") as found:
-        told, shown = [], progress if len(found) > _AT_ONCE else no_progress
+        told, shown = [], progress if len(found) > _FEW else no_progress
         with shown(len(found), "runs") as advance:
-            for begin in range(0, len(found), _AT_ONCE):
-                opened = {run.path: RunResults(run) for run in found[begin : begin + _AT_ONCE]}
-                for report in write_windows(list(opened.values()), config):
-                    told.append(ToldWindows(report, tell_story(opened[report.run.path])))
-                    advance(1)
+            for run in found:
+                opened = RunResults(run)
+                told.append(ToldWindows(write_windows(opened, config), tell_story(opened)))
+                advance(1)
         return told
 
 

@@ -1,4 +1,4 @@
-"""Birth windows of runs, from the sweep's files to `analysis/birth_windows.json`."""
+"""Birth windows of a run, from the sweep's files to `analysis/birth_windows.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvjax.config.windows import WindowConfig
 from kvjax.errors import unusable
 from kvjax.windows.births import births
 from kvjax.windows.breaks import Breaks
-from kvjax.windows.score_runs import RunFinding, find_in_runs
+from kvjax.windows.find_in_run import RunFinding, find_in_run
 from kvjax.windows.summary import ramp_entries, verdict_sentence, window_entries
 from kvjax.windows.trajectories import component_drops, needed_events, needed_means, run_trajectories
 
@@ -47,25 +47,20 @@ class _Swept:
     where_broken: Breaks
 
 
-def write_windows(runs: Sequence[RunResults], config: WindowConfig) -> list[WindowsReport]:
-    """Finds the birth windows of runs and writes each run's file.
+def write_windows(run: RunResults, config: WindowConfig) -> WindowsReport:
+    """Finds the birth windows of a run and writes its file.
 
-    It works on whatever has been measured, even while a run still trains. What it reads of the results stays read.
+    It works on whatever has been measured, even while the run still trains. What it reads of the results stays read.
 
     Raises:
-      InputError: a run has no sweep, or a sweep that cannot be read.
+      InputError: the run has no sweep, or a sweep that cannot be read.
     """
-    swept = [_open(run) for run in runs]
-    trajectories = [
-        run_trajectories(one.means, one.events, config, one.where_broken, ranked_by=one.ranked_by) for one in swept
-    ]
-    findings = find_in_runs(trajectories, config)
-    reports = []
-    for one, finding in zip(swept, findings, strict=True):
-        document = _document(one, finding, config)
-        write_birth_windows(one.run.layout.birth_windows, document)
-        reports.append(WindowsReport(one.run, document, _notes(one, finding)))
-    return reports
+    swept = _open(run)
+    trajectories = run_trajectories(swept.means, swept.events, config, swept.where_broken, ranked_by=swept.ranked_by)
+    finding = find_in_run(trajectories, config)
+    document = _document(swept, finding, config)
+    write_birth_windows(run.run.layout.birth_windows, document)
+    return WindowsReport(run.run, document, _notes(swept, finding))
 
 
 def _open(results: RunResults) -> _Swept:

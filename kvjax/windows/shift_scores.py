@@ -1,9 +1,9 @@
 """Scores level shifts: how much a metric changed at each gap between checkpoints, against its noise.
 
-Pure jitted functions of arrays [run, checkpoint, metric]. Gap g lies between checkpoints g and g + 1. Axis letters
+Pure jitted functions of one run's arrays [checkpoint, metric]. Gap g lies between checkpoints g and g + 1. Axis letters
 beside those of `kvjax.model.sites`: M metrics (one trajectory each: a measure on a split, of a component), G gaps, J
 bootstrap resamples. Checkpoints may be spaced unevenly: drift and second differences are taken in steps. A missing
-value is NaN, and so is every checkpoint that pads a shorter run.
+value is NaN, and so is every checkpoint that pads a run.
 """
 
 from __future__ import annotations
@@ -79,28 +79,50 @@ class ShiftScores:
 
 @functools.partial(jax.jit, static_argnames="settings")
 def shift_scores(
-    values_RxCxM: jax.Array,
-    samples_RxJxCxM: jax.Array,
-    steps_RxC: jax.Array,
+    values_CxM: jax.Array,
+    samples_JxCxM: jax.Array,
+    steps_C: jax.Array,
     traits: MetricTraits,
     *,
     settings: ShiftSettings,
 ) -> ShiftScores:
-    """Scores every candidate shift of runs, from trajectories and their paired resamples.
+    """Scores every candidate shift of a run, from its trajectories and their paired resamples.
 
     Args:
-      values_RxCxM: trajectories; runs with fewer checkpoints are padded with NaN at the end.
-      samples_RxJxCxM: the same under resamples of sequences, each resample the same for all checkpoints. A metric
+      values_CxM: trajectories, maybe padded with NaN at the end.
+      samples_JxCxM: the same under resamples of sequences, each resample the same for all checkpoints. A metric
         that has no resamples repeats its values: its noise is its wobble alone.
-      steps_RxC: training steps, ascending also through the padding.
+      steps_C: training steps, ascending also through the padding.
       traits: of the metrics.
       settings: static settings.
 
     Returns:
-      Scores, [R, G, M] each.
+      Scores, [G, M] each.
     """
-    score_run = functools.partial(_score_run, traits=traits, settings=settings)
-    return jax.vmap(score_run)(values_RxCxM, samples_RxJxCxM, steps_RxC)
+    steps = steps_C.astype(values_CxM.dtype)
+    level = values_CxM - (steps - steps[0])[:, None] * steady_drift(values_CxM, steps)[None]
+    size, n_before, n_after = level_shifts(level, side=settings.side)
+    resampled = jax.vmap(lambda sample: level_shifts(sample, side=settings.side)[0])(samples_JxCxM)
+    bootstrap = jnp.nan_to_num(jnp.nanvar(resampled, axis=0))
+    per_checkpoint = 1 / jnp.maximum(n_before, 1) + 1 / jnp.maximum(n_after, 1)
+    scored = (jnp.minimum(n_before, n_after) >= settings.min_side) & jnp.isfinite(level[1:]) & jnp.isfinite(level[:-1])
+    direction = traits.direction[None]
+    wanted = (direction == 0) | (jnp.sign(size) == direction)
+    holds = scored & wanted & (jnp.abs(size) >= traits.floor[None]) & _separates(level, size, settings)
+
+    def score(shifted: jax.Array, lags: tuple[int, ...]) -> jax.Array:
+        seen = dataclasses.replace(settings, wobble_lags=lags)
+        wobble = per_checkpoint * wobble_variance(level, steps, shifted, traits, settings=seen)
+        # Second differences hold the sampling noise of single checkpoints as well: the two overlap and are not added.
+        return jnp.where(scored, jnp.abs(size) / jnp.sqrt(jnp.maximum(bootstrap, wobble)), jnp.nan)
+
+    # One shift must not count as wobble when another is scored. Shifts are therefore found at the shortest lag, which
+    # they disturb least, and found again without the first ones.
+    shifted = jnp.zeros_like(holds)
+    for _ in range(2):
+        shifted = holds & (score(shifted, settings.wobble_lags[:1]) >= settings.threshold)
+    score_GxM = score(shifted, settings.wobble_lags)
+    return ShiftScores(size=jnp.where(scored, size, jnp.nan), score=score_GxM, holds=holds)
 
 
 def level_shifts(values_CxM: jax.Array, *, side: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -189,40 +211,6 @@ def wobble_variance(
         estimates.append((weight * prior + count * seen) / (weight + count))
         estimates.append((weight * prior + 2 * pooled_count * pooled) / (weight + 2 * pooled_count))
     return functools.reduce(jnp.maximum, estimates) if estimates else largest
-
-
-def _score_run(
-    values_CxM: jax.Array,
-    samples_JxCxM: jax.Array,
-    steps_C: jax.Array,
-    *,
-    traits: MetricTraits,
-    settings: ShiftSettings,
-) -> ShiftScores:
-    steps = steps_C.astype(values_CxM.dtype)
-    level = values_CxM - (steps - steps[0])[:, None] * steady_drift(values_CxM, steps)[None]
-    size, n_before, n_after = level_shifts(level, side=settings.side)
-    resampled = jax.vmap(lambda sample: level_shifts(sample, side=settings.side)[0])(samples_JxCxM)
-    bootstrap = jnp.nan_to_num(jnp.nanvar(resampled, axis=0))
-    per_checkpoint = 1 / jnp.maximum(n_before, 1) + 1 / jnp.maximum(n_after, 1)
-    scored = (jnp.minimum(n_before, n_after) >= settings.min_side) & jnp.isfinite(level[1:]) & jnp.isfinite(level[:-1])
-    direction = traits.direction[None]
-    wanted = (direction == 0) | (jnp.sign(size) == direction)
-    holds = scored & wanted & (jnp.abs(size) >= traits.floor[None]) & _separates(level, size, settings)
-
-    def score(shifted: jax.Array, lags: tuple[int, ...]) -> jax.Array:
-        seen = dataclasses.replace(settings, wobble_lags=lags)
-        wobble = per_checkpoint * wobble_variance(level, steps, shifted, traits, settings=seen)
-        # Second differences hold the sampling noise of single checkpoints as well: the two overlap and are not added.
-        return jnp.where(scored, jnp.abs(size) / jnp.sqrt(jnp.maximum(bootstrap, wobble)), jnp.nan)
-
-    # One shift must not count as wobble when another is scored. Shifts are therefore found at the shortest lag, which
-    # they disturb least, and found again without the first ones.
-    shifted = jnp.zeros_like(holds)
-    for _ in range(2):
-        shifted = holds & (score(shifted, settings.wobble_lags[:1]) >= settings.threshold)
-    score_GxM = score(shifted, settings.wobble_lags)
-    return ShiftScores(size=jnp.where(scored, size, jnp.nan), score=score_GxM, holds=holds)
 
 
 def _separates(level_CxM: jax.Array, size_GxM: jax.Array, settings: ShiftSettings) -> jax.Array:

@@ -11,9 +11,9 @@ import numpy as np
 from kvjax.config.windows import WindowConfig
 from kvjax.measure.registry import BIRTH_SPLIT
 from kvjax.windows.components import component_changes, component_entries
+from kvjax.windows.find_in_run import RunFinding, course_steps
 from kvjax.windows.group_shifts import Shift, Window, whole_movements
 from kvjax.windows.onset import COURSE, gap_around, observed_interval, precedence
-from kvjax.windows.score_runs import RunFinding, course_steps
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
 # Levels before and after a movement are looked for within so many times the checkpoints of a shift's sides.

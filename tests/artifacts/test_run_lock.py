@@ -188,7 +188,9 @@ def test_notes_of_commands(capsys, monkeypatch, swept_run):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr("kvjax.pipeline.windows.write_windows", lambda runs, config: [])
+    monkeypatch.setattr("kvjax.pipeline.windows.write_windows", lambda run, config: None)
+    monkeypatch.setattr("kvjax.pipeline.windows.tell_story", lambda results: None)
+    monkeypatch.setattr("kvjax.pipeline.text.print_told_windows", lambda told, show: None)
     assert main(["birth-windows", f"--run_dirs={swept_run}", "--noprogress"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"kvjax birth-windows: note: {swept_run}: no lock can be had there")

@@ -90,7 +90,7 @@ def test_next_command_after_windows(swept_run_at, capsys):
 @pytest.fixture
 def swept_run_at(tmp_path, monkeypatch):
     """Makes a run directory of a name; nothing looks into its sweep."""
-    monkeypatch.setattr("kvjax.pipeline.windows.write_windows", lambda runs, config: [])
+    monkeypatch.setattr("kvjax.pipeline.windows.find_birth_windows", lambda *args, **how: [])
 
     def make(name):
         run = tmp_path / name

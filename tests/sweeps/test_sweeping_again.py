@@ -122,7 +122,7 @@ def test_other_ranking(swept, rows, tmp_path):
         places = [(head["layer"], head["head"], head["accuracy_drop"]) for head in row["top_heads"]]
         assert places == [(head["layer"], head["head"], head["value"]) for head in row["top_heads_by_ablation"]]
     config = read_config(find_config("default", "windows"), WindowConfig)
-    assert write_windows([RunResults(RunDir.open(run))], config)[0].document["ranked_by"] == "zero"
+    assert write_windows(RunResults(RunDir.open(run)), config).document["ranked_by"] == "zero"
     (run / "analysis" / "checkpoint_metrics.jsonl").unlink()
     remedy = checkpoints_are_measured(RunDir.open(run)).command
     assert "--rank_by=zero" in remedy and "--ablations" not in remedy

@@ -31,10 +31,8 @@ def scores(values_CxM, steps=None, samples=None, settings=SETTINGS, **of_metrics
     values = jnp.asarray(values_CxM, jnp.float32)
     steps = jnp.arange(len(values)) * 100.0 if steps is None else jnp.asarray(steps, jnp.float32)
     samples = jnp.broadcast_to(values, (4, *values.shape)) if samples is None else jnp.asarray(samples, jnp.float32)
-    found = shift_scores(
-        values[None], samples[None], steps[None], traits(values.shape[1], **of_metrics), settings=settings
-    )
-    return jax.tree.map(lambda x: np.asarray(x[0]), found)
+    found = shift_scores(values, samples, steps, traits(values.shape[1], **of_metrics), settings=settings)
+    return jax.tree.map(np.asarray, found)
 
 
 def column(*values):
@@ -180,21 +178,19 @@ def test_noise_from_paired_resamples():
     assert scores(values, samples=offsets).score[2, 0] == pytest.approx(scores(values).score[2, 0], rel=1e-4)
 
 
-def test_batch_of_padded_runs():
-    """Runs scored as a padded batch have the scores they have alone."""
+def test_padded_run():
+    """A padded run has the scores that it has without its padding, and no shift in it."""
     rng = np.random.default_rng(2)
-    values = rng.standard_normal((3, 12, 5)).astype(np.float32).cumsum(axis=1)
-    samples = values[:, None] + 0.1 * rng.standard_normal((3, 6, 12, 5)).astype(np.float32)
-    steps = np.cumsum(rng.integers(1, 9, (3, 12)), axis=1).astype(np.float32)
-    batched = shift_scores(jnp.asarray(values), jnp.asarray(samples), jnp.asarray(steps), traits(5), settings=SETTINGS)
-    for r in range(3):
-        single = scores(values[r], steps=steps[r], samples=samples[r])
+    for _ in range(3):
+        values = rng.standard_normal((12, 5)).astype(np.float32).cumsum(axis=0)
+        samples = values + 0.1 * rng.standard_normal((6, 12, 5)).astype(np.float32)
+        steps = np.cumsum(rng.integers(1, 9, 12)).astype(np.float32)
+        alone = scores(values, steps=steps, samples=samples)
         padded = scores(
-            np.pad(values[r], ((0, 4), (0, 0)), constant_values=np.nan),
-            steps=np.append(steps[r], steps[r, -1] + np.arange(1, 5)),
-            samples=np.pad(samples[r], ((0, 0), (0, 4), (0, 0)), constant_values=np.nan),
+            np.pad(values, ((0, 4), (0, 0)), constant_values=np.nan),
+            steps=np.append(steps, steps[-1] + np.arange(1, 5)),
+            samples=np.pad(samples, ((0, 0), (0, 4), (0, 0)), constant_values=np.nan),
         )
         for name in ("size", "score", "holds"):
-            np.testing.assert_allclose(getattr(batched, name)[r], getattr(single, name), rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(getattr(padded, name)[:11], getattr(single, name), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(getattr(padded, name)[:11], getattr(alone, name), rtol=1e-4, atol=1e-5)
         assert not padded.holds[11:].any()

@@ -15,7 +15,7 @@ from kvjax.model.components import Component
 from kvjax.windows.births import births
 from kvjax.windows.breaks import NO_BREAKS, Breaks
 from kvjax.windows.components import first_above_null
-from kvjax.windows.score_runs import find_in_runs
+from kvjax.windows.find_in_run import find_in_run
 from kvjax.windows.summary import verdict_sentence, window_entries
 from kvjax.windows.trajectories import ComponentDrops, Metric, Trajectories
 
@@ -71,7 +71,7 @@ def test_dense_run(config, seed):
     }
     noise = {"w": 0.08}
     courses = {name: curve + noise.get(name, 0.008) * rng.standard_normal(160) for name, curve in curves.items()}
-    (found,) = find_in_runs([hand_made(courses, steps=steps)], config)
+    found = find_in_run(hand_made(courses, steps=steps), config)
     centres = [int(steps[window.gap + 1]) for window in found.windows]
     assert len(centres) == 2
     assert abs(centres[0] - 2000) <= 100 and abs(centres[1] - 6000) <= 100
@@ -83,7 +83,7 @@ def test_reason_of_growth(config):
     """The reason for no transition names growth as such, not a shift that is too weak."""
     steps = np.arange(1, 9) * 250
     run = hand_made({"r": np.log(steps / 250), "answer_accuracy": 0.3 * np.log(steps / 250)}, steps=steps)
-    (found,) = find_in_runs([run], config)
+    found = find_in_run(run, config)
     assert found.verdict == "no transition" and found.growing
     assert "more than steady growth" in verdict_sentence(found, config, complete=True)
 
@@ -107,18 +107,6 @@ def test_onset_and_completion_of_a_long_rise(config):
     assert row["onset"] >= 16 and row["completion"] >= 16
 
 
-def test_runs_of_different_lengths_together(config):
-    """Runs searched together give what each gives alone, whatever their lengths."""
-    rng = np.random.default_rng(3)
-    runs = [simulate(rng, length, NOISE, Truth("shift", 9.0), config)[0] for length in (9, 16, 12)]
-    together = find_in_runs(runs, config)
-    for run, found in zip(runs, together, strict=True):
-        (alone,) = find_in_runs([run], config)
-        assert [(w.gap, w.first, w.last, len(w.shifts)) for w in found.windows] == [
-            (w.gap, w.first, w.last, len(w.shifts)) for w in alone.windows
-        ]
-
-
 def test_growing_run(config):
     """A growing run is undecidable, then without transition, then has the window of the whole run."""
     run, (gap,) = simulate(np.random.default_rng(4), 16, NOISE, Truth("shift", 12.0), config)
@@ -126,7 +114,7 @@ def test_growing_run(config):
     def until(n):
         return Trajectories(run.steps[:n], run.metrics, run.values_CxM[:n], run.samples_JxCxM[:, :n])
 
-    grown = [find_in_runs([until(n)], config)[0] for n in (3, gap + 2, gap + 3, 16)]
+    grown = [find_in_run(until(n), config) for n in (3, gap + 2, gap + 3, 16)]
     # Too few; the shift seen at one checkpoint only; at two; and the whole run.
     assert [found.verdict for found in grown] == ["undecidable", "no transition", "windows", "windows"]
     assert grown[2].windows[0].gap == grown[3].windows[0].gap == gap
@@ -137,7 +125,7 @@ def test_too_few_checkpoints(config, length):
     """A run of 1 to 3 checkpoints is undecidable, and the reason says so."""
     run, _ = simulate(np.random.default_rng(5), 8, NOISE, Truth("flat"), config)
     short = Trajectories(run.steps[:length], run.metrics, run.values_CxM[:length], run.samples_JxCxM[:, :length])
-    (found,) = find_in_runs([short], config)
+    found = find_in_run(short, config)
     sentence = verdict_sentence(found, config, complete=True)
     assert found.verdict == "undecidable" and f"{length} measured checkpoint" in sentence and "4 in all" in sentence
 
@@ -145,7 +133,7 @@ def test_too_few_checkpoints(config, length):
 def test_reason_of_a_flat_run(config):
     """The reason for no transition says that no shift is strong enough so far."""
     run, _ = simulate(np.random.default_rng(6), 24, NOISE, Truth("flat"), config)
-    (found,) = find_in_runs([run], config)
+    found = find_in_run(run, config)
     assert found.verdict == "no transition"
     assert "no shifts" in (sentence := verdict_sentence(found, config, complete=False)) or "no metric" in sentence
     assert "so far" in sentence
@@ -169,7 +157,7 @@ NOTHING = [0.3] * 10
 @pytest.fixture(scope="module")
 def formed(config):
     run = hand_made({"r": EARLY, "answer_accuracy": LATE, "q": NOTHING}, steps=STEPS)
-    (found,) = find_in_runs([run], config)
+    found = find_in_run(run, config)
     drops = np.stack([np.zeros(10), np.array(LATE) * 0.5, np.array(LATE[::-1]) * 0.4], axis=1)
     parts = ComponentDrops(
         (Component(0, 0), Component(0, 1), Component(0)), drops, np.full_like(drops, 0.01), 0.01, 1000
@@ -219,7 +207,7 @@ def test_no_window_rests_on_a_break(config):
     run = hand_made({"r": late, "answer_accuracy": late, "q": NOTHING}, steps=STEPS)
 
     def verdict(run):
-        return find_in_runs([run], config)[0].verdict
+        return find_in_run(run, config).verdict
 
     assert verdict(run) == "windows"
     for gaps in ({"jumps": [5]}, {"jumps": [3]}, {"jumps": [7]}, {"resumed": [5]}):
@@ -261,7 +249,7 @@ def test_components_that_rose_and_fell(config):
     """A window names the components whose importance fell in it, and those whose importance rose, with both levels."""
     falls, rises = [0.6, 0.6, 0.6, 0.6, 0.6, 0.1, 0.1, 0.1, 0.1, 0.1], [0.0] * 5 + [0.4] * 5
     run = component_run({(0, 0): (falls, rises), (1, 2): (rises, rises), (1, None): (NOTHING, NOTHING)})
-    (found,) = find_in_runs([run], config)
+    found = find_in_run(run, config)
     parts = ComponentDrops((Component(0, 0),), np.zeros((10, 1)), np.full((10, 1), 0.01), 0.01, 1000)
     (window,) = window_entries(found, parts, config)
     assert [change["component"] for change in window["fell"]] == ["L0H0"]
@@ -353,11 +341,11 @@ def test_residual_drift_alone(config):
     falls = np.where(np.arange(10) < 5, 0.0, -2.0)
     values = np.stack([*[falls] * 4, np.zeros(10)], axis=1)
     run = Trajectories(STEPS, metrics, values, np.repeat(values[None], 50, axis=0))
-    (found,) = find_in_runs([run], config)
+    found = find_in_run(run, config)
     assert found.verdict == "no transition" and len(found.joining) == 4
     drift = config.triggers.residual_drift.model_copy(update={"opens_window": True})
     opened = config.model_copy(update={"triggers": config.triggers.model_copy(update={"residual_drift": drift})})
-    (found,) = find_in_runs([run], opened)
+    found = find_in_run(run, opened)
     assert found.verdict == "windows"
     nothing = ComponentDrops((Component(0, 0),), np.zeros((10, 1)), np.ones((10, 1)), 0.01, 1000)
     (window,) = window_entries(found, nothing, opened)

@@ -1,4 +1,4 @@
-"""Searches trajectories for windows: scores all runs at once, then finds windows run by run."""
+"""Searches the trajectories of a run for windows: scores every gap, then finds shifts, windows and ramps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ Verdict = Literal["windows", "no transition", "undecidable"]
 
 # Runs are padded to a multiple of this many checkpoints, so that a growing run does not compile a program each time.
 _CHECKPOINT_MULTIPLE = 8
-# Resampled values scored in one call; float32, and a few copies of them live at once.
-_VALUES_PER_CALL = 32_000_000
 
 _DIRECTIONS = {"rise": 1.0, "fall": -1.0, "either": 0.0}
 
@@ -53,21 +51,58 @@ class RunFinding:
     ramps: tuple[Ramp, ...] = ()
 
 
-def find_in_runs(runs: Sequence[Trajectories], config: WindowConfig) -> list[RunFinding]:
-    """Finds shifts and windows in each run; runs with the same metrics are scored together."""
-    scored: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    alike: dict[tuple[Metric, ...], list[int]] = {}
-    for index, run in enumerate(runs):
-        alike.setdefault(run.metrics, []).append(index)
-    for metrics, members in alike.items():
-        padded = _padded_length(max(len(runs[i].steps) for i in members))
-        resamples = runs[members[0]].samples_JxCxM.shape[0]
-        at_once = max(1, _VALUES_PER_CALL // (padded * resamples * len(metrics)))
-        for start in range(0, len(members), at_once):
-            chunk = members[start : start + at_once]
-            for index, scores in zip(chunk, _score([runs[i] for i in chunk], padded, config), strict=True):
-                scored[index] = scores
-    return [_finding(run, *scored[index], config) for index, run in enumerate(runs)]
+def find_in_run(run: Trajectories, config: WindowConfig) -> RunFinding:
+    """Finds shifts, windows and ramps in a run."""
+    size, score, holds = _score(run, config)
+    opens = [getattr(config.triggers, metric.kind).opens_window for metric in run.metrics]
+    num_tests = int(np.isfinite(score).sum())
+    if len(run.steps) < config.min_checkpoints or not num_tests:
+        return RunFinding(run, "undecidable", (), None, ())
+    settings = detection_settings(config)
+    spread = _range(run.values_CxM)
+
+    def found(threshold: float) -> list[Shift]:
+        shifts = find_shifts(size, score, holds, spread, threshold=threshold)
+        side = config.side_checkpoints
+        return [shift for shift in shifts if not run.breaks.founds_no_window(shift, side=side)]
+
+    every = found(0.0)
+    openers = [shift for shift in every if opens[shift.metric]]
+    largest = max(openers, key=lambda shift: shift.score, default=None)
+    traits = [getattr(config.triggers, metric.kind) for metric in run.metrics]
+    floors = np.array([trigger.shift_floor for trigger in traits])
+    at = {"threshold": config.threshold, "side": config.side_checkpoints}
+    strong = found(config.threshold)
+    sampled = {
+        shift
+        for shift in strong
+        if is_growth(shift, run.values_CxM[:, shift.metric], run.steps, floor=floors[shift.metric], **at)
+    }
+    shifts = [shift for shift in strong if shift not in sampled]
+    repeats = origins(shifts, run, side=config.side_checkpoints)
+    explained = growing(shifts, run, floors, **at)
+    courses = course_steps(run.values_CxM[None], run.steps, shifts, shifts, side=config.side_checkpoints)[0]
+    windows = find_windows(
+        shifts,
+        courses[:, [0, 2]],
+        [metric.kind for metric in run.metrics],
+        opens,
+        origins=repeats,
+        growing=explained,
+        steps=run.steps,
+        num_tests=num_tests,
+        settings=settings,
+    )
+    joining = tuple(shift for shift in shifts if not opens[shift.metric])
+    verdict: Verdict = "windows" if windows else "no transition"
+    with np.errstate(invalid="ignore", divide="ignore"):
+        errors = np.ma.masked_invalid(np.abs(size) / score)
+    noise = np.ma.median(errors, axis=0).filled(np.nan)
+    needed = {"alone": config.threshold_alone, "corroboration": config.corroboration}
+    in_windows = {shift for window in windows for shift in window.shifts}
+    jumps = [shift for shift in shifts if shift in in_windows or shift not in explained]
+    ramps = find_ramps(run.values_CxM, noise, floors, jumps, **at, **needed)
+    return RunFinding(run, verdict, tuple(windows), largest, joining, repeats, explained | sampled, tuple(ramps))
 
 
 def metric_traits(metrics: tuple[Metric, ...], config: WindowConfig) -> MetricTraits:
@@ -153,89 +188,29 @@ def course_steps(
     return np.asarray(courses, np.float64)[:, : len(shifts)] + float(steps_C[0])
 
 
-def _score(
-    runs: Sequence[Trajectories], padded: int, config: WindowConfig
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Scores runs with the same metrics: sizes, scores and whether they hold, [G, M] each."""
+def _score(run: Trajectories, config: WindowConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores a run's gaps: sizes, scores and whether they hold, [G, M] each.
 
-    def stacked(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
-        widths = [[(0, 0)] * array.ndim for array in arrays]
-        for width, array in zip(widths, arrays, strict=True):
-            width[axis] = (0, padded - array.shape[axis])
-        pairs = zip(arrays, widths, strict=True)
-        return np.stack([np.pad(array, width, constant_values=np.nan) for array, width in pairs])
+    A run is scored by a program of its own, never beside others: sums over another number of rows differ in their last
+    digits, and what is found in a run must not depend on which others are looked at.
+    """
+    gaps = len(run.steps) - 1
+    missing = _padded_length(len(run.steps)) - len(run.steps)
 
-    steps = []
-    for run in runs:
-        missing = padded - len(run.steps)
-        relative = run.steps - run.steps[0]
-        steps.append(np.concatenate([relative, relative[-1] + 1 + np.arange(missing)]))
+    def padded(array: np.ndarray, axis: int) -> jnp.ndarray:
+        widths = [(0, missing if along == axis else 0) for along in range(array.ndim)]
+        return jnp.asarray(np.pad(array, widths, constant_values=np.nan), jnp.float32)
+
+    relative = run.steps - run.steps[0]
+    steps = np.concatenate([relative, relative[-1] + 1 + np.arange(missing)])
     scores = shift_scores(
-        jnp.asarray(stacked([run.values_CxM for run in runs], 0), jnp.float32),
-        jnp.asarray(stacked([run.samples_JxCxM for run in runs], 1), jnp.float32),
-        jnp.asarray(np.stack(steps), jnp.float32),
-        metric_traits(runs[0].metrics, config),
+        padded(run.values_CxM, 0),
+        padded(run.samples_JxCxM, 1),
+        jnp.asarray(steps, jnp.float32),
+        metric_traits(run.metrics, config),
         settings=shift_settings(config),
     )
-    size, score, holds = (np.asarray(array) for array in (scores.size, scores.score, scores.holds))
-    return [
-        (size[r, : len(run.steps) - 1], score[r, : len(run.steps) - 1], holds[r, : len(run.steps) - 1])
-        for r, run in enumerate(runs)
-    ]
-
-
-def _finding(
-    run: Trajectories, size: np.ndarray, score: np.ndarray, holds: np.ndarray, config: WindowConfig
-) -> RunFinding:
-    opens = [getattr(config.triggers, metric.kind).opens_window for metric in run.metrics]
-    num_tests = int(np.isfinite(score).sum())
-    if len(run.steps) < config.min_checkpoints or not num_tests:
-        return RunFinding(run, "undecidable", (), None, ())
-    settings = detection_settings(config)
-    spread = _range(run.values_CxM)
-
-    def found(threshold: float) -> list[Shift]:
-        shifts = find_shifts(size, score, holds, spread, threshold=threshold)
-        side = config.side_checkpoints
-        return [shift for shift in shifts if not run.breaks.founds_no_window(shift, side=side)]
-
-    every = found(0.0)
-    openers = [shift for shift in every if opens[shift.metric]]
-    largest = max(openers, key=lambda shift: shift.score, default=None)
-    traits = [getattr(config.triggers, metric.kind) for metric in run.metrics]
-    floors = np.array([trigger.shift_floor for trigger in traits])
-    at = {"threshold": config.threshold, "side": config.side_checkpoints}
-    strong = found(config.threshold)
-    sampled = {
-        shift
-        for shift in strong
-        if is_growth(shift, run.values_CxM[:, shift.metric], run.steps, floor=floors[shift.metric], **at)
-    }
-    shifts = [shift for shift in strong if shift not in sampled]
-    repeats = origins(shifts, run, side=config.side_checkpoints)
-    explained = growing(shifts, run, floors, **at)
-    courses = course_steps(run.values_CxM[None], run.steps, shifts, shifts, side=config.side_checkpoints)[0]
-    windows = find_windows(
-        shifts,
-        courses[:, [0, 2]],
-        [metric.kind for metric in run.metrics],
-        opens,
-        origins=repeats,
-        growing=explained,
-        steps=run.steps,
-        num_tests=num_tests,
-        settings=settings,
-    )
-    joining = tuple(shift for shift in shifts if not opens[shift.metric])
-    verdict: Verdict = "windows" if windows else "no transition"
-    with np.errstate(invalid="ignore", divide="ignore"):
-        errors = np.ma.masked_invalid(np.abs(size) / score)
-    noise = np.ma.median(errors, axis=0).filled(np.nan)
-    needed = {"alone": config.threshold_alone, "corroboration": config.corroboration}
-    in_windows = {shift for window in windows for shift in window.shifts}
-    jumps = [shift for shift in shifts if shift in in_windows or shift not in explained]
-    ramps = find_ramps(run.values_CxM, noise, floors, jumps, **at, **needed)
-    return RunFinding(run, verdict, tuple(windows), largest, joining, repeats, explained | sampled, tuple(ramps))
+    return np.asarray(scores.size)[:gaps], np.asarray(scores.score)[:gaps], np.asarray(scores.holds)[:gaps]
 
 
 def _range(values_CxM: np.ndarray) -> np.ndarray:
