@@ -110,7 +110,8 @@ class FileRecorder:
         resume = {"phase": "resume", "step": history.step, "num_steps": self.config.num_steps}
         with replace_file(layout.metrics) as partial:
             partial.write_bytes(b"".join(line + b"\n" for line in (*history.lines, json.dumps(resume).encode())))
-        layout.summary.unlink(missing_ok=True)  # the run is unfinished again
+        if history.step < self.config.num_steps:
+            layout.summary.unlink(missing_ok=True)  # the run is unfinished again
         self._remove_abandoned()
         if self._best is not None and self.config.checkpointing.save_best_checkpoint:
             self._restore_best(int(self._best["step"]))

@@ -215,6 +215,19 @@ def has_count(part):
     return isinstance(part, optax.ScaleByAdamState | optax.ScaleByScheduleState)
 
 
+def test_resume_of_a_finished_run(run, small_benchmark, monkeypatch):
+    """A run that had ended keeps its summary if the resume cannot write another."""
+
+    def no_room(recorder):
+        raise InputError("no room")
+
+    before = (run / "summary.json").read_bytes()
+    monkeypatch.setattr(FileRecorder, "finish", no_room)
+    with pytest.raises(InputError, match="no room"):
+        resume(run, small_benchmark)
+    assert (run / "summary.json").read_bytes() == before and RunDir.open(run).complete
+
+
 def test_rows_of_a_rewind(run, small_benchmark, writer):
     """Going on from an earlier step drops the rows beyond it, and the best checkpoint is one of those left."""
     (run / "checkpoints" / "step_000016.pt").unlink()
