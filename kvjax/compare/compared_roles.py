@@ -13,12 +13,30 @@ from kvjax.compare.aligned import SweptRun
 from kvjax.compare.matching import Matching, Stability, match_runs, role_scores
 from kvjax.compare.outliers import named_outliers, outliers
 from kvjax.compare.roles import ROLES, RoleTrajectories, role_trajectories
+from kvjax.compare.settings import LAST, LATEST_BIRTH
 from kvjax.compare.stage import Stage, choose_stage
 from kvjax.compare.variation import known_number
 from kvjax.measure.statistics import ranking
 from kvjax.model.components import Component
 
 _SCORE = "attention that shows the role, times the share of the causal effect"
+
+
+def unpatched(runs: Sequence[SweptRun]) -> dict[str, Sequence[int]]:
+    """Finds what has to be patched for roles to rest on patching at the latest birth that all runs have in common.
+
+    Returns:
+      The checkpoints that this birth rests on, of each run by name that is patched at none of them; nothing if the runs
+      have no birth of an answer in common.
+
+    Raises:
+      InputError: a run lacks a result.
+    """
+    stage = choose_stage(runs, LATEST_BIRTH, {one.name: one.steps for one in runs})
+    if stage.name == LAST:
+        return {}
+    patched = {one.name: role_trajectories(one).patched_steps for one in runs}
+    return {name: steps for name, steps in stage.steps.items() if not set(steps) & set(patched[name])}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from kvjax.artifacts.comparison_schema import read_comparison
 from kvjax.artifacts.find_runs import find_run_dirs
 from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.config.benchmark import BenchmarkConfig
@@ -122,9 +123,12 @@ def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> Non
     say(f"\n{len(ran)} of {len(reports)} stages run in {total}, the others were current.")
     for run in study.open_runs():
         say(f"  {run.path}: story in {run.layout.story_text}")
-    page = ComparisonLayout(study.comparison).page
-    if page.is_file():
-        say(page.read_text(encoding="utf-8").partition("\n## ")[0].rstrip())
-        say(f"\nComparison with tables and figures: {page}")
+    layout = ComparisonLayout(study.comparison)
+    if layout.comparison.is_file():
+        compared = read_comparison(layout.comparison)
+        say(f"\nComparison of {len(compared.runs)} runs:")
+        for sentence in compared.findings:
+            say(f"- {sentence}")
+        say(f"\nComparison with tables and figures: {layout.page}")
     say(f"\nOpen {study.report} in a browser: everything above, with figures.")
     say(f"Next: {command('status', run_dirs=list(study.runs))}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.compare.aligned import named_runs
+from kvjax.compare.compared_roles import unpatched
 from kvjax.compare.settings import CompareSettings
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.run import RunConfig
@@ -45,6 +47,7 @@ from kvjax.pipeline.sweep_state import sweep_is_current
 from kvjax.pipeline.train import runs_are_trained, train_missing_runs
 from kvjax.pipeline.train_apart import TrainingGroup, train_apart
 from kvjax.pipeline.windows import find_birth_windows, windows_are_current, windows_are_identified
+from kvjax.story.confirmations import KIND
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 from kvjax.units.unit import IN_PROCESS, Engine
@@ -165,23 +168,42 @@ def _with_windows(study: Study) -> list[RunDir]:
     return [run for run in study.open_runs() if windows_are_identified(run).holds]
 
 
-def _windows_are_studied(study: Study) -> Current:
+def _patching(study: Study) -> Iterator[tuple[RunDir, InterventionSettings]]:
+    """Says which runs to patch, and at which checkpoints, where roles are compared and no window had them patched."""
+    runs = named_runs(study.open_runs())
+    steps = unpatched(runs) if len(runs) > 1 else {}
+    for one in runs:
+        if one.name in steps:
+            at = ",".join(map(str, steps[one.name]))
+            yield one.run, dataclasses.replace(study.interventions, kinds=(KIND,), steps=at, force=True)
+
+
+def _interventions_are_made(study: Study) -> Current:
     missing = [path for path in study.runs if not path.is_dir()]
     if missing:
         return Current(False, f"{missing[0]} does not exist")
     looked_for = all_current(windows_are_current(run) for run in study.open_runs())
     if not looked_for.holds:
         return looked_for
-    runs = _with_windows(study)
-    if not runs:
-        return Current(True, "no run has a birth window to intervene in")
-    return all_current(interventions_are_current(run, study.interventions) for run in runs)
+    in_windows = [interventions_are_current(run, study.interventions) for run in _with_windows(study)]
+    if in_windows and not all_current(in_windows).holds:
+        return all_current(in_windows)
+    states = [*in_windows, *(interventions_are_current(run, settings) for run, settings in _patching(study))]
+    return all_current(states) if states else Current(True, "no run has a birth window to intervene in")
 
 
 def _intervene(study: Study, progress: Progress) -> list[InterventionReport]:
-    runs = [run.path for run in _with_windows(study)]
-    given = (RunsOnBenchmark.of(runs), PairSource(), study.interventions)
-    return _over("interventions", intervene, study, progress, *given) if runs else []
+    in_windows = [run.path for run in _with_windows(study)]
+    reports = _intervene_in(in_windows, study.interventions, study, progress) if in_windows else []
+    for run, settings in _patching(study):
+        reports += _intervene_in([run.path], settings, study, progress)
+    return reports
+
+
+def _intervene_in(
+    runs: Sequence[Path], settings: InterventionSettings, study: Study, progress: Progress
+) -> list[InterventionReport]:
+    return _over("interventions", intervene, study, progress, RunsOnBenchmark.of(runs), PairSource(), settings)
 
 
 GENERATE = Stage(
@@ -238,7 +260,7 @@ WINDOWS = Stage(
         "search for windows", find_birth_windows, study, progress, Runs.of(study.runs), WindowSettings()
     ),
 )
-INTERVENE = Stage("intervene", "intervene", ("windows",), _windows_are_studied, _intervene)
+INTERVENE = Stage("intervene", "intervene", ("windows",), _interventions_are_made, _intervene)
 COMPARE = Stage(
     "compare",
     "compare-seeds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvjax.compare.compared_roles import unpatched
 from kvjax.compare.findings import findings
 from kvjax.compare.seeds import compare
 from kvjax.compare.settings import LAST, CompareSettings
@@ -150,6 +151,16 @@ def test_earlier_stage_with_patching_comes_first(tmp_path):
     (note,) = [note for note in document["notes"] if note.startswith("roles")]
     assert "not compared at the later birth of answer_accuracy" in note
     assert "kvjax intervene --run_dirs=runs/b --steps=600,700,800 --kinds=activation_patching" in note
+
+
+def test_what_is_left_to_patch(tmp_path):
+    """Runs patched at no checkpoint of the latest common birth are to be patched at those that it rests on."""
+    runs = [
+        seed_run("a", forms_at=500, births={"w": 200}, patching=[patched_at(tmp_path, "a", (200, 500), binder=0)]),
+        seed_run("b", forms_at=600, births={"w": 300}, patching=[patched_at(tmp_path, "b", (300,), binder=0)]),
+    ]
+    assert unpatched(runs) == {"b": [600, 700, 800]}
+    assert unpatched([seed_run(name, forms_at=None, births={"r": 300}) for name in "ab"]) == {}
 
 
 def test_run_without_patching(tmp_path):

@@ -10,6 +10,7 @@ import xarray as xr
 
 import kvjax
 from kvjax.artifacts.comparison_schema import read_comparison
+from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
 from kvjax.errors import InputError
 from kvjax.pipeline.pipeline import run_pipeline
@@ -46,14 +47,29 @@ def test_pipeline_of_existing_runs(two_runs, capsys):
     arguments = ["pipeline", f"--run_dirs={two_runs}/runs/*", f"--output_dir={two_runs}", "--noprogress"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "compare: done" in printed and "2 of 7 stages run" in printed and "# Comparison of 2 runs" in printed
+    assert "compare: done" in printed and "2 of 7 stages run" in printed and "\\n" not in printed
     found = read_comparison(two_runs / "comparison" / "comparison.json")
+    assert "\n".join(["Comparison of 2 runs:", *(f"- {sentence}" for sentence in found.findings)]) in printed
     assert [run.seed for run in found.runs] == [3, 5] and len(found.matching) == 1
     with xr.open_dataset(two_runs / "comparison" / "comparison.nc", group="order") as order:
         assert "order_share" in order
     assert (two_runs / "comparison" / "figures" / "role_binder.png").stat().st_size > 1000
     assert main(arguments) == 0
     assert "0 of 7 stages run" in capsys.readouterr().out
+
+
+def test_patching_where_roles_are_compared(two_runs, monkeypatch, capsys):
+    """Runs that no window had patched where roles are compared are patched there, and once."""
+    last = max(RunDir.open(two_runs / "runs" / "seed_5").checkpoints)
+    monkeypatch.setattr("kvjax.pipeline.stages.unpatched", lambda runs: {"tiny_seed_5": [last]})
+    flags = [f"--run_dirs={two_runs}/runs/*", f"--output_dir={two_runs}", "--pairs_per_kind=2", "--noprogress"]
+    assert main(["pipeline", *flags]) == 0
+    assert "intervene: done" in capsys.readouterr().out
+    made = sorted(two_runs.glob("runs/*/analysis/interventions/*/*.nc"))
+    assert [path.relative_to(two_runs / "runs").parts[0] for path in made] == ["seed_5"]
+    assert made[0].parent.name == "activation_patching"
+    assert main(["pipeline", *flags]) == 0
+    assert "intervene: current, skipped" in capsys.readouterr().out
 
 
 def test_comparison_from_python(two_runs):
