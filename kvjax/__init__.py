@@ -3,7 +3,11 @@
 Importing the package is instant: JAX and the rest load with what uses them, when it is first asked for.
 """
 
+from kvjax.right_sums import keep_reductions_from_ynnpack
+
 __version__ = "0.1.0"
+
+keep_reductions_from_ynnpack()  # before JAX starts, whoever starts it
 
 # Public name -> the module it lives in.
 _PUBLIC = {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvjax.errors import unusable
 from kvjax.machine import available_cores, machine_memory_bytes
+from kvjax.right_sums import check_sums
 
 if TYPE_CHECKING:
     import jax
@@ -274,7 +275,8 @@ def start_jax() -> None:
     Call it before JAX computes anything; whatever was chosen before stays. `kvjax.sweep` and `kvjax.open_run` do.
 
     Raises:
-      InputError: JAX is to stop at NaN, which stands for values that do not exist here, or not to compile.
+      InputError: JAX is to stop at NaN, which stands for values that do not exist here, or not to compile; or it
+        started before kvjax was imported, and gives wrong sums.
     """
     import jax
 
@@ -284,3 +286,5 @@ def start_jax() -> None:
     share_cpu_cores()
     if jax.config.jax_compilation_cache_dir is None and not _left:
         use_compilation_cache()
+    if jax.default_backend() == "cpu":
+        check_sums()
