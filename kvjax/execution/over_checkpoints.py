@@ -34,15 +34,16 @@ def over_chunks(
 ) -> Iterator[Chunk[Item]]:
     """Dispatches checkpoints in chunks of `size` and yields each chunk once its outputs have arrived.
 
-    The last chunk is padded by repeating its last item, since another number of checkpoints would be another program
-    to compile. If reading the items fails, the items read before are measured and yielded before the error is raised.
+    The first chunk is handed on before the next is dispatched, since a person waits for it. The last is padded by
+    repeating its last item, since another number of checkpoints would be another program to compile. If reading the
+    items fails, the items read before are measured and yielded before the error is raised.
 
     Args:
       dispatch: starts the devices on exactly `size` items and returns a tree of their arrays, [size, …] each, without
         waiting for them.
       items: the checkpoints, in order; read no further ahead than chunks are dispatched.
       size: checkpoints per call.
-      in_flight: chunks that are dispatched before the outputs of the one before them are waited for.
+      in_flight: chunks that are dispatched before the outputs of the one before them are waited for, after the first.
     """
     running: collections.deque[tuple[list[Item], Any, float]] = collections.deque()
     free_since = -np.inf  # when the devices had finished the chunk before
@@ -60,7 +61,7 @@ def over_chunks(
         for chunk in _chunks(items, size):
             dispatched = time.perf_counter()
             running.append((chunk, dispatch([*chunk, *chunk[-1:] * (size - len(chunk))]), dispatched))
-            if len(running) > in_flight:
+            if len(running) > (in_flight if free_since > 0 else 0):
                 yield finish()
     except (Exception, KeyboardInterrupt):
         while running:

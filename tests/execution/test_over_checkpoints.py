@@ -38,11 +38,13 @@ def test_outputs_of_any_number_of_checkpoints(number, in_flight):
 
 
 def test_chunks_in_flight():
-    """The next chunk is dispatched before the outputs of the one before are handed on."""
+    """The first chunk is handed on at once; a later one only after the next has been dispatched."""
     dispatch = Doubling()
-    chunks = over_chunks(dispatch, range(6), size=2, in_flight=1)
+    chunks = over_chunks(dispatch, range(8), size=2, in_flight=1)
     next(chunks)
-    assert dispatch.chunks == [[0, 1], [2, 3]]
+    assert dispatch.chunks == [[0, 1]]
+    next(chunks)
+    assert dispatch.chunks == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_items_before_an_unusable_one():
@@ -58,9 +60,9 @@ def test_chunks_in_flight_after_a_failure_of_the_caller():
     """Once no more items come, what the devices have begun can still be taken."""
     items = (item for item in range(9))
     chunks = over_chunks(Doubling(), items, size=2)
-    first = next(chunks)
+    found = [next(chunks).items, next(chunks).items]
     items.close()
-    assert [first.items, *(chunk.items for chunk in chunks)] == [[0, 1], [2, 3]]
+    assert [*found, *(chunk.items for chunk in chunks)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_stacked_trees():
