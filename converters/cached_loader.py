@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 from kvjax.converters.parameter_store import ParameterStore, StoreIdentity
 
@@ -13,6 +14,7 @@ from kvjax.artifacts.files import HashedFile
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.checkpoint import Checkpoint
+from kvjax.model.decoder import Params
 from kvjax.task.benchmark import Benchmark
 
 Keep = Literal["nothing", "if possible", "everything"]
@@ -79,6 +81,24 @@ class CachedLoader:
             with self._lock:
                 self._hold(checkpoint)
         return checkpoint
+
+    def shapes(self, path: Path) -> Params:
+        """Reads the shapes of a checkpoint file's parameters, before it is converted for use and certified.
+
+        Raises:
+          InputError: the file is unusable.
+        """
+        file = HashedFile.read(path, "a PyTorch checkpoint")
+        stored = self._store.find(file) if self._trust_store else None
+        if stored is not None:
+            params = stored.params
+        else:
+            from kvjax.converters.to_flax import to_flax
+            from kvjax.converters.torch_checkpoint import parse_checkpoint
+
+            vocab_size = len(self._benchmark.vocabulary.tokens)
+            params = to_flax(parse_checkpoint(file).state, self._run.config.model, vocab_size, where=path)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
     def is_stored(self, sha256: str) -> bool:
         """Checks whether the store names a certified conversion of the file with this hash, or is to get none."""

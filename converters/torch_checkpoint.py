@@ -7,9 +7,8 @@ import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from kvjax.converters.envelope import find_optimizer_state, find_step, open_envelope, usable_weights
 from kvjax.converters.plain_values import PlainValues, section
 from kvjax.converters.saved_tensors import with_arrays
@@ -18,6 +17,9 @@ from kvjax.converters.weights import Saved
 
 from kvjax.artifacts.files import HashedFile, replace_file
 from kvjax.errors import unusable
+
+if TYPE_CHECKING:
+    import torch  # takes 1.5 s to import, and reading a file needs none of it
 
 _SHOWN_PLACES = 3
 
@@ -116,6 +118,8 @@ def _note(changed: list[str]) -> tuple[str, ...]:
 
 def use_one_torch_thread() -> None:
     """Gives PyTorch one thread in the calling thread: its threads wait by spinning, beside busy devices for long."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -133,6 +137,8 @@ def write_checkpoint(
     Raises:
       InputError: the file cannot be written, as on a full disk.
     """
+    import torch
+
     document = {
         "step": step,
         "model_state": dict(state),
