@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,14 @@ def compile_together(calls: Iterable[tuple[LoweredFunction, tuple[Any, ...]]]) -
     for each in compiling:
         each.result()
     return functions
+
+
+def compile_beside(lowered: jax.stages.Lowered) -> Future[Any]:
+    """Compiles a lowered function in a thread, while this one does something else; calls find it when that is done."""
+    thread = ThreadPoolExecutor(1)
+    compiling = thread.submit(lowered.compile)
+    thread.shutdown(wait=False)
+    return compiling
 
 
 def _made_from(function: Callable[..., Any], static: Any, leaves: list[Any], tree: Any) -> str:

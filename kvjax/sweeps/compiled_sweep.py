@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import numpy as np
 
 from kvjax.devices import backend, device_count, fillable_memory_gb
-from kvjax.execution.export_cache import kept_lowered
+from kvjax.execution.export_cache import LoweredFunction, compile_beside, kept_lowered
 from kvjax.execution.fit_set import check_roles
 from kvjax.execution.memory_plan import plan_chunks
 from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.execution.states_at_reads import ReadStates, rows_of_splits
 from kvjax.execution.unbucket import unbucket
-from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
+from kvjax.measure.weight_spectra import LEADING, HeadSpectra, head_spectra
 from kvjax.model.decoder import DecoderConfig, Params
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.clean import Sums
@@ -113,7 +114,40 @@ class CompiledSweep:
             placement=plan.placement,
         )
         self.data = jax.device_put(data, plan.placement.whole)
-        self._measure: dict[bool, Callable[..., Any]] = {}  # by whether unembeddings are tied
+        self._measure: dict[bool, LoweredFunction] = {}  # by whether unembeddings are tied
+        self._compiling: dict[bool, Future[Any]] = {}  # likewise
+
+    def compile_ahead(self, shapes: Params) -> ReadStates | None:
+        """Traces the program here and compiles it in a thread, which `dispatch` waits for; does nothing if it is there.
+
+        Args:
+          shapes: of one checkpoint's parameters.
+
+        Returns:
+          Shapes and shardings of the states at the reads that `dispatch` will return, if it is a new program of them.
+        """
+        config, tied = self.spec.config, "unembedding" not in shapes
+        if tied in self._measure:
+            return None
+
+        def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.chunk, *x.shape), x.dtype)
+
+        rank = min(LEADING, config.d_head)
+        directions = jax.ShapeDtypeStruct((config.n_layers, config.n_heads, config.d_model, rank), np.float32)
+        models = SweptModel(jax.tree.map(stacked, shapes), stacked(directions))
+        lowered = self._program(models).lower(models, self.data)
+        self._compiling[tied] = compile_beside(lowered)
+        *_, states = lowered.out_info
+        on_devices = self.spec.placement.split
+        return states and ReadStates(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_devices) for x in states))
+
+    def _program(self, models: SweptModel) -> LoweredFunction:
+        tied = "unembedding" not in models.params
+        if tied not in self._measure:
+            spec = dataclasses.replace(self.spec, config=dataclasses.replace(self.spec.config, tied=tied))
+            self._measure[tied] = kept_lowered(measure_checkpoints, spec, models, self.data)
+        return self._measure[tied]
 
     def dispatch(
         self, params: Sequence[Params], spectra: Sequence[HeadSpectra]
@@ -128,11 +162,9 @@ class CompiledSweep:
           What `collect` takes, and the states at the reads if they are wanted, [C, …] each.
         """
         stacked = SweptModel.stack(params, spectra)
-        tied = "unembedding" not in stacked.params
-        if tied not in self._measure:
-            spec = dataclasses.replace(self.spec, config=dataclasses.replace(self.spec.config, tied=tied))
-            self._measure[tied] = kept_lowered(measure_checkpoints, spec, stacked, self.data)
-        by_bucket, whole, states = self._measure[tied](stacked, self.data)
+        if compiling := self._compiling.pop("unembedding" not in stacked.params, None):
+            compiling.result()
+        by_bucket, whole, states = self._program(stacked)(stacked, self.data)
         return (by_bucket, whole), states and ReadStates(*states)
 
     def collect(self, outputs: tuple[list[CheckpointArrays], CheckpointArrays]) -> list[CheckpointArrays]:

@@ -244,14 +244,16 @@ class RunSweep:
                 name: measure_weights(checkpoint.params, checkpoint.config) for name, checkpoint in dict(chunk).items()
             }
             self._measured_weights |= weights
+            for _, checkpoint in chunk:  # first, for it compiles a program beside the sweep's
+                self._voucher.start(checkpoint)
             spectra = [weights[name][1] for name, _ in chunk]
             sums, states = self._sweep.dispatch([checkpoint.params for _, checkpoint in chunk], spectra)
             compared = states and arriving.dispatch(chunk[0][0], states)
             meanwhile()
-            for _, checkpoint in chunk:
-                self._voucher.start(checkpoint)
             return sums, compared
 
+        if pending:
+            self._compile_ahead(pending[0], arriving)
         checkpoints = load_ahead(
             pending,
             self._files,
@@ -268,6 +270,13 @@ class RunSweep:
             checkpoints.close()
             for chunk in chunks:
                 self._keep(chunk, arriving, advance)
+
+    def _compile_ahead(self, name: str, arriving: ArrivingStates) -> None:
+        """Compiles the programs in threads, so that the first checkpoints are converted and certified beside it."""
+        with contextlib.suppress(InputError):  # loading the file says so
+            states = self._sweep.compile_ahead(self._source.shapes(self._files[name][1]))
+            if states is not None:
+                arriving.compile_ahead(states)
 
     def _keep(self, chunk: Chunk[NamedCheckpoint], arriving: ArrivingStates, advance: Callable[[int], None]) -> None:
         """Stores the sums of a chunk's checkpoints, and how they differ from the checkpoints before."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.errors import unusable
+from kvjax.execution.export_cache import compile_beside
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.execution.states_at_reads import ReadStates, by_split, form_states
@@ -50,6 +51,16 @@ class ArrivingStates:
         self._last: ReadStates | None = None  # of the chunk before, as the devices share it
         self._reference_states: ReadStates | None = None
         self._hashes: list[str] = []  # of all checkpoints that arrived
+
+    def compile_ahead(self, states: ReadStates) -> None:
+        """Traces the comparison here and compiles it in a thread, for states of these shapes and shardings."""
+        whole = self._spec.placement.whole
+
+        def of_one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=whole)
+
+        reference = self._reference and jax.tree.map(of_one, states)
+        compile_beside(compare.lower(self._spec, states, states, reference, self._rows))
 
     def dispatch(self, first: str, states: ReadStates) -> dict[str, dict[str, jax.Array]]:
         """Starts comparing a chunk, behind the work that forms its states; returns what `compare` does.
