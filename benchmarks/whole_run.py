@@ -7,7 +7,10 @@ The command runs three times, in a process of its own each: cold (nothing compil
 (compiled programs and converted parameters are there, all is measured again), and again with everything measured. Time
 that the devices did not take is the rest: start, tracing and compiling or loading programs, hashing, reading,
 converting, rendering tables. The first call of the devices holds both: it counts as a typical later call, and its
-remainder as preparing the program.
+remainder as preparing the program. The first row is there when the sums of the first checkpoint are stored, counted
+from the start of the process; that of a complete sweep of a run's own checkpoints is timed by
+
+    python -m benchmarks.whole_run … --copies=1 --sweep_flags= --name=first_row
 """
 
 from __future__ import annotations
@@ -74,9 +77,10 @@ def _sweep(runs: Sequence[RunDir], cache: Path) -> dict[str, float]:
         "--noprogress",
     ]
     command += [f"--benchmark_dir={FLAGS.benchmark_dir}", f"--probe_set={FLAGS.probe_set}", *FLAGS.sweep_flags]
-    start = time.perf_counter()
+    start, began = time.perf_counter(), time.time()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "KVJAX_CACHE_DIR": str(cache)})
     seconds = time.perf_counter() - start
+    first_stored = _first_stored(runs[0])
     on_devices = preparing = 0.0
     for run in runs:
         timings = read_json(run.analysis / "sweep.json")["timings"]
@@ -86,12 +90,18 @@ def _sweep(runs: Sequence[RunDir], cache: Path) -> dict[str, float]:
         preparing += first - typical
     return {
         "seconds": seconds,
+        "first_row": None if first_stored < began else first_stored - began,
         "on_devices": on_devices,
         "preparing_the_program": preparing,
         "elsewhere": seconds - on_devices,
         # The largest of the commands so far: later ones need no more than the first.
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
     }
+
+
+def _first_stored(run: RunDir) -> float:
+    """Finds when the first sums of a checkpoint were stored, in seconds since the epoch."""
+    return min(path.stat().st_mtime for path in (run.analysis / "measured").glob("step_*.npz"))
 
 
 if __name__ == "__main__":
