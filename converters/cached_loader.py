@@ -25,7 +25,8 @@ _HELD_BYTES = 256 << 20  # of converted parameters, before they are written as a
 class CachedLoader:
     """Loads the checkpoints of one run, for one benchmark. Several threads may call `load` at once.
 
-    One that keeps conversions is for whoever holds the lock of the run's results.
+    One that keeps conversions is for whoever holds the lock of the run's results. Processes that measure for the holder
+    have a `shared` one each.
 
     Args:
       run: the run.
@@ -34,6 +35,7 @@ class CachedLoader:
       trust_store: use stored conversions that have a certificate. Otherwise every file is converted.
       keep: which conversions the store gets. With `if possible`, a store that cannot be written fails no checkpoint;
         only `save` raises. With `everything`, `load` raises too, so that no conversion is made in vain.
+      shared: whether other processes write the store meanwhile. What killed ones left stays there then.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class CachedLoader:
         certify_on: np.ndarray | None,
         trust_store: bool = True,
         keep: Keep = "if possible",
+        shared: bool = False,
     ):
         self._run, self._benchmark, self._certify_on = run, benchmark, certify_on
         self._trust_store, self._keep = trust_store, keep
         self._store = ParameterStore(run.layout.converted, store_identity(run, benchmark))
-        if keep != "nothing":
+        if keep != "nothing" and not shared:
             self._store.remove_unnamed()
         self._held: list[Checkpoint] = []
         self._held_bytes = 0

@@ -24,12 +24,14 @@ import pydantic
 from absl import logging
 
 from kvjax.artifacts.files import HashedFile, digest, read_json, replace_directory, write_json
+from kvjax.artifacts.run_lock import in_turn
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
 from kvjax.model.decoder import DecoderConfig, Params
 
 _MANIFEST = "manifest.json"
+_LOCK = "lock"  # held while the manifest is read and written
 _VERSION = 4
 _PARTS_AT_HAND = 2  # whoever reads a run in the order of its steps is done with a part when it needs the next
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
@@ -163,7 +165,12 @@ class ParameterStore:
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[checkpoint.params for checkpoint in checkpoints])
             _check_free_space(self.folder, stacked)
             save_tree(partial / "params", stacked)
-        before = self._read_own_manifest()  # only now: another process may have added while the part was written
+        with in_turn(self.folder / _LOCK):
+            self._name(name, new, checkpoints)
+
+    def _name(self, name: str, new: Sequence[StoredCheckpoint], checkpoints: Sequence[Checkpoint]) -> None:
+        """Names a part in the manifest; what other processes have added since it was read stays."""
+        before = self._read_own_manifest()
         # A file that has changed since has one entry, its newest.
         replaced = {known for stored in new for known in (stored.sha256, stored.file)}
         kept = [c for c in before.checkpoints if not {c.sha256, c.file} & replaced] if before else []
@@ -189,7 +196,8 @@ class ParameterStore:
     def remove_unnamed(self) -> None:
         """Removes parts of processes that died before they named them in the manifest.
 
-        No other process may write the store meanwhile: whoever calls this holds the lock of the run's results.
+        No other process may write the store meanwhile: whoever calls this holds the lock of the run's results, and
+        shares it with no process that measures.
         """
         manifest = _read_manifest(self.folder)
         if manifest is None and (self.folder / _MANIFEST).exists():

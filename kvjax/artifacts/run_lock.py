@@ -61,6 +61,22 @@ def hold(lock_file: Path, run: Path, *, wait: bool | None = None) -> Iterator[No
                     os.truncate(lock_file, 0)  # at rest the file says nothing
 
 
+@contextlib.contextmanager
+def in_turn(lock_file: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block, for what takes a moment. Without locks it does not wait.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(lock_file, fallback_to_soft=False).acquire())
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
 def allow_locks(number: int) -> None:
     """Raises this process's limit of open files, if need be and as far as it may, to hold a number of locks at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

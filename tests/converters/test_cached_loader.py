@@ -1,6 +1,8 @@
 """A run's checkpoints through the parameter store: converted once, never taken from another file or a damaged store."""
 
+import concurrent.futures
 import shutil
+import time
 import types
 
 import jax
@@ -9,6 +11,7 @@ import kvjax.converters.convert
 import numpy as np
 import pytest
 import torch
+from kvjax.converters import parameter_store
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.converters.convert_run import convert_run, export_run
 from kvjax.converters.parameter_store import read_stored_run
@@ -101,6 +104,26 @@ def test_two_processes_on_one_store(loader, small_run, monkeypatch):
     for path in paths[:2]:
         loader().load(path, None)
     assert converted.files == []
+
+
+def test_processes_that_share_a_store(loader, small_run, monkeypatch):
+    """Each waits until the other has named its part; a process that opens the store meanwhile removes none."""
+    paths = sorted((small_run / "checkpoints").glob("step_*.pt"))[:2]
+    loaders = [loader(shared=True), loader(shared=True)]
+    for own, path in zip(loaders, paths, strict=True):
+        own.load(path, None)
+    write = parameter_store.write_json
+
+    def slowly(*given):
+        loader(shared=True)
+        time.sleep(0.3)
+        write(*given)
+
+    monkeypatch.setattr(parameter_store, "write_json", slowly)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for saved in [threads.submit(own.save) for own in loaders]:
+            saved.result()
+    assert stored_steps(small_run / "analysis" / "converted") == [100, 200]
 
 
 def test_store_of_another_identity(loader, small_run, tmp_path, monkeypatch):

@@ -88,7 +88,9 @@ def test_damaged_store(loader, small_run, monkeypatch, damage):
     assert len(converted.files) == damaged, "the rebuilt store holds everything again"
     assert stored_steps(folder) == [100, 200, 300]
     parts = {stored["part"] for stored in json.loads(manifest.read_text())["checkpoints"]}
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", *parts}, "no part is left that nothing names"
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "lock", *parts}, (
+        "no part is left that nothing names"
+    )
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_manifest_that_cannot_be_written(loader, small_run, monkeypatch):
         second.save()
     folder = small_run / "analysis" / "converted"
     assert stored_steps(folder) == [100]
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3, "manifest, lock and part"
 
 
 def test_parts_held_in_memory(loader, small_run, monkeypatch):
@@ -220,7 +222,7 @@ except InputError as error:
     folder = small_run / "analysis" / "converted"
     assert done.stdout.startswith(f"{folder}: expected a folder that can be written; found ")
     assert stored_steps(folder) == [100]
-    assert len(list(folder.iterdir())) == 2, "nothing half written is left"
+    assert len(list(folder.iterdir())) == 3, "nothing half written is left"
 
 
 def test_loading_without_keeping(loader, small_run, monkeypatch):
