@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -75,9 +76,18 @@ class ResultStore:
         except Exception:  # as above
             return False
 
+    def has_file(self, name: str) -> bool:
+        """Checks whether there is a result of a name, of whatever file and settings; opens none."""
+        return self._path(name).is_file()
+
+    def look_again(self) -> None:
+        """Lists the folder, so that a network file system shows what other machines have written since."""
+        if self.folder.is_dir():
+            os.listdir(self.folder)
+
     def load(self, name: str, checkpoint: Path) -> CheckpointResult | None:
         """Hashes a checkpoint file and reads its stored result; None if there is no valid one."""
-        if not self._path(name).is_file() or not checkpoint.is_file():
+        if not self.has_file(name) or not checkpoint.is_file():
             return None
         return self.find(name, file_sha256(checkpoint))
 

@@ -8,7 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
 from kvjax.measure import registry
-from kvjax.measure.weight_spectra import HeadSpectra
+from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
 from kvjax.model.decoder import DecoderConfig
 from kvjax.sweeps.clean import VALUE_LOGITS
@@ -35,13 +35,16 @@ from kvjax.sweeps.fixed_margin import ValueLogits
 from kvjax.sweeps.logistic_probes import measure_logistic
 from kvjax.sweeps.results import MeasuredRun, SweepLog, SweepReport
 from kvjax.sweeps.settings import WHY_ZERO, SweepSettings
-from kvjax.sweeps.state_similarity import ArrivingStates, Similarities, compare_consecutive
+from kvjax.sweeps.shares import ShareReport, joined_log
+from kvjax.sweeps.state_similarity import ArrivingStates, Similarities, compare_consecutive, form_and_compare
 from kvjax.sweeps.vouching import Voucher
 from kvjax.sweeps.weight_comparisons import WeightComparisons, compared_with
 from kvjax.sweeps.weights import WEIGHT_ARRAYS, measure_weights
 from kvjax.task.probe_set import check_installable
 
 NamedCheckpoint = tuple[str, Checkpoint]
+Compiled = dict[Any, CompiledSweep]  # by shape and probe set
+Elsewhere = Callable[[Sequence[RunInputs]], Sequence[Sequence[ShareReport]]]  # measures runs, in shares
 
 # Raised whenever a measure changes, so that results of the older one are measured anew.
 RESULT_VERSION = 4
@@ -53,6 +56,7 @@ def sweep_runs(
     *,
     settings: SweepSettings,
     advance: Callable[[int], None],
+    elsewhere: Elsewhere | None = None,
 ) -> list[SweepReport]:
     """Measures runs one after another and writes their tables; runs of one shape share a compiled program.
 
@@ -61,15 +65,21 @@ def sweep_runs(
       source: for a run, where its checkpoints come from.
       settings: the sweep's settings.
       advance: called with the number of checkpoints done.
+      elsewhere: measures runs in shares, which other processes may do; here only their tables are written then.
 
     Raises:
       InputError: the settings leave out zero ablation, a run was measured before with other settings, or a checkpoint
         cannot be used. Tables of runs measured before it are written.
     """
-    if not settings.ablations:
-        raise bad_argument("ablations", f"zero among the kinds, {WHY_ZERO}", "none")
-    compiled: dict[Any, CompiledSweep] = {}
+    compiled: Compiled = {}
     reports: list[concurrent.futures.Future[SweepReport]] = []
+    known: dict[int, SweepReport | None] = {}
+    shares: dict[int, Sequence[ShareReport]] = {}
+    if elsewhere is not None:
+        for place, inputs in enumerate(prepared):
+            known[place] = current_report(inputs, open_results(inputs, settings)[0], settings, source(inputs))
+        behind = [place for place, report in known.items() if report is None]
+        shares = dict(zip(behind, elsewhere([prepared[place] for place in behind]), strict=True))
     # One thread beside the devices: it turns a run's arrays into tables while the next run is measured.
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
 
@@ -78,26 +88,76 @@ def sweep_runs(
             return importlib.import_module("kvjax.sweeps.tables").publish(*measured)
 
         try:
-            for inputs in prepared:
-                identity = _identity(inputs, settings)
-                store = _open_store(inputs.run, identity, settings)
-                if not settings.overwrite:
-                    check_installable(inputs.probe, inputs.run.layout.probe_set)
+            for place, inputs in enumerate(prepared):
+                identity, store = open_results(inputs, settings)
                 checkpoints = source(inputs)
-                if (current := current_report(inputs, identity, settings, checkpoints)) is not None:
+                if place not in known:
+                    known[place] = current_report(inputs, identity, settings, checkpoints)
+                if (current := known[place]) is not None:
                     advance(len(inputs.wanted))
                     reports.append(beside.submit(lambda report=current: report))
                     continue
-                sweep = RunSweep(inputs, _compiled_sweep(inputs, settings, compiled), store, checkpoints, settings)
-                measured = sweep.measure(
-                    advance, meanwhile=lambda: beside.submit(importlib.import_module, "kvjax.sweeps.tables")
-                )
+                program = _compiled_sweep(inputs, settings, compiled)
+                if place in shares:
+                    as_measured = dataclasses.replace(settings, overwrite=False)
+                    sweep = RunSweep(inputs, program, store, checkpoints, as_measured)
+                    measured = sweep.collect(shares[place])
+                else:
+                    sweep = RunSweep(inputs, program, store, checkpoints, settings)
+                    measured = sweep.measure(
+                        advance, meanwhile=lambda: beside.submit(importlib.import_module, "kvjax.sweeps.tables")
+                    )
                 _check_last(reports)
                 reports.append(beside.submit(tabulate, inputs, identity, measured, settings, sweep.log))
         except InputError:
             _check_last(reports)  # the error of an earlier run comes first
             raise
     return [report.result() for report in reports]
+
+
+def measure_share(
+    inputs: RunInputs,
+    names: Sequence[str],
+    source: CheckpointSource,
+    *,
+    settings: SweepSettings,
+    advance: Callable[[int], None],
+    compiled: Compiled,
+) -> ShareReport:
+    """Measures a share of a run's checkpoints into the run's measured sums, and writes no tables.
+
+    Files of other shares are read only if checkpoints of this one are compared with them.
+
+    Args:
+      inputs: the run, with all checkpoints that its sweep measures.
+      names: of the share's, consecutive ones in the order of steps.
+      source: where checkpoints come from.
+      settings: the sweep's settings.
+      advance: called with the number of checkpoints done.
+      compiled: the programs compiled so far, to which this adds its own.
+
+    Raises:
+      InputError: as `sweep_runs`. Results stored before stay.
+    """
+    _, store = open_results(inputs, settings)
+    sweep = RunSweep(inputs, _compiled_sweep(inputs, settings, compiled), store, source, settings)
+    return sweep.measure_share(names, advance)
+
+
+def open_results(inputs: RunInputs, settings: SweepSettings) -> tuple[dict[str, Any], ResultStore]:
+    """Opens the measured sums of a run, and returns what they depend on beside checkpoint files, and the store.
+
+    Raises:
+      InputError: the settings leave out zero ablation, or the run was measured before with other settings or on another
+        probe set and may not be measured again.
+    """
+    if not settings.ablations:
+        raise bad_argument("ablations", f"zero among the kinds, {WHY_ZERO}", "none")
+    identity = _identity(inputs, settings)
+    store = _open_store(inputs.run, identity, settings)
+    if not settings.overwrite:
+        check_installable(inputs.probe, inputs.run.layout.probe_set)
+    return identity, store
 
 
 class RunSweep:
@@ -132,7 +192,8 @@ class RunSweep:
         self._weights = WeightComparisons(store, anew=self._anew)
         self._measured_weights: dict[str, tuple[dict[str, np.ndarray], HeadSpectra]] = {}  # until results are stored
         self._results: dict[str, CheckpointResult] = {}  # without arrays
-        self._steps: list[tuple[int, str]] = []  # step and name of those that rows are made of, in step order
+        self._neighbours: dict[str, CheckpointResult] = {}  # of other shares: step and hash of the file
+        self._steps: list[tuple[int, str]] = []  # step and name of both but for the best, in step order
         refuse = settings.contradiction == "refuse"
         self._voucher = Voucher(inputs.run, inputs.benchmark, refuse=refuse, way_on="contradiction=note")
         self._provenance = {
@@ -151,13 +212,68 @@ class RunSweep:
         Raises:
           InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
         """
-        for name, result in self._stored_results().items():
-            self._add(name, result)
-        try:
+        with self._keeping_conversions():
+            wanted = self._pending(list(self._inputs.reference_first()), self._files, advance)
             self._complete_store()
-            self._measure_pending(advance, meanwhile)
-            self.log.unvouched = self._voucher.reason if self.log.measured else None
+            of_steps = sorted({*self._results, *wanted} - {BEST}, key=lambda name: self._files[name][0])
+            self._weights.plan(compared_with(of_steps, self._inputs.reference), wanted)
+            arriving = ArrivingStates(self._sweep, self._inputs.reference)
+            self._compile_ahead(wanted, arriving)
+            self._measure(wanted, arriving, advance, meanwhile)
             return self._compared()
+
+    def measure_share(self, names: Sequence[str], advance: Callable[[int], None]) -> ShareReport:
+        """Measures those checkpoints of a share that are not measured yet, and compares them with their neighbours.
+
+        What cannot be compared, because a neighbour cannot be read, is left to `collect`.
+
+        Args:
+          names: of the share's, in the order of steps.
+          advance: called with the number of checkpoints done.
+
+        Raises:
+          InputError: a checkpoint cannot be used, unless `settings.skip_bad`. Results stored before stay.
+        """
+        with self._keeping_conversions():
+            pending = self._pending(names, names, advance)
+            self._complete_store()
+            arriving = ArrivingStates(self._sweep, self._inputs.reference)
+            self._compile_ahead(pending, arriving)
+            introduced = self._introduce(pending)
+            first = [name for name in pending if name == self._inputs.reference]  # all others are compared with it
+            self._measure(first, arriving, advance)
+            if self._settings.event_drift:
+                form_and_compare(introduced, arriving, self._similarities, self._sweep)
+            self._measure([name for name in pending if name not in first], arriving, advance)
+            self._similarities.store_all([(named, self._before(named)) for named in self._tabled()], self._reference())
+            self._logistic(self._tabled())
+        return ShareReport(self.log, {name: result.info["sha256"] for name, result in self._results.items()})
+
+    def collect(self, shares: Sequence[ShareReport]) -> MeasuredRun:
+        """Collects what processes have measured into the run's measured sums, and compares what they left.
+
+        Their checkpoints are not read again; those of earlier sweeps are hashed.
+
+        Raises:
+          InputError: sums were lost since they were measured.
+        """
+        self.log = joined_log(shares)
+        self._store.look_again()
+        for name, sha256 in ((name, sha256) for share in shares for name, sha256 in share.sha256.items()):
+            stored = self._store.find(name, sha256)
+            if stored is None:
+                raise self._lost(name)
+            self._add(name, stored.without_arrays())
+        for name, result in self._stored_results(self._files.keys() - self._inputs.wanted.keys()).items():
+            self._add(name, result)
+        with self._keeping_conversions():
+            return self._compared()
+
+    @contextlib.contextmanager
+    def _keeping_conversions(self) -> Iterator[None]:
+        """Writes new conversions to the store at the end, however it ends."""
+        try:
+            yield
         finally:
             try:
                 self._source.save()
@@ -178,32 +294,48 @@ class RunSweep:
         """Compares the checkpoints with each other and fits logistic probes, where asked for."""
         tabled, reference = self._tabled(), self._reference()
         shared = {"files": self._files, "sweep": self._sweep, "source": self._source}
-        moved, logistic = None, []
+        moved = None
         weights = self._weights.compare(tabled, reference, files=self._files, source=self._source)
         if self._settings.event_drift and tabled:
             moved = compare_consecutive(tabled, reference, self._similarities, **shared)
-        if self._settings.probe != "none" and tabled:
-            asked = self._inputs.named if self._settings.probe == "logistic" else self._measured_before(tabled)
-            logistic = measure_logistic(tabled, asked, store=self._store, anew=self._settings.overwrite, **shared)
+        logistic = self._logistic(tabled)
         margins = self._value_logits.fixed_margins(reference, files=self._files)
         return MeasuredRun(tabled, reference, weights, moved, logistic, margins, self._sums)
+
+    def _logistic(self, tabled: list[tuple[str, CheckpointResult]]) -> list[Mapping[str, np.ndarray] | None]:
+        """Fits logistic probes where asked for; returns those of each checkpoint, nothing if there are no probes."""
+        if self._settings.probe == "none":
+            return []
+        asked = self._inputs.named if self._settings.probe == "logistic" else self._measured_before(tabled)
+        return measure_logistic(
+            tabled,
+            asked,
+            store=self._store,
+            anew=bool(self._anew),
+            files=self._files,
+            sweep=self._sweep,
+            source=self._source,
+        )
 
     def _sums(self, named: tuple[str, CheckpointResult]) -> Mapping[str, np.ndarray]:
         """Reads the sums of a checkpoint again; raises `InputError` if they were lost since the sweep began."""
         name, result = named
         stored = self._store.find(name, result.info["sha256"])
         if stored is None:
-            expected = "the sums stored of it (run the sweep again)"
-            raise unusable(self._files[name][1], expected, "that they were lost during the sweep")
+            raise self._lost(name)
         return stored.arrays
+
+    def _lost(self, name: str) -> InputError:
+        expected = "the sums stored of it (run the sweep again)"
+        return unusable(self._files[name][1], expected, "that they were lost during the sweep")
 
     def _measured_before(self, tabled: list[tuple[str, CheckpointResult]]) -> set[str]:
         """Names the checkpoints measured anew that had logistic probes, so that all of it is measured again."""
         anew = [(name, result.info["sha256"]) for name, result in tabled if name in self._anew]
         return {name for name, sha256 in anew if self._store.holds(f"logistic_{name}", sha256)}
 
-    def _stored_results(self) -> dict[str, CheckpointResult]:
-        """Loads the stored results of checkpoint files that have not changed since, by name.
+    def _stored_results(self, names: Iterable[str]) -> dict[str, CheckpointResult]:
+        """Loads the stored results of those checkpoint files that have not changed since, by name.
 
         A result that lacks its logits, or an array of a measure because it was declared later, is none.
         """
@@ -215,24 +347,65 @@ class RunSweep:
                 return None
             return found.without_arrays() if self._value_logits.holds(name, found.info["sha256"]) else None
 
-        names = [name for name in self._files if name not in self._anew]
+        names = [name for name in names if name not in self._anew]
         with concurrent.futures.ThreadPoolExecutor() as readers:  # hashing releases the interpreter lock
             found = zip(names, readers.map(stored, names), strict=True)
             return {name: result for name, result in found if result is not None}
 
-    def _measure_pending(self, advance: Callable[[int], None], meanwhile: Callable[[], Any]) -> None:
-        """Measures the checkpoints without a result, the reference first: later ones are compared with it as they come.
-
-        Files are read ahead while the devices compute, and each result is stored as soon as it is there.
-        """
-        wanted, arriving = list(self._inputs.reference_first()), ArrivingStates(self._sweep, self._inputs.reference)
-        pending = [name for name in wanted if name not in self._results]
-        of_steps = sorted({*self._results, *pending} - {BEST}, key=lambda name: self._files[name][0])
-        self._weights.plan(compared_with(of_steps, self._inputs.reference), pending)
+    def _pending(self, wanted: Sequence[str], known: Iterable[str], advance: Callable[[int], None]) -> list[str]:
+        """Lists which wanted checkpoints are not measured yet, after the stored results of `known` ones are loaded."""
+        for name, result in self._stored_results(known).items():
+            self._add(name, result)
         for name in wanted:
             if name in self._results:
                 self.log.reused.append(self._results[name].step)
                 advance(1)
+        return [name for name in wanted if name not in self._results]
+
+    def _introduce(self, pending: Sequence[str]) -> list[NamedCheckpoint]:
+        """Loads the checkpoints that pending ones are compared with and that are not pending themselves.
+
+        Returns:
+          Those whose states the pending ones' are compared with: the reference, unless it is pending; the checkpoint
+          before a pending reference; and, last, that before the first of the others.
+        """
+        reference = self._inputs.reference
+        in_tables = [n for n in step_files(self._inputs.run) if n in self._inputs.wanted or self._store.has_file(n)]
+        others = compared_with(in_tables, reference)
+        planned = {name: others[name] for name in pending if name in others}
+        needed = {other for of in planned.values() for other in of.values()} - set(pending)
+        in_order = sorted(needed, key=lambda name: (name != reference, self._files[name][0]))
+        self._weights.plan(planned, [*needed, *pending])
+        firsts = sorted(pending, key=lambda name: name != reference)[: 1 + (reference in pending)]
+        before = (others[name].get("previous") for name in firsts if name in others)
+        introduced = dict.fromkeys([reference, *before])
+        for name, checkpoint in load_ahead(
+            in_order,
+            self._files,
+            self._source.load,
+            ahead=2,
+            on_refused=lambda name, error: self._weights.give_up(name),  # who measures it says so
+        ):
+            if name not in self._results:
+                self._neighbours[name] = CheckpointResult(checkpoint.step, {}, {"sha256": checkpoint.sha256})
+                if name != BEST:
+                    bisect.insort(self._steps, (checkpoint.step, name))
+            self._weights.arrive(name, checkpoint, head_spectra(checkpoint.params, checkpoint.config.n_heads))
+            if name in introduced:
+                introduced[name] = checkpoint
+        return [(name, checkpoint) for name, checkpoint in introduced.items() if checkpoint is not None]
+
+    def _measure(
+        self,
+        pending: Sequence[str],
+        arriving: ArrivingStates,
+        advance: Callable[[int], None],
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """Measures checkpoints in the given order.
+
+        Files are read ahead while the devices compute, and each result is stored as soon as it is there.
+        """
 
         def refuse(name: str, error: InputError) -> None:
             self.log.refused[self._files[name][1].name] = str(error)
@@ -252,8 +425,6 @@ class RunSweep:
             meanwhile()
             return sums, compared
 
-        if pending:
-            self._compile_ahead(pending[0], arriving)
         checkpoints = load_ahead(
             pending,
             self._files,
@@ -270,13 +441,15 @@ class RunSweep:
             checkpoints.close()
             for chunk in chunks:
                 self._keep(chunk, arriving, advance)
+        self.log.unvouched = self._voucher.reason if self.log.measured else None
 
-    def _compile_ahead(self, name: str, arriving: ArrivingStates) -> None:
+    def _compile_ahead(self, pending: Sequence[str], arriving: ArrivingStates) -> None:
         """Compiles the programs in threads, so that the first checkpoints are converted and certified beside it."""
-        with contextlib.suppress(InputError):  # loading the file says so
-            states = self._sweep.compile_ahead(self._source.shapes(self._files[name][1]))
-            if states is not None:
-                arriving.compile_ahead(states)
+        for name in pending[:1]:
+            with contextlib.suppress(InputError):  # loading the file says so
+                states = self._sweep.compile_ahead(self._source.shapes(self._files[name][1]))
+                if states is not None:
+                    arriving.compile_ahead(states)
 
     def _keep(self, chunk: Chunk[NamedCheckpoint], arriving: ArrivingStates, advance: Callable[[int], None]) -> None:
         """Stores the sums of a chunk's checkpoints, and how they differ from the checkpoints before."""
@@ -319,19 +492,21 @@ class RunSweep:
         """Finds the checkpoint before one, of those there are by now; None if there is none."""
         name, result = named
         place = bisect.bisect_left(self._steps, (result.step, name))
-        before = self._steps[place - 1][1] if place else None
-        return None if before is None else (before, self._results[before])
+        return self._named(self._steps[place - 1][1]) if place else None
 
     def _tabled(self) -> list[tuple[str, CheckpointResult]]:
         """Lists name and result of the step checkpoints, which rows are made of, in step order."""
-        return [(name, self._results[name]) for _, name in self._steps]
+        return [(name, self._results[name]) for _, name in self._steps if name in self._results]
 
     def _reference(self) -> tuple[str, CheckpointResult] | None:
-        name = self._inputs.reference
-        return (name, self._results[name]) if name in self._results else None
+        return self._named(self._inputs.reference)
+
+    def _named(self, name: str | None) -> tuple[str, CheckpointResult] | None:
+        result = self._results.get(name, self._neighbours.get(name))
+        return None if result is None else (name, result)
 
 
-def _compiled_sweep(inputs: RunInputs, settings: SweepSettings, compiled: dict[Any, CompiledSweep]) -> CompiledSweep:
+def _compiled_sweep(inputs: RunInputs, settings: SweepSettings, compiled: Compiled) -> CompiledSweep:
     """Finds the program compiled for a run's shape and probe set, or compiles one."""
     config = DecoderConfig.from_model_config(inputs.run.config.model, len(inputs.benchmark.vocabulary.tokens))
     key = (config, inputs.probe.manifest.content_sha256)

@@ -219,6 +219,13 @@ class Similarities:
             if reference:
                 self.of(named, "reference", reference)
 
+    def store_all(self, pairs: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
+        """Stores what was found of checkpoints once no other comes, each given with the one before it."""
+        for named, before in pairs:
+            for kind, other in zip(OTHERS, (before, reference), strict=True):
+                if other:
+                    self.of(named, kind, other)
+
 
 def comparisons(tabled: Sequence[Named], reference: Named | None) -> list[tuple[Named, str, Named | None]]:
     """Lists which checkpoint is compared with which: itself, the kind of `OTHERS`, and the other if there is one."""
@@ -264,7 +271,8 @@ def compare_consecutive(
         names = sorted(steps, key=steps.__getitem__)
         if reference and any(kind == "reference" for _, kind, _ in missing):
             names = list(dict.fromkeys([reference[0], *names]))
-        _form_and_compare(names, reference and reference[0], known, files=files, sweep=sweep, source=source)
+        loaded = load_ahead(names, files, source.load, ahead=sweep.chunk + 1)
+        form_and_compare(loaded, ArrivingStates(sweep, reference and reference[0]), known, sweep)
     groups = 2 * (2 * sweep.spec.config.n_layers + 2)
     shapes = {"event_drift": (sweep.spec.num_splits, groups), "split_cka": (1 + sweep.spec.num_splits, groups)}
     nothing = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
@@ -278,17 +286,17 @@ def compare_consecutive(
     return list(differences.values())
 
 
-def _form_and_compare(
-    names: Sequence[str],
-    reference: str | None,
-    known: Similarities,
-    *,
-    files: Mapping[str, tuple[int | None, Path]],
-    sweep: CompiledSweep,
-    source: CheckpointSource,
+def form_and_compare(
+    checkpoints: Iterable[tuple[str, Checkpoint]], arriving: ArrivingStates, known: Similarities, sweep: CompiledSweep
 ) -> None:
-    """Forms the states of checkpoints, in the given order, and adds what comparing them finds."""
-    arriving = ArrivingStates(sweep, reference)
+    """Forms the states of checkpoints, in the given order, and adds what comparing them finds.
+
+    Args:
+      checkpoints: names and checkpoints.
+      arriving: gets the states; those that arrive later are compared with the last of these.
+      known: gets the comparisons.
+      sweep: the probe set, on the devices.
+    """
 
     def dispatch(chunk: list[tuple[str, Checkpoint]]) -> dict[str, dict[str, jax.Array]]:
         stacked = stack_params([checkpoint.params for _, checkpoint in chunk])
@@ -296,6 +304,5 @@ def _form_and_compare(
             chunk[0][0], states_of_checkpoints(sweep.spec, stacked, sweep.data.buckets, sweep.data.rows_of_splits)
         )
 
-    checkpoints = load_ahead(names, files, source.load, ahead=sweep.chunk + 1)
     for chunk in over_chunks(dispatch, checkpoints, size=sweep.chunk):
         known.add(arriving.pairs(chunk.items, chunk.outputs))
