@@ -232,14 +232,14 @@ def bound_accelerator_memory(gb: float) -> None:
     """
     if any(name in os.environ for name in _FRACTIONS):
         return
-    sizes = _gpu_bytes()
+    sizes = gpu_bytes()
     if sizes:
         os.environ[_FRACTIONS[0]] = f"{min(gb * 1e9 / min(sizes), 1.0):.4f}"
     else:
         os.environ.setdefault(_PREALLOCATE, "false")
 
 
-def _gpu_bytes() -> list[int]:
+def gpu_bytes() -> list[int]:
     """Asks NVIDIA's driver for the memory of each GPU; nothing if there is none."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:

@@ -14,21 +14,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
-MEMORY_VARIABLE = "KVJAX_MEMORY_BYTES"  # this process's share, if it works beside others
+# This process's share, if it works beside others.
+CORES_VARIABLE, MEMORY_VARIABLE = "KVJAX_CORES", "KVJAX_MEMORY_BYTES"
 _MEMORY_FILES = ("memory.max", "memory.high", "memory.limit_in_bytes")  # of version 2, 2 and 1
 
 
 def available_cores(root: Path = _ROOT) -> int:
     """Counts the CPU cores that this process may use; all cores if the system has no such limit, as on macOS.
 
-    A share of a core counts as one: so many threads use all of what is allowed.
+    A share of a core counts as one: so many threads use all of what is allowed. A process that works beside others has
+    a share of that, which `KVJAX_CORES` says.
 
     Args:
       root: of the file system, which the tests replace.
     """
+    limits = [len(core_numbers()), *(_quota(group) for group in _groups("cpu", root))]
+    with contextlib.suppress(ValueError):
+        limits.append(int(os.environ.get(CORES_VARIABLE, limits[0])))
+    return max(1, math.ceil(min(limits)))
+
+
+def core_numbers() -> tuple[int, ...]:
+    """Lists the CPU cores that this process may run on; all cores if the system has no such limit, as on macOS."""
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, math.ceil(min([cores, *(_quota(group) for group in _groups("cpu", root))])))
+    return tuple(sorted(affinity(0))) if affinity else tuple(range(os.cpu_count() or 1))
 
 
 def machine_memory_bytes(root: Path = _ROOT) -> int:
