@@ -58,7 +58,7 @@ def run_assignment(pickled: bytes) -> Outcome:
     assignment: Assignment = pickle.loads(pickled)
     unit, notes = assignment.unit, []
     try:
-        with _notes_into(notes), _working_in(assignment.folder):
+        with notes_into(notes), _working_in(assignment.folder):
             _check_worker(assignment)
             if assignment.compilation_cache:
                 use_compilation_cache()
@@ -103,7 +103,7 @@ def _working_in(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _notes_into(notes: list[str]) -> Iterator[None]:
+def notes_into(notes: list[str]) -> Iterator[None]:
     """Collects notes, for the command to print; other warnings stay in the worker's log."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", Note)
