@@ -33,6 +33,23 @@ def read_settings(values: flags.FlagValues, settings: type[Given]) -> Given:
     return settings(**{field.name: values[field.name].value for field in declared(settings)})
 
 
+def flags_for(*given: Settings) -> list[str]:
+    """Writes settings as the flags that `read_settings` reads them from; those with their defaults are left out."""
+    found = []
+    for settings in given:
+        for field in declared(type(settings)):
+            value = getattr(settings, field.name)
+            if value == field.default:
+                continue
+            if field.kind is bool and not field.many:
+                found.append(f"--{'' if value else 'no'}{field.name}")
+            elif field.repeated:
+                found += [f"--{field.name}={member}" for member in value]
+            else:
+                found.append(f"--{field.name}={','.join(map(str, value)) if field.many else value}")
+    return found
+
+
 def help_of(settings: Iterable[type[Settings]]) -> str:
     """Explains the flags of some settings classes: names, defaults, choices and help, two lines each."""
     fields = [field for one in settings for field in declared(one)]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
-from kvjax.pipeline.settings import Display, Runtime, WorkplaceSettings
+from kvjax.errors import bad_argument
+from kvjax.pipeline.settings import Display, ProcessSettings, Runtime, WorkplaceSettings
 from kvjax.units.unit import IN_PROCESS, Engine
+
+if TYPE_CHECKING:
+    from kvjax.units.follower import Follower
+    from kvjax.units.leader import Leader
 
 DEFAULT_RUNTIME = Runtime()
 
@@ -58,3 +65,31 @@ def engine_of(workplace: WorkplaceSettings, runtime: Runtime = DEFAULT_RUNTIME) 
     from kvjax.units.cluster import Cluster
 
     return Cluster(workplace.scheduler, compilation_cache=runtime.compilation_cache)
+
+
+def group_of(
+    settings: ProcessSettings, workplace: WorkplaceSettings, command: list[str]
+) -> AbstractContextManager[Leader | Follower | None]:
+    """Starts or joins the processes that share a command's work, before JAX starts: a machine is divided among them.
+
+    Args:
+      settings: how many there are.
+      workplace: where units of work run otherwise.
+      command: the command's name and flags, without `processes`, for processes that are started here.
+
+    Returns:
+      A context that gives this process's part: it leads or follows, or it is None, alone.
+
+    Raises:
+      InputError: processes are asked for beside a scheduler, or do not find each other.
+    """
+    if settings.processes == "1":
+        return nullcontext()
+    if workplace.scheduler is not None:
+        raise bad_argument("processes", "no `scheduler` beside it, whose workers share checkpoints", settings.processes)
+    from kvjax.units.group import joined, started
+    from kvjax.units.membership import detect_membership
+
+    if settings.processes == "auto":
+        return joined(detect_membership())
+    return started(int(settings.processes), [sys.executable, "-m", __package__ + ".main", *command, "--processes=auto"])

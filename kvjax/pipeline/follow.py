@@ -20,6 +20,7 @@ from kvjax.units.unit import IN_PROCESS, Engine
 
 if TYPE_CHECKING:
     from kvjax.sweeps.results import SweepReport
+    from kvjax.units.leader import Leader
 
 _SECONDS_BETWEEN = 30
 
@@ -31,6 +32,8 @@ def follow(
     progress: Progress = no_progress,
     results: ResultSettings = DEFAULT_RESULTS,
     engine: Engine = IN_PROCESS,
+    *,
+    group: Leader | None = None,
 ) -> Iterator[list[SweepReport]]:
     """Sweeps runs again and again until all are complete, and yields what each round left.
 
@@ -49,7 +52,7 @@ def follow(
             begun_runs = dataclasses.replace(runs, run_dirs=begun)
             # Each round would have another last checkpoint, to which all were compared anew.
             given = (begun_runs, inputs, settings, progress, results, engine)
-            reports = sweep_over_runs(*given, still_training=True)
+            reports = sweep_over_runs(*given, group=group, still_training=True)
             yield reports
             before, refused = refused, {seen for report in reports for seen in _refused_files(report)}
             if not waited_for and refused == before and all(report.run.complete for report in reports):

@@ -49,6 +49,8 @@ class ResultSettings(Settings):
 
 DEFAULT_RESULTS = ResultSettings()
 
+_MOST_PROCESSES = 1000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Display(Settings):
@@ -75,6 +77,22 @@ class WorkplaceSettings(Settings):
         "Dask scheduler on whose workers to work, a run each, or a group of runs that train: its address "
         "(tcp://host:8786) or the file that it wrote; by default all is done in this process.",
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessSettings(Settings):
+    """Which processes share the checkpoints of a run."""
+
+    processes: str = setting(
+        "1",
+        "Processes that share the checkpoints of each run: how many to start on this machine, or auto if each is "
+        "started with this command, by srun, mpirun or another launcher that JAX detects.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.processes != "auto" and not (self.processes.isdecimal() and 0 < int(self.processes) <= _MOST_PROCESSES):
+            raise bad_argument("processes", f"auto or a number from 1 to {_MOST_PROCESSES}", self.processes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

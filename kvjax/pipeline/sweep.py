@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
+from kvjax.artifacts.find_runs import named_paths
 from kvjax.converters.cached_loader import CachedLoader
 from kvjax.errors import InputError, note, unusable
 from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
@@ -11,6 +13,7 @@ from kvjax.model.checkpoint import CheckpointSource
 from kvjax.pipeline.over_runs import over_runs
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, ResultSettings, RunsOnBenchmark, SweepInputs
+from kvjax.pipeline.shared_sweep import InGroup, OnEngine, Sharing, measure_in_shares
 from kvjax.pipeline.written_runs import open_to_write
 from kvjax.sweeps.run import sweep_runs
 from kvjax.sweeps.settings import SweepSettings
@@ -18,6 +21,7 @@ from kvjax.units.unit import IN_PROCESS, Engine
 
 if TYPE_CHECKING:
     from kvjax.sweeps.results import SweepReport
+    from kvjax.units.leader import Leader
 
 Mixed = Literal["separate", "join", "refuse"]
 
@@ -31,6 +35,7 @@ def sweep(
     *,
     mixed: Mixed = "separate",
     still_training: bool = False,
+    sharing: Sharing | None = None,
 ) -> list[SweepReport]:
     """Measures checkpoints of runs, writes their tables and returns what each has.
 
@@ -43,6 +48,7 @@ def sweep(
       mixed: whether the results are put into one (`join`, `refuse`), and what becomes of runs that would be measured
         on several benchmarks or probe sets then.
       still_training: whether unfinished runs have no final checkpoint yet, instead of the last one.
+      sharing: who measures the checkpoints of each run together; None for this process alone.
 
     Raises:
       InputError: a run, its benchmark, the probe set or a checkpoint cannot be used, a run was measured before with
@@ -64,7 +70,16 @@ def sweep(
         ]
         _check_same_records(prepared, mixed)
         with progress(sum(len(work.wanted) for work in prepared), "checkpoints") as advance:
-            return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance)
+            elsewhere = sharing and functools.partial(
+                measure_in_shares,
+                sharing=sharing,
+                advance=advance,
+                benchmark_dir=runs.benchmark_dir,
+                inputs=inputs,
+                settings=settings,
+                still_training=still_training,
+            )
+            return sweep_runs(prepared, checkpoint_source, settings=settings, advance=advance, elsewhere=elsewhere)
 
 
 def sweep_over_runs(
@@ -75,19 +90,33 @@ def sweep_over_runs(
     results: ResultSettings = DEFAULT_RESULTS,
     engine: Engine = IN_PROCESS,
     *,
+    group: Leader | None = None,
     still_training: bool = False,
 ) -> list[SweepReport]:
-    """Measures checkpoints of runs wherever an engine does it.
+    """Measures checkpoints of runs wherever an engine or a group of processes does it.
+
+    A group shares the checkpoints of every run. Workers of an engine measure a run each; if there are more of them than
+    runs, they share checkpoints as well.
 
     Args:
       runs, inputs, settings, progress, results, still_training: see `sweep`.
       engine: where it is done.
+      group: the processes that share the work; None for this one alone.
 
     Raises:
-      InputError: as `sweep`. If runs are measured apart, the results of the others stay.
+      InputError: as `sweep`, or a process of the group is gone. What was measured stays.
     """
-    shared = {"results": results, "progress": progress, "engine": engine, "still_training": still_training}
-    return over_runs("sweep", sweep, runs, inputs, settings, **shared)
+    shared = {"results": results, "progress": progress, "still_training": still_training}
+    sharing = None
+    if group is not None:
+        sharing = InGroup(group)
+    elif engine.spreads:
+        named = sum(1 for _ in named_paths(runs.run_dirs, needs="step checkpoints"))
+        number = -(-engine.workers() // max(1, named))
+        sharing = OnEngine(engine, number) if number > 1 else None
+    if sharing is not None:
+        return sweep(runs, inputs, settings, **shared, sharing=sharing)
+    return over_runs("sweep", sweep, runs, inputs, settings, **shared, engine=engine)
 
 
 def _check_same_records(prepared: list[RunInputs], mixed: Mixed) -> None:

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from kvjax.commands.flags import flags_of, read_settings
+from kvjax.commands.flags import flags_for, flags_of, read_settings
 from kvjax.commands.main import COMMANDS, main
 from kvjax.config.settings import declared
 from kvjax.errors import InputError
 from kvjax.intervene.kinds import find_kind
 from kvjax.intervene.settings import KINDS, InterventionSettings
-from kvjax.pipeline.settings import ProbeSetSettings, SelectSettings, TrainSettings
+from kvjax.pipeline.settings import ProbeSetSettings, ProcessSettings, RunsOnBenchmark, SelectSettings, TrainSettings
 from kvjax.sweeps.settings import SweepSettings
 
 HEAVY = ("jax", "torch", "numpy", "scipy", "xarray", "pydantic", "orbax")
@@ -51,6 +51,26 @@ def test_defaults_of_a_command(command):
         with pytest.raises(InputError, match="expected a value; found none") as refusal:
             read_settings(values, settings)
         assert refusal.value.parameter == missing[0]
+
+
+def test_flags_of_settings():
+    """Settings written as flags are read as they were; those with their defaults need none."""
+    given = (
+        RunsOnBenchmark(run_dirs=("runs/a,b", "runs/*")),
+        SweepSettings(ablations=("zero", "mean"), memory_gb=1.5, event_drift=False, skip_bad=True, rank_by=None),
+    )
+    values = flags_of(map(type, given))
+    written = flags_for(*given)
+    assert len(written) == 6 and flags_for(SweepSettings()) == []
+    values(["checkpoint-sweep", *written])
+    assert tuple(read_settings(values, type(settings)) for settings in given) == given
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "many", "1e3", "100000"])
+def test_number_of_processes(number):
+    """Anything but `auto` and a number of processes is refused."""
+    with pytest.raises(InputError, match="processes: expected auto or a number from 1 to 1000; found"):
+        ProcessSettings(processes=number)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"quickstart", "pipeline"}))

@@ -107,6 +107,16 @@ def test_equal_files_with_any_number_of_workers(cluster, four_runs, capsys):
             assert [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)] == []
 
 
+def test_workers_share_a_run(cluster, four_runs, capsys):
+    """If there are more workers than runs, they share checkpoints: the same files with the same numbers."""
+    run_without_dask("checkpoint-sweep", f"--run_dirs={four_runs}/a", *QUICK)
+    flag = scheduler_flag(cluster, 2)
+    assert main(["checkpoint-sweep", f"--run_dirs={four_runs}/b", *QUICK, flag]) == 0
+    assert "2 measured, 0 reused" in capsys.readouterr().out
+    one, other = (contents(Path(four_runs) / name / "analysis") for name in "ab")
+    assert [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)] == []
+
+
 def test_results_keep_their_order(cluster):
     """Results come in the order of the units, whichever ends first."""
     seconds = (0.4, 0.0, 0.2)
