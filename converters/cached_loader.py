@@ -56,6 +56,7 @@ class CachedLoader:
         self._held: list[Checkpoint] = []
         self._held_bytes = 0
         self._lock = threading.Lock()
+        self._read: dict[Path, HashedFile] = {}  # by `shapes`, for `load` to take
 
     def load(self, path: Path, expected_step: int | None) -> Checkpoint:
         """Loads a checkpoint file. Its bytes are read once: hashed, looked up, and converted if they are not stored.
@@ -64,7 +65,7 @@ class CachedLoader:
           InputError: the file is unusable, or not of this run, step or benchmark; or `keep` is `everything` and the
             store cannot be written.
         """
-        file = HashedFile.read(path, "a PyTorch checkpoint")
+        file = self._read.pop(path, None) or HashedFile.read(path, "a PyTorch checkpoint")
         if self._trust_store:
             stored = self._store.find(file)
             if stored is not None and stored.certificate is not None and expected_step in (None, stored.step):
@@ -86,12 +87,12 @@ class CachedLoader:
         return checkpoint
 
     def shapes(self, path: Path) -> Params:
-        """Reads the shapes of a checkpoint file's parameters, before it is converted for use and certified.
+        """Reads the shapes of a checkpoint file's parameters, before `load` takes the same bytes and certifies them.
 
         Raises:
           InputError: the file is unusable.
         """
-        file = HashedFile.read(path, "a PyTorch checkpoint")
+        file = self._read[path] = HashedFile.read(path, "a PyTorch checkpoint")
         stored = self._store.find(file) if self._trust_store else None
         if stored is not None:
             params = stored.params
