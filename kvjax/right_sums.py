@@ -17,13 +17,17 @@ from kvjax.errors import InputError
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _FLAGGED = ("0.10.2", "0.11.0")
+_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # of XLA: 3 lets nothing through but what ends the process
 
 
 def keep_reductions_from_ynnpack() -> None:
     """Sets the flag, unless whoever started the process has chosen; it counts if JAX has not started yet."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if FLAG not in flags and _jaxlib() in _FLAGGED:
+    flags, version = os.environ.get("XLA_FLAGS", ""), _jaxlib()
+    if FLAG not in flags and version in _FLAGGED:
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=-reduce".strip()
+    if version == "0.10.1":
+        # It calls two hints to the compiler unsupported by the machine, twice for each program that it loads.
+        os.environ.setdefault(_LOG_LEVEL, "3")
 
 
 @functools.cache

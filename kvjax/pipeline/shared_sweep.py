@@ -13,7 +13,8 @@ from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.pipeline.progress import Advance
 from kvjax.pipeline.settings import SweepInputs
-from kvjax.sweeps.run import Compiled, measure_share, open_results
+from kvjax.sweeps.run import measure_share, open_results
+from kvjax.sweeps.run_sweep import Compiled
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.sweeps.shares import ShareReport, cut_into_shares
 from kvjax.units.leader import Leader

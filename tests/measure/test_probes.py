@@ -62,13 +62,16 @@ def test_ridge_scores(fitted):
 
 
 def test_rows_that_do_not_count(fitted):
-    """Rows that do not count change nothing."""
-    groups, _, labels, _, probes = fitted
+    """Rows that do not count change nothing beyond rounding, which the systems blow up by their condition number."""
+    groups, _, labels, system, probes = fitted
     longer = np.concatenate([groups, np.full((2, 40, WIDTH), 77.0, np.float32)], axis=1)
     counts = np.concatenate([np.ones(ROWS), np.zeros(40)]).astype(np.float32)
     padded = np.concatenate([labels, np.full((3, 40), NO_LABEL)], axis=1)
     again = fit_probes(ridge_system(jnp.asarray(longer), jnp.asarray(counts)), jnp.asarray(padded), CLASSES)
-    np.testing.assert_allclose(again.weights, probes.weights, atol=1e-5)
+    for group, penalised in enumerate(system.penalised):
+        rounding = np.linalg.cond(penalised) * np.finfo(np.float32).eps * np.abs(probes.weights[group]).max()
+        assert rounding < 0.01
+        np.testing.assert_allclose(again.weights[group], probes.weights[group], atol=rounding)
     np.testing.assert_allclose(again.intercepts, probes.intercepts, atol=1e-6)
 
 

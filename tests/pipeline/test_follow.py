@@ -22,7 +22,7 @@ def rounds(monkeypatch):
     """Sweeps that measure nothing; returns the steps that each round saw, by the run's directory."""
     seen = []
 
-    def sweep(runs, inputs, settings, progress, results, engine, *, still_training):
+    def sweep(runs, inputs, settings, progress, results, engine, *, still_training, group=None):
         assert results.wait, "another command may be at work between two rounds"
         assert still_training, "the last checkpoint is not the final one yet"
         found = find_run_dirs(runs.run_dirs)

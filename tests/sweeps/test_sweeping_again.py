@@ -215,5 +215,5 @@ def test_unwritable_results(small_run, monkeypatch):
     monkeypatch.setattr("kvjax.artifacts.checkpoint_sums.ResultStore.save", full_disk)
     with pytest.raises(InputError, match="full disk"):
         sweep(small_run, checkpoint_batch="1")
-    assert len(tried) == len(set(tried)) == 2, "the chunk that failed, and the one that was on the devices"
-    assert len(list(read_stored_run(small_run / "analysis" / "converted"))) >= 2
+    assert len(tried) == 1, "the first chunk is stored before the next is dispatched"
+    assert len(list(read_stored_run(small_run / "analysis" / "converted"))) >= 1
