@@ -25,9 +25,9 @@ def keep_reductions_from_ynnpack() -> None:
     flags, version = os.environ.get("XLA_FLAGS", ""), _jaxlib()
     if FLAG not in flags and version in _FLAGGED:
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=-reduce".strip()
-    if version == "0.10.1":
-        # It calls two hints to the compiler unsupported by the machine, twice for each program that it loads.
-        os.environ.setdefault(_LOG_LEVEL, "3")
+    if version == "0.10.1" and os.environ.get(_LOG_LEVEL, "1") == "1":  # to which JAX sets it
+        # It calls two hints to the compiler unsupported by the machine, in two lines for each program that it loads.
+        os.environ[_LOG_LEVEL] = "3"
 
 
 @functools.cache

@@ -32,8 +32,8 @@ def test_sums_after_importing_kvjax():
 @pytest.mark.parametrize(("version", "added"), [("0.10.2", f" {FLAG}=-reduce"), ("0.10.1", ""), ("99.0", "")])
 def test_flag(version, added):
     """The flag is set for versions that need it, beside flags that are there; others may not know it."""
-    code = "from importlib import metadata; metadata.version = lambda name: {!r}; import kvjax, os; print(os.environ['XLA_FLAGS'])"
-    assert outcome(code.format(version), XLA_FLAGS="--some") == f"--some{added}"
+    code = f"from importlib import metadata; metadata.version = lambda name: '{version}'; import kvjax, os"
+    assert outcome(f"{code}; print(os.environ['XLA_FLAGS'])", XLA_FLAGS="--some") == f"--some{added}"
 
 
 @pytest.mark.parametrize("size", [(16, 11, 24, 128), (32, 16, 25, 128), (2, 16, 200, 128), (16, 20, 16, 128)])
