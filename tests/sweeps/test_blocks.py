@@ -1,5 +1,6 @@
 """Tables drawn in blocks of checkpoints: equal to those drawn at once, in memory that does not grow with the run."""
 
+import gc
 import os
 import shutil
 import tracemalloc
@@ -71,6 +72,7 @@ def test_memory_of_tables(swept, tmp_path, monkeypatch):
         margins = FixedMargins(np.full(of_reads.shape, NO_COMPETITOR, np.int32), lambda named: of_reads)
         copies = lambda named: {name: values.copy() for name, values in sums.items()}  # noqa: E731
         measured = MeasuredRun(found, None, [{}] * count, None, [], margins, copies)
+        gc.collect()
         tracemalloc.start()
         try:
             report = tables.publish(inputs, {}, measured, settings, SweepLog())
@@ -81,7 +83,8 @@ def test_memory_of_tables(swept, tmp_path, monkeypatch):
         return peak
 
     largest(8)  # imports and caches
-    few, many = largest(16), largest(64)
+    # What the garbage collector has not come to yet adds to a peak: the least of three calls has the least of it.
+    few, many = (min(largest(count) for _ in range(3)) for count in (16, 64))
     of_one = sum(values.nbytes for values in sums.values())
     assert many - few < 48 * 0.25 * of_one, (few, many, of_one)
 
