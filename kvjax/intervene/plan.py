@@ -24,7 +24,7 @@ from kvjax.model.components import Component, all_components
 from kvjax.task.pairs import PairSet, own_pairs
 
 # Raised whenever a number of an intervention or a name in its files changes, so that older ones are measured anew.
-INTERVENTION_VERSION = 4
+INTERVENTION_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ def write_run(
 ) -> Path:
     """Writes a run directory as the reference trainer does, with random models of growing distance from each other.
 
-    The settings are of the run's config, where it differs from `run_config`.
+    Settings replace those of the same names in the config that `run_config` makes.
     """
     metadata = json.loads((benchmark_dir / "metadata.json").read_text())
     vocab_size = len(metadata["vocabulary"]["tokens"])

@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 def launched_by_slurm(count: int, port: int) -> list[dict[str, str]]:
-    """Returns what `srun` puts into the environment of each of its tasks on this machine."""
+    """Returns the environment variables that `srun` would set for each task, all on this machine."""
     job = {"SLURM_JOB_ID": str(port - _SLURM_PORTS), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
     return [job | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)} for index in range(count)]
 
