@@ -26,7 +26,7 @@ def leaders_cell(row: dict[str, Any]) -> str:
 
 
 def leaders_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Explains the marks of the leaders of rows, and compares the last row's with the random control if measured."""
+    """Explains the marks of the leaders of shown rows, and compares the last with the random control if measured."""
     notes = []
     if any(head["ablations_disagree"] for row in rows for head in row["top_heads"][:_SHOWN]):
         notes.append(

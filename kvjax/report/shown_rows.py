@@ -29,8 +29,7 @@ def rows_of_change(rows: Sequence[Mapping[str, Any]], *, most: int) -> list[int]
     """
     if len(rows) <= most:
         return list(range(len(rows)))
-    steps = np.array([row["step"] for row in rows], float)
-    courses_RxM = _courses(rows)
+    steps, courses_RxM = _courses(rows)
     shown = [0, len(rows) - 1]
     while len(shown) < most:
         guessed = np.stack([np.interp(steps, steps[shown], course[shown]) for course in courses_RxM.T], axis=1)
@@ -42,15 +41,19 @@ def rows_of_change(rows: Sequence[Mapping[str, Any]], *, most: int) -> list[int]
     return shown
 
 
-def _courses(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Collects the numbers whose changes count, [rows, courses]; 0 if a row has none."""
-    drops = [{(head["layer"], head["head"]): _drop(row, head) for head in row["top_heads"]} for row in rows]
+def _courses(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Collects the steps, and the numbers whose changes count, [rows, courses]; 0 if a row has none.
+
+    It goes over the rows once: those of a long run lie in a file, and parsing them takes time.
+    """
+    steps, accuracies, drops = [], [], []
+    for row in rows:
+        steps.append(row["step"])
+        accuracies.append([row["answer_accuracy"], row["heldout_answer_accuracy"]])
+        drops.append({(head["layer"], head["head"]): _drop(row, head) for head in row["top_heads"]})
     leading = sorted({next(iter(of_row)) for of_row in drops if of_row})
-    numbers = [
-        [row["answer_accuracy"], row["heldout_answer_accuracy"], *(of_row.get(head) for head in leading)]
-        for row, of_row in zip(rows, drops, strict=True)
-    ]
-    return np.nan_to_num(np.array(numbers, float))
+    numbers = [[*own, *(of_row.get(head) for head in leading)] for own, of_row in zip(accuracies, drops, strict=True)]
+    return np.array(steps, float), np.nan_to_num(np.array(numbers, float))
 
 
 def _drop(row: Mapping[str, Any], head: Mapping[str, Any]) -> float | None:

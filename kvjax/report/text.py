@@ -55,7 +55,7 @@ def print_sweep_report(report: SweepReport) -> None:
         say(f"{row['step']:>7} {numbers}  {leaders_cell(row)}")
     if hidden := len(rows) - len(shown):
         say(f"  ({hidden} of {len(rows)} checkpoints, at which less changes, are left out; all are in the table)")
-    for line in leaders_notes(rows):
+    for line in leaders_notes(shown):
         say(f"  {line}")
     for file, reason in report.log.refused.items():
         say(f"skipped {file}: {reason}")
