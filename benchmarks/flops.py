@@ -27,7 +27,7 @@ from kvjax.intervene.kinds.attribution_patching import INTEGRATION_STEPS
 from kvjax.intervene.kinds.component_sets import sets_to_ablate
 from kvjax.intervene.kinds.subspaces import OPERATIONS, SUBSPACES, usable_ranks
 from kvjax.intervene.paths import all_edges
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.set_ablation import SetTree
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.corruption import PAIR_KINDS

@@ -39,8 +39,9 @@ from kvjax.intervene.kinds.path_patching import path_effects
 from kvjax.intervene.pair_runs import DENOISING, Effects, PairRuns, answer_effects, run_pairs
 from kvjax.intervene.paths import all_edges, all_senders, run_changes, sender_changes
 from kvjax.intervene.places import Place, stage_places
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Edit, Interventions
+from kvjax.model.params import Params
 from kvjax.model.restart import before_layer
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import plain_forward

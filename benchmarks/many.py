@@ -30,7 +30,9 @@ from benchmarks.reporting import machine, write_result
 from kvjax.artifacts.layout import RunLayout
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.run import ModelConfig
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.task.benchmark import Benchmark, generate_benchmark
 
 FLAGS = flags.FLAGS

@@ -22,7 +22,8 @@ from benchmarks.reporting import machine, median_seconds, write_result
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.devices import share_cpu_cores
-from kvjax.model.decoder import Decoder, DecoderConfig
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark

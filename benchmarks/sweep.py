@@ -35,7 +35,9 @@ from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.run import ModelConfig
 from kvjax.devices import share_cpu_cores
-from kvjax.model.decoder import Decoder, DecoderConfig, Params, stack_params
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params, stack_params
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
 from kvjax.task.benchmark import Benchmark, generate_benchmark

@@ -29,7 +29,7 @@ from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
 from kvjax.devices import share_cpu_cores
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.pipeline.screen_estimate import decoder_of
 from kvjax.train.schedule import Hyperparameters, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment

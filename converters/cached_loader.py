@@ -14,7 +14,7 @@ from kvjax.artifacts.files import HashedFile
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 from kvjax.task.benchmark import Benchmark
 
 Keep = Literal["nothing", "if possible", "everything"]

@@ -13,7 +13,8 @@ from kvjax.converters.torch_decoder import TorchDecoder
 from kvjax.config.run import ModelConfig
 from kvjax.errors import unusable
 from kvjax.model.checkpoint import Certificate
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.transforms import plain_forward
 from kvjax.task.vocabulary import PAD_ID
 

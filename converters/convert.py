@@ -15,7 +15,7 @@ from kvjax.artifacts.files import HashedFile
 from kvjax.config.run import RunConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.vocabulary import Vocabulary
 

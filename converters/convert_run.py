@@ -19,7 +19,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.sweep_schema import Vouched
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.sweeps.vouching import Voucher, recorded_accuracies, vouching_notes
 from kvjax.task.benchmark import Benchmark

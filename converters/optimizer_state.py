@@ -24,7 +24,7 @@ from kvjax.converters.to_torch import to_torch
 from kvjax.config.run import ModelConfig
 from kvjax.config.train import AdamWConfig, OptimizationConfig, SGDConfig
 from kvjax.errors import unusable
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 
 
 @dataclasses.dataclass(frozen=True)

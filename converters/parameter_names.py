@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from kvjax.config.run import ModelConfig
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

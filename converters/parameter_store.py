@@ -28,7 +28,8 @@ from kvjax.artifacts.run_lock import in_turn
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
 from kvjax.model.checkpoint import Certificate, Checkpoint
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 
 _MANIFEST = "manifest.json"
 _LOCK = "lock"  # held while the manifest is read and written

@@ -10,7 +10,8 @@ from kvjax.converters.weights import Saved
 
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError, unusable
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 
 
 def to_flax(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from kvjax.converters.parameter_names import TOKEN_EMBEDDING, UNEMBEDDING, torch_names
 
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 
 
 def to_torch(params: Params) -> dict[str, torch.Tensor]:

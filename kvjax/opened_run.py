@@ -15,7 +15,8 @@ from kvjax.devices import Placement, device_count, start_jax
 from kvjax.errors import unusable
 from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.decoder import DecoderConfig, Params, stack_params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params, stack_params
 from kvjax.model.transforms import over_checkpoints
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import EncodedRecords, encode_records

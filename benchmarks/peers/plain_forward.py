@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.measure.behaviour import answer_correct, answer_margin
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import CLEAN, Interventions, ablate_head, ablate_mlp
+from kvjax.model.params import Params
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import over_checkpoints, over_interventions, plain_forward
 from kvjax.sweeps.measure_checkpoint import SweepSpec

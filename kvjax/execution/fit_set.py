@@ -12,7 +12,8 @@ from kvjax.errors import InputError
 from kvjax.execution.states_at_reads import flatten_reads, states_at_reads
 from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import NO_LABEL, RidgeProbes, RidgeSystem, fit_probes, ridge_system
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.restart import run_clean
 from kvjax.model.sites import STAGE_SITES, Trace
 from kvjax.task.encoding import NO_ROLE, TOKEN_ROLES, EncodedRecords

@@ -6,7 +6,7 @@ import dataclasses
 
 from kvjax.devices import Lift, Placement
 from kvjax.errors import bad_argument
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 
 CPU_TOKENS_PER_BATCH = 900  # activations of a microbatch stay in cache; measured, see docs/performance.md
 # A few checkpoints of whole probe sets fill an accelerator. More at once would compute more copies of the last one

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.measure.residual import spread
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.restart import run_clean
 from kvjax.model.sites import STAGE_SITES, Trace, residual_stages, take_positions
 from kvjax.task.encoding import Bucket, EncodedRecords

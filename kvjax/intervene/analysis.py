@@ -30,7 +30,8 @@ from kvjax.intervene.plan import InterventionPlan, Task, Window, window_hashes
 from kvjax.intervene.recovery import PairGroups
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.model.checkpoint import CheckpointSource
-from kvjax.model.decoder import DecoderConfig, stack_params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import stack_params
 from kvjax.task.corruption import PAIR_KINDS
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs, encode_clean_streams, encode_pairs

@@ -17,7 +17,8 @@ from kvjax.intervene.ablations import DEFAULT_ABLATION
 from kvjax.intervene.metrics import DEFAULT_METRIC, METRICS, UNITS
 from kvjax.intervene.recovery import STATISTICS, PairGroups
 from kvjax.model.components import Component
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.task.encoding import Bucket, EncodedRecords, bucket_by_length, microbatches
 from kvjax.task.pair_encoding import EncodedPairs
 from kvjax.task.vocabulary import Vocabulary

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.measure.behaviour import answer_correct
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Interventions
+from kvjax.model.params import Params
 from kvjax.model.restart import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
 from kvjax.model.sites import take_positions
 from kvjax.task.pair_encoding import EncodedPairs

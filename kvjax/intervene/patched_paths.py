@@ -19,10 +19,14 @@ import numpy as np
 
 from kvjax.intervene.pair_runs import Effects, PairRuns, answer_effects
 from kvjax.intervene.paths import HEAD_INPUTS, Edge, all_edges, all_senders, run_changes, sender_changes
-from kvjax.model.decoder import NO_TAP, Block, Decoder, DecoderConfig, Params, gelu, layer_params
+from kvjax.model.decoder import Block, Decoder, gelu
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.head_writes import HeadWrites
+from kvjax.model.interventions import NO_TAP
+from kvjax.model.params import Params, layer_params
 from kvjax.model.sites import take_positions
-from kvjax.model.variants import Rows, WindowRun, heads_with_changed_input, in_window, run_on
+from kvjax.model.variant_rows import Rows
+from kvjax.model.variants import WindowRun, heads_with_changed_input, in_window, run_on
 
 
 def rows_of_paths(config: DecoderConfig, window: int) -> int:

@@ -19,11 +19,14 @@ import numpy as np
 
 from kvjax.intervene.pair_runs import Effects, PairRuns, answer_effects, read_effects
 from kvjax.intervene.places import Place, patch_edit
-from kvjax.model.decoder import Block, Decoder, DecoderConfig, Params, layer_params
+from kvjax.model.decoder import Block, Decoder
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Edit
+from kvjax.model.params import Params, layer_params
 from kvjax.model.sites import SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
-from kvjax.model.variants import Rows, WindowRun, in_window, reads_after_last, rows_after, run_on
+from kvjax.model.variant_rows import Rows
+from kvjax.model.variants import WindowRun, in_window, reads_after_last, rows_after, run_on
 from kvjax.model.weights import head_output_kernels
 from kvjax.task.corruption import PAIR_ROLES
 from kvjax.task.pair_encoding import EncodedPairs

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from kvjax.intervene.pair_runs import PairRuns
 from kvjax.model.components import Component
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.sites import SITES, Trace, take_positions
 from kvjax.model.weights import head_output_kernels
 

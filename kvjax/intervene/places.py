@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.intervene.pair_runs import Effects
 from kvjax.model.components import all_components
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Edit, Interventions
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import SITES, stage_names

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from kvjax.errors import InputError, bad_argument
 from kvjax.intervene.paths import HEAD_INPUTS
 from kvjax.intervene.validation import check_path, check_place, checked_mask, checked_pair, checked_tokens
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import CLEAN, Edit, Interventions
+from kvjax.model.params import Params
 from kvjax.model.sites import SITES, STAGE_SITES, Trace
 from kvjax.model.transforms import plain_forward
 from kvjax.model.weights import head_output_kernels
@@ -38,7 +39,8 @@ def ablate(
     """Replaces the outputs of a set of heads and MLPs, by zero or by other values, and returns the logits [B, T, V].
 
     >>> import kvjax, jax, jax.numpy as jnp
-    >>> from kvjax.model.decoder import Decoder, DecoderConfig
+    >>> from kvjax.model.decoder import Decoder
+    >>> from kvjax.model.decoder_config import DecoderConfig
     >>> config = DecoderConfig(vocab_size=12, d_model=8, n_layers=2, n_heads=2, d_ff=16, max_seq_len=6)
     >>> tokens = jnp.array([[1, 8, 4, 10, 9, 4]])
     >>> params = Decoder(config).init(jax.random.key(0), tokens)["params"]
@@ -79,7 +81,8 @@ def patch(
     """Takes one activation from the run on other tokens, and returns the logits [B, T, V].
 
     >>> import kvjax, jax, jax.numpy as jnp
-    >>> from kvjax.model.decoder import Decoder, DecoderConfig
+    >>> from kvjax.model.decoder import Decoder
+    >>> from kvjax.model.decoder_config import DecoderConfig
     >>> config = DecoderConfig(vocab_size=12, d_model=8, n_layers=2, n_heads=2, d_ff=16, max_seq_len=6)
     >>> clean, corrupted = jnp.array([[1, 8, 4, 10, 9, 4]]), jnp.array([[1, 8, 4, 11, 9, 4]])
     >>> params = Decoder(config).init(jax.random.key(0), clean)["params"]
@@ -126,7 +129,8 @@ def path_patch(
     the run on `tokens_BxT`, the receiver and everything after it are computed again.
 
     >>> import kvjax, jax, jax.numpy as jnp
-    >>> from kvjax.model.decoder import Decoder, DecoderConfig
+    >>> from kvjax.model.decoder import Decoder
+    >>> from kvjax.model.decoder_config import DecoderConfig
     >>> config = DecoderConfig(vocab_size=12, d_model=8, n_layers=2, n_heads=2, d_ff=16, max_seq_len=6)
     >>> clean, corrupted = jnp.array([[1, 8, 4, 10, 9, 4]]), jnp.array([[1, 8, 4, 11, 9, 4]])
     >>> params = Decoder(config).init(jax.random.key(0), clean)["params"]
@@ -185,7 +189,8 @@ def across_checkpoints(
     """Runs one checkpoint on with a stage's states of another on the same tokens, and returns the logits [B, T, V].
 
     >>> import kvjax, jax, jax.numpy as jnp
-    >>> from kvjax.model.decoder import Decoder, DecoderConfig
+    >>> from kvjax.model.decoder import Decoder
+    >>> from kvjax.model.decoder_config import DecoderConfig
     >>> config = DecoderConfig(vocab_size=12, d_model=8, n_layers=2, n_heads=2, d_ff=16, max_seq_len=6)
     >>> tokens = jnp.array([[1, 8, 4, 10, 9, 4]])
     >>> early, late = (Decoder(config).init(jax.random.key(seed), tokens)["params"] for seed in (0, 1))

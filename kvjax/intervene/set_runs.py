@@ -16,7 +16,8 @@ from kvjax.execution.over_pairs import compiled_on_microbatches
 from kvjax.execution.unbucket import unbucket
 from kvjax.intervene.inputs import InterventionInputs
 from kvjax.intervene.pair_runs import Effects, read_effects
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.restart import run_clean
 from kvjax.model.set_ablation import SET_CAPTURE, SetTree, under_sets
 from kvjax.model.sites import Trace, take_positions

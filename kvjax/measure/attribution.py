@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.model.decoder import LAYER_NORM_EPS, Params
+from kvjax.model.decoder import LAYER_NORM_EPS
+from kvjax.model.params import Params
 from kvjax.model.sites import Trace
 from kvjax.model.weights import head_output_kernels, unembedding
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kvjax.model.decoder import LAYER_NORM_EPS, DecoderConfig, Params
+from kvjax.model.decoder import LAYER_NORM_EPS
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.sites import Trace, take_positions
 
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from kvjax.measure import attribution, behaviour, heads, residual
 from kvjax.measure.qk_separation import qk_separation
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.sites import Trace, take_positions
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 from kvjax.model.weights import grouped_tensors, tensor_groups
 
 

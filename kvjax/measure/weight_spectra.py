@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import threadpoolctl
 
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 from kvjax.model.weights import head_factors
 
 LEADING = 8  # singular directions of a head's matrix that are followed from checkpoint to checkpoint

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 
 
 @dataclasses.dataclass(frozen=True)

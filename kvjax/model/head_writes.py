@@ -12,7 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvjax.model.decoder import LAYER_NORM_EPS, DecoderConfig, Params
+from kvjax.model.decoder import LAYER_NORM_EPS
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.weights import head_output_kernels
 
 

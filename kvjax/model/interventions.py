@@ -134,3 +134,6 @@ class Tap:
             return array
         array = jnp.broadcast_to(array, (positions.shape[0], *array.shape[1:]))
         return take_positions(array, positions, site.positions)
+
+
+NO_TAP = Tap()

@@ -14,19 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.errors import InputError
-from kvjax.model.decoder import (
-    Block,
-    Decoder,
-    DecoderConfig,
-    Params,
-    Prefix,
-    attention_mask,
-    gelu,
-    layer_params,
-    window_mask,
-)
+from kvjax.model.attention import Prefix, attention_mask, window_mask
+from kvjax.model.decoder import Block, Decoder, gelu
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Interventions, Tap, check_interventions, earliest_site
+from kvjax.model.params import Params, layer_params
 from kvjax.model.sites import SITE_ORDER, SITES, Trace, take_positions
 from kvjax.model.transforms import plain_forward
 

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.model.decoder import Block, Decoder, DecoderConfig, Params, attention_mask, layer_params
+from kvjax.model.attention import attention_mask
+from kvjax.model.decoder import Block, Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params, layer_params
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import Trace, take_positions
 

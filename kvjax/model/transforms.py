@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from kvjax.devices import ONE_DEVICE, Lift, Placement
 from kvjax.errors import InputError
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import CLEAN, Interventions, check_interventions, compose
+from kvjax.model.params import Params
 from kvjax.model.sites import SITES, Trace
 
 

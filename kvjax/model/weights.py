@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 
 # The two matrices of a head: what queries are matched with, and what attended positions write.
 HEAD_MATRICES = ("qk", "ov")

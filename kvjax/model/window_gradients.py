@@ -14,17 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.model.decoder import (
-    LAYER_NORM_EPS,
-    NO_TAP,
-    Block,
-    Decoder,
-    DecoderConfig,
-    Params,
-    Prefix,
-    layer_params,
-    window_mask,
-)
+from kvjax.model.attention import Prefix, window_mask
+from kvjax.model.decoder import LAYER_NORM_EPS, Block, Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.interventions import NO_TAP
+from kvjax.model.params import Params, layer_params
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import Trace, take_positions
 

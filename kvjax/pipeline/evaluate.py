@@ -17,7 +17,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.convert import convert_checkpoint
 from kvjax.devices import device_description
 from kvjax.errors import InputError, bad_argument, command
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.pipeline.current import Current
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import DEFAULT_RESULTS, EvaluateSettings, ResultSettings, RunsOnBenchmark

@@ -16,7 +16,7 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.converters.torch_checkpoint import read_checkpoint
 from kvjax.converters.weights import AVERAGED
 from kvjax.errors import note, unusable
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 from kvjax.pipeline.run_history import RunHistory
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.schedule import Hyperparameters, learning_rate

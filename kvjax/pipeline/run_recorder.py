@@ -22,7 +22,7 @@ from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_checkpoint import read_checkpoint, write_checkpoint
 from kvjax.devices import device_description
 from kvjax.errors import InputError, note, unusable
-from kvjax.model.decoder import Params
+from kvjax.model.params import Params
 from kvjax.pipeline.background_writer import BackgroundWriter
 from kvjax.pipeline.run_history import RunHistory, is_better
 from kvjax.train.loop import Row

@@ -13,7 +13,7 @@ from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.factors import overrides_in_words
 from kvjax.config.train import TrainConfig
 from kvjax.devices import device_count
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.pipeline.factor_plan import PlannedSetting, ScreenPlan
 from kvjax.pipeline.settings import ProbeSetSettings
 from kvjax.pipeline.text import in_minutes

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from kvjax.execution.fit_set import NUM_ROLES, ComponentMeans
 from kvjax.measure import behaviour
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Edit, Interventions, ablate_mlp
+from kvjax.model.params import Params
 from kvjax.model.restart import CleanRun, restart, restart_from_head
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import Lift, over_interventions, over_layers

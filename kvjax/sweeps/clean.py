@@ -9,7 +9,8 @@ from kvjax.execution.states_at_reads import states_at_reads
 from kvjax.measure import registry, residual
 from kvjax.measure.declaration import LEVEL_AXES, Measure
 from kvjax.measure.reads import Reads
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, CleanRun, run_clean
 from kvjax.model.sites import STAGE_SITES
 from kvjax.task.encoding import RELATION_GROUPS, TOKEN_ROLES, EncodedRecords

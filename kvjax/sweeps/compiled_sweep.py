@@ -18,7 +18,8 @@ from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.execution.states_at_reads import ReadStates, rows_of_splits
 from kvjax.execution.unbucket import unbucket
 from kvjax.measure.weight_spectra import LEADING, HeadSpectra, head_spectra
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.clean import Sums
 from kvjax.sweeps.measure_checkpoint import SweepData, SweepSpec, SweptModel, measure_checkpoints

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvjax.measure.sequence_sums import all_sequence_sums
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.probe_index import ProbeIndex
 from kvjax.sweeps.settings import SweepSettings

@@ -20,7 +20,8 @@ from kvjax.execution.states_at_reads import form_states
 from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import NO_LABEL, fit_logistic, label_wins, probe_scores, ridge_system, standardise
 from kvjax.model.checkpoint import CheckpointSource
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.task.encoding import EncodedRecords
 

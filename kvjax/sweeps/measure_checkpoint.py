@@ -21,8 +21,9 @@ from kvjax.measure import registry
 from kvjax.measure.declarations.residual import PROBE_TARGETS
 from kvjax.measure.probes import RidgeProbes, RidgeSystem, label_wins, probe_scores, ranks_above, standardise
 from kvjax.measure.weight_spectra import HeadSpectra
-from kvjax.model.decoder import DecoderConfig, Params, stack_params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.head_writes import HeadWrites
+from kvjax.model.params import Params, stack_params
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import Trace
 from kvjax.model.transforms import over_checkpoints

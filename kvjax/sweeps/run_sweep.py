@@ -22,7 +22,7 @@ from kvjax.execution.over_checkpoints import Chunk, over_chunks
 from kvjax.measure import registry
 from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.sweeps.clean import VALUE_LOGITS
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.fixed_margin import ValueLogits

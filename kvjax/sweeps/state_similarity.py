@@ -25,7 +25,7 @@ from kvjax.execution.over_checkpoints import over_chunks
 from kvjax.execution.states_at_reads import ReadStates, by_split, form_states
 from kvjax.measure.residual import event_drift, linear_cka
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
-from kvjax.model.decoder import Params, stack_params
+from kvjax.model.params import Params, stack_params
 from kvjax.model.transforms import over_checkpoints, over_interventions
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.measure_checkpoint import SweepSpec

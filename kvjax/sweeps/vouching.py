@@ -27,7 +27,8 @@ from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH
 from kvjax.measure import behaviour
 from kvjax.measure.registry import BIRTH_SPLIT
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import plain_forward
 from kvjax.task.benchmark import Benchmark

@@ -12,7 +12,8 @@ import numpy as np
 
 from kvjax.measure.weight_changes import digest, squared_norms, update_cosine
 from kvjax.measure.weight_spectra import HeadSpectra, effective_rank, head_spectra, participation_ratio
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.weights import HEAD_MATRICES, mlp_input_kernels, mlp_output_kernels, tensor_groups
 
 Arrays = Mapping[str, np.ndarray]

@@ -16,7 +16,8 @@ import optax
 from kvjax.config.train import TrainConfig
 from kvjax.devices import backend, device_count
 from kvjax.errors import InputError
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.sweeps.evaluation import SplitEvaluator
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records

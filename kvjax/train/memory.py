@@ -9,7 +9,7 @@ import jax
 
 from kvjax.devices import available_memory_bytes
 from kvjax.errors import InputError
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.train.trainer import TrainProgram, parameter_shapes
 
 

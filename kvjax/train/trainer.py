@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvjax.config.train import InitializedModelConfig
 from kvjax.devices import DEVICE_AXIS, Lift, Placement
 from kvjax.measure.behaviour import wins_among
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.task.vocabulary import PAD_ID
 from kvjax.train.schedule import Hyperparameters, learning_rate, make_optimizer
 

@@ -11,7 +11,7 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError
 from kvjax.execution.fit_set import check_roles, component_means
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import TOKEN_ROLES, bucket_by_length, encode_records
 from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model

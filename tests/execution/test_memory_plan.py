@@ -5,7 +5,7 @@ import pytest
 
 from kvjax.errors import InputError
 from kvjax.execution.memory_plan import CPU_TOKENS_PER_BATCH, MOST_PER_ACCELERATOR, checkpoint_bytes, plan_chunks
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.settings import SweepSettings
 

@@ -11,7 +11,9 @@ import numpy as np
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.execution.inputs import RunInputs, prepare_run
 from kvjax.measure.weight_spectra import head_spectra
-from kvjax.model.decoder import Decoder, DecoderConfig, Params
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.pipeline.sweep import checkpoint_source as source
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.measure_checkpoint import SweptModel

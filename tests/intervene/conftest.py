@@ -6,7 +6,7 @@ import pytest
 from kvjax.converters.to_flax import to_flax
 
 from kvjax.config.run import ModelConfig
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.pair_encoding import encode_pairs
 from kvjax.task.pairs import generate_pairs

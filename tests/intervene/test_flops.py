@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.flops import across_checkpoints_flops, attribution_flops, set_ablation_flops, subspace_flops
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.task.encoding import EncodedRecords
 from kvjax.task.pair_encoding import EncodedPairs
 from kvjax.task.stream_reads import StreamReads

@@ -8,7 +8,7 @@ from kvjax.converters.to_flax import to_flax
 
 from kvjax.config.run import ModelConfig
 from kvjax.measure.attribution import direct_logit_attribution
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.transforms import plain_forward
 from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model
 

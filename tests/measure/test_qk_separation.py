@@ -11,7 +11,7 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.config.run import ModelConfig
 from kvjax.measure.qk_separation import qk_separation
 from kvjax.measure.weight_spectra import LEADING, head_spectra
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.restart import run_clean
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import RELATION_GROUPS, encode_records

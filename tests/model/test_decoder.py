@@ -13,8 +13,10 @@ from kvjax.converters.to_flax import to_flax
 from kvjax.config.run import ModelConfig
 from kvjax.devices import Placement
 from kvjax.errors import InputError
-from kvjax.model.decoder import Decoder, DecoderConfig, gelu, stack_params
+from kvjax.model.decoder import Decoder, gelu
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import CLEAN, Edit, ablate_head, ablate_mlp, compose
+from kvjax.model.params import stack_params
 from kvjax.model.sites import SITES, residual_stages, stage_names
 from kvjax.model.transforms import capture, intervene, over_checkpoints, over_interventions, plain_forward
 from tests.helpers.building import SMALL_MODEL, as_numpy, random_torch_model

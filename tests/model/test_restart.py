@@ -14,7 +14,7 @@ from kvjax.converters.to_flax import to_flax
 
 from kvjax.config.run import ModelConfig
 from kvjax.errors import InputError
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.head_writes import HeadWrites
 from kvjax.model.interventions import Edit, ablate_head
 from kvjax.model.restart import HEAD_CAPTURE, RESTART_CAPTURE, WINDOW_CAPTURE, restart, restart_from_head, run_clean

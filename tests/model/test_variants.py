@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.model.decoder import Decoder, DecoderConfig
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Edit
 from kvjax.model.restart import RESTART_CAPTURE, WINDOW_CAPTURE, run_clean
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import plain_forward
-from kvjax.model.variants import Rows, WindowRun, reads_after_last, rows_after, run_on
+from kvjax.model.variant_rows import Rows
+from kvjax.model.variants import WindowRun, reads_after_last, rows_after, run_on
 
 LENGTH, WINDOW = 11, 5
 FIRST = np.array([0, 4, 6, 8])  # of each sequence's window; the last one's reaches beyond the end

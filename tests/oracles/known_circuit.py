@@ -38,7 +38,8 @@ from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_decoder import TorchDecoder
 
 from kvjax.config.run import ModelConfig
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.task.vocabulary import BOS, WRITE, Vocabulary
 from tests.oracles.patching import Node, Receiver
 

@@ -14,7 +14,7 @@ from kvjax.execution.over_pairs import OverPairs
 from kvjax.intervene.kinds.activation_patching import patching_effects
 from kvjax.intervene.pair_runs import DENOISING, run_pairs
 from kvjax.intervene.places import component_places, stage_places
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.transforms import plain_forward
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records

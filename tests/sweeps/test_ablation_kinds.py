@@ -6,7 +6,7 @@ import torch
 from kvjax.converters.to_flax import to_flax
 
 from kvjax.config.run import ModelConfig
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.sweeps.ablations import RANDOM_DRAWS, RANDOM_SEED
 from kvjax.sweeps.compiled_sweep import DONOR_SEED, CompiledSweep
 from kvjax.sweeps.settings import ABLATIONS, SweepSettings

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from kvjax.execution.memory_plan import checkpoint_bytes
-from kvjax.model.decoder import Decoder, DecoderConfig
+from kvjax.model.decoder import Decoder
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.sweeps import compiled_sweep
 from kvjax.sweeps.ablations import restarts_at_once
 from kvjax.sweeps.compiled_sweep import CompiledSweep

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.execution.states_at_reads import ReadStates, rows_of_splits
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.sites import stage_names
 from kvjax.sweeps import compiled_sweep, state_similarity
 from kvjax.sweeps.compiled_sweep import CompiledSweep

@@ -13,7 +13,7 @@ from kvjax.converters.to_torch import to_torch
 from kvjax.converters.torch_decoder import TorchDecoder
 
 from kvjax.config.train import AdamWConfig, InitializedModelConfig, ScheduleConfig, SGDConfig
-from kvjax.model.decoder import DecoderConfig
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.train.schedule import Hyperparameters, learning_rate, make_optimizer
 from kvjax.train.trainer import TrainState, batch_indices, initial_params, plan_training, start_training, train_segment
 from tests.helpers.building import SMALL_MODEL

@@ -26,7 +26,8 @@ from kvjax.intervene.pair_tables import baselines, put_runs
 from kvjax.intervene.places import over_places, patch_edit, stage_places
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import interval, run_lines
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.restart import RESTART_CAPTURE, WINDOW_CAPTURE, CleanRun, restart, run_clean
 from kvjax.model.sites import STAGE_SITES, Trace, take_positions
 from kvjax.task.corruption import PAIR_ROLES

@@ -45,7 +45,8 @@ from kvjax.intervene.patched_positions import differs_before, patched_before, pa
 from kvjax.intervene.places import Place, component_places, stage_places
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell, center_step, component_lines, failure, run_lines, shown_steps
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.task.corruption import PAIR_ROLES
 
 ROLES = (*PAIR_ROLES[1:], "all", PAIR_ROLES[0])

@@ -31,7 +31,8 @@ from kvjax.intervene.paths import HEAD_INPUTS, Edge, Receiver, all_edges, all_se
 from kvjax.intervene.recovery import PairGroups, means_per_read
 from kvjax.intervene.summary_text import cell, center_step
 from kvjax.measure.statistics import spearman
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 from kvjax.model.sites import Trace, take_positions
 from kvjax.model.window_gradients import WindowGradients, window_gradients
 from kvjax.task.pair_encoding import EncodedPairs

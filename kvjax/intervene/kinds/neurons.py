@@ -25,8 +25,9 @@ from kvjax.measure import behaviour
 from kvjax.measure.attribution import answer_direction
 from kvjax.measure.statistics import places
 from kvjax.measure.weight_spectra import effective_rank, head_spectra
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Edit
+from kvjax.model.params import Params
 from kvjax.model.restart import RESTART_CAPTURE, restart, run_clean
 from kvjax.model.sites import take_positions
 from kvjax.model.transforms import over_checkpoints, over_layers

@@ -43,7 +43,8 @@ from kvjax.intervene.patched_paths import patched_paths, rows_of_paths
 from kvjax.intervene.paths import all_edges
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import center_step, largest_by_pair_kind, run_lines
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
+from kvjax.model.params import Params
 
 
 def path_effects(params: Params, config: DecoderConfig, runs: PairRuns) -> Effects:

@@ -31,8 +31,9 @@ from kvjax.intervene.places import over_places, place_mask, stage_index, stage_p
 from kvjax.intervene.recovery import means_per_read
 from kvjax.intervene.summary_text import cell, center_step, failure, run_lines
 from kvjax.measure.probes import NO_LABEL, fit_probes, ridge_system
-from kvjax.model.decoder import DecoderConfig, Params
+from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.interventions import Edit
+from kvjax.model.params import Params
 from kvjax.model.restart import CleanRun
 from kvjax.model.sites import SITES, take_positions
 from kvjax.task.encoding import EncodedRecords
