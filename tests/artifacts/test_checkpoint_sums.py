@@ -24,6 +24,7 @@ def file(store):
 
 
 def test_sums_are_found_again(store):
+    """Arrays and provenance come back as they were stored."""
     found = store.find(NAME, KEY)
     assert found.step == 250 and found.info["seconds"] == 1.5
     assert found.arrays.keys() == ARRAYS.keys()
@@ -33,6 +34,7 @@ def test_sums_are_found_again(store):
 
 
 def test_numpy_reads_the_file_too(store, file):
+    """The file is a plain `.npz`."""
     with np.load(file) as stored:
         np.testing.assert_array_equal(stored["counts"], ARRAYS["counts"])
 
@@ -40,21 +42,26 @@ def test_numpy_reads_the_file_too(store, file):
 @pytest.mark.parametrize("look", ["find", "holds"])
 class TestMissing:
     def test_of_another_checkpoint(self, store, look):
+        """Sums of a file with another hash count as missing."""
         assert not getattr(store, look)(NAME, "another hash")
 
     def test_of_other_settings(self, store, look):
+        """Sums measured with other settings count as missing."""
         assert not getattr(ResultStore(store.folder, {"precision": "default"}), look)(NAME, KEY)
 
     def test_no_file(self, store, look):
+        """A file that is not there is no error."""
         assert not getattr(store, look)("step_000500", KEY)
 
     def test_cut_off_anywhere(self, store, file, look):
+        """A file that ends too early counts as missing, wherever it ends."""
         whole = file.read_bytes()
         for length in range(0, len(whole), 13):
             file.write_bytes(whole[:length])
             assert not getattr(store, look)(NAME, KEY), length
 
     def test_bytes_missing_in_the_middle(self, store, file, look):
+        """A file whose end is there, but too near, counts as missing."""
         whole = file.read_bytes()
         middle = len(whole) // 2
         file.write_bytes(whole[:middle] + whole[middle + 8 :])
