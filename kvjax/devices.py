@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvjax.errors import unusable
-from kvjax.machine import available_cores, machine_memory_bytes
+from kvjax.machine import available_cores, machine_memory_bytes, processes_here
 from kvjax.right_sums import check_sums
 
 if TYPE_CHECKING:
@@ -109,10 +109,19 @@ ONE_DEVICE = Placement()
 
 
 def backend() -> str:
-    """Names the backend that JAX computes on: `cpu`, `gpu` or `tpu`."""
+    """Names the backend that JAX computes on: `cpu`, `gpu` or `tpu`.
+
+    Everything that computes asks for it first.
+
+    Raises:
+      InputError: it is a CPU on which known sums come out wrong.
+    """
     import jax
 
-    return jax.default_backend()
+    name = jax.default_backend()
+    if name == "cpu":
+        check_sums()
+    return name
 
 
 def device_count() -> int:
@@ -137,10 +146,12 @@ def fillable_memory_gb(given_gb: float | None = None) -> float:
     its container, because the process itself and compiling take about 2 GB.
 
     Args:
-      given_gb: a bound that a person gave: on an accelerator on what JAX allocates, on a CPU on what is filled.
+      given_gb: a bound that a person gave: on an accelerator on what JAX allocates, on a CPU on what is filled by all
+        processes that share the machine.
     """
     if backend() == "cpu":
-        return given_gb or machine_memory_bytes() * _MACHINE_SHARE / 1e9
+        given_here = None if given_gb is None else given_gb / processes_here()
+        return given_here or machine_memory_bytes() * _MACHINE_SHARE / 1e9
     limit = _accelerator_limit()
     if given_gb is not None:
         return min(given_gb, limit / 1e9 if limit else math.inf) * _ACCELERATOR_SHARE
@@ -159,10 +170,15 @@ def _accelerator_limit() -> int | None:
 
 
 def cache_folder() -> Path:
-    """Names the folder of compiled programs: `KVJAX_CACHE_DIR`, or a folder in the user's cache directory."""
-    given = os.environ.get(CACHE_VARIABLE)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else base / "kvjax" / "compiled"
+    """Names the folder of compiled programs: `KVJAX_CACHE_DIR`, or a folder in the user's cache directory.
+
+    Raises:
+      RuntimeError: no variable names one, and the user has no home.
+    """
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvjax" / "compiled"
 
 
 def use_compilation_cache() -> Path | None:
@@ -175,14 +191,14 @@ def use_compilation_cache() -> Path | None:
     """
     import jax
 
-    folder = cache_folder()
     try:
+        folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:
             return None
         folder.chmod(0o700)
-    except OSError:
+    except (OSError, RuntimeError):
         return None
     _set_compilation_cache(str(folder))
     # Comparing states takes 0.3 s to compile; by default, JAX keeps only programs that take a second.
@@ -216,7 +232,10 @@ def lowered_folder() -> Path | None:
     import jax
 
     kept = jax.config.jax_compilation_cache_dir
-    trusted = kept is not None and kept == str(cache_folder()) and jax.config.jax_enable_compilation_cache
+    try:
+        trusted = kept is not None and kept == str(cache_folder()) and jax.config.jax_enable_compilation_cache
+    except RuntimeError:
+        return None
     return Path(kept) / "lowered" if trusted else None
 
 
@@ -241,12 +260,24 @@ def bound_accelerator_memory(gb: float) -> None:
 
 def gpu_bytes() -> list[int]:
     """Asks NVIDIA's driver for the memory of each GPU; nothing if there is none."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        return [int(line) << 20 for line in _ask_driver("memory.total")]
+    except ValueError:
+        return []
+
+
+def gpu_uuids() -> list[str]:
+    """Asks NVIDIA's driver for the identity of each GPU that this process may see; nothing if there is none."""
+    return _ask_driver("uuid")
+
+
+def _ask_driver(field: str) -> list[str]:
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_SECONDS_FOR_DRIVER, check=True)
-        return [int(line) << 20 for line in done.stdout.split("\n") if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
+    return [line.strip() for line in done.stdout.split("\n") if line.strip()]
 
 
 def share_cpu_cores() -> None:
@@ -286,5 +317,4 @@ def start_jax() -> None:
     share_cpu_cores()
     if jax.config.jax_compilation_cache_dir is None and not _left:
         use_compilation_cache()
-    if jax.default_backend() == "cpu":
-        check_sums()
+    backend()

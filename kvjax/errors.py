@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pydantic
+
+
+_LISTED = 5  # names of what was refused
 
 
 class InputError(ValueError):
@@ -79,6 +83,22 @@ def misfit(where: str | Path, error: pydantic.ValidationError, expected: str | N
 def bad_argument(parameter: str, expected: str, found: object) -> InputError:
     """Makes the `InputError` about an argument; a command prints it under the flag of that name."""
     return InputError(f"{parameter}: expected {expected}; found {one_line(found)}", parameter=parameter)
+
+
+def first_refusal(refused: Sequence[tuple[str, InputError]], total: int) -> InputError:
+    """Makes one `InputError` of several: the first, with the names of what else was refused.
+
+    Args:
+      refused: what was refused, and why; at least one.
+      total: how many there were.
+    """
+    (subject, first), *others = refused
+    names = [name for name in dict.fromkeys(other for other, _ in others) if name != subject]
+    if not names:
+        return first
+    listed = ", ".join(names[:_LISTED]) + (", …" if names[_LISTED:] else "")
+    more = f" ({len(refused)} of {total} were refused, also {shortened(listed, 500)})"
+    return InputError(f"{first}{more}", parameter=first.parameter)
 
 
 def command(name: str, **flags: Any) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
-# This process's share, if it works beside others.
-CORES_VARIABLE, MEMORY_VARIABLE = "KVJAX_CORES", "KVJAX_MEMORY_BYTES"
+# This process's share, if it works beside others, and how many there are.
+CORES_VARIABLE, MEMORY_VARIABLE, PROCESSES_VARIABLE = "KVJAX_CORES", "KVJAX_MEMORY_BYTES", "KVJAX_PROCESSES"
 _MEMORY_FILES = ("memory.max", "memory.high", "memory.limit_in_bytes")  # of version 2, 2 and 1
 
 
@@ -56,6 +56,13 @@ def machine_memory_bytes(root: Path = _ROOT) -> int:
             with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
                 limits.append(int((group / name).read_text()))
     return min(limits)
+
+
+def processes_here() -> int:
+    """Counts the processes that share the work on this machine, this one included, as `KVJAX_PROCESSES` says."""
+    with contextlib.suppress(ValueError):
+        return max(1, int(os.environ.get(PROCESSES_VARIABLE, 1)))
+    return 1
 
 
 def _quota(group: Path) -> float:

@@ -92,4 +92,6 @@ def group_of(
 
     if settings.processes == "auto":
         return joined(detect_membership())
-    return started(int(settings.processes), [sys.executable, "-m", __package__ + ".main", *command, "--processes=auto"])
+    # -P: what lies in the working directory is not imported instead of what this process runs.
+    same = [sys.executable, "-P", "-m", __package__ + ".main", *command, "--processes=auto"]
+    return started(int(settings.processes), same)

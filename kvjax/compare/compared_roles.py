@@ -16,9 +16,9 @@ from kvjax.compare.roles import ROLES, RoleTrajectories, role_trajectories
 from kvjax.compare.settings import LAST, LATEST_BIRTH
 from kvjax.compare.stage import Stage, choose_stage
 from kvjax.compare.variation import known_number
-from kvjax.measure.statistics import ranking
 from kvjax.model.components import Component
 
+_NONE = -1  # stands for a head where no head has the role
 _SCORE = "attention that shows the role, times the share of the causal effect"
 
 
@@ -86,15 +86,22 @@ class ComparedRoles:
 
     def document(self) -> dict[str, Any]:
         """Describes winners and stabilities, ready for `RolesEntry`."""
-        winners = {}
+        winners, first_RxO = {}, self._winners()
         for index, role in enumerate(ROLES):
             winners[role] = []
-            for name, scores in zip(self.names, self.scores, strict=True):
-                first, second = ranking(scores[:, index])[:2].tolist() if len(scores) > 1 else (0, 0)
-                score = float(scores[first, index])
-                winner = str(self.heads[first]) if score > 0 else None
-                runner_up = float(scores[second, index]) if second != first else 0.0
-                winners[role].append({"run": name, "component": winner, "score": score, "second_score": runner_up})
+            for name, scores, first in zip(self.names, self.scores, first_RxO[:, index].tolist(), strict=True):
+                second = max(
+                    (float(score) for head, score in enumerate(scores[:, index]) if head != first), default=0.0
+                )
+                has = first != _NONE
+                winners[role].append(
+                    {
+                        "run": name,
+                        "component": str(self.heads[first]) if has else None,
+                        "score": float(scores[first, index]) if has else 0.0,
+                        "second_score": second,
+                    }
+                )
         return {
             "evidence": "interventions" if self.stage.patched else "ablation",
             "stage": self.stage.name,
@@ -126,6 +133,12 @@ class ComparedRoles:
             "address": _entry(match.address, "observed"),
         }
 
+    def _winners(self) -> np.ndarray:
+        """Finds the head with the largest score of each role at the stage, int [runs, roles]; `_NONE` if all are 0."""
+        return np.array(
+            [np.where((scores > 0).any(axis=0), scores.argmax(axis=0), _NONE) for scores in self.scores], int
+        )
+
     def outliers(self) -> list[dict[str, Any]]:
         """Names runs whose roles are unlike the others', ready for `OutlierEntry`."""
         own: list[list[float]] = [[] for _ in self.names]
@@ -146,8 +159,10 @@ class ComparedRoles:
             for s, step in enumerate(steps.tolist()):
                 if step in of_run.steps:
                     every[r, s] = role_scores(of_run.over([step], patched=False))
-        winner = np.array([[int(scores[:, i].argmax()) for i in range(len(ROLES))] for scores in self.scores])
-        followed = np.take_along_axis(every, winner[:, None, None, :], axis=2)[:, :, 0]  # [run, step, role]
+        winner_RxO = self._winners()
+        has_RxO = winner_RxO != _NONE
+        followed = np.take_along_axis(every, winner_RxO[:, None, None, :], axis=2)[:, :, 0]  # [run, step, role]
+        followed = np.where(has_RxO[:, None], followed, np.nan)
         names = [str(head) for head in self.heads]
         evidence = "recovery by patching" if self.stage.patched else "drop by ablation"
         found = xr.Dataset(
@@ -164,13 +179,16 @@ class ComparedRoles:
                 ),
                 "role_winner": (
                     ("run", "role"),
-                    np.array(names)[winner],
-                    {"long_name": "head with the largest score at the stage"},
+                    np.where(has_RxO, np.array(names)[winner_RxO], ""),
+                    {"long_name": "head with the largest score at the stage; empty if no head has the role"},
                 ),
                 "role_trajectory": (
                     ("run", "step", "role"),
                     followed,
-                    {"units": "1", "long_name": "score of the role's winner, wherever it is"},
+                    {
+                        "units": "1",
+                        "long_name": "score of the role's winner, wherever it is; NaN if no head has the role",
+                    },
                 ),
             },
             coords={"run": self.names, "step": steps, "component": names, "role": list(ROLES)},
@@ -178,7 +196,9 @@ class ComparedRoles:
         over = found["role_trajectory"]
         for name, reduced in (("mean", over.mean("run")), ("low", over.min("run")), ("high", over.max("run"))):
             words = {"mean": "mean", "low": "smallest", "high": "largest"}[name]
-            found[f"role_trajectory_{name}"] = reduced.assign_attrs(units="1", long_name=f"{words} over runs")
+            found[f"role_trajectory_{name}"] = reduced.assign_attrs(
+                units="1", long_name=f"{words} over the runs that have the role"
+            )
         return found
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-import kvjax
-from kvjax.artifacts.files import file_sha256, replace_file
+from kvjax.artifacts.code_hash import CODE_SHA256
+from kvjax.artifacts.files import replace_file
 from kvjax.artifacts.provenance import software_versions
 from kvjax.devices import device_description, lowered_folder
 from kvjax.errors import InputError
@@ -27,15 +27,6 @@ from kvjax.machine import available_cores
 _DIGEST_BYTES = 32  # SHA-256
 # Of 0.1 to 0.4 MB; every version of the code and every shape of the data makes its own, all interventions some 20.
 _KEPT_PROGRAMS = 200
-
-
-def _digest_of_code(package: Path) -> str:
-    contents = [(str(path.relative_to(package)), file_sha256(path)) for path in sorted(package.rglob("*.py"))]
-    return hashlib.sha256(repr(contents).encode()).hexdigest()
-
-
-# The digest of the imported code is taken at import, because files may be edited while a long run goes on.
-CODE_SHA256 = _digest_of_code(Path(kvjax.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True)

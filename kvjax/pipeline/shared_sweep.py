@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.converters.cached_loader import CachedLoader
+from kvjax.errors import InputError
 from kvjax.execution.inputs import OpenedInputs, RunInputs, prepare_run
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.pipeline.progress import Advance
@@ -27,12 +28,13 @@ class Share:
 
     Attributes:
       run: the run directory, or the folder of its results.
-      names: of the checkpoints' results, in the order of steps.
+      files: name of the checkpoint's result, its step (None for the best) and its file, in the order of steps. A folder
+        that lists files later on another machine may not show them yet.
       benchmark_dir, inputs, settings, still_training: see `kvjax.pipeline.sweep.sweep`.
     """
 
     run: str
-    names: tuple[str, ...]
+    files: tuple[tuple[str, int | None, str], ...]
     benchmark_dir: str | None
     inputs: SweepInputs
     settings: SweepSettings
@@ -46,7 +48,12 @@ class Share:
     def of_json(cls, document: Mapping[str, Any]) -> Self:
         """Reads a document that `as_json` wrote."""
         made = {"inputs": SweepInputs(**document["inputs"]), "settings": SweepSettings(**document["settings"])}
-        return cls(**{**document, **made, "names": tuple(document["names"])})
+        return cls(**{**document, **made, "files": tuple(tuple(file) for file in document["files"])})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the checkpoints' results."""
+        return tuple(name for name, _, _ in self.files)
 
     def prepare(self, opened: OpenedInputs) -> RunInputs:
         """Finds and checks everything that the sweep of the run needs.
@@ -54,7 +61,7 @@ class Share:
         Raises:
           InputError: see `prepare_run`.
         """
-        return prepare_run(
+        prepared = prepare_run(
             RunDir.open(Path(self.run)),
             benchmark_dir=self.benchmark_dir,
             probe_set=self.inputs.probe_set,
@@ -63,6 +70,8 @@ class Share:
             still_training=self.still_training,
             opened=opened,
         )
+        own = {name: (step, Path(file)) for name, step, file in self.files}
+        return dataclasses.replace(prepared, wanted={**prepared.wanted, **own})
 
 
 class ShareWorker:
@@ -94,9 +103,12 @@ class ShareWorker:
         return self.measure(Share.of_json(document), advance).as_json()
 
 
-def measure_alone(share: Share) -> ShareReport:
-    """Measures a share; for a unit of work, see `ShareWorker`."""
-    return ShareWorker().measure(share)
+def measure_alone(share: Share) -> ShareReport | InputError:
+    """Measures a share, or returns what refused it; for a unit of work, see `ShareWorker`."""
+    try:
+        return ShareWorker().measure(share)
+    except InputError as error:
+        return error
 
 
 def shared_source(work: RunInputs) -> CheckpointSource:
@@ -113,11 +125,11 @@ class Sharing(Protocol):
 
     number: int
 
-    def measure(self, shares: Sequence[Share], advance: Advance) -> list[ShareReport]:
-        """Measures shares and returns what is reported of each, in order.
+    def measure(self, shares: Sequence[Share], advance: Advance) -> list[ShareReport | InputError]:
+        """Measures shares, and returns in order what is reported of each, or what refused it.
 
         Raises:
-          InputError: a share was refused, or a process is gone. What others measured stays.
+          InputError: a process is gone. What others measured stays.
         """
 
 
@@ -132,9 +144,10 @@ class InGroup:
         self._leader, self._worker = leader, ShareWorker()
         self.number = leader.count
 
-    def measure(self, shares: Sequence[Share], advance: Advance) -> list[ShareReport]:
+    def measure(self, shares: Sequence[Share], advance: Advance) -> list[ShareReport | InputError]:
         tasks = [(index % self.number, share.as_json()) for index, share in enumerate(shares)]
-        return [ShareReport.of_json(report) for report in self._leader.run(tasks, self._worker, advance)]
+        found = self._leader.run(tasks, self._worker, advance)
+        return [one if isinstance(one, InputError) else ShareReport.of_json(one) for one in found]
 
 
 class OnEngine:
@@ -148,7 +161,7 @@ class OnEngine:
     def __init__(self, engine: Engine, number: int):
         self._engine, self.number = engine, number
 
-    def measure(self, shares: Sequence[Share], advance: Advance) -> list[ShareReport]:
+    def measure(self, shares: Sequence[Share], advance: Advance) -> list[ShareReport | InputError]:
         units = [Unit("sweep", share.run, measure_alone, (share,)) for share in shares]
         sizes = [len(share.names) for share in shares]  # about equal: which unit has ended does not matter
         return self._engine.run(units, lambda done: advance(sum(sizes.pop() for _ in range(done))))
@@ -163,8 +176,8 @@ def measure_in_shares(
     inputs: SweepInputs,
     settings: SweepSettings,
     still_training: bool,
-) -> list[list[ShareReport]]:
-    """Measures runs in shares, and returns the reports of each run's.
+) -> list[list[ShareReport] | InputError]:
+    """Measures runs in shares, and returns the reports of each run's, or what refused the first of them that was.
 
     Args:
       behind: the runs, locked by this process.
@@ -179,7 +192,9 @@ def measure_in_shares(
     for place, work in enumerate(behind):
         _, store = open_results(work, settings)
         for names in cut_into_shares(work, store, sharing.number, anew=settings.overwrite):
-            shares.append(Share(str(work.run.path), names, benchmark_dir, inputs, settings, still_training))
+            files = tuple((name, step, str(file)) for name in names for step, file in [work.wanted[name]])
+            shares.append(Share(str(work.run.path), files, benchmark_dir, inputs, settings, still_training))
             runs.append(place)
-    reports = sharing.measure(shares, advance)
-    return [[report for report, run in zip(reports, runs, strict=True) if run == place] for place in range(len(behind))]
+    found = sharing.measure(shares, advance)
+    of_runs = [[one for one, run in zip(found, runs, strict=True) if run == place] for place in range(len(behind))]
+    return [next((one for one in of_run if isinstance(one, InputError)), of_run) for of_run in of_runs]

@@ -195,8 +195,11 @@ def _interventions_are_made(study: Study) -> Current:
 def _intervene(study: Study, progress: Progress) -> list[InterventionReport]:
     in_windows = [run.path for run in _with_windows(study)]
     reports = _intervene_in(in_windows, study.interventions, study, progress) if in_windows else []
+    alike: dict[InterventionSettings, list[Path]] = {}
     for run, settings in _patching(study):
-        reports += _intervene_in([run.path], settings, study, progress)
+        alike.setdefault(settings, []).append(run.path)
+    for settings, runs in alike.items():  # runs in one call share workers, and compiled programs
+        reports += _intervene_in(runs, settings, study, progress)
     return reports
 
 

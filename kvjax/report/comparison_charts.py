@@ -78,7 +78,13 @@ def role_chart(dataset: xr.Dataset, role: str) -> LineChart:
     runs = own["run"].values.tolist()
     named = len(runs) <= _MOST_NAMED
     lines = [
-        Line(f"{run}: {winner}" if named else "", steps, values, colour=_colour(place, named, COLOURS[0]), faint=True)
+        Line(
+            f"{run}: {winner or 'none'}" if named else "",
+            steps,
+            values,
+            colour=_colour(place, named, COLOURS[0]),
+            faint=True,
+        )
         for place, (run, winner, values) in enumerate(
             zip(
                 runs,
@@ -93,7 +99,7 @@ def role_chart(dataset: xr.Dataset, role: str) -> LineChart:
         name=f"role_{role}",
         title=f"The {role}, wherever its head is",
         caption="Attention times the share of the causal effect, of the head that has the role in each run. Thick: the "
-        "mean; shaded: the range over runs.",
+        "mean; shaded: the range, over the runs in which a head has it.",
         lines=[*lines, Line("mean over runs", steps, mean, low, high, NEUTRAL)],
         y_title="role score",
     )

@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from kvjax.artifacts.code_hash import CODE_SHA256
 from kvjax.artifacts.files import digest, file_sha256
 from kvjax.artifacts.layout import step_name
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.stored_rows import StoredRows
 from kvjax.errors import InputError
-from kvjax.execution.export_cache import CODE_SHA256
 from kvjax.execution.inputs import BEST, RunInputs
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.sweeps.results import SweepLog, SweepReport

@@ -13,7 +13,7 @@ from kvjax.artifacts.checkpoint_sums import ResultStore
 from kvjax.artifacts.files import read_json
 from kvjax.artifacts.identity import Identity, check_seal
 from kvjax.artifacts.run_dir import RunDir
-from kvjax.errors import InputError, bad_argument
+from kvjax.errors import InputError, bad_argument, first_refusal
 from kvjax.execution.inputs import RunInputs
 from kvjax.model.checkpoint import CheckpointSource
 from kvjax.sweeps.current_tables import current_report
@@ -23,7 +23,8 @@ from kvjax.sweeps.settings import WHY_ZERO, SweepSettings
 from kvjax.sweeps.shares import ShareReport
 from kvjax.task.probe_set import check_installable
 
-Elsewhere = Callable[[Sequence[RunInputs]], Sequence[Sequence[ShareReport]]]  # measures runs, in shares
+# Measures runs in shares: of each run the reports of its shares, or what refused one of them.
+Elsewhere = Callable[[Sequence[RunInputs]], Sequence[Sequence[ShareReport] | InputError]]
 
 # Raised whenever a measure changes, so that results of the older one are measured anew.
 RESULT_VERSION = 4
@@ -48,12 +49,13 @@ def sweep_runs(
 
     Raises:
       InputError: the settings leave out zero ablation, a run was measured before with other settings, or a checkpoint
-        cannot be used. Tables of runs measured before it are written.
+        cannot be used. Tables of runs measured before it are written; in shares, those of all other runs.
     """
     compiled: Compiled = {}
     reports: list[concurrent.futures.Future[SweepReport]] = []
     known: dict[int, SweepReport | None] = {}
-    shares: dict[int, Sequence[ShareReport]] = {}
+    shares: dict[int, Sequence[ShareReport] | InputError] = {}
+    refused: list[tuple[str, InputError]] = []
     if elsewhere is not None:
         for place, inputs in enumerate(prepared):
             known[place] = current_report(inputs, open_results(inputs, settings)[0], settings, source(inputs))
@@ -76,11 +78,15 @@ def sweep_runs(
                     advance(len(inputs.wanted))
                     reports.append(beside.submit(lambda report=current: report))
                     continue
+                of_shares = shares.get(place)
+                if isinstance(of_shares, InputError):
+                    refused.append((str(inputs.run.path), of_shares))
+                    continue
                 program = compiled_sweep(inputs, settings, compiled)
-                if place in shares:
+                if of_shares is not None:
                     as_measured = dataclasses.replace(settings, overwrite=False)
                     sweep = RunSweep(inputs, program, store, checkpoints, as_measured)
-                    measured = sweep.collect(shares[place])
+                    measured = sweep.collect(of_shares)
                 else:
                     sweep = RunSweep(inputs, program, store, checkpoints, settings)
                     measured = sweep.measure(
@@ -91,7 +97,10 @@ def sweep_runs(
         except InputError:
             _check_last(reports)  # the error of an earlier run comes first
             raise
-    return [report.result() for report in reports]
+    written = [report.result() for report in reports]
+    if refused:
+        raise first_refusal(refused, len(prepared))
+    return written
 
 
 def measure_share(

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvjax.artifacts.files import read_json
-from kvjax.errors import InputError, bad_argument, note, one_line, shortened, unusable
+from kvjax.errors import bad_argument, first_refusal, note, one_line, unusable
 from kvjax.units.unit import Unit
 from kvjax.units.worker import Assignment, Outcome, run_assignment
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-_LISTED = 5
 _SECONDS_TO_GREET = 3
 
 
@@ -109,14 +108,8 @@ def _count_workers(client: Client) -> int:
 def _check_all(units: Sequence[Unit], outcomes: Sequence[Outcome]) -> None:
     """Raises the first error of units, with the subjects of the others that have one."""
     failed = [(unit, outcome.error) for unit, outcome in zip(units, outcomes, strict=True) if outcome.error]
-    if not failed:
-        return
-    (_, first), *others = failed
-    if not others:
-        raise first
-    names = ", ".join(unit.subject for unit, _ in others[:_LISTED]) + (", …" if others[_LISTED:] else "")
-    more = f" ({len(failed)} of {len(units)} were refused, also {shortened(names, 500)})"
-    raise InputError(f"{first}{more}", parameter=first.parameter)
+    if failed:
+        raise first_refusal([(unit.subject, error) for unit, error in failed], len(units))
 
 
 def _address(scheduler: str) -> str:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from kvjax import __version__
+from kvjax.artifacts.code_hash import RUNNING
 from kvjax.errors import InputError, bad_argument, one_line, unusable
 from kvjax.units.alarm import Alarm, EndedError
 from kvjax.units.leader import Work
@@ -39,7 +39,7 @@ class Follower:
         self._inbox: queue.SimpleQueue[Document | None] = queue.SimpleQueue()
         self._line.send(
             {
-                "kvjax": __version__,
+                "kvjax": RUNNING,
                 "index": membership.index,
                 "count": membership.count,
                 "pid": os.getpid(),

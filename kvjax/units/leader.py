@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from kvjax import __version__
-from kvjax.errors import InputError, bad_argument, note, unusable
+from kvjax.artifacts.code_hash import RUNNING
+from kvjax.errors import InputError, bad_argument, note, one_line, unusable
 from kvjax.units.alarm import SECONDS_TO_STOP, Alarm
 from kvjax.units.line import Document, Line, LostError
 from kvjax.units.membership import Membership
@@ -58,8 +58,7 @@ class Leader:
     ) -> None:
         self._membership, self._started = membership, started
         self._alarm, self._followers = Alarm(), {}
-        self._results: dict[int, Document] = {}
-        self._refused: dict[int, InputError] = {}
+        self._results: dict[int, Document | InputError] = {}
         self._notes: list[str] = []
         self._awaited: dict[int, int] = {}  # task -> process
         self._advance: Advance = lambda number: None
@@ -79,20 +78,21 @@ class Leader:
         """The number of processes, this one included."""
         return self._membership.count
 
-    def run(self, tasks: Sequence[tuple[int, Document]], work: Work, advance: Advance) -> list[Document]:
-        """Runs tasks, each on the process that it names, and returns their results in order.
-
-        All tasks are done, even if one is refused.
+    def run(self, tasks: Sequence[tuple[int, Document]], work: Work, advance: Advance) -> list[Document | InputError]:
+        """Runs tasks, each on the process that it names; all are done, even if one is refused.
 
         Args:
           tasks: the process and the document that its work gets.
           work: does this process's own tasks.
           advance: called with how much of the work is done, by any process.
 
+        Returns:
+          Of each task in order its result, or the error that refused it.
+
         Raises:
-          InputError: a task was refused, with the first one's message, or a process is gone.
+          InputError: a process is gone.
         """
-        self._results, self._refused, self._notes = {}, {}, []
+        self._results, self._notes = {}, []
         counting = threading.Lock()
 
         def counted(number: int) -> None:
@@ -118,14 +118,12 @@ class Leader:
                     self._results[number] = work(task, own)
                 except InputError as error:
                     self._alarm.check()  # what went wrong with the group comes first
-                    self._refused[number] = error
+                    self._results[number] = error
         with self._alarm.changed:
             self._alarm.changed.wait_for(lambda: not self._awaited or self._is_failing())
         self._alarm.check()
         for sentence in self._notes:
             note(sentence)
-        if self._refused:
-            raise self._refused[min(self._refused)]
         return [self._results[number] for number in range(len(tasks))]
 
     def close(self, status: int) -> None:
@@ -172,6 +170,9 @@ class Leader:
                 needed = index in self._awaited.values()
             if needed:
                 self._fail(index, follower.lost)
+        except Exception as error:  # a document of another form, or a progress bar that cannot be written
+            self._fail(index, f"that what it sent could not be taken in ({type(error).__name__}: {one_line(error)})")
+            follower.line.send({"failed": "process 0 could not take in what this one sent"})
 
     def _take(self, index: int, document: Document) -> None:
         if "advance" in document:
@@ -183,7 +184,7 @@ class Leader:
         self._notes += document["notes"]
         number = document["task"]
         if "refused" in document:
-            self._refused[number] = InputError(document["refused"], parameter=document["parameter"])
+            self._results[number] = InputError(document["refused"], parameter=document["parameter"])
         else:
             self._results[number] = document["result"]
         with self._alarm.changed:
@@ -217,13 +218,13 @@ class Leader:
         try:
             index, own = hello["index"], Surroundings.of_json(hello["surroundings"])
             words = f"process {index} of {self.count} ({hello['pid']} on {own.host})"
-            alike = (hello["kvjax"], hello["count"]) == (__version__, self.count)
+            alike = (hello["kvjax"], hello["count"]) == (RUNNING, self.count)
             fits = alike and 0 < index < self.count and index not in found
         except (KeyError, TypeError, ValueError):
             line.close()  # something that is no process of a group
             return
         if not fits:
-            expected = f"each of the {self.count} processes of kvjax {__version__} once at {self._membership.address}"
+            expected = f"each of the {self.count} processes of kvjax {RUNNING} once at {self._membership.address}"
             line.send({"failed": str(bad_argument("processes", expected, f"kvjax {hello['kvjax']}, {words}"))})
             line.close()
             return

@@ -10,6 +10,7 @@ from kvjax.errors import bad_argument, one_line, unusable
 # Where process 0 listens is JAX's own variable; the other two go with it if no launcher is there to be detected.
 _ADDRESS, _COUNT, _INDEX = VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SECONDS_TO_DETECT = 50
+_SECONDS_OF_A_LAUNCHER = 300.0  # between the first process that it starts and the last, as JAX itself waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,4 +71,4 @@ def detect_membership() -> Membership:
         raise unusable(_ADDRESS, "host:port", one_line(address))
     if not 0 <= index < count:
         raise unusable(_INDEX, f"a number from 0 to {count - 1}, for {count} processes", index)
-    return Membership(index, count, host.strip("[]"), int(port))
+    return Membership(index, count, host.strip("[]"), int(port), _SECONDS_OF_A_LAUNCHER)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from kvjax import __version__
+from kvjax.artifacts.code_hash import RUNNING
 from kvjax.devices import leave_compilation_cache, use_compilation_cache
 from kvjax.errors import InputError, Note, bad_argument, one_line, unusable
 from kvjax.machine import MEMORY_VARIABLE
@@ -38,7 +38,7 @@ class Assignment:
     unit: Unit
     folder: str
     compilation_cache: bool
-    version: str = __version__
+    version: str = RUNNING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ def _check_worker(assignment: Assignment) -> None:
     if worker.state.nthreads != 1:
         expected = "workers of one thread, such as those of `dask worker --nthreads=1`"
         raise bad_argument("scheduler", expected, f"{worker.state.nthreads} threads on {_here()}")
-    if assignment.version != __version__:
-        raise bad_argument("scheduler", f"workers with kvjax {assignment.version}", f"{__version__} on {_here()}")
+    if assignment.version != RUNNING:
+        raise bad_argument("scheduler", f"workers with kvjax {assignment.version}", f"{RUNNING} on {_here()}")
     if limit := worker.memory_manager.memory_limit:
         os.environ[MEMORY_VARIABLE] = str(limit)
 

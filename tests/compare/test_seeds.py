@@ -15,6 +15,7 @@ from kvjax.compare.roles import role_trajectories
 from kvjax.compare.seeds import compare
 from kvjax.compare.settings import CompareSettings
 from kvjax.errors import InputError
+from kvjax.report.comparison_charts import role_chart
 from kvjax.report.comparison_page import page
 from tests.helpers.comparing import STEPS, seed_run
 from tests.helpers.story import write_patching
@@ -82,6 +83,29 @@ def test_trajectory_of_a_role(five):
     assert (followed.sel(run=list("abcd")) > 0.35).all() and followed.sel(run="e") < 0.1
     mean = five.dataset["role_trajectory_mean"].sel(role="binder", step=STEPS[-1])
     assert float(mean) == pytest.approx(float(followed.mean()))
+
+
+def test_trajectory_without_a_role():
+    """A seed whose heads all score 0 has no winner, and no part in the mean; nobody has a role that all lack."""
+    runs = [seed_run("a", forms_at=300, binder=1), seed_run("b", forms_at=400, binder=2), seed_run("c", forms_at=400)]
+    runs[2].results.metrics["head_binding_attention"][:] = 0.0
+    for one in runs:
+        one.results.metrics["head_direct_logit_attribution"][:] = 0.0
+    made = compare(runs, EXACT)
+    winners = made.document["roles"]["winners"]
+    assert [one["component"] for one in winners["binder"]] == ["L0H1", "L0H2", None]
+    assert [one["component"] for one in winners["writer"]] == [None] * 3
+    assert {one["score"] for one in winners["writer"]} == {0.0}
+    binder, writer = (made.dataset.sel(role=role) for role in ("binder", "writer"))
+    assert binder["role_winner"].values.tolist() == ["L0H1", "L0H2", ""]
+    followed = binder["role_trajectory"]
+    assert followed.sel(run="c").isnull().all() and followed.sel(run=["a", "b"]).notnull().all()
+    both = followed.sel(run=["a", "b"]).values
+    np.testing.assert_allclose(binder["role_trajectory_mean"], both.mean(0))
+    np.testing.assert_allclose(binder["role_trajectory_low"], both.min(0))
+    assert writer["role_trajectory_mean"].isnull().all()
+    labels = [line.name for line in role_chart(made.dataset, "binder").lines]
+    assert labels == ["a: L0H1", "b: L0H2", "c: none", "mean over runs"]
 
 
 def test_seed_that_stands_apart(five):

@@ -1,5 +1,6 @@
 """Runs measured in shares, as several processes do it: what each reads, and tables like those of one sweep."""
 
+import dataclasses
 import fcntl
 import itertools
 import shutil
@@ -11,6 +12,7 @@ from kvjax.converters.parameter_store import stored_sha256s
 from kvjax.artifacts.files import file_sha256
 from kvjax.artifacts.layout import RunLayout
 from kvjax.artifacts.run_dir import RunDir
+from kvjax.artifacts.stored_rows import StoredRows
 from kvjax.errors import InputError
 from kvjax.pipeline.settings import RunsOnBenchmark, SweepInputs
 from kvjax.pipeline.shared_sweep import Share, ShareWorker
@@ -41,7 +43,10 @@ class Processes:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._files:
                 self._files.taken()
-            reports.append(ShareReport.of_json(ShareWorker()(share.as_json(), advance)))
+            try:
+                reports.append(ShareReport.of_json(ShareWorker()(share.as_json(), advance)))
+            except InputError as error:
+                reports.append(error)
             self.shares.append(share.names)
             if self._files:
                 self.opened.append(self._files.taken())
@@ -67,12 +72,12 @@ def run(unswept, tmp_path):
     return shutil.copytree(unswept, tmp_path / "run")
 
 
-def swept_by(processes, run, advance=lambda n: None, **inputs_and_settings):
-    """Sweeps a run in shares, and returns the report."""
+def swept_by(processes, *runs, advance=lambda n: None, **inputs_and_settings):
+    """Sweeps runs in shares, and returns the report of the first."""
     given = LITTLE | inputs_and_settings
     inputs = SweepInputs(**{name: given.pop(name) for name in ("steps", "reference") if name in given})
-    (report,) = sweep_stage(RunsOnBenchmark.of([run]), inputs, SweepSettings(**given), sharing=processes)
-    return report
+    runs_on = RunsOnBenchmark.of(runs)
+    return sweep_stage(runs_on, inputs, SweepSettings(**given), sharing=processes)[0]
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 2), (1,) * 7])
@@ -141,6 +146,42 @@ def test_unusable_checkpoint_of_a_share(run):
     assert report.log.refused == renamed and len(renamed) == 1
 
 
+def test_other_runs_of_an_unusable_checkpoint(run, alone):
+    """Runs before and after the one that is refused get their tables, and one line names it."""
+    bad, last = (shutil.copytree(run, run.with_name(name)) for name in ("bad", "last"))
+    for step in (100, 200):
+        (bad / "checkpoints" / f"step_{step:06d}.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"bad/checkpoints/step_000100\.pt: expected .*") as refusal:
+        swept_by(Processes(3), run, bad, last)
+    assert "also" not in str(refusal.value)
+    for whole in (run, last):
+        assert list(StoredRows(RunLayout(whole).rows)) == list(alone.rows)
+    assert not (bad / "analysis" / "sweep.json").exists()
+    (last / "checkpoints" / "step_000350.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"\(2 of 3 were refused, also .*/last\)"):
+        swept_by(Processes(3), run, bad, last)
+
+
+def test_file_that_a_machine_does_not_list(run, monkeypatch):
+    """A checkpoint that the folder does not show on another machine yet is opened by its name; if gone, refused."""
+    files = RunDir.open(run).checkpoints
+    opened = RunDir.open.__func__
+
+    def late(cls, path):
+        found = opened(cls, path)
+        return dataclasses.replace(found, checkpoints={step: files[step] for step in STEPS[:-1]})
+
+    share = Share(
+        str(run), (("step_000350", 350, str(files[350])),), None, SweepInputs(), SweepSettings(**LITTLE), False
+    )
+    monkeypatch.setattr(RunDir, "open", classmethod(late))
+    assert ShareWorker().measure(share).log.measured == [350]
+    files[350].unlink()
+    (run / "analysis" / "measured" / "step_000350.npz").unlink()
+    with pytest.raises(InputError, match=r"step_000350\.pt"):
+        ShareWorker().measure(share)
+
+
 def test_logistic_probes_in_shares(run):
     """Logistic probes are fitted by the shares that have their checkpoints."""
     other = shutil.copytree(run, run.with_name("other"))
@@ -152,5 +193,6 @@ def test_logistic_probes_in_shares(run):
 def test_share_as_json():
     """A share arrives as it was sent."""
     inputs, settings = SweepInputs(steps="50", reference="best"), SweepSettings(memory_gb=2, rank_by="zero", **LITTLE)
-    share = Share("runs/a", ("step_000050",), None, inputs, settings, still_training=True)
+    files = (("step_000050", 50, "runs/a/checkpoints/step_000050.pt"), ("best", None, "runs/a/checkpoints/best.pt"))
+    share = Share("runs/a", files, None, inputs, settings, still_training=True)
     assert Share.of_json(share.as_json()) == share

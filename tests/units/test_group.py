@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from kvjax import __version__
+from kvjax.artifacts.code_hash import RUNNING
 from kvjax.errors import InputError, Note, note
 from kvjax.units import line
 from kvjax.units.alarm import Alarm
@@ -53,6 +53,13 @@ def lead(port):
     return lambda count: joined(Membership(0, count, "127.0.0.1", port))
 
 
+def advancing(task, advance):
+    """Gets on, until its process is told to end."""
+    while True:
+        advance(1)
+        time.sleep(0.05)
+
+
 def double(task, advance):
     time.sleep(task["seconds"])
     advance(1)
@@ -75,7 +82,7 @@ def test_results_keep_their_order(followers, lead):
 
 
 def test_refused_task(followers, lead):
-    """Of refused tasks process 0 alone reports the first; all others are done, and then every process ends."""
+    """Each refused task has its error in its place; all others are done."""
     done = []
 
     def work(task, advance):
@@ -85,10 +92,13 @@ def test_refused_task(followers, lead):
         return {}
 
     ended = followers(3, work)
-    with pytest.raises(InputError) as refusal, lead(3) as leader:
-        leader.run([(0, {"bad": ""}), (1, {"bad": "x"}), (2, {"bad": "y"}), (1, {"bad": ""})], work, lambda n: None)
-    assert str(refusal.value) == "x: expected a file; found none" and refusal.value.parameter == "steps"
-    assert len(done) == 2 and [one.result() for one in ended] == [2, 2]
+    with lead(3) as leader:
+        tasks = [(0, {"bad": ""}), (1, {"bad": "x"}), (2, {"bad": "y"}), (0, {"bad": "z"}), (1, {"bad": ""})]
+        good, *refused, last = leader.run(tasks, work, lambda n: None)
+    assert (good, last) == ({}, {}) and len(done) == 2
+    assert [str(error) for error in refused] == [f"{name}: expected a file; found none" for name in "xyz"]
+    assert {error.parameter for error in refused} == {"steps"}
+    assert [one.result() for one in ended] == [0, 0]
 
 
 def test_notes_of_tasks(followers, lead):
@@ -114,6 +124,21 @@ def test_error_that_nobody_foresaw(followers, lead):
     with pytest.raises(InputError, match=expected), lead(2) as leader:
         leader.run([(1, {})], work, lambda n: None)
     assert isinstance(ended[0].exception(), ZeroDivisionError)
+
+
+def test_progress_that_cannot_be_shown(followers, lead):
+    """If what another process sends cannot be taken in, as when the progress bar's file is full, all end in a line."""
+    ended = followers(2, advancing)
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    expected = (
+        r"process 1 of 2 \(.*\): expected .*; found that what it sent could not be taken in \(OSError: .*No space"
+    )
+    with pytest.raises(InputError, match=expected), lead(2) as leader:
+        leader.run([(1, {})], advancing, full)
+    assert isinstance(ended[0].exception(), InputError)
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -151,7 +176,7 @@ def test_leader_that_goes(port):
         following = threads.submit(follow)
         leader = Line(listening.accept()[0])
         leader.receive()
-        leader.send({"place": {"cores": 1, "memory_bytes": 1, "gpus": None}})
+        leader.send({"place": {"cores": 1, "memory_bytes": 1, "processes": 2, "gpus": None}})
         leader.close()
         assert str(following.exception()) == (
             f"process 0 of 2 (127.0.0.1:{port}): expected it to work until the tables are drawn (call again: what was "
@@ -226,5 +251,5 @@ def _connected(port):
 
 
 def _hello(index, count):
-    surroundings = {"host": "far", "cores": [0], "core_limit": 1, "memory_bytes": 1, "gpus": []}
-    return {"kvjax": __version__, "index": index, "count": count, "pid": 77, "surroundings": surroundings}
+    surroundings = {"host": "far", "cores": [0], "core_limit": 1, "memory_bytes": 1, "gpus": [], "driver_gpus": []}
+    return {"kvjax": RUNNING, "index": index, "count": count, "pid": 77, "surroundings": surroundings}
