@@ -141,16 +141,6 @@ def test_unused_programs(folder, scaled, monkeypatch):
     assert used(3, at=500) == 3, "it had been let go"
 
 
-def test_digest_of_the_code(tmp_path):
-    """The digest of the code covers every file's name and content."""
-    (tmp_path / "model").mkdir()
-    digests = set()
-    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("model/b.py", "x = 2")):
-        (tmp_path / name).write_text(text)
-        digests.add(export_cache._digest_of_code(tmp_path))
-    assert len(digests) == 3
-
-
 def test_export_without_cache(scaled, monkeypatch):
     """Nothing is kept if compiled programs are not."""
     monkeypatch.setattr(export_cache, "lowered_folder", lambda: None)
