@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jaxlib.xla_client
@@ -64,6 +65,31 @@ def test_missing_cache_folder(tmp_path):
     """A folder that cannot be made turns the cache off."""
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "cache") == "None"
+
+
+def test_user_without_a_home(tmp_path, monkeypatch):
+    """Without a home there is no folder to trust, and none is needed if a variable names it."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("XDG_CACHE_HOME", CACHE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    assert devices.use_compilation_cache() is None and devices.lowered_folder() is None
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert devices.cache_folder() == tmp_path / "cache"
+
+
+def test_wrong_sums_of_a_cpu(monkeypatch):
+    """Whatever asks for the backend first finds out that known sums come out wrong."""
+
+    def wrong():
+        raise InputError("expected sums that are right to rounding")
+
+    monkeypatch.setattr(devices, "check_sums", wrong)
+    with pytest.raises(InputError, match="right to rounding"):
+        devices.backend()
 
 
 def test_command_without_cache(tmp_path):
