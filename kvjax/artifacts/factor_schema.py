@@ -83,10 +83,11 @@ class SharesEntry(_Part):
 
 
 class SummaryEntry(_Part):
-    """One number per run: by label and run name, its variance shares, and each setting's median less the base's."""
+    """One number per run, by label and run name: each setting's median, and less the base's, and variance shares."""
 
     unit: str
     values: dict[str, dict[str, float | None]]
+    medians: dict[str, float | None]
     shares: SharesEntry | None
     difference: dict[str, float | None]
 

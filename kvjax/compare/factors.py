@@ -138,16 +138,19 @@ def _residual(swept: Sequence[SweptRun], best: Mapping[str, int]) -> dict[str, d
 
 def _summaries(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Forms one number per run of each kind, the variance shares over settings, and differences to the base."""
-    numbers: dict[str, tuple[str, list[Mapping[str, float | None]]]] = {}
+    labels, found = [entry["label"] for entry in entries], {}
 
     def take(name: str, unit: str, of: Any) -> None:
         values = [of(entry) for entry in entries]
         if any(value is not None for own in values for value in own.values()):
-            numbers[name] = (unit, values)
+            found[name] = summarize(unit, labels, values)
 
     for family, word in (("births", "birth"), ("half_rises", "half-rise")):
         for metric in dict.fromkeys(name for entry in entries for name in entry[family]):
-            take(f"{word} of {metric}", "steps", lambda e, f=family, m=metric: _formed_steps(e, f, m))
+            steps = [_formed_steps(entry, family, metric) for entry in entries]
+            medians = [entry[family].get(metric, {"median": None})["median"] for entry in entries]
+            if any(step is not None for own in steps for step in own.values()):
+                found[f"{word} of {metric}"] = summarize_events(labels, steps, medians)
     for split in dict.fromkeys(split for entry in entries for split in entry["accuracy"]):
         for when in ("best", "last"):
             where = "all splits" if split == ALL_SPLITS else split
@@ -164,19 +167,43 @@ def _summaries(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
             take(f"accuracy on {split} of the base's probe set", "1", lambda e, s=split: _on_base(e, s))
     for name in dict.fromkeys(name for entry in entries for name in entry["residual"]):
         take(f"{name} at the best checkpoint", "1", lambda e, n=name: _spread_values(e, e["residual"].get(n)))
-    labels = [entry["label"] for entry in entries]
-    return {name: summarize(unit, labels, values) for name, (unit, values) in numbers.items()}
+    return found
 
 
 def summarize(unit: str, labels: Sequence[str], values: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
     """Summarises one number per run over settings, the base first, ready for `SummaryEntry`."""
     known = [[value for value in own.values() if value is not None] for own in values]
     medians = [float(np.median(own)) if own else None for own in known]
+    return _summary(unit, labels, values, medians, variance_shares([np.array(own) for own in known]))
+
+
+def summarize_events(
+    labels: Sequence[str], steps: Sequence[Mapping[str, float | None]], medians: Sequence[float | None]
+) -> dict[str, Any]:
+    """Summarises when the runs of each setting formed something, ready for `SummaryEntry`.
+
+    Args:
+      labels: of the settings, the base first.
+      steps: of each setting, by run; None for one that is censored.
+      medians: of each setting, by its survival curve. The middle of the runs that formed it would come too early.
+    """
+    all_formed = all(step is not None for own in steps for step in own.values())
+    shares = variance_shares([np.array(list(own.values())) for own in steps]) if all_formed else None
+    return _summary("steps", labels, steps, [None if m is None else float(m) for m in medians], shares)
+
+
+def _summary(
+    unit: str,
+    labels: Sequence[str],
+    values: Sequence[Mapping[str, float | None]],
+    medians: Sequence[float | None],
+    shares: VarianceShares | None,
+) -> dict[str, Any]:
     difference = [None if m is None or medians[0] is None else m - medians[0] for m in medians]
-    shares = variance_shares([np.array(own) for own in known])
     return {
         "unit": unit,
         "values": {label: dict(own) for label, own in zip(labels, values, strict=True)},
+        "medians": dict(zip(labels, medians, strict=True)),
         "shares": None if shares is None else _shares_entry(shares),
         "difference": dict(zip(labels, difference, strict=True)),
     }

@@ -36,10 +36,13 @@ def factor_parts(document: Mapping[str, Any]) -> list[Part]:
     header = ["setting", "differs from the base in", "seeds", "comparison of its seeds"]
     parts.append(Part("Settings", tables=[Table("", header, differing)]))
     summaries = [
-        [name, *(_values(entry["values"][label], entry["unit"]) for label in labels), _share(entry["shares"])]
+        [name, *(_values(entry, label) for label in labels), _share(entry["shares"])]
         for name, entry in document["summaries"].items()
     ]
-    reading = "Medians over seeds; in brackets each seed. The share is that of settings in the variance."
+    reading = (
+        "Medians over seeds, of births and half-rises by their survival curves; in brackets each seed. The share is "
+        "that of settings in the variance; there is none of births that some runs lack."
+    )
     table = Table("", ["", *labels, "share of settings [95 %]"], summaries)
     parts.append(Part("Summaries", [reading], tables=[table]))
     candidates = [
@@ -57,14 +60,13 @@ def factor_parts(document: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
-def _values(own: Mapping[str, float | None], unit: str) -> str:
-    known = sorted(value for value in own.values() if value is not None)
-    if not known:
+def _values(entry: Mapping[str, Any], label: str) -> str:
+    own, median = entry["values"][label], entry["medians"][label]
+    if all(value is None for value in own.values()):
         return f"none of {len(own)}"
-    middle = (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2
-    form = ".0f" if unit == "steps" else ".3f"
+    form = ".0f" if entry["unit"] == "steps" else ".3f"
     each = ", ".join("-" if value is None else format(value, form) for value in own.values())
-    return f"{middle:{form}} ({each})"
+    return f"{'-' if median is None else format(median, form)} ({each})"
 
 
 def _share(shares: Mapping[str, Any] | None) -> str:

@@ -11,7 +11,8 @@ import scipy.stats
 import statsmodels.formula.api as smf
 from statsmodels.stats.anova import anova_lm
 
-from kvjax.compare.factors import summarize
+from kvjax.compare.factors import summarize, summarize_events
+from kvjax.compare.survival import Observation, kaplan_meier
 from kvjax.compare.variation import seed_spread, variance_shares
 
 
@@ -97,7 +98,22 @@ def test_differences_between_settings():
     values = [{"7": 1.0, "11": 3.0, "13": 8.0}, {"7": 2.0, "11": None, "13": 5.0}]
     found = summarize("1", ["base", "other"], values)
     medians = frame([[1.0, 3.0, 8.0], [2.0, 5.0]]).groupby("setting")["value"].median()
+    assert list(found["medians"].values()) == pytest.approx(medians.tolist())
     assert found["difference"] == {"base": 0.0, "other": pytest.approx(medians[1] - medians[0])}
+
+
+def test_births_of_settings_with_censored_runs():
+    """A birth that two of five runs reached has no median, and no variance: the middle of the two is no middle."""
+    steps = [{"7": 500.0, "11": 700.0, "13": 600.0}, {"7": 300.0, "11": None, "13": None}]
+    observed = [[Observation(int(step or 2000), step is not None) for step in own.values()] for own in steps]
+    medians = [kaplan_meier(own).median for own in observed]
+    assert medians == [600, None]
+    found = summarize_events(["base", "other"], steps, medians)
+    assert found["medians"] == {"base": 600.0, "other": None} and found["difference"] == {"base": 0.0, "other": None}
+    assert found["shares"] is None
+    whole = summarize_events(["base", "other"], [steps[0], {"7": 300.0, "11": 350.0, "13": 400.0}], [600, 350])
+    assert whole["difference"]["other"] == -250.0
+    assert whole["shares"] == summarize("steps", ["base", "other"], list(whole["values"].values()))["shares"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
