@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvjax.artifacts.birth_windows_schema import BirthEntry, OrderEntry
+from kvjax.artifacts.birth_windows_schema import BirthEntry
 from kvjax.compare.aligned import SweptRun
 from kvjax.compare.order import Onset
 from kvjax.compare.survival import Observation, kaplan_meier
@@ -32,15 +32,28 @@ class Reached:
 
 
 def births(runs: Sequence[SweptRun]) -> dict[str, dict[str, Any]]:
-    """Summarises the births of every metric that has a threshold in some run, ready for `EventEntry`."""
+    """Summarises the births of every metric that has a threshold in some run, ready for `EventEntry`.
+
+    Metrics whose births are at other thresholds in other runs are left out: `unlike_births` names them.
+    """
     found: dict[str, list[Reached]] = {}
     about: dict[str, dict[str, Any]] = {}
+    unlike = unlike_births(runs)
     for one, name, entry in _birth_entries(runs):
-        if entry.threshold is None:
+        if entry.threshold is None or name in unlike:
             continue
         about.setdefault(name, {"split": entry.split, "threshold": entry.threshold})
         found.setdefault(name, []).append(_birth_of(one, entry))
     return {name: event_entry(own, **about[name]) for name, own in found.items()}
+
+
+def unlike_births(runs: Sequence[SweptRun]) -> dict[str, list[str]]:
+    """Finds the metrics whose births mean another thing in other runs: each threshold and split, in words."""
+    meant: dict[str, dict[str, None]] = {}
+    for _, name, entry in _birth_entries(runs):
+        if entry.threshold is not None:
+            meant.setdefault(name, {})[f"{entry.threshold:g} on {entry.split}"] = None
+    return {name: list(words) for name, words in meant.items() if len(words) > 1}
 
 
 def _birth_of(one: SweptRun, entry: BirthEntry) -> Reached:
@@ -84,10 +97,11 @@ def onsets(runs: Sequence[SweptRun]) -> dict[str, list[Onset | None]]:
     """Finds when each metric first moved in each run, between two of its checkpoints.
 
     Components of runs are not the same ones, so that only their kind counts, such as `head_accuracy_drop`: the first
-    component that moved, rises and falls apart. A metric that moved in some run and not in another is censored there.
+    component that moved, rises and falls apart. A metric that moved in some run and not in another is censored there;
+    of one that was past its threshold from the start the run tells nothing: None.
     """
     first = [_first_movements(one) for one in runs]
-    metrics = dict.fromkeys(name for own in first for name in own)
+    metrics = dict.fromkeys(name for own in first for name, onset in own.items() if onset is not None)
     return {
         name: [own.get(name, Onset(one.steps[-1], None)) for one, own in zip(runs, first, strict=True)]
         for name in metrics
@@ -117,22 +131,33 @@ def _birth_entries(runs: Sequence[SweptRun]) -> Iterator[tuple[SweptRun, str, Bi
             yield one, name, entry
 
 
-def _first_movements(one: SweptRun) -> Mapping[str, Onset]:
-    found: dict[str, Onset] = {}
-    for window in one.results.windows.windows:
+def _first_movements(one: SweptRun) -> Mapping[str, Onset | None]:
+    """Finds between which checkpoints each kind first moved; None if it was past its threshold from the start.
+
+    Where no window dates it, what else is known counts: the ends of a window or of a steady growth, and that it had
+    moved by its birth or half-rise.
+    """
+    windows = one.results.windows
+    moved: dict[str, list[Onset]] = {}
+    for window in windows.windows:
+        within = Onset(window.start_step, window.end_step)
         for entry in window.order:
-            onset, kind = _observed(entry), _kind(entry)
-            if onset is not None and (kind not in found or onset.by < found[kind].by):
-                found[kind] = onset
-    return found
+            kind = _kind(entry.metric, rises=entry.direction == "rise")
+            moved.setdefault(kind, []).append(within if entry.between is None else Onset(*entry.between))
+        for trigger in window.triggers:
+            moved.setdefault(_kind(trigger.metric, rises=trigger.size > 0), []).append(within)
+    for ramp in windows.ramps:
+        kind = _kind(ramp.metric, rises=ramp.after > ramp.before)
+        moved.setdefault(kind, []).append(Onset(ramp.start_step, ramp.end_step))
+    for name, birth in windows.births.items():
+        reached = (birth.step, birth.half_rise_step, birth.unconfirmed_step)
+        moved.setdefault(name, []).extend(Onset(0, step) for step in reached if step is not None)
+    # The earliest that is sure; of several by the same checkpoint, the one that lies between the nearest.
+    found = {kind: min(own, key=lambda onset: (onset.by, -onset.after)) for kind, own in moved.items() if own}
+    return found | {name: None for name, birth in windows.births.items() if birth.left_censored}
 
 
-def _kind(entry: OrderEntry) -> str:
+def _kind(metric: str, *, rises: bool) -> str:
     """Names what moved, without the component; a fall is another event than a rise."""
-    kind = entry.metric.partition(".")[0]
-    return kind if entry.direction == "rise" else f"fall of {kind}"
-
-
-def _observed(entry: OrderEntry) -> Onset | None:
-    """Takes the checkpoints between which a metric's midpoint lies; None if it is unknown."""
-    return None if entry.between is None else Onset(*entry.between)
+    kind = metric.partition(".")[0]
+    return kind if rises else f"fall of {kind}"

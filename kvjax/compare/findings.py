@@ -79,7 +79,7 @@ def _order(document: Mapping[str, Any]) -> Iterator[str]:
     order = document["order"]
     holding = [pair for pair in order["pairs"] if pair["holds"]]
     if not order["pairs"]:
-        yield "No metric moved in any run, so that there is no order."
+        yield "No movement of a metric could be dated between two checkpoints, so that there is no order."
         return
     if not holding:
         yield "In no pair of metrics is the order the same in enough runs to be sure of it."

@@ -75,16 +75,23 @@ def compare(runs: Sequence[SweptRun], settings: CompareSettings) -> SeedComparis
         "roles": roles.document(),
         "matching": roles.matching(),
         "outliers": [
-            *_outlying_events(happened),
-            *_outlying_numbers(accuracy),
-            *_outlying_trajectories(aligned),
+            *_outlying_events(runs, happened),
+            *_outlying_numbers(runs, accuracy),
+            *_outlying_trajectories(runs, aligned),
             *roles.outliers(),
         ],
-        "notes": [*notes, *_unfinished(runs), *aligned.notes, *roles.stage.notes],
+        "notes": [*notes, *_unlike(runs), *_unfinished(runs), *aligned.notes, *roles.stage.notes],
         "settings": settings.recorded,
         "versions": software_versions(),
     }
     return SeedComparison(document, aligned.dataset.merge(roles.dataset(aligned.dataset["step"].values)))
+
+
+def _unlike(runs: Sequence[SweptRun]) -> list[str]:
+    return [
+        f"births of {name} are left out: their thresholds differ between runs ({', '.join(words)})"
+        for name, words in events.unlike_births(runs).items()
+    ]
 
 
 def _unfinished(runs: Sequence[SweptRun]) -> list[str]:
@@ -179,15 +186,16 @@ def _probes(runs: Sequence[SweptRun], best: Mapping[str, int]) -> dict[str, Any]
     return found
 
 
-def _outlying_events(happened: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _outlying_events(runs: Sequence[SweptRun], happened: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Names runs that reached something far before or after all others, or alone did not."""
-    found = []
+    found, measured = [], {one.name: one.steps for one in runs}
     words = {"births": "birth of", "half_rises": "half-rise of", "stabilization": "stabilization of"}
     for family, entries in happened.items():
         for name, entry in entries.items():
             own, what = entry["runs"], f"{words[family]} {name}"
             steps = [one["step"] if one["formed"] else None for one in own]
-            found += named_outliers(what, [one["run"] for one in own], steps, outliers(steps))
+            known_to = [_gap_before(measured[one["run"]], step) for one, step in zip(own, steps, strict=True)]
+            found += named_outliers(what, [one["run"] for one in own], steps, outliers(steps, known_to))
             missing = [i for i, one in enumerate(own) if not one["formed"]]
             if len(missing) == 1 and len(own) > 3 and own[missing[0]]["unconfirmed_step"] is None:
                 known = [step for step in steps if step is not None]
@@ -196,22 +204,43 @@ def _outlying_events(happened: Mapping[str, Mapping[str, Any]]) -> list[dict[str
     return found
 
 
-def _outlying_numbers(accuracy: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _gap_before(steps: Sequence[int], step: int | None) -> float | None:
+    """Says to which standard error a step is known: it lies anywhere after the checkpoint before."""
+    if step is None:
+        return None
+    return (step - max((earlier for earlier in steps if earlier < step), default=0)) / 12**0.5
+
+
+def _outlying_numbers(runs: Sequence[SweptRun], accuracy: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for split, at in accuracy.items():
         for when, entry in at.items():
             names, values = list(entry["values"]), list(entry["values"].values())
-            found += named_outliers(f"accuracy on {split} at its {when} checkpoint", names, values, outliers(values))
+            known_to = [_sampling_error(one, split, value) for one, value in zip(runs, values, strict=True)]
+            what = f"accuracy on {split} at its {when} checkpoint"
+            found += named_outliers(what, names, values, outliers(values, known_to))
     return found
 
 
-def _outlying_trajectories(aligned: Aligned) -> list[dict[str, Any]]:
+def _sampling_error(one: SweptRun, split: str, accuracy: Any) -> Any:
+    """Estimates the standard error of accuracies over a split's reads; never 0, as one right and one wrong more say."""
+    counts = one.results.metrics["read_count"]
+    if accuracy is None or split not in counts["split"].values:
+        return None
+    reads = float(counts.sel(split=split))
+    share = (accuracy * reads + 1) / (reads + 2)
+    return (share * (1 - share) / reads) ** 0.5
+
+
+def _outlying_trajectories(runs: Sequence[SweptRun], aligned: Aligned) -> list[dict[str, Any]]:
     accuracy = aligned.dataset["answer_accuracy"].transpose("run", "step", "split")
     steps, names = accuracy["step"].values, accuracy["run"].values.tolist()
     found = []
     for split in accuracy["split"].values.tolist():
         values = accuracy.sel(split=split).values
-        for index, first, last in outlying_stretches(values, persistence=_PERSISTENCE):
+        errors = [_sampling_error(one, split, own) for one, own in zip(runs, values, strict=True)]
+        known_to = np.stack([np.zeros(len(steps)) if error is None else error for error in errors])
+        for index, first, last in outlying_stretches(values, known_to, persistence=_PERSISTENCE):
             middle = (first + last) // 2
             what = f"accuracy on {split} from step {steps[first]} to {steps[last]} (at {steps[middle]})"
             found += named_outliers(what, names, values[:, middle].tolist(), [index])

@@ -75,7 +75,8 @@ class SeedSpread:
     Attributes:
       median, low, high: of the seeds that have one; low and high are the smallest and largest.
       deviation: standard deviation between seeds; None for fewer than two.
-      sampling_share: share of the variance between seeds that the choice of sequences alone would give, at most 1;
+      sampling_share: largest share of the variance between seeds that the choice of sequences may account for, at most
+        1; seeds that answer the same sequences differ by less, for what is hard is hard for all.
         None if it is unknown.
     """
 

@@ -27,9 +27,35 @@ def test_limit_agrees_with_scipy(factor):
 
 
 def test_seed_unlike_equal_others():
-    """Where the others agree in every digit, any other value stands apart; equal values never do."""
-    assert outliers([1.0, 1.0, 1.0, 1.0, 0.5]) == [4]
-    assert outliers([1.0] * 5) == []
+    """Others that agree in every digit are judged by what the values are known to, and without that not at all."""
+    assert outliers([1.0, 1.0, 1.0, 1.0, 0.5]) == [] and outliers([1.0] * 5) == []
+    births, gap = [500, 500, 500, 500], 100 / 12**0.5
+    assert outliers([*births, 600], gap) == []
+    # The error is 28.9 sqrt(1 + 1/4) = 32.3; t with 3 degrees of freedom reaches 10.21 at 0.01 / 5, two-sided.
+    assert outliers([*births, 820], gap) == [] and outliers([*births, 840], gap) == [4]
+    assert outliers([*births, 840], [gap, gap, gap, gap, None]) == [4]
+    assert outliers([*births, 840], [gap, gap, gap, gap, 2 * gap]) == []
+
+
+@pytest.mark.parametrize("deviation", [20.0, 40.0, 100.0, 300.0])
+@pytest.mark.parametrize("count", [4, 5, 8])
+def test_rate_on_a_grid_of_checkpoints(count, deviation):
+    """Equal seeds whose births fall on checkpoints every 100 steps are named no more often than is stated."""
+    generator = np.random.default_rng(count)
+    born = np.ceil(generator.normal(1000, deviation, (2000, count)) / 100) * 100
+    named = np.mean([bool(outliers(own, 100 / 12**0.5)) for own in born.tolist()])
+    assert named < LEVEL + 4 * np.sqrt(LEVEL / 2000)
+
+
+@pytest.mark.parametrize("count", [4, 5, 8])
+def test_rate_near_perfect_accuracy(count):
+    """Equal seeds that answer 99.9 % of 600 reads are named no more often than is stated."""
+    generator = np.random.default_rng(count)
+    right = generator.binomial(600, 0.999, (2000, count))
+    shares = (right + 1) / 602
+    errors = np.sqrt(shares * (1 - shares) / 600)
+    named = np.mean([bool(outliers(a, e)) for a, e in zip((right / 600).tolist(), errors.tolist(), strict=True)])
+    assert named < LEVEL + 4 * np.sqrt(LEVEL / 2000)
 
 
 def test_too_few_seeds():

@@ -56,6 +56,7 @@ def seed_run(
     accuracy = np.where(formed, final, 0.02)[:, None] * np.array([1.0, 1.0, 0.9])
     metrics = xr.Dataset(coords={"step": list(steps), "split": list(SPLITS), "ablation": ["zero", "role_mean"]})
     metrics["answer_accuracy"] = (("step", "split"), accuracy, {"units": "1", "long_name": "accuracy"})
+    metrics["read_count"] = (("split",), np.full(len(SPLITS), 600.0))
     shape = (len(steps), len(SPLITS), LAYERS, HEADS)
     dims = ("step", "split", "layer", "head")
     for measure, layer, head in (
