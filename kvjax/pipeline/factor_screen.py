@@ -177,8 +177,10 @@ def _measured_on_base(plan: ScreenPlan, setting: PlannedSetting) -> Current:
         plan.base.benchmark.num_values != setting.benchmark.num_values
     ):
         return Current(True, "it has another vocabulary than the base's data")
-    runs = _on_base(plan, setting)
-    if len(runs) < len(_swept(setting)):
+    runs, swept = _on_base(plan, setting), _swept(setting)
+    if not swept:
+        return Current(True, "no run of it saved a checkpoint")
+    if len(runs) < len(swept):
         return Current(False, f"{plan.layout.on_base(setting.name)} lacks runs")
     return all_current(sweep_is_current(run, plan.base.benchmark_dir) for run in runs)
 

@@ -102,7 +102,7 @@ def _check_same_training(path: Path, config: TrainConfig) -> None:
     """Refuses a config that would give other steps than the recorded run; how long the run is may change."""
     file = RunLayout(path).config
     recorded = read_config(file, TrainConfig, recorded=True)
-    names = ["seed", "batch_size", "model", "optimization"]
+    names = ["seed", "batch_size", "model", "optimization", "curriculum"]
     schedule = config.optimization.schedule
     if schedule.kind == "cosine_decay" and schedule.decay_end_step is None:
         names.append("num_steps")  # the decay ends there: another end is another schedule from the start

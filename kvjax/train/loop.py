@@ -199,20 +199,29 @@ class Training:
                 }
                 recorder.log({"phase": "train", "step": step, **values})
 
-    def _evaluate_and_save(self, stacked: TrainState, recorders: Mapping[int, RunRecorder], step: int) -> None:
+    def _evaluate_and_save(self, stacked: TrainState, recorders: dict[int, RunRecorder], step: int) -> None:
+        """Hands the state after a step on where something is due; takes out runs that have diverged by it."""
         config = self.configs[0]
         evaluates = step % config.eval_every_steps == 0 or step == config.num_steps
         saves = step % config.checkpoint_every_steps == 0 or step == config.num_steps
         if not (evaluates or saves):
             return
-        for index, recorder in recorders.items():
+        for index, recorder in list(recorders.items()):
             state = jax.device_get(jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
             evaluations = {}
             if evaluates:
                 for split in config.evaluation.tracked_splits:
                     evaluation = self._evaluator.evaluate(state.params, split, max_records=self._max_records)
                     evaluations[split] = {"phase": "eval", "split": split, "step": step, **evaluation.to_row()}
-                    recorder.log(evaluations[split])
+                losses = [row["loss"] for row in evaluations.values()]
+                if not np.isfinite(
+                    losses
+                ).all():  # the last step gave such parameters; its own loss was of those before
+                    recorder.diverge(step, losses[int(np.argmin(np.isfinite(losses)))])
+                    del recorders[index]
+                    continue
+                for row in evaluations.values():
+                    recorder.log(row)
             recorder.save(step, state.params, accumulators_of(state.optimizer), evaluations)
 
 

@@ -54,6 +54,25 @@ def test_divergence_of_one_seed(small_benchmark):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_divergence_that_an_evaluation_finds(small_benchmark, monkeypatch):
+    """A step's loss is that of the parameters before it: if an evaluation after it is no number, the run ends there."""
+    configs = [small_train_config(small_benchmark, num_steps=8, eval_every_steps=4, seed=seed) for seed in (3, 4)]
+    training = Training(configs, Benchmark.open(small_benchmark))
+    evaluate, calls = training._evaluator.evaluate, []
+
+    def lost_in_the_second(params, split, **limits):
+        calls.append(split)
+        found = evaluate(params, split, **limits)
+        splits = len(configs[0].evaluation.tracked_splits)
+        return found if len(calls) != 2 * splits else dataclasses.replace(found, loss=float("nan"))
+
+    monkeypatch.setattr(training._evaluator, "evaluate", lost_in_the_second)
+    kept = Kept(), Kept()
+    training.run(training.initial_states(), kept, advance=lambda steps: None)
+    assert kept[0].diverged is None and max(kept[0].saved) == 8
+    assert kept[1].diverged == 4 and not any(row["phase"] == "eval" for row in kept[1].rows)
+
+
 @pytest.mark.filterwarnings("ignore::kvjax.errors.Note")
 def test_divergence_before_an_interruption(tmp_path, small_benchmark):
     """A diverged run is finished at once: what is trained after an interruption are the others."""

@@ -216,6 +216,13 @@ def test_resuming_with_another_optimizer(tmp_path, trained, small_benchmark):
         train(small_benchmark, trained, resume=True, optimization=optimization.model_dump())
 
 
+def test_resuming_with_another_curriculum(trained, small_benchmark):
+    """The batches so far were drawn without it."""
+    curriculum = [{"until_step": 30, "active_keys": {"min": 2, "max": 2}}]
+    with pytest.raises(InputError, match=r"the same curriculum as the config to resume with, .*; found \(\)"):
+        train(small_benchmark, trained, resume=True, num_steps=32, curriculum=curriculum)
+
+
 def test_overwriting_several_runs(tmp_path, small_benchmark):
     """No run is overwritten if one of the directories holds no earlier run."""
     train(small_benchmark, tmp_path)
