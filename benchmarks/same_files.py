@@ -3,9 +3,9 @@
     python -m benchmarks.same_files artifacts/here artifacts/on_workers
 
 Prints how many files are equal byte for byte; equal but for the folder's name; equal in every array or tensor; equal
-but for what depends on when and where they were made: times, paths, and hashes of files that hold either. Whatever else
-differs is listed, with status 1. Locks, and stores of converted parameters, whose parts depend on who converted what,
-are left out.
+but for what depends on when and where they were made: times, paths, and hashes and sizes of files that hold either.
+Whatever else differs is listed, with status 1. Locks, and stores of converted parameters, whose parts depend on who
+converted what, are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvjax.artifacts.differences import between_arrays, between_documents
 # Fields of documents that depend on when, where and in how many calls a file was made.
 _CIRCUMSTANCES = re.compile(
     r"(^|_)(sha256|seconds|date|path|paths|dir|dirs|run_dirs|checkpoint_batch|timings|device|devices|given_as"
-    r"|drawn_from|file_bytes|mtime|measured_at)$"
+    r"|drawn_from|file_bytes|bytes|mtime|measured_at|fingerprint)$"
 )
 _BYTES, _FOLDER, _ARRAYS, _FIELDS = (
     "equal byte for byte",
