@@ -87,7 +87,7 @@ class SummaryEntry(_Part):
 
     unit: str
     values: dict[str, dict[str, float | None]]
-    medians: dict[str, float | None]
+    medians: dict[str, float | None] = {}  # older versions did not record them
     shares: SharesEntry | None
     difference: dict[str, float | None]
 

@@ -50,21 +50,27 @@ def _births(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shares(document: Mapping[str, Any]) -> Iterator[str]:
-    known = {
-        name: entry["shares"]
-        for name, entry in document["summaries"].items()
-        if entry["shares"] is not None and entry["shares"]["low"] is not None
-    }
-    by_setting = {name: shares for name, shares in known.items() if shares["low"] > 0}
+    known = {name: entry["shares"] for name, entry in document["summaries"].items() if _says_something(entry["shares"])}
+    by_setting = {name: shares for name, shares in known.items() if shares["low"] is None or shares["low"] > 0}
     if by_setting:
-        parts = [
-            f"{name} ({shares['share']:.0%} of its variance, {shares['low']:.0%} to {shares['high']:.0%})"
-            for name, shares in sorted(by_setting.items(), key=lambda item: -item[1]["low"])[:4]
-        ]
+        surest = sorted(by_setting.items(), key=lambda item: -(item[1]["low"] or 0.0))[:4]
+        parts = [f"{name} ({_in_words(shares)})" for name, shares in surest]
         more = f"; and {len(by_setting) - 4} more" if len(by_setting) > 4 else ""
-        yield f"Settings differ by more than their seeds in: {'; '.join(parts)}{more}."
+        looked = f"{len(by_setting)} of {len(known)} summaries (looked at one by one)"
+        yield f"Settings differ by more than their seeds in {looked}: {'; '.join(parts)}{more}."
     if known and not by_setting:
-        yield f"In none of {len(known)} summaries do settings differ by more than their seeds."
+        yield f"In none of {len(known)} summaries can these seeds show that settings differ; they may all the same."
+
+
+def _says_something(shares: Mapping[str, Any] | None) -> bool:
+    """Checks whether a share has limits, or needs none because the seeds of every setting agree."""
+    return shares is not None and (shares["low"] is not None or shares["share"] == 1)
+
+
+def _in_words(shares: Mapping[str, Any]) -> str:
+    if shares["low"] is None:
+        return "all seeds of a setting agree"
+    return f"{shares['share']:.0%} of its variance, {shares['low']:.0%} to {shares['high']:.0%}"
 
 
 def _carriers(document: Mapping[str, Any]) -> Iterator[str]:

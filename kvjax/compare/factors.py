@@ -162,9 +162,10 @@ def _summaries(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
             "1",
             lambda e, s=split: _spread_values(e, e["full_splits"].get(s)),
         )
+    of_base = {run["probe_set_sha256"] for run in entries[0]["runs"]} - {None}
     for split in (BIRTH_SPLIT, HELDOUT_SPLIT):
         if any(split in entry["on_base_probe_set"] for entry in entries):
-            take(f"accuracy on {split} of the base's probe set", "1", lambda e, s=split: _on_base(e, s))
+            take(f"accuracy on {split} of the base's probe set", "1", lambda e, s=split: _on_base(e, s, of_base))
     for name in dict.fromkeys(name for entry in entries for name in entry["residual"]):
         take(f"{name} at the best checkpoint", "1", lambda e, n=name: _spread_values(e, e["residual"].get(n)))
     return found
@@ -225,9 +226,11 @@ def _spread_values(entry: Mapping[str, Any], spread: Mapping[str, Any] | None) -
     return {run["name"]: values.get(run["name"]) for run in entry["runs"]}
 
 
-def _on_base(entry: Mapping[str, Any], split: str) -> dict[str, float | None]:
+def _on_base(entry: Mapping[str, Any], split: str, base_probe_sets: set[str]) -> dict[str, float | None]:
     """Takes the accuracy on the base's probe set; a setting with the base's data was measured on it anyway."""
-    own = entry["on_base_probe_set"] or entry["accuracy"]
+    own = entry["on_base_probe_set"]
+    if not own and {run["probe_set_sha256"] for run in entry["runs"]} & base_probe_sets:
+        own = entry["accuracy"]
     return _spread_values(entry, own.get(split, {}).get("best"))
 
 

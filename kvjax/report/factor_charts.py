@@ -66,7 +66,7 @@ def _chart(name: str, title: str, lines: list[Line]) -> LineChart:
         title=title,
         caption="Thin: each seed. Thick: the median over the seeds of a setting.",
         lines=lines,
-        y_title="answer accuracy" if accuracy else "mean over stages, per 1000 steps",
+        y_title="answer accuracy" if accuracy else "mean over stages, from one checkpoint to the next",
         y_range=(-0.03, 1.03) if accuracy else None,
     )
 

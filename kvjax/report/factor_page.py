@@ -61,7 +61,7 @@ def factor_parts(document: Mapping[str, Any]) -> list[Part]:
 
 
 def _values(entry: Mapping[str, Any], label: str) -> str:
-    own, median = entry["values"][label], entry["medians"][label]
+    own, median = entry["values"][label], entry["medians"].get(label)
     if all(value is None for value in own.values()):
         return f"none of {len(own)}"
     form = ".0f" if entry["unit"] == "steps" else ".3f"
