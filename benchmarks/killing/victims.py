@@ -91,7 +91,7 @@ def _studied(folder: Path) -> dict[str, Any]:
     for sweep in sorted((folder / STUDY).rglob("analysis/sweep.json")):
         run, name = sweep.parents[1], str(sweep.parents[1].relative_to(folder))
         results, best = open_results(run), RunLayout(run).evaluation("best")
-        found[name] = results.rows
+        found[name] = [_as_trained_at_once(row) for row in results.rows]
         found[f"{name} windows"] = results.windows.model_dump(mode="json")["windows"]
         found[f"{name} story"] = results.story.model_dump(mode="json")["accuracy"]
         if best.is_file():
@@ -100,6 +100,11 @@ def _studied(folder: Path) -> dict[str, Any]:
         for path in sorted((folder / STUDY).rglob(name)):
             found[str(path.relative_to(folder))] = _variables(read_dataset(path, expected="arrays"))
     return found
+
+
+def _as_trained_at_once(row: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out that training was resumed, which a killed study records as it should."""
+    return row | {"trajectory_breaks": [why for why in row["trajectory_breaks"] if "resumed" not in why]}
 
 
 def _variables(dataset: Any) -> dict[str, np.ndarray]:
