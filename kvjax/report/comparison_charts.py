@@ -16,11 +16,12 @@ _MOST_NAMED = 12  # runs whose lines have names
 
 
 def comparison_charts(document: Mapping[str, Any], dataset: xr.Dataset) -> list[LineChart]:
-    """Draws seeds overlaid, births with censoring, and each role followed from run to run."""
+    """Draws seeds overlaid, births with censoring, and each role that some run has, followed from run to run."""
     splits = [split for split in (BIRTH_SPLIT, HELDOUT_SPLIT) if split in dataset["split"].values]
     charts = [seeds_chart(dataset, split) for split in splits]
     charts += [births_chart(document)] if document["births"] else []
-    return [*charts, *(role_chart(dataset, role) for role in dataset["role"].values.tolist())]
+    found = dataset["role_trajectory"].notnull().any(["run", "step"])
+    return [*charts, *(role_chart(dataset, role) for role in dataset["role"].values[found.values].tolist())]
 
 
 def seeds_chart(dataset: xr.Dataset, split: str) -> LineChart:

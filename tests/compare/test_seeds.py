@@ -15,7 +15,7 @@ from kvjax.compare.roles import role_trajectories
 from kvjax.compare.seeds import compare
 from kvjax.compare.settings import CompareSettings
 from kvjax.errors import InputError
-from kvjax.report.comparison_charts import role_chart
+from kvjax.report.comparison_charts import comparison_charts, role_chart
 from kvjax.report.comparison_page import page
 from tests.helpers.comparing import STEPS, seed_run
 from tests.helpers.story import write_patching
@@ -106,6 +106,8 @@ def test_trajectory_without_a_role():
     assert writer["role_trajectory_mean"].isnull().all()
     labels = [line.name for line in role_chart(made.dataset, "binder").lines]
     assert labels == ["a: L0H1", "b: L0H2", "c: none", "mean over runs"]
+    drawn = [chart.name for chart in comparison_charts(made.document, made.dataset)]
+    assert "role_binder" in drawn and "role_writer" not in drawn
 
 
 def test_seed_that_stands_apart(five):

@@ -20,6 +20,7 @@ _MOST_PANELS = 6  # steps of a stepped chart that are drawn
 _MOST_COLUMNS = 3  # of them in a row
 _MOST_LABELS, _MOST_ROW_LABELS = 12, 32
 _WIDEST_EDGE = 7
+_LETTERS_OF_A_LEGEND, _LEGEND_ROW = 120, 0.18  # in a row of it below a figure; inches of a row
 
 
 @functools.singledispatch
@@ -52,7 +53,7 @@ def _lines(chart: LineChart) -> Figure:
     if chart.y_range is not None:
         axis.set_ylim(*chart.y_range)
     if any(line.name for line in chart.lines):
-        axis.legend(fontsize=7, frameon=False)
+        _legend_below(figure, axis)
     return _titled(figure, axis, chart)
 
 
@@ -129,7 +130,7 @@ def _timeline(chart: Timeline) -> Figure:
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel(chart.x_title)
-    axis.legend(fontsize=7, frameon=False, loc="best")
+    _legend_below(figure, axis)
     return _titled(figure, axis, chart)
 
 
@@ -162,6 +163,14 @@ def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Ax
     for unused in axes.flat[count:]:
         unused.set_visible(False)
     return figure, list(axes.flat[:count])
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    """Names lines below the axes, where no line runs, in as many columns as the names leave room for."""
+    handles, names = axis.get_legend_handles_labels()
+    columns = max(1, min(len(names), _LETTERS_OF_A_LEGEND // (max(map(len, names)) + 6)))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * -(-len(names) // columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def _titled(figure: Figure, axis: Axes, chart: Chart) -> Figure:
