@@ -53,7 +53,7 @@ def test_pipeline_of_existing_runs(two_runs, capsys):
     assert [run.seed for run in found.runs] == [3, 5] and len(found.matching) == 1
     with xr.open_dataset(two_runs / "comparison" / "comparison.nc", group="order") as order:
         assert "order_share" in order
-    assert (two_runs / "comparison" / "figures" / "role_binder.png").stat().st_size > 1000
+    assert (two_runs / "comparison" / "figures" / "seeds_validation_iid.png").stat().st_size > 1000
     assert main(arguments) == 0
     assert "0 of 7 stages run" in capsys.readouterr().out
 
