@@ -61,14 +61,18 @@ def resampled_ratios(
       sequences counts.
     """
 
+    # In float32 a product's rounding depends on its size, on some CPUs, and so on how many checkpoints go together.
+    counts_NxJ = counts_JxN.T.astype(np.float64)
+
     def resampled(x_CxNxX: np.ndarray) -> np.ndarray:
         by_sequence = np.moveaxis(x_CxNxX, 1, 0)
-        flat = np.asarray(by_sequence.reshape(len(by_sequence), -1), np.float32)
-        sums = np.matmul(flat.T, counts_JxN.T).T
+        flat = np.asarray(by_sequence.reshape(len(by_sequence), -1), np.float64)
+        sums = np.matmul(flat.T, counts_NxJ).T
         return sums.reshape(len(sums), *by_sequence.shape[1:])
 
     sums, totals = resampled(sums_CxNxX), resampled(totals_CxNxX)
-    samples = np.divide(sums, totals, out=np.full_like(sums, np.nan), where=totals > 0)
+    samples = np.full(sums.shape, np.nan, np.float32)
+    np.divide(sums, totals, out=samples, where=totals > 0, casting="same_kind")
     return ratios(sums_CxNxX, totals_CxNxX), samples
 
 
