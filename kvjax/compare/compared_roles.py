@@ -16,6 +16,7 @@ from kvjax.compare.roles import ROLES, RoleTrajectories, role_trajectories
 from kvjax.compare.settings import LAST, LATEST_BIRTH
 from kvjax.compare.stage import Stage, choose_stage
 from kvjax.compare.variation import known_number
+from kvjax.measure.statistics import ranking
 from kvjax.model.components import Component
 
 _NONE = -1  # stands for a head where no head has the role
@@ -90,18 +91,9 @@ class ComparedRoles:
         for index, role in enumerate(ROLES):
             winners[role] = []
             for name, scores, first in zip(self.names, self.scores, first_RxO[:, index].tolist(), strict=True):
-                second = max(
-                    (float(score) for head, score in enumerate(scores[:, index]) if head != first), default=0.0
-                )
-                has = first != _NONE
-                winners[role].append(
-                    {
-                        "run": name,
-                        "component": str(self.heads[first]) if has else None,
-                        "score": float(scores[first, index]) if has else 0.0,
-                        "second_score": second,
-                    }
-                )
+                best, second, *_ = [*scores[ranking(scores[:, index]), index].tolist(), 0.0]
+                winner = None if first == _NONE else str(self.heads[first])
+                winners[role].append({"run": name, "component": winner, "score": best, "second_score": second})
         return {
             "evidence": "interventions" if self.stage.patched else "ablation",
             "stage": self.stage.name,
@@ -135,9 +127,8 @@ class ComparedRoles:
 
     def _winners(self) -> np.ndarray:
         """Finds the head with the largest score of each role at the stage, int [runs, roles]; `_NONE` if all are 0."""
-        return np.array(
-            [np.where((scores > 0).any(axis=0), scores.argmax(axis=0), _NONE) for scores in self.scores], int
-        )
+        found = [[int(ranking(own)[0]) if (own > 0).any() else _NONE for own in scores.T] for scores in self.scores]
+        return np.array(found, int)
 
     def outliers(self) -> list[dict[str, Any]]:
         """Names runs whose roles are unlike the others', ready for `OutlierEntry`."""

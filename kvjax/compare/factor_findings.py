@@ -59,7 +59,7 @@ def _shares(document: Mapping[str, Any]) -> Iterator[str]:
         looked = f"{len(by_setting)} of {len(known)} summaries (looked at one by one)"
         yield f"Settings differ by more than their seeds in {looked}: {'; '.join(parts)}{more}."
     if known and not by_setting:
-        yield f"In none of {len(known)} summaries can these seeds show that settings differ; they may all the same."
+        yield f"In none of {len(known)} summaries can these seeds show a difference; there may be one all the same."
 
 
 def _says_something(shares: Mapping[str, Any] | None) -> bool:

@@ -164,7 +164,7 @@ def percentile_interval(samples_JxX: np.ndarray, *, level: float = LEVEL) -> tup
 
 def _variance(samples_JxX: np.ndarray) -> np.ndarray:
     """Computes the variance of the resamples that have a value, [X]; NaN if none has."""
-    variances = np.var(samples_JxX, axis=0)
+    variances = np.var(samples_JxX, axis=0, dtype=np.float64)
     missing = np.isnan(variances)
     if missing.any():  # few columns; np.nanvar would warn of empty ones, and warnings cannot be caught in threads
         some = samples_JxX[:, missing].astype(np.float64)

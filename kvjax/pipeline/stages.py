@@ -147,21 +147,17 @@ def _over(name: str, stage: Callable[..., Any], study: Study, progress: Progress
     return over_runs(name, stage, *given, results=DEFAULT_RESULTS, progress=progress, engine=study.engine)
 
 
-def _with_best(study: Study) -> list[RunDir]:
-    """Finds the runs that recorded a best checkpoint; one that diverged before its first evaluation has none."""
-    return [run for run in study.open_runs() if run.layout.best_record.is_file()]
+def _has_best(run: RunDir) -> bool:
+    """Checks whether a run recorded a best checkpoint; one that diverged before its first evaluation has none."""
+    return run.layout.best_record.is_file()
 
 
-def _evaluations_are_made(study: Study) -> Current:
-    missing = [path for path in study.runs if not path.is_dir()]
-    if missing:
-        return Current(False, f"{missing[0]} does not exist")
-    states = [evaluation_is_current(run) for run in _with_best(study)]
-    return all_current(states) if states else Current(True, "no run recorded a best checkpoint to evaluate")
+def _is_evaluated(run: RunDir) -> Current:
+    return evaluation_is_current(run) if _has_best(run) else Current(True, "it recorded no best checkpoint to evaluate")
 
 
 def _evaluate(study: Study, progress: Progress) -> list[Any]:
-    runs = RunsOnBenchmark.of([run.path for run in _with_best(study)])
+    runs = RunsOnBenchmark.of([run.path for run in study.open_runs() if _has_best(run)])
     return _over("evaluation", evaluate, study, progress, runs, EvaluateSettings())
 
 
@@ -242,7 +238,7 @@ CONVERT = Stage(
     _of_every_run(conversion_is_current),
     lambda study, progress: _over("conversion", convert, study, progress, _runs(study), ConvertSettings()),
 )
-EVALUATE = Stage("evaluate", "evaluate", ("generate", "train"), _evaluations_are_made, _evaluate)
+EVALUATE = Stage("evaluate", "evaluate", ("generate", "train"), _of_every_run(_is_evaluated), _evaluate)
 SELECT = Stage(
     "select",
     "select-reference",

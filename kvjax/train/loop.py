@@ -214,9 +214,7 @@ class Training:
                     evaluation = self._evaluator.evaluate(state.params, split, max_records=self._max_records)
                     evaluations[split] = {"phase": "eval", "split": split, "step": step, **evaluation.to_row()}
                 losses = [row["loss"] for row in evaluations.values()]
-                if not np.isfinite(
-                    losses
-                ).all():  # the last step gave such parameters; its own loss was of those before
+                if not np.isfinite(losses).all():  # the step's own loss was that of the parameters before it
                     recorder.diverge(step, losses[int(np.argmin(np.isfinite(losses)))])
                     del recorders[index]
                     continue

@@ -54,7 +54,7 @@ def lead(port):
 
 
 def advancing(task, advance):
-    """Gets on, until its process is told to end."""
+    """Reports progress without end, so that its process has to be stopped."""
     while True:
         advance(1)
         time.sleep(0.05)

@@ -168,6 +168,8 @@ def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Ax
 def _legend_below(figure: Figure, axis: Axes) -> None:
     """Names lines below the axes, where no line runs, in as many columns as the names leave room for."""
     handles, names = axis.get_legend_handles_labels()
+    if not names:
+        return
     columns = max(1, min(len(names), _LETTERS_OF_A_LEGEND // (max(map(len, names)) + 6)))
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * -(-len(names) // columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
