@@ -17,7 +17,7 @@ from kvjax.artifacts.run_dir import RunDir
 from kvjax.artifacts.stored_rows import StoredRows
 from kvjax.artifacts.sweep_schema import read_sweep
 from kvjax.errors import InputError
-from kvjax.sweeps import blocks, tables
+from kvjax.sweeps import blocks, intervals, tables
 from kvjax.sweeps.fixed_margin import NO_COMPETITOR, FixedMargins
 from kvjax.sweeps.results import MeasuredRun, SweepLog
 from kvjax.sweeps.settings import SweepSettings
@@ -48,8 +48,8 @@ def test_equal_tables(swept, tmp_path, monkeypatch, logistic):
         assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
     for group in ("metrics", "intervals", "events"):
         theirs, ours = getattr(before, group), getattr(now, group)
-        if group == "intervals":  # float32 products over resamples round by their size
-            xr.testing.assert_allclose(theirs, ours, rtol=2e-5, atol=1e-6)
+        if group == "intervals":  # products over resamples round by their size, in float64
+            xr.testing.assert_allclose(theirs, ours, rtol=1e-12, atol=1e-12)
             theirs, ours = (x.sel(statistic="estimate") for x in (theirs, ours))
         assert theirs.identical(ours), group
         assert [x.dtype for x in theirs.variables.values()] == [x.dtype for x in ours.variables.values()]
@@ -59,6 +59,8 @@ def test_equal_tables(swept, tmp_path, monkeypatch, logistic):
 def test_memory_of_tables(swept, tmp_path, monkeypatch):
     """A run of four times the checkpoints takes no more memory, but for its provenance."""
     monkeypatch.setattr(blocks, "BLOCK", 8)
+    # Which splits' resamples are held together is then the same in every call; among threads it is their timing.
+    monkeypatch.setattr(intervals, "available_cores", lambda: 1)
     run = shutil.copytree(swept, tmp_path / "run")
     with np.load(run / "analysis" / "measured" / f"{step_name(STEPS[0])}.npz") as stored:
         sums = {name: stored[name] for name in stored.files if name != "info"}
@@ -83,8 +85,7 @@ def test_memory_of_tables(swept, tmp_path, monkeypatch):
         return peak
 
     largest(8)  # imports and caches
-    # What the garbage collector has not come to yet adds to a peak: the least of three calls has the least of it.
-    few, many = (min(largest(count) for _ in range(3)) for count in (16, 64))
+    few, many = largest(16), largest(64)
     of_one = sum(values.nbytes for values in sums.values())
     assert many - few < 48 * 0.25 * of_one, (few, many, of_one)
 
