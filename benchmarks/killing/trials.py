@@ -124,7 +124,7 @@ class Trials:
 
 
 def _between(before: Any, now: Any, name: str) -> Difference:
-    arrays = isinstance(before, dict) and hasattr(next(iter(before.values())), "shape")
+    arrays = isinstance(before, dict) and any(hasattr(value, "shape") for value in before.values())
     return (between_arrays if arrays else between_documents)(before, now, where=name)
 
 
