@@ -17,6 +17,10 @@ from kvjax.errors import InputError
 from kvjax.task.stream import Record, replay
 from kvjax.task.vocabulary import EOS, PAD_ID, READ, WRITE, Vocabulary
 
+# So many times the fewest tokens are taken if that saves a length, for compiling one takes as long as measuring two
+# checkpoints (docs/performance.md).
+_SPARED_LENGTH = 1.05
+
 # Roles of a token as a prediction target; `<bos>` and padding are never targets.
 TOKEN_ROLES = ("op_write", "key_write", "value_write", "op_read", "key_read", "value_answer", "eos")
 NO_ROLE = -1
@@ -226,7 +230,7 @@ class Bucket:
 def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buckets: int = 3) -> list[Bucket]:
     """Sorts the records into at most `max_buckets` length buckets, each cut into equal microbatches.
 
-    The length edges minimise the number of padding tokens.
+    The lengths are the fewest that need nearly as few tokens as any.
 
     Args:
       encoded: the records.
@@ -234,7 +238,7 @@ def bucket_by_length(encoded: EncodedRecords, *, tokens_per_batch: int, max_buck
       max_buckets: how many different lengths to pad to.
     """
     lengths = encoded.lengths
-    edges = length_edges(lengths, max_buckets)
+    edges = length_edges(lengths, max_buckets, spared=_SPARED_LENGTH)
     buckets = []
     for shorter, edge in itertools.pairwise((0, *edges)):
         members = np.flatnonzero((lengths > shorter) & (lengths <= edge))
@@ -269,13 +273,21 @@ def _fewest_fillers(members: int, batch_size: int, devices: int) -> int:
     return min(counts, key=lambda count: (count * math.ceil(members / count), count))
 
 
-def length_edges(lengths: np.ndarray, max_buckets: int) -> tuple[int, ...]:
-    """Finds the lengths to pad to that minimise the padding, ascending, at most `max_buckets` of them."""
+def length_edges(lengths: np.ndarray, max_buckets: int, *, spared: float = 1.0) -> tuple[int, ...]:
+    """Finds the lengths to pad to that minimise the tokens, ascending, at most `max_buckets` of them.
+
+    Args:
+      lengths: of all rows.
+      max_buckets: how many lengths there may be.
+      spared: fewer lengths are taken if they need at most so many times the tokens.
+    """
     distinct, counts = np.unique(lengths, return_counts=True)
-    best, cost = (int(distinct[-1]),), math.inf
-    for inner in itertools.combinations(distinct[:-1], min(max_buckets, len(distinct)) - 1):
+
+    def tokens(inner: tuple[int, ...]) -> int:
         edges = np.array([*inner, distinct[-1]])
-        padded = int((edges[np.searchsorted(edges, distinct)] * counts).sum())
-        if padded < cost:
-            best, cost = tuple(int(edge) for edge in edges), padded
-    return best
+        return int((edges[np.searchsorted(edges, distinct)] * counts).sum())
+
+    numbers = range(min(max_buckets, len(distinct)))
+    best = [min(itertools.combinations(distinct[:-1], number), key=tokens) for number in numbers]
+    inner = next(inner for inner in best if tokens(inner) <= spared * tokens(best[-1]))
+    return (*map(int, inner), int(distinct[-1]))

@@ -19,6 +19,7 @@ from kvjax.task.encoding import (
     bucket_by_length,
     copy_axes,
     encode_records,
+    length_edges,
     microbatches,
 )
 from kvjax.task.stream import Program, Read, build_record
@@ -108,6 +109,21 @@ def test_padding_of_several_buckets():
     three = bucket_by_length(encoded, tokens_per_batch=100_000)
     assert padded(three) == sum(encoded.lengths)
     assert padded(bucket_by_length(encoded, tokens_per_batch=100_000, max_buckets=1)) > padded(three)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "spared", "edges"),
+    [
+        ([5] * 10 + [9] * 10 + [10], 1.0, (5, 9, 10)),  # 150 tokens
+        ([5] * 10 + [9] * 10 + [10], 1.05, (5, 9, 10)),  # without 9 they are 160
+        ([5] * 10 + [9] * 10 + [10], 1.07, (5, 10)),
+        ([5] * 10 + [9] * 10 + [10], 1.5, (10,)),  # 210
+        ([7] * 3, 1.05, (7,)),
+    ],
+)
+def test_spared_lengths(lengths, spared, edges):
+    """A length is spared if the others need nearly as few tokens."""
+    assert length_edges(np.array(lengths), 3, spared=spared) == edges
 
 
 @pytest.mark.parametrize(
