@@ -142,17 +142,12 @@ def _runs_of(settings: Sequence[PlannedSetting]) -> dict[Path, TrainConfig]:
 def _over_measured_runs(stage: Stage, plan: ScreenPlan, engine: Engine) -> _Part:
     """Lifts a stage to all runs of a screen that saved a checkpoint, whatever they were trained on."""
 
-    def study() -> Study:
-        there = [path for path in plan.runs if path.is_dir()]
-        kept = {path: plan.runs[path] for path in there if RunDir.open(path).checkpoints}
-        return _study(plan, plan.base, kept, engine)
-
-    def current() -> Current:
-        if missing := [path for path in plan.runs if not path.is_dir()]:
-            return Current(False, f"{missing[0]} does not exist")
-        return stage.current(study())
-
-    return _Part(stage.name, current, lambda progress: stage.run(study(), progress))
+    study = _study(plan, plan.base, plan.runs, engine)
+    return _Part(
+        stage.name,
+        lambda: stage.current(study.measurable()),
+        lambda progress: stage.run(study.measurable(), progress),
+    )
 
 
 def _study(plan: ScreenPlan, setting: PlannedSetting, runs: Mapping[Path, TrainConfig], engine: Engine) -> Study:

@@ -12,7 +12,7 @@ from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
-from kvjax.errors import InputError, bad_argument, command
+from kvjax.errors import InputError, bad_argument, command, unusable
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import PipelineSettings
@@ -34,6 +34,7 @@ from kvjax.pipeline.train import run_directories
 from kvjax.report.text import say
 from kvjax.units.unit import IN_PROCESS, Engine
 
+_MAKING = (GENERATE, TRAIN)
 _ANALYSIS = (PROBE_SET, SWEEP, WINDOWS, EVALUATE, INTERVENE)
 
 
@@ -51,18 +52,24 @@ def run_pipeline(
 ) -> list[StageReport]:
     """Runs the stages of a study that have something left to do, and prints a line each.
 
+    A run that diverged before its first checkpoint is left out of everything after training.
+
     Args:
       settings: the study.
       progress: shows how far a stage is.
       engine: what does units of work, such as a run's sweep.
 
     Raises:
-      InputError: a config or run cannot be used, or a stage refuses; what earlier stages wrote stays.
+      InputError: a config or run cannot be used, no run saved a checkpoint, or a stage refuses; what earlier stages
+        wrote stays.
     """
-    study, stages = dataclasses.replace(study_of(settings), engine=engine), stages_of(settings)
+    planned, stages = dataclasses.replace(study_of(settings), engine=engine), stages_of(settings)
     reports = []
     for number, stage in enumerate(stages, start=1):
         label, began = f"{number}/{len(stages)}  {stage.name}", time.monotonic()
+        study = planned if stage in _MAKING else planned.measurable()
+        if not study.runs:
+            raise unusable(settings.output_dir, "a run that saved a checkpoint", "none (lower the learning rate)")
         state = stage.current(study)
         if not state.holds:
             say(f"{label} ({state.reason})")
@@ -77,7 +84,7 @@ def stages_of(settings: PipelineSettings) -> tuple[Stage, ...]:
     """Lists the stages of a study; runs that exist are not trained, and one run is not compared."""
     trained = settings.run_dirs is not None
     several = len(study_of(settings).runs) > 1
-    return (*(() if trained else (GENERATE, TRAIN)), *_ANALYSIS, *((COMPARE,) if several else ()), REPORT)
+    return (*(() if trained else _MAKING), *_ANALYSIS, *((COMPARE,) if several else ()), REPORT)
 
 
 def study_of(settings: PipelineSettings) -> Study:
@@ -121,8 +128,10 @@ def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> Non
     ran = [report for report in reports if not report.skipped]
     total = in_minutes(sum(report.seconds for report in reports))
     say(f"\n{len(ran)} of {len(reports)} stages run in {total}, the others were current.")
-    for run in study.open_runs():
+    for run in study.measurable().open_runs():
         say(f"  {run.path}: story in {run.layout.story_text}")
+    for run in study.diverged_early():
+        say(f"  {run.path}: in no result; it diverged at step {run.diverged_at}, before its first checkpoint")
     layout = ComparisonLayout(study.comparison)
     if layout.comparison.is_file():
         compared = read_comparison(layout.comparison)

@@ -17,7 +17,7 @@ from kvjax.config.run import RunConfig
 from kvjax.errors import unusable
 from kvjax.intervene.analysis import InterventionReport
 from kvjax.intervene.settings import InterventionSettings
-from kvjax.pipeline.compare_seeds import WrittenComparison, compare_seeds, comparison_is_current
+from kvjax.pipeline.compare_seeds import FEWEST_RUNS, WrittenComparison, compare_seeds, comparison_is_current
 from kvjax.pipeline.convert import conversion_is_current, convert
 from kvjax.pipeline.current import Current, all_current
 from kvjax.pipeline.evaluate import evaluate, evaluation_is_current
@@ -86,6 +86,16 @@ class Study:
           InputError: one is not there yet.
         """
         return [RunDir.open(path) for path in self.runs]
+
+    def diverged_early(self) -> list[RunDir]:
+        """Finds the runs that diverged before their first checkpoint: nothing can be measured on them."""
+        there = [RunDir.open(path) for path in self.runs if path.is_dir()]
+        return [run for run in there if run.diverged_at is not None and not run.checkpoints]
+
+    def measurable(self) -> Study:
+        """Leaves out the runs that diverged before their first checkpoint."""
+        left_out = {run.path for run in self.diverged_early()}
+        return dataclasses.replace(self, runs={path: of for path, of in self.runs.items() if path not in left_out})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +179,12 @@ def _report_settings(study: Study) -> ReportSettings:
         output=str(study.report),
         benchmark_dir=str(study.benchmark_dir),
     )
+
+
+def _is_compared(study: Study) -> Current:
+    if len(study.runs) < FEWEST_RUNS:
+        return Current(True, "fewer than two runs to compare")
+    return comparison_is_current(study.open_runs(), study.comparison)
 
 
 def _compare(study: Study) -> WrittenComparison:
@@ -276,7 +292,7 @@ COMPARE = Stage(
     "compare",
     "compare-seeds",
     ("windows",),
-    lambda study: comparison_is_current(study.open_runs(), study.comparison),
+    _is_compared,
     lambda study, progress: _compare(study),
 )
 REPORT = Stage(

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError, note, unusable
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.run_history import RunHistory
 from kvjax.pipeline.settings import TrainSettings
@@ -42,12 +42,27 @@ def train(settings: TrainSettings, progress: Progress = no_progress, engine: Eng
     if engine.spreads:
         trained = _train_on_workers(runs, benchmark, settings, progress, engine)
     else:
+        ended = _diverged(runs) if settings.resume else {}
+        going = {path: config for path, config in runs.items() if path not in ended}
         with progress(config.num_steps, "steps") as advance:
-            trained = train_runs(runs, benchmark, resume=settings.resume, overwrite=settings.overwrite, advance=advance)
+            trained = [_trained(path, config) for path, config in ended.items()]
+            if going:
+                flags = {"resume": settings.resume, "overwrite": settings.overwrite}
+                trained += train_runs(going, benchmark, **flags, advance=advance)
     if all(run.diverged_at is not None for run in trained):
         found = ", ".join(f"seed {run.seed} diverged at step {run.diverged_at}" for run in trained)
         raise InputError(f"{settings.config}: expected a finite loss and gradient; found none to the end ({found})")
     return trained
+
+
+def _diverged(runs: Mapping[Path, TrainConfig]) -> dict[Path, TrainConfig]:
+    """Finds the runs that diverged: they would again, and the others would go on from a step that these have."""
+    diverged = {}
+    for path, config in runs.items():
+        if path.is_dir() and (step := RunDir.open(path).diverged_at) is not None:
+            note(f"{path}: not resumed, for it diverged at step {step}")
+            diverged[path] = config
+    return diverged
 
 
 def _train_on_workers(
@@ -78,6 +93,8 @@ def _resume(group: TrainingGroup) -> None:
     for path, config in group.runs.items():
         recorded = recorded_config(path)
         (others if recorded is None or same_run(recorded, config) else changed)[path] = config
+    for path in _diverged(changed):
+        del changed[path]
     if changed:
         train_runs(changed, benchmark, resume=True, overwrite=False, advance=lambda steps: None)
     train_missing_runs(others, benchmark, advance=lambda steps: None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import xarray as xr
@@ -13,7 +15,7 @@ from kvjax.artifacts.comparison_schema import read_comparison
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.commands.main import main
 from kvjax.errors import InputError
-from kvjax.pipeline.pipeline import run_pipeline
+from kvjax.pipeline.pipeline import print_summary, run_pipeline
 from kvjax.pipeline.settings import PipelineSettings
 from tests.helpers.studies import study_settings
 
@@ -26,6 +28,38 @@ def test_study_that_is_current(study, capsys):
     ]
     assert all(report.skipped for report in reports)
     assert capsys.readouterr().out.count("current, skipped") == 8
+
+
+@pytest.fixture
+def diverged_early(study, tmp_path):
+    """The settings of a study of two seeds, the second of which diverged before its first checkpoint."""
+    folder = shutil.copytree(study, tmp_path / "parent")
+    settings = dataclasses.replace(study_settings(folder), seeds=(3, 5))
+    trained, lost = (folder / "study" / "runs" / f"seed_{seed}" for seed in (3, 5))
+    config = json.loads((trained / "run_config.json").read_text())
+    (lost / "checkpoints").mkdir(parents=True)
+    config |= {"seed": 5, "run_name": config["run_name"].replace("seed_3", "seed_5")}
+    (lost / "run_config.json").write_text(json.dumps(config))
+    (lost / "summary.json").write_text(json.dumps({"diverged_at_step": 2}))
+    return settings
+
+
+def test_run_that_diverged_early(diverged_early, capsys):
+    """A run without a checkpoint stops nothing; it is in no result, and the summary says so."""
+    reports = run_pipeline(diverged_early)
+    assert [report.stage.name for report in reports if not report.skipped] == []
+    print_summary(diverged_early, reports)
+    printed = capsys.readouterr().out
+    lost = f"{diverged_early.output_dir}/runs/seed_5"
+    assert f"{lost}: in no result; it diverged at step 2, before its first checkpoint" in printed
+    assert f"{lost}: story" not in printed and not (Path(lost) / "analysis").exists()
+
+
+def test_runs_that_all_diverged_early(diverged_early):
+    """With no checkpoint at all there is nothing to go on with: one line."""
+    only_lost = dataclasses.replace(diverged_early, seeds=(5,))
+    with pytest.raises(InputError, match="expected a run that saved a checkpoint; found none"):
+        run_pipeline(only_lost)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -92,3 +93,24 @@ def test_divergence_before_an_interruption(tmp_path, small_benchmark):
     assert RunDir.open(tmp_path / "calm").complete and RunDir.open(tmp_path / "wild").diverged_at == 2
     after = (tmp_path / "wild" / "summary.json").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.filterwarnings("ignore::kvjax.errors.Note")
+def test_resume_beside_a_diverged_seed(tmp_path, small_benchmark):
+    """A resume leaves a diverged seed as it ended, and goes on from the last step of the others, not from its last."""
+    config = small_train_config(small_benchmark, num_steps=6, checkpoint_every_steps=2, eval_every_steps=2)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    given = TrainSettings(config=str(tmp_path / "config.json"), seeds=(3, 4), output_dir=str(tmp_path / "runs"))
+    train(given)
+    lost, calm = (RunDir.open(tmp_path / "runs" / f"seed_{seed}") for seed in (4, 3))
+    for step in (4, 6):
+        lost.checkpoints[step].unlink()
+    document = json.loads(lost.layout.summary.read_text()) | {"diverged_at_step": 3}
+    lost.layout.summary.write_text(json.dumps(document))
+    longer = config.model_copy(update={"num_steps": 8})
+    (tmp_path / "config.json").write_text(longer.model_dump_json())
+    ended = {run.seed: run.diverged_at for run in train(dataclasses.replace(given, resume=True))}
+    assert ended == {3: None, 4: 3}
+    resumed = [row["step"] for row in read_lines(calm.layout.metrics) if row["phase"] == "resume"]
+    assert resumed == [6] and max(RunDir.open(calm.path).checkpoints) == 8
+    assert max(RunDir.open(lost.path).checkpoints) == 2
