@@ -8,8 +8,8 @@
 A command runs on a tiny run, with programs that were compiled before. Every other kill comes just before a random one
 of its operations on files (opened to be written, renamed, removed, made), the others at a random time. A killed command
 is started again, as a person would, and killed again, until it ends by itself. Then every number is compared with the
-undisturbed run's, and the same files must be there, and no partial one. Ends with status 1 if a number differs, a
-command fails, or something is left.
+undisturbed run's, and the same files must be there, and no partial one. Ends with status 1 if a number differs by more
+than rounding, a command fails, or something is left.
 
 A trial's moments follow from `seed` and its number. Those before an operation come again exactly. Those at a time are
 shares of the processors' time that the undisturbed command uses, and come again nearly.

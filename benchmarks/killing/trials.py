@@ -17,6 +17,9 @@ from kvjax.artifacts.differences import Difference, between_arrays, between_docu
 
 _KILLS_OF_A_TRIAL = 20  # before the command is let go on to its end
 _SOONEST = 0.1  # of the undisturbed command's time
+# Relative. A sweep that was killed before it stored how two checkpoints differ forms their states again, and may
+# compare them in the other order: linear CKA then rounds differently.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Trials:
             defects.append(f"status {tried.status} after a kill: {' '.join(lines[-3:])}")
         else:
             difference = self._difference(folder)
-            if difference.size > 0:
+            if difference.size > _ROUNDING:
                 defects.append(f"{difference.where} differs by {difference.size:.1e}")
             if other := sorted(_files(folder) ^ self._files):
                 defects.append(f"left or missing: {', '.join(other)}")
