@@ -34,6 +34,7 @@ from kvjax.config.train import TrainConfig
 from kvjax.intervene.analysis import InterventionReport
 from kvjax.intervene.plan import chosen_windows
 from kvjax.intervene.settings import InterventionSettings
+from kvjax.pipeline.background_writer import BackgroundWriter
 from kvjax.pipeline.comparison_files import check_comparison_files
 from kvjax.pipeline.evaluate import evaluation_is_current
 from kvjax.pipeline.resume import read_resumed
@@ -293,8 +294,9 @@ def read_resumed_metrics(root: Path, file: Path) -> Any:
     run, config = RunDir.open(root / RUN), _training_config(root)
     every = config.checkpoint_every_steps
     history = RunHistory.of(run.log, every * (config.num_steps // every // 2), config.checkpointing)
-    recorder = FileRecorder(root / RUN, config, 0, {})
-    recorder.go_on(history)
+    with BackgroundWriter(pending=1) as writer:
+        recorder = FileRecorder(root / RUN, config, 0, {}, writer)
+        recorder.go_on(history)
     record = run.layout.best_record  # none if the best of these rows is of a checkpoint that is gone
     return recorder.last_evaluations, record.is_file() and read_json(record), history.lines
 
