@@ -162,8 +162,7 @@ def _swept(setting: PlannedSetting) -> list[RunDir]:
 
 
 def _on_base(plan: ScreenPlan, setting: PlannedSetting) -> list[RunDir]:
-    folder, runs = plan.layout.on_base(setting.name), _swept(setting)
-    places = [folder / run.path.name if len(runs) > 1 else folder for run in runs]
+    places = [plan.layout.on_base(setting.name) / run.path.name for run in _swept(setting)]
     return [RunDir.open(place) for place in places if place.is_dir()]
 
 
@@ -182,14 +181,15 @@ def _measured_on_base(plan: ScreenPlan, setting: PlannedSetting) -> Current:
 
 def _sweep_on_base(plan: ScreenPlan, setting: PlannedSetting, progress: Progress, engine: Engine) -> None:
     probe = own_probe_set(plan.layout.base_probe_set, Benchmark.open(plan.base.benchmark_dir))
+    runs, folder = [run.path for run in _swept(setting)], plan.layout.on_base(setting.name)
+    if len(runs) == 1:  # a command puts the results of one run into the folder itself; other seeds may come
+        folder /= runs[0].name
     sweep_over_runs(
-        dataclasses.replace(
-            RunsOnBenchmark.of([run.path for run in _swept(setting)]), benchmark_dir=str(plan.base.benchmark_dir)
-        ),
+        dataclasses.replace(RunsOnBenchmark.of(runs), benchmark_dir=str(plan.base.benchmark_dir)),
         SweepInputs(probe_set=str(probe.path)),
         SweepSettings(contradiction="note"),
         progress,
-        ResultSettings(output_dir=str(plan.layout.on_base(setting.name))),
+        ResultSettings(output_dir=str(folder)),
         engine,
     )
 

@@ -166,6 +166,19 @@ def test_comparison_of_settings(trained, capsys):
         shutil.copy(page, keep)
 
 
+def test_seeds_added_to_other_data(screen, capsys):
+    """A screen of one seed can get another: what was measured on the base's probe set stays, and is joined."""
+    data = [factor for factor in FACTORS if factor["name"] == "data"]
+    for seeds in ([3], [3, 5]):
+        config = screen(factors=data, seeds=seeds)
+        assert main(["factor-screen", f"--config={config}", "--noprogress"]) == 0, capsys.readouterr().err
+        plan = plan_screen(FactorSettings(config=str(config)))
+        measured = read_factor(plan.layout.factor("data").comparison).settings[1].on_base_probe_set
+        assert {len(spread["best"].values) for spread in measured.values()} == {len(seeds)}
+        folders = plan.layout.on_base("data/writes-7").iterdir()
+        assert sorted(folder.name for folder in folders) == [f"seed_{seed}" for seed in seeds]
+
+
 def test_run_of_another_config(trained):
     """A folder that holds another run is refused by name, and the run stays."""
     plan, config = trained
