@@ -66,10 +66,8 @@ def build_intervals(
     variables = {}
     # Sorting resamples releases the interpreter lock. BLAS is kept to one thread, in the whole process, for its threads
     # would fight with these for the cores.
-    with (
-        threadpoolctl.threadpool_limits(1, user_api="blas"),
-        concurrent.futures.ThreadPoolExecutor(available_cores()) as pool,
-    ):
+    pool = _threads(available_cores())
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
         for sums in all_sequence_sums(arrays, counting):
             measure = sums.measure
             if not measure.interval:
@@ -85,6 +83,12 @@ def build_intervals(
                 else:
                     variables[name] = (("statistic", "step", *measure.own_axes), ends[0])
     return dataset.assign(variables)
+
+
+@functools.cache
+def _threads(number: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Keeps threads for all blocks of checkpoints, for malloc keeps memory back for every new thread."""
+    return concurrent.futures.ThreadPoolExecutor(number)
 
 
 def _with_interval(
