@@ -19,7 +19,7 @@ from kvjax.task.benchmark import Benchmark
 
 Keep = Literal["nothing", "if possible", "everything"]
 
-_HELD_BYTES = 64 << 20  # of converted parameters, before they are written as a part, which takes them some times more
+_HELD_BYTES = 64 << 20  # of converted parameters, before they are written as a part; writing takes as much memory again
 
 
 class CachedLoader:

@@ -30,7 +30,7 @@ torch.set_num_threads(1)  # on a busy machine PyTorch's waiting threads cost mor
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_lengths_to_pad_to():
-    """Sweeps under test pad to two lengths instead of three: each is a copy of the program to compile.
+    """Sweeps under test pad to at most two lengths instead of three: each is a copy of the program to compile.
 
     Two are several: records of a bucket differ in length, and results are put together from both. The reference run is
     swept by a command of its own, as people run it.

@@ -12,7 +12,7 @@ import xarray as xr
 
 from kvjax.artifacts.factor_schema import read_factor, write_factor
 from kvjax.artifacts.files import read_json
-from kvjax.artifacts.layout import ComparisonLayout
+from kvjax.artifacts.layout import ComparisonLayout, RunLayout
 from kvjax.artifacts.provenance import software_versions
 from kvjax.artifacts.results import RunResults
 from kvjax.artifacts.run_dir import RunDir
@@ -146,7 +146,7 @@ def _over_measured_runs(stage: Stage, plan: ScreenPlan, engine: Engine) -> _Part
     return _Part(
         stage.name,
         lambda: stage.current(study.measurable()),
-        lambda progress: stage.run(study.measurable(), progress),
+        lambda progress: stage.run(study.measured(), progress),
     )
 
 
@@ -163,7 +163,7 @@ def _swept(setting: PlannedSetting) -> list[RunDir]:
 
 def _on_base(plan: ScreenPlan, setting: PlannedSetting) -> list[RunDir]:
     places = [plan.layout.on_base(setting.name) / run.path.name for run in _swept(setting)]
-    return [RunDir.open(place) for place in places if place.is_dir()]
+    return [RunDir.open(place) for place in places if RunLayout(place).source_run.is_file()]
 
 
 def _measured_on_base(plan: ScreenPlan, setting: PlannedSetting) -> Current:

@@ -12,7 +12,7 @@ from kvjax.artifacts.layout import ComparisonLayout
 from kvjax.config.benchmark import BenchmarkConfig
 from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
-from kvjax.errors import InputError, bad_argument, command, unusable
+from kvjax.errors import InputError, bad_argument, command
 from kvjax.intervene.settings import InterventionSettings
 from kvjax.pipeline.progress import Progress, no_progress
 from kvjax.pipeline.settings import PipelineSettings
@@ -52,7 +52,7 @@ def run_pipeline(
 ) -> list[StageReport]:
     """Runs the stages of a study that have something left to do, and prints a line each.
 
-    A run that diverged before its first checkpoint is left out of everything after training.
+    A run that diverged before its first step checkpoint is left out of everything after training.
 
     Args:
       settings: the study.
@@ -67,9 +67,7 @@ def run_pipeline(
     reports = []
     for number, stage in enumerate(stages, start=1):
         label, began = f"{number}/{len(stages)}  {stage.name}", time.monotonic()
-        study = planned if stage in _MAKING else planned.measurable()
-        if not study.runs:
-            raise unusable(settings.output_dir, "a run that saved a checkpoint", "none (lower the learning rate)")
+        study = planned if stage in _MAKING else planned.measured()
         state = stage.current(study)
         if not state.holds:
             say(f"{label} ({state.reason})")
@@ -131,7 +129,7 @@ def print_summary(settings: PipelineSettings, reports: list[StageReport]) -> Non
     for run in study.measurable().open_runs():
         say(f"  {run.path}: story in {run.layout.story_text}")
     for run in study.diverged_early():
-        say(f"  {run.path}: in no result; it diverged at step {run.diverged_at}, before its first checkpoint")
+        say(f"  {run.path}: in no result; it diverged at step {run.diverged_at}, before its first step checkpoint")
     layout = ComparisonLayout(study.comparison)
     if layout.comparison.is_file():
         compared = read_comparison(layout.comparison)

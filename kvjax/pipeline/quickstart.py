@@ -35,7 +35,8 @@ def quickstart(
       Where the page is.
 
     Raises:
-      InputError: a config cannot be used, or the output directory holds a study of other configs.
+      InputError: a config cannot be used, the output directory holds a study of other configs, or no run saved a
+        checkpoint.
     """
     output, study = Path(settings.output_dir), dataclasses.replace(study_of(settings), engine=engine)
     drawn = study.benchmark_config
@@ -46,6 +47,7 @@ def quickstart(
     together = "" if engine.spreads else ", as one program"
     say(f"2/6  training {len(study.runs)} seeds, {steps} steps each{together}")
     TRAIN.run(study, progress)
+    study = study.measured()
     say("3/6  measuring every checkpoint: behaviour, logit lens, attention, every head and MLP ablated")
     reports = SWEEP.run(study, progress)
     print_sweep_reports(reports)

@@ -64,7 +64,7 @@ def read_resumed(configs: Mapping[Path, TrainConfig], benchmark: Benchmark) -> R
         or its checkpoint or log cannot be used.
     """
     for path, config in configs.items():
-        _check_same_training(path, config)
+        check_same_training(path, config)
     available = {path: resumable(path) for path in configs}
     common = set.intersection(*(set(files) for files in available.values()))
     if not common:
@@ -98,8 +98,12 @@ def resumable(path: Path) -> dict[int, Path]:
     return {}
 
 
-def _check_same_training(path: Path, config: TrainConfig) -> None:
-    """Refuses a config that would give other steps than the recorded run; how long the run is may change."""
+def check_same_training(path: Path, config: TrainConfig) -> None:
+    """Refuses a config that would give other steps than the recorded run; how long the run is may change.
+
+    Raises:
+      InputError: it would.
+    """
     file = RunLayout(path).config
     recorded = read_config(file, TrainConfig, recorded=True)
     names = ["seed", "batch_size", "model", "optimization", "curriculum"]

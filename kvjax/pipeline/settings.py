@@ -114,7 +114,7 @@ class TrainSettings(Settings):
     )
     benchmark_dir: str | None = setting(None, "The benchmark; by default the config's.")
     output_dir: str | None = setting(None, "Where runs go; by default the config's output_dir.")
-    resume: bool = setting(False, "Go on from the latest checkpoint that every run has.")
+    resume: bool = setting(False, "Go on from the latest checkpoint that every run has which did not diverge.")
     overwrite: bool = setting(
         False, "Replace what training wrote in existing run directories, and their analysis; other files stay."
     )

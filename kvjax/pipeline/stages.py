@@ -88,14 +88,26 @@ class Study:
         return [RunDir.open(path) for path in self.runs]
 
     def diverged_early(self) -> list[RunDir]:
-        """Finds the runs that diverged before their first checkpoint: nothing can be measured on them."""
+        """Finds the runs that diverged before their first step checkpoint: nothing can be measured on them."""
         there = [RunDir.open(path) for path in self.runs if path.is_dir()]
         return [run for run in there if run.diverged_at is not None and not run.checkpoints]
 
     def measurable(self) -> Study:
-        """Leaves out the runs that diverged before their first checkpoint."""
+        """Leaves out the runs that diverged before their first step checkpoint."""
         left_out = {run.path for run in self.diverged_early()}
         return dataclasses.replace(self, runs={path: of for path, of in self.runs.items() if path not in left_out})
+
+    def measured(self) -> Study:
+        """Leaves out the runs that cannot be measured.
+
+        Raises:
+          InputError: none is left.
+        """
+        left = self.measurable()
+        if not left.runs:
+            expected = "a step checkpoint of at least one run (lower the learning rate)"
+            raise unusable(", ".join(map(str, self.runs)), expected, "none, for all diverged before their first")
+        return left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +201,9 @@ def _is_compared(study: Study) -> Current:
 
 def _compare(study: Study) -> WrittenComparison:
     folder = str(study.comparison)
-    given = (Runs.of(study.runs), CompareSettings(), ComparisonOutput(output_dir=folder))
+    ended_early = any(run.diverged_at is not None for run in study.open_runs())  # such a run lacks the later steps
+    settings = CompareSettings(align="intersection") if ended_early else CompareSettings()
+    given = (Runs.of(study.runs), settings, ComparisonOutput(output_dir=folder))
     return on_all_runs("comparison", compare_seeds, folder, *given, engine=study.engine)
 
 

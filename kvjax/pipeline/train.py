@@ -167,7 +167,7 @@ def train_missing_runs(
     begun, fresh = {}, {}
     for path, config in runs.items():
         layout = RunLayout(path)
-        if (recorded := recorded_config(path)) is not None and not same_run(recorded, config):
+        if (recorded := recorded_config(path)) is not None and not _holds(path, recorded, config):
             found = f"a run of another config ({_differences(recorded, config)})"
             raise unusable(path, "a run of this config (or another `output_dir`)", found)
         if layout.summary.is_file():
@@ -188,7 +188,7 @@ def runs_are_trained(runs: Mapping[Path, TrainConfig]) -> Current:
             recorded = read_config(RunLayout(path).config, TrainConfig, recorded=True)
         except InputError as error:
             return Current(False, str(error))
-        if not same_run(recorded, config):
+        if not _holds(path, recorded, config):
             return Current(False, f"{path} holds a run of another config ({_differences(recorded, config)})")
         if not RunLayout(path).summary.is_file():
             reached = max(RunDir.open(path).checkpoints, default=0)
@@ -209,6 +209,12 @@ def recorded_config(path: Path) -> TrainConfig | None:
 def same_run(recorded: TrainConfig, config: TrainConfig) -> bool:
     """Says whether two configs are of the same run, wherever run and benchmark lie."""
     return recorded.model_dump(exclude=_PLACES) == config.model_dump(exclude=_PLACES)
+
+
+def _holds(path: Path, recorded: TrainConfig, config: TrainConfig) -> bool:
+    """Says whether a directory holds the run of a config. One that diverged stays as it is if others go on longer."""
+    ended = RunDir.open(path).diverged_at is not None
+    return same_run(recorded.model_copy(update={"num_steps": config.num_steps}) if ended else recorded, config)
 
 
 def _differences(recorded: TrainConfig, config: TrainConfig) -> str:

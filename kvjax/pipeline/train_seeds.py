@@ -10,6 +10,7 @@ from kvjax.config.files import find_config, read_config
 from kvjax.config.train import TrainConfig
 from kvjax.errors import InputError, note, unusable
 from kvjax.pipeline.progress import Progress, no_progress
+from kvjax.pipeline.resume import check_same_training
 from kvjax.pipeline.run_history import RunHistory
 from kvjax.pipeline.settings import TrainSettings
 from kvjax.pipeline.train import (
@@ -45,10 +46,10 @@ def train(settings: TrainSettings, progress: Progress = no_progress, engine: Eng
         ended = _diverged(runs) if settings.resume else {}
         going = {path: config for path, config in runs.items() if path not in ended}
         with progress(config.num_steps, "steps") as advance:
-            trained = [_trained(path, config) for path, config in ended.items()]
-            if going:
-                flags = {"resume": settings.resume, "overwrite": settings.overwrite}
-                trained += train_runs(going, benchmark, **flags, advance=advance)
+            flags = {"resume": settings.resume, "overwrite": settings.overwrite}
+            now = train_runs(going, benchmark, **flags, advance=advance) if going else []
+        by_path = {run.path: run for run in now}
+        trained = [by_path.get(path) or _trained(path, config) for path, config in runs.items()]
     if all(run.diverged_at is not None for run in trained):
         found = ", ".join(f"seed {run.seed} diverged at step {run.diverged_at}" for run in trained)
         raise InputError(f"{settings.config}: expected a finite loss and gradient; found none to the end ({found})")
@@ -56,10 +57,15 @@ def train(settings: TrainSettings, progress: Progress = no_progress, engine: Eng
 
 
 def _diverged(runs: Mapping[Path, TrainConfig]) -> dict[Path, TrainConfig]:
-    """Finds the runs that diverged: they would again, and the others would go on from a step that these have."""
+    """Finds the runs that diverged: they would again, and the others would go on from a step that these have.
+
+    Raises:
+      InputError: one was trained with other settings.
+    """
     diverged = {}
     for path, config in runs.items():
         if path.is_dir() and (step := RunDir.open(path).diverged_at) is not None:
+            check_same_training(path, config)
             note(f"{path}: not resumed, for it diverged at step {step}")
             diverged[path] = config
     return diverged

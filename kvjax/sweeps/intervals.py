@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -89,6 +90,9 @@ def build_intervals(
 def _threads(number: int) -> concurrent.futures.ThreadPoolExecutor:
     """Keeps threads for all blocks of checkpoints, for malloc keeps memory back for every new thread."""
     return concurrent.futures.ThreadPoolExecutor(number)
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has none of its parent's threads
 
 
 def _with_interval(

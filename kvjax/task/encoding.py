@@ -17,7 +17,7 @@ from kvjax.errors import InputError
 from kvjax.task.stream import Record, replay
 from kvjax.task.vocabulary import EOS, PAD_ID, READ, WRITE, Vocabulary
 
-# So many times the fewest tokens are taken if that saves a length, for compiling one takes as long as measuring two
+# So many times the fewest tokens are taken if that saves a length, for compiling one takes as long as measuring four
 # checkpoints (docs/performance.md).
 _SPARED_LENGTH = 1.05
 

@@ -51,15 +51,28 @@ def test_run_that_diverged_early(diverged_early, capsys):
     print_summary(diverged_early, reports)
     printed = capsys.readouterr().out
     lost = f"{diverged_early.output_dir}/runs/seed_5"
-    assert f"{lost}: in no result; it diverged at step 2, before its first checkpoint" in printed
+    assert f"{lost}: in no result; it diverged at step 2, before its first step checkpoint" in printed
     assert f"{lost}: story" not in printed and not (Path(lost) / "analysis").exists()
 
 
 def test_runs_that_all_diverged_early(diverged_early):
     """With no checkpoint at all there is nothing to go on with: one line."""
     only_lost = dataclasses.replace(diverged_early, seeds=(5,))
-    with pytest.raises(InputError, match="expected a run that saved a checkpoint; found none"):
+    with pytest.raises(InputError, match=r"expected a step checkpoint of at least one run .*; found none"):
         run_pipeline(only_lost)
+
+
+def test_run_that_diverged_late(two_runs, capsys):
+    """A run that diverged lacks the later steps: runs are compared at the steps that all have, and the page is made."""
+    lost = two_runs / "runs" / "seed_5"
+    *_, last = sorted(lost.glob("checkpoints/step_*.pt"))
+    last.unlink()
+    shutil.rmtree(lost / "analysis")
+    (lost / "summary.json").write_text(json.dumps({"diverged_at_step": RunDir.open(lost).config.num_steps - 1}))
+    assert main(["pipeline", f"--run_dirs={two_runs}/runs/*", f"--output_dir={two_runs}", "--noprogress"]) == 0
+    assert "compare: done" in capsys.readouterr().out and (two_runs / "report.html").is_file()
+    with xr.open_dataset(two_runs / "comparison" / "comparison.nc") as compared:
+        assert max(compared.step) == max(RunDir.open(lost).checkpoints)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
 from kvjax.pipeline.settings import TrainSettings
-from kvjax.pipeline.train import train_missing_runs, train_runs
+from kvjax.pipeline.train import run_directories, runs_are_trained, train_missing_runs, train_runs
 from kvjax.pipeline.train_seeds import train
 from kvjax.task.benchmark import Benchmark
 from kvjax.train.loop import Training
@@ -114,3 +114,9 @@ def test_resume_beside_a_diverged_seed(tmp_path, small_benchmark):
     resumed = [row["step"] for row in read_lines(calm.layout.metrics) if row["phase"] == "resume"]
     assert resumed == [6] and max(RunDir.open(calm.path).checkpoints) == 8
     assert max(RunDir.open(lost.path).checkpoints) == 2
+    runs = run_directories(longer, (3, 4), given.output_dir)
+    assert runs_are_trained(runs).holds, "the diverged run counts, although it was planned to be shorter"
+    lower = longer.optimization.model_copy(update={"learning_rate": 1e-4})
+    (tmp_path / "config.json").write_text(longer.model_copy(update={"optimization": lower}).model_dump_json())
+    with pytest.raises(InputError, match="the same optimization as the config to resume with"):
+        train(dataclasses.replace(given, seeds=(4,), resume=True))
