@@ -222,11 +222,13 @@ class DatasetsFile:
     """A netCDF file of labelled arrays while it is written, see `datasets_file`."""
 
     def __init__(self, path: Path, make: Callable[[int], Path], along: str | None, parts: int):
-        self._path, self._make, self._along, self._parts = path, make, along if parts > 1 else None, parts
+        self._path, self._make, self._along, self._grows = path, make, along, parts > 1
         self.scratch: Path | None = None
 
     def append(self, groups: Groups) -> None:
         """Writes the first part of every group, or another one behind those that are there.
+
+        The file is opened for each part, as by `read`.
 
         Variables without the dimension `along`, attributes and coordinates are those of the first part.
         """
@@ -241,19 +243,23 @@ class DatasetsFile:
             _fill(self.scratch, 2**20 + nbytes, self._path)
             raise unusable(self._path, "a file that can be written", error) from None
 
-    @contextlib.contextmanager
-    def opened(self, *groups: str | None) -> Iterator[list[xarray.Dataset]]:
-        """Yields groups of what was written so far; their arrays are read when they are used."""
+    def read(self, begin: int, end: int, *groups: str | None) -> list[xarray.Dataset]:
+        """Reads what was written so far of groups, at some places along the dimension that parts are appended along.
+
+        The file is opened anew each time, for an open one caches up to 16 MB of every variable.
+        """
         import xarray as xr
 
-        with contextlib.ExitStack() as held:
-            opened = [xr.open_dataset(self.scratch, engine=_NETCDF, group=group, cache=False) for group in groups]
-            yield [held.enter_context(dataset) for dataset in opened]
+        found = []
+        for group in groups:
+            with xr.open_dataset(self.scratch, engine=_NETCDF, group=group, cache=False) as dataset:
+                found.append(dataset.isel({self._along: slice(begin, end)}).load())
+        return found
 
     def _begin(self, groups: Groups) -> None:
         for index, (group, dataset) in enumerate(groups):
             assert not _TAKEN & set(dataset.dims), f"dimensions that sel cannot choose along: {set(dataset.dims)}"
-            grows = {} if self._along is None else {"unlimited_dims": [self._along]}
+            grows = {"unlimited_dims": [self._along]} if self._grows else {}
             encoding = {name: self._encoding(variable) for name, variable in dataset.data_vars.items()}
             mode = "a" if index else "w"
             dataset.to_netcdf(self.scratch, mode=mode, group=group, engine=_NETCDF, encoding=encoding, **grows)
@@ -262,14 +268,13 @@ class DatasetsFile:
         encoding: dict[str, Any] = {}
         if variable.ndim and variable.dtype.kind in "fiub":
             encoding = {"zlib": True, "complevel": 1}
-        if self._along in variable.dims:  # a part is a chunk: what is written once is compressed once
+        if self._grows and self._along in variable.dims:  # a part is a chunk: what is written once is compressed once
             encoding["chunksizes"] = tuple(max(size, 1) for size in variable.shape)
         return encoding
 
     def _go_on(self, groups: Groups) -> None:
         import netCDF4
 
-        # Opened for each part, because an open file caches up to 16 MB of every variable.
         with netCDF4.Dataset(self.scratch, "a") as file:
             file.set_auto_maskandscale(False)
             written = len(file.dimensions[self._along])  # of the root, which groups share

@@ -19,6 +19,7 @@ from kvjax.errors import InputError, unusable
 from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
+from kvjax.machine import return_free_memory
 from kvjax.measure import registry
 from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
@@ -158,6 +159,7 @@ class RunSweep:
                 self._source.save()
             except InputError as error:  # results are stored, and conversions are made again another time
                 self.log.not_kept = str(error)
+            return_free_memory()
 
     def _complete_store(self) -> None:
         """Converts measured checkpoints that the store lacks, for a killed sweep measures some that it never stores."""

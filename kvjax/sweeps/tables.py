@@ -18,6 +18,7 @@ from kvjax.artifacts.sweep_schema import Sweep, TrajectoryBreak, write_sweep
 from kvjax.artifacts.tables import SCHEMA_VERSION, DatasetsFile, datasets_file, row_schema, rows_file
 from kvjax.devices import device_description
 from kvjax.execution.inputs import RunInputs
+from kvjax.machine import return_free_memory
 from kvjax.sweeps.blocks import blocks, spans
 from kvjax.sweeps.continuity import embedding_drift, trajectory_breaks
 from kvjax.sweeps.current_tables import drawn_from
@@ -119,15 +120,16 @@ def _write_tables(
     parts = spans(len(measured.checkpoints))
     with datasets_file(layout.arrays, along="step", parts=len(parts), replace=files.file) as arrays:
         found = _write_arrays(inputs, measured, settings, arrays)
-        with arrays.opened(None, "intervals") as groups, contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held:
             writers = {  # closed, and so put in place, in the reverse order
                 table: held.enter_context(rows_file(path, row_schema(table), replace=files.file))
                 for table, path in (("mlps", layout.mlps), ("heads", layout.heads), ("checkpoint", layout.rows))
             }
             for begin, end, before in parts:
-                dataset, intervals = (group.isel(step=slice(begin, end)).load() for group in groups)
+                dataset, intervals = arrays.read(begin, end, None, "intervals")
                 for table, rows in _rows(inputs, found, dataset, intervals, begin=begin, before=before):
                     writers[table](rows)
+                return_free_memory()
     return list(found.breaks)
 
 
@@ -164,6 +166,7 @@ def _write_arrays(
         digests.append(block.arrays["weights/digest"][block.before :])
         drifts.append(embedding_drift(dataset)[block.before :])
         stable.append({family: of[block.before :] for family, of in stable_checkpoints(dataset, limits).items()})
+        return_free_memory()
     steps = [result.step for _, result in measured.checkpoints]
     breaks = trajectory_breaks(run, steps, np.concatenate(digests), np.concatenate(drifts))
     stabilized = stabilized_from({family: np.concatenate([of[family] for of in stable]) for family in stable[0]})
