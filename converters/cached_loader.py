@@ -13,6 +13,7 @@ from kvjax.converters.parameter_store import ParameterStore, StoreIdentity
 from kvjax.artifacts.files import HashedFile
 from kvjax.artifacts.run_dir import RunDir
 from kvjax.errors import InputError
+from kvjax.machine import return_free_memory
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.params import Params
 from kvjax.task.benchmark import Benchmark
@@ -133,6 +134,7 @@ class CachedLoader:
     def _write(self) -> None:
         self._store.add(self._held)
         self._held, self._held_bytes = [], 0  # only now: after an error they are tried again
+        return_free_memory()
 
 
 def store_identity(run: RunDir, benchmark: Benchmark) -> StoreIdentity:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.artifacts.files import digest, file_sha256, replace_file
+from kvjax.errors import unusable
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -69,6 +70,22 @@ class ResultStore:
         except Exception:  # NumPy and zipfile raise many kinds for a missing or damaged file
             return None
         return CheckpointResult(int(info["step"]), arrays, info)
+
+    def read_again(self, name: str, key: str, checkpoint: Path) -> CheckpointResult:
+        """Reads a result that was there before.
+
+        Args:
+          name, key: as `find` takes them.
+          checkpoint: the file that it was measured on, for the error.
+
+        Raises:
+          InputError: it was lost since.
+        """
+        found = self.find(name, key)
+        if found is None:
+            expected = "what was measured on it in `measured` (run the sweep again)"
+            raise unusable(checkpoint, expected, f"that {self._path(name).name} was lost meanwhile")
+        return found
 
     def holds(self, name: str, key: str) -> bool:
         """Checks by its provenance whether `find` would return a result; reads no arrays."""

@@ -27,7 +27,7 @@ class Block:
       before: 1 if the first of them is the last of the block before, which is there for changes alone; else 0.
       steps: of the C checkpoints.
       arrays: measured sums [C, …] by name.
-      weights, moved, logistic: see `MeasuredRun`, of these checkpoints.
+      weights, moved, logistic: see `MeasuredRun`, of each of these checkpoints.
     """
 
     before: int
@@ -56,16 +56,17 @@ def blocks(measured: MeasuredRun) -> Iterator[Block]:
     logistic = _all_or_none(measured.logistic)
     last: Arrays | None = None
     for begin, end, before in spans(len(measured.checkpoints)):
+        own = measured.checkpoints[begin:end]
         read = [last] if before else []
-        for named in measured.checkpoints[begin + before : end]:
+        for named in own[before:]:
             read.append({**measured.sums(named), "read/fixed_margin": measured.margins.of_checkpoint(named)})
         last = read[-1]
         yield Block(
             before,
-            [result.step for _, result in measured.checkpoints[begin:end]],
+            [result.step for _, result in own],
             {name: np.stack([of_one[name] for of_one in read]) for name in read[0]},
-            measured.weights[begin:end],
-            None if measured.moved is None else measured.moved[begin:end],
+            [measured.weights(named) for named in own],
+            measured.moved and [measured.moved(named) for named in own],
             logistic[begin:end],
         )
 

@@ -38,10 +38,10 @@ def build_dataset(
       steps: the training steps, ascending.
       probe: the records.
       reference: the arrays of the checkpoint that drift is also measured to; that drift is NaN if None.
-      weights: how each checkpoint's weights differ from others', as `WeightComparisons` returns it.
+      weights: how each checkpoint's weights differ from others', see `WeightComparisons.compare`.
       first: the arrays of the run's first checkpoint; None if it is the first of these.
       ranked_by: the kind of ablation that ranks components.
-      moved: how each checkpoint's states differ from others', as `measure_movement` returns it; None if not asked.
+      moved: how each checkpoint's states differ from others', see `compare_consecutive`; None if not asked.
       logistic: each checkpoint's logistic probes, None for those that have none; empty if not asked.
 
     Returns:

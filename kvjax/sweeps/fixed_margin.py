@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
-from kvjax.errors import unusable
 from kvjax.sweeps.clean import VALUE_LOGITS
 from kvjax.task.encoding import EncodedRecords
 
@@ -67,7 +66,7 @@ class ValueLogits:
 
     def holds(self, name: str, key: str) -> bool:
         """Checks by reading them whether those of a checkpoint are stored and sound."""
-        return self._find(name, key) is not None
+        return self._store.find(f"values_{name}", key) is not None
 
     def fixed_margins(self, reference: Named | None, *, files: Mapping[str, tuple[int | None, Path]]) -> FixedMargins:
         """Finds the competitors at the reference.
@@ -96,15 +95,7 @@ class ValueLogits:
 
         return FixedMargins(competitors, of_checkpoint)
 
-    def _find(self, name: str, key: str) -> np.ndarray | None:
-        """Reads those of a checkpoint, [R, values], reads in the order of the records; None if missing or damaged."""
-        stored = self._store.find(f"values_{name}", key)
-        return stored and stored.arrays[VALUE_LOGITS]
-
     def _stored(self, named: Named, files: Mapping[str, tuple[int | None, Path]]) -> np.ndarray:
+        """Reads those of a checkpoint, [R, values], reads in the order of the records."""
         name, result = named
-        logits = self._find(name, result.info["sha256"])
-        if logits is None:
-            expected = "the logits stored of it (run the sweep again)"
-            raise unusable(files[name][1], expected, "that they were lost during the sweep")
-        return logits
+        return self._store.read_again(f"values_{name}", result.info["sha256"], files[name][1]).arrays[VALUE_LOGITS]

@@ -57,17 +57,19 @@ class MeasuredRun:
     Attributes:
       checkpoints: names and results, without arrays, that rows are made of, in step order.
       reference: the checkpoint that drift is measured to; None if there is none, or it cannot be used.
-      weights: how each checkpoint's weights differ from others', see `WeightComparisons`.
-      moved: how each checkpoint's states differ from others', see `compare_consecutive`; None if not asked for.
+      weights: reads how a checkpoint's weights differ from others', see `WeightComparisons`.
+      moved: reads how a checkpoint's states differ from others', see `compare_consecutive`; None if not asked for.
       logistic: each checkpoint's logistic probes, None for one without; empty if the sweep has no probes.
       margins: forms each checkpoint's fixed margins.
-      sums: reads a checkpoint's measured sums; raises `InputError` if they were lost.
+      sums: reads a checkpoint's measured sums.
+
+    What reads raises `InputError` if the file was lost.
     """
 
     checkpoints: Sequence[NamedResult]
     reference: NamedResult | None
-    weights: Sequence[Mapping[str, np.ndarray]]
-    moved: Sequence[Mapping[str, np.ndarray]] | None
+    weights: Callable[[NamedResult], Mapping[str, np.ndarray]]
+    moved: Callable[[NamedResult], Mapping[str, np.ndarray]] | None
     logistic: Sequence[Mapping[str, np.ndarray] | None]
     margins: FixedMargins
     sums: Callable[[NamedResult], Mapping[str, np.ndarray]]

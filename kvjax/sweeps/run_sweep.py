@@ -15,11 +15,10 @@ import numpy as np
 from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
 from kvjax.artifacts.provenance import software_versions
 from kvjax.devices import device_description
-from kvjax.errors import InputError, unusable
+from kvjax.errors import InputError
 from kvjax.execution.inputs import BEST, RunInputs, step_files
 from kvjax.execution.load_ahead import load_ahead
 from kvjax.execution.over_checkpoints import Chunk, over_chunks
-from kvjax.machine import return_free_memory
 from kvjax.measure import registry
 from kvjax.measure.weight_spectra import HeadSpectra, head_spectra
 from kvjax.model.checkpoint import Checkpoint, CheckpointSource
@@ -140,10 +139,7 @@ class RunSweep:
         self.log = joined_log(shares)
         self._store.look_again()
         for name, sha256 in ((name, sha256) for share in shares for name, sha256 in share.sha256.items()):
-            stored = self._store.find(name, sha256)
-            if stored is None:
-                raise self._lost(name)
-            self._add(name, stored.without_arrays())
+            self._add(name, self._store.read_again(name, sha256, self._files[name][1]).without_arrays())
         for name, result in self._stored_results(self._files.keys() - self._inputs.wanted.keys()).items():
             self._add(name, result)
         with self._keeping_conversions():
@@ -159,7 +155,6 @@ class RunSweep:
                 self._source.save()
             except InputError as error:  # results are stored, and conversions are made again another time
                 self.log.not_kept = str(error)
-            return_free_memory()
 
     def _complete_store(self) -> None:
         """Converts measured checkpoints that the store lacks, for a killed sweep measures some that it never stores."""
@@ -201,14 +196,7 @@ class RunSweep:
     def _sums(self, named: tuple[str, CheckpointResult]) -> Mapping[str, np.ndarray]:
         """Reads the sums of a checkpoint again; raises `InputError` if they were lost since the sweep began."""
         name, result = named
-        stored = self._store.find(name, result.info["sha256"])
-        if stored is None:
-            raise self._lost(name)
-        return stored.arrays
-
-    def _lost(self, name: str) -> InputError:
-        expected = "the sums stored of it (run the sweep again)"
-        return unusable(self._files[name][1], expected, "that they were lost during the sweep")
+        return self._store.read_again(name, result.info["sha256"], self._files[name][1]).arrays
 
     def _measured_before(self, tabled: list[tuple[str, CheckpointResult]]) -> set[str]:
         """Names the checkpoints measured anew that had logistic probes, so that all of it is measured again."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -173,7 +173,7 @@ def states_of_checkpoints(
 
 
 class Similarities:
-    """Holds how a run's checkpoints differ: found by this sweep, or stored by an earlier one.
+    """Stores how a run's checkpoints differ, and reads what this sweep or an earlier one stored.
 
     Args:
       store: the run's results.
@@ -182,58 +182,75 @@ class Similarities:
 
     def __init__(self, store: ResultStore, *, anew: Collection[str] = ()):
         self._store, self._anew = store, anew
-        self._found: dict[frozenset[str], Arrays] = {}
-        self._stored: dict[str, str] = {}  # what this sweep stored: result name -> key
+        self._found: dict[frozenset[str], Arrays] = {}  # until it is stored
+        self._made: dict[str, str] = {}  # what this sweep stored: result name -> key
 
     def add(self, pairs: Iterator[tuple[frozenset[str], Arrays]]) -> None:
         """Adds pairs that were compared."""
         self._found.update(pairs)
 
     def of(self, named: Named, kind: str, other: Named) -> Arrays | None:
-        """Looks up how a checkpoint differs from another, and stores it if it is new; gives None if it is not known.
+        """Reads how a checkpoint differs from another; gives None if that is not stored.
 
         Args:
           named: name and result of the checkpoint.
           kind: how the other relates to it, of `OTHERS`.
           other: name and result of the other.
         """
-        (name, result), (other_name, other_result) = named, other
-        hashes = result.info["sha256"], other_result.info["sha256"]
-        stored_as, key = f"movement_{name}_{kind}", hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-        found = self._found.get(frozenset(hashes))
+        stored_as, key = _place(named, kind, other)
+        if named[0] in self._anew and self._made.get(stored_as) != key:
+            return None
+        stored = self._store.find(stored_as, key)
+        # Comparisons of an earlier version lack the splits' CKA.
+        return stored.arrays if stored and set(COMPARISONS) <= stored.arrays.keys() else None
+
+    def read_again(self, named: Named, kind: str, other: Named, checkpoint: Path) -> Arrays:
+        """Reads a comparison that was stored before; raises `InputError` about a checkpoint's file if it was lost."""
+        return self._store.read_again(*_place(named, kind, other), checkpoint).arrays
+
+    def store(self, named: Named, kind: str, other: Named) -> bool:
+        """Stores how a checkpoint differs from another if that was found; says whether it is stored now.
+
+        The same pair may be stored already as another kind, or as the other checkpoint's.
+        """
+        stored_as, key = _place(named, kind, other)
+        if self._made.get(stored_as) == key:
+            return True
+        (_, own), (other_name, others) = named, other
+        found = self._found.pop(frozenset({own.info["sha256"], others.info["sha256"]}), None)
         if found is None:
-            stored = None if name in self._anew else self._store.find(stored_as, key)
-            # Comparisons of an earlier version lack the splits' CKA.
-            return stored.arrays if stored and set(COMPARISONS) <= stored.arrays.keys() else None
-        if self._stored.get(stored_as) != key:
-            self._store.save(stored_as, key, result.step, found, {"other": other_name})
-            self._stored[stored_as] = key
-        return found
+            if self.of(named, kind, other) is not None:
+                return True
+            pairs = ((one, of, two) for one, two in ((named, other), (other, named)) for of in OTHERS)
+            found = next((arrays for pair in pairs if (arrays := self.of(*pair)) is not None), None)
+        if found is None:
+            return False
+        self._store.save(stored_as, key, own.step, found, {"other": other_name})
+        self._made[stored_as] = key
+        return True
 
     def store_found(self, pairs: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
         """Stores what was found by now of some checkpoints, each given with the one before it."""
         for named, before in pairs:
-            # The reference is measured first: the checkpoint before it may still come.
+            # The reference is measured first: the checkpoint before it may still come, with its comparison.
             if before and named != reference:
-                self.of(named, "previous", before)
+                self.store(named, "previous", before)
             if reference:
-                self.of(named, "reference", reference)
+                self.store(named, "reference", reference)
 
     def store_all(self, pairs: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
         """Stores what was found of checkpoints once no other comes, each given with the one before it."""
         for named, before in pairs:
             for kind, other in zip(OTHERS, (before, reference), strict=True):
                 if other:
-                    self.of(named, kind, other)
+                    self.store(named, kind, other)
 
 
-def comparisons(tabled: Sequence[Named], reference: Named | None) -> list[tuple[Named, str, Named | None]]:
-    """Lists which checkpoint is compared with which: itself, the kind of `OTHERS`, and the other if there is one."""
-    return [
-        (named, kind, other)
-        for named, before in zip(tabled, [None, *tabled[:-1]], strict=True)
-        for kind, other in zip(OTHERS, (before, reference), strict=True)
-    ]
+def _place(named: Named, kind: str, other: Named) -> tuple[str, str]:
+    """Forms the name and the key that a comparison is stored by."""
+    (name, result), (_, other_result) = named, other
+    hashes = result.info["sha256"], other_result.info["sha256"]
+    return f"movement_{name}_{kind}", hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def compare_consecutive(
@@ -244,7 +261,7 @@ def compare_consecutive(
     files: Mapping[str, tuple[int | None, Path]],
     sweep: CompiledSweep,
     source: CheckpointSource,
-) -> list[dict[str, np.ndarray]]:
+) -> Callable[[Named], Arrays]:
     """Compares each checkpoint of a run with the previous one and with the reference.
 
     States that are not at hand, of checkpoints that were measured earlier, are formed again.
@@ -252,20 +269,30 @@ def compare_consecutive(
     Args:
       tabled: name and result of the run's checkpoints, in step order.
       reference: those of the reference; None for none.
-      known: the comparisons made so far; filled with the others.
+      known: the comparisons made so far; gets the others.
       files: result name -> (step or None, checkpoint file).
       sweep: the probe set, on the devices.
       source: where parameters come from.
 
     Returns:
-      For each checkpoint and each of `OTHERS`: `event_drift/<other>` [splits, 2 S], 1 - cosine summed over reads, and
-      `split_cka/<other>` [1 + splits, 2 S]; NaN for the first checkpoint's previous, and if there is no reference.
+      What reads, for one of these checkpoints and each of `OTHERS`: `event_drift/<other>` [splits, 2 S], 1 - cosine
+      summed over reads, and `split_cka/<other>` [1 + splits, 2 S]; NaN for the first checkpoint's previous, and if
+      there is no reference. It raises `InputError` if they were lost.
 
     Raises:
       InputError: a checkpoint whose states are formed again cannot be used.
     """
-    wanted = comparisons(tabled, reference)
-    missing = [(named, kind, other) for named, kind, other in wanted if other and known.of(named, kind, other) is None]
+    before = dict(zip((name for name, _ in tabled), [None, *tabled[:-1]], strict=True))
+
+    def others(named: Named) -> Iterator[tuple[str, Named | None]]:
+        yield from zip(OTHERS, (before[named[0]], reference), strict=True)
+
+    missing = [
+        (named, kind, other)
+        for named in tabled
+        for kind, other in others(named)
+        if other and not known.store(named, kind, other)
+    ]
     if missing:
         steps = {name: result.step for named, _, other in missing for name, result in (named, other)}
         names = sorted(steps, key=steps.__getitem__)
@@ -273,17 +300,22 @@ def compare_consecutive(
             names = list(dict.fromkeys([reference[0], *names]))
         loaded = load_ahead(names, files, source.load, ahead=sweep.chunk + 1)
         form_and_compare(loaded, ArrivingStates(sweep, reference and reference[0]), known, sweep)
+    for named, kind, other in missing:
+        if not known.store(named, kind, other):
+            file, other_file = files[named[0]][1], files[other[0]][1]
+            raise unusable(file, "a file that stays as it is", f"that it or {other_file.name} changed during the sweep")
     groups = 2 * (2 * sweep.spec.config.n_layers + 2)
     shapes = {"event_drift": (sweep.spec.num_splits, groups), "split_cka": (1 + sweep.spec.num_splits, groups)}
     nothing = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
-    differences: dict[str, dict[str, np.ndarray]] = {name: {} for name, _ in tabled}
-    for named, kind, other in wanted:
-        arrays = known.of(named, kind, other) if other else nothing
-        if arrays is None:
-            file, other_file = files[named[0]][1], files[other[0]][1]
-            raise unusable(file, "a file that stays as it is", f"that it or {other_file.name} changed during the sweep")
-        differences[named[0]] |= {f"{measure}/{kind}": x for measure, x in arrays.items()}
-    return list(differences.values())
+
+    def of_checkpoint(named: Named) -> Arrays:
+        return {
+            f"{measure}/{kind}": x
+            for kind, other in others(named)
+            for measure, x in (known.read_again(named, kind, other, files[named[0]][1]) if other else nothing).items()
+        }
+
+    return of_checkpoint
 
 
 def form_and_compare(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ class _Held:
 
 
 class WeightComparisons:
-    """Holds how the weights of a run's checkpoints differ: found by this sweep, or stored by an earlier one.
+    """Finds how the weights of a run's checkpoints differ, and stores it.
 
     Args:
       store: the run's results.
@@ -45,7 +45,7 @@ class WeightComparisons:
 
     def __init__(self, store: ResultStore, *, anew: Collection[str] = ()):
         self._store, self._anew = store, anew
-        self._found: dict[tuple[str, str], Arrays] = {}  # by name and key
+        self._made: dict[str, str] = {}  # what this sweep stored: name -> key
         self._planned: dict[str, Others] = {}
         self._waiting: dict[str, set[str]] = {}  # by checkpoint, the planned comparisons that it takes part in
         self._held: dict[str, _Held] = {}
@@ -77,7 +77,7 @@ class WeightComparisons:
         *,
         files: Mapping[str, tuple[int | None, Path]],
         source: CheckpointSource,
-    ) -> list[Arrays]:
+    ) -> Callable[[Named], Arrays]:
         """Compares every checkpoint of a run's tables; parameters of comparisons that are not known are loaded again.
 
         Args:
@@ -87,17 +87,19 @@ class WeightComparisons:
           source: where parameters come from.
 
         Returns:
-          For each checkpoint, squared distances `distance/<kind>` [groups] to the `previous`, `before_previous` and
-          `first` one, and the overlap of leading directions `overlap/<kind>` [matrices, L, H] with the `previous` one's
-          and the `reference`'s. A checkpoint lacks those that do not exist.
+          What reads, for one of these checkpoints, squared distances `distance/<kind>` [groups] to the `previous`,
+          `before_previous` and `first` one, and the overlap of leading directions `overlap/<kind>` [matrices, L, H]
+          with the `previous` one's and the `reference`'s. A checkpoint lacks those that do not exist. It raises
+          `InputError` if they were lost.
 
         Raises:
           InputError: a checkpoint that is loaded again cannot be used.
         """
         results = dict(tabled) | ({reference[0]: reference[1]} if reference else {})
         others = compared_with([name for name, _ in tabled], reference and reference[0])
-        keys = {name: _key(name, of, {n: r.info["sha256"] for n, r in results.items()}) for name, of in others.items()}
-        missing = [name for name, key in keys.items() if self._of(name, key) is None]
+        hashes = {name: result.info["sha256"] for name, result in results.items()}
+        keys = {name: _key(name, of, hashes) for name, of in others.items()}
+        missing = [name for name, key in keys.items() if not self._is_stored(name, key)]
         if missing:
             self._plan({name: others[name] for name in missing})
             needed = {name for own in missing for name in (own, *others[own].values())}
@@ -105,24 +107,22 @@ class WeightComparisons:
             in_order = sorted(needed, key=lambda name: (not reference or name != reference[0], results[name].step))
             for name, checkpoint in load_ahead(in_order, files, source.load, ahead=2):
                 self.arrive(name, checkpoint, head_spectra(checkpoint.params, checkpoint.config.n_heads))
-        compared = []
-        for name, key in keys.items():
-            found = self._of(name, key)
-            if found is None:
-                raise unusable(
-                    files[name][1], "a file that stays as it is", "that it or one beside it changed during the sweep"
-                )
-            compared.append(found)
-        return compared
+        for name in missing:
+            if not self._is_stored(name, keys[name]):
+                expected = "a file that stays as it is"
+                raise unusable(files[name][1], expected, "that it or one beside it changed during the sweep")
 
-    def _of(self, name: str, key: str) -> Arrays | None:
-        found = self._found.get((name, key))
-        if found is None and name not in self._anew:
-            stored = self._store.find(f"weights_{name}", key)
-            found = stored and stored.arrays
-            if found is not None:
-                self._found[name, key] = found
-        return found
+        def of_checkpoint(named: Named) -> Arrays:
+            name, _ = named
+            return self._store.read_again(f"weights_{name}", keys[name], files[name][1]).arrays
+
+        return of_checkpoint
+
+    def _is_stored(self, name: str, key: str) -> bool:
+        """Checks, by reading them unless this sweep stored them, whether a checkpoint's comparisons are stored."""
+        if self._made.get(name) == key:
+            return True
+        return name not in self._anew and self._store.find(f"weights_{name}", key) is not None
 
     def _compare(self, name: str, others: Others) -> None:
         own = self._held[name]
@@ -138,8 +138,8 @@ class WeightComparisons:
             if kind in held:
                 found[f"overlap/{kind}"] = direction_overlap(own.spectra, held[kind].spectra)
         key = _key(name, others, {n: held.checkpoint.sha256 for n, held in self._held.items()})
-        self._found[name, key] = found
         self._store.save(f"weights_{name}", key, own.checkpoint.step, found, {"others": dict(others)})
+        self._made[name] = key
 
     def _plan(self, others: Mapping[str, Others]) -> None:
         """Replaces the planned comparisons."""

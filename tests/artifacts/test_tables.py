@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from kvjax.artifacts.tables import read_dataset, write_datasets
+from kvjax.artifacts.tables import datasets_file, read_dataset, write_datasets
 from kvjax.errors import InputError
 
 DATASET = xr.Dataset(
@@ -32,6 +32,21 @@ def test_groups(tmp_path):
     write_datasets(path, [(None, DATASET), ("events", events)])
     xr.testing.assert_identical(read_dataset(path, expected="arrays"), DATASET)
     xr.testing.assert_identical(read_dataset(path, group="events", expected="arrays"), events)
+
+
+def test_parts(tmp_path):
+    """What is appended in parts is one file, of which any places may be read between two parts, and groups likewise."""
+    path, later = tmp_path / "arrays.nc", DATASET.assign_coords(step=[750, 1000])
+    whole = xr.concat([DATASET, later], "step", join="exact", combine_attrs="identical")
+    with datasets_file(path, along="step", parts=2) as file:
+        file.append([(None, DATASET), ("events", DATASET)])
+        for found in file.read(1, 2, None, "events"):
+            xr.testing.assert_identical(found, DATASET.isel(step=[1]))
+        file.append([(None, later), ("events", later)])
+        for found in file.read(1, 4, None, "events"):
+            xr.testing.assert_identical(found, whole.isel(step=slice(1, 4)))
+    for group in (None, "events"):
+        xr.testing.assert_identical(read_dataset(path, group=group, expected="arrays"), whole)
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "cut", "group"])

@@ -73,7 +73,7 @@ def test_memory_of_tables(swept, tmp_path, monkeypatch):
         of_reads = np.zeros(inputs.encoded.is_read.shape, np.float32)
         margins = FixedMargins(np.full(of_reads.shape, NO_COMPETITOR, np.int32), lambda named: of_reads)
         copies = lambda named: {name: values.copy() for name, values in sums.items()}  # noqa: E731
-        measured = MeasuredRun(found, None, [{}] * count, None, [], margins, copies)
+        measured = MeasuredRun(found, None, lambda named: {}, None, [], margins, copies)
         gc.collect()
         tracemalloc.start()
         try:

@@ -79,7 +79,8 @@ def compare(store, names, reference, **arriving):
         source=source,
     )
     kinds = ("previous", "before_previous", "first")
-    distances = [[x.get(f"distance/{kind}", [np.nan] * 20)[FINAL_NORM] for kind in kinds] for x in found]
+    read = [found(named) for named in tabled(names)]
+    distances = [[x.get(f"distance/{kind}", [np.nan] * 20)[FINAL_NORM] for kind in kinds] for x in read]
     return np.array(distances), source.loaded
 
 
@@ -135,6 +136,21 @@ def test_weights_without_a_refused_checkpoint(store):
     found, loaded = compare(store, usable, None)
     np.testing.assert_array_equal(found, expected(usable))
     assert set(loaded) == {NAMES[0], NAMES[1], NAMES[3], NAMES[4]}, "those beside it and the first"
+
+
+def test_lost_comparison(store, tmp_path):
+    """One that is damaged before the tables are drawn is refused by the checkpoint's name, and then made again."""
+    found, _ = compare(store, NAMES, None, order=NAMES)
+    comparisons = WeightComparisons(store)
+    files = {name: (None, name) for name in NAMES}
+    of_checkpoint = comparisons.compare(tabled(NAMES), None, files=files, source=Source())
+    (tmp_path / f"weights_{NAMES[3]}.npz").write_bytes(b"")
+    assert of_checkpoint(tabled(NAMES)[2])
+    with pytest.raises(InputError, match=f"{NAMES[3]}: .*weights_{NAMES[3]}.npz was lost"):
+        of_checkpoint(tabled(NAMES)[3])
+    again, loaded = compare(store, NAMES, None)
+    np.testing.assert_array_equal(again, found)
+    assert sorted(loaded) == [NAMES[0], *NAMES[1:4]]
 
 
 def test_held_parameters(store):
