@@ -127,6 +127,7 @@ class CachedLoader:
         if self._held_bytes >= _HELD_BYTES:
             try:
                 self._write()
+                return_free_memory()
             except InputError:  # `save` tries once more, and raises
                 if self._keep == "everything":
                     raise
@@ -134,7 +135,6 @@ class CachedLoader:
     def _write(self) -> None:
         self._store.add(self._held)
         self._held, self._held_bytes = [], 0  # only now: after an error they are tried again
-        return_free_memory()
 
 
 def store_identity(run: RunDir, benchmark: Benchmark) -> StoreIdentity:

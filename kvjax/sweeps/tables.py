@@ -126,10 +126,11 @@ def _write_tables(
                 for table, path in (("mlps", layout.mlps), ("heads", layout.heads), ("checkpoint", layout.rows))
             }
             for begin, end, before in parts:
+                if begin:  # not for every short run: it costs 20 ms
+                    return_free_memory()
                 dataset, intervals = arrays.read(begin, end, None, "intervals")
                 for table, rows in _rows(inputs, found, dataset, intervals, begin=begin, before=before):
                     writers[table](rows)
-                return_free_memory()
     return list(found.breaks)
 
 
@@ -147,6 +148,8 @@ def _write_arrays(
     first, resampled, digests, drifts, stable = None, {}, [], [], []
     limits = run.config.evaluation.stabilization
     for block in blocks(measured):
+        if block.before:
+            return_free_memory()
         shared = (block.arrays, block.steps, index)
         dataset = build_dataset(
             *shared,
@@ -166,7 +169,6 @@ def _write_arrays(
         digests.append(block.arrays["weights/digest"][block.before :])
         drifts.append(embedding_drift(dataset)[block.before :])
         stable.append({family: of[block.before :] for family, of in stable_checkpoints(dataset, limits).items()})
-        return_free_memory()
     steps = [result.step for _, result in measured.checkpoints]
     breaks = trajectory_breaks(run, steps, np.concatenate(digests), np.concatenate(drifts))
     stabilized = stabilized_from({family: np.concatenate([of[family] for of in stable]) for family in stable[0]})
