@@ -246,7 +246,7 @@ class DatasetsFile:
     def read(self, begin: int, end: int, *groups: str | None) -> list[xarray.Dataset]:
         """Reads what was written so far of groups, at some places along the dimension that parts are appended along.
 
-        The file is opened anew each time, for an open one caches up to 16 MB of every variable.
+        The file is opened anew each time, for an open one keeps up to 64 MB of every variable.
         """
         import xarray as xr
 
