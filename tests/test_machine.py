@@ -132,10 +132,11 @@ def test_share_of_a_worker(monkeypatch, tmp_path):
 
 # Memory that is freed below a block in use, which malloc keeps back; in a process of its own, for it counts the whole.
 KEPT_BACK = """
+import resource
 from kvjax.machine import return_free_memory
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 blocks = [b"x" * 60_000 for _ in range(2_000)]  # too small to be mapped from the system one by one
 del blocks[:-1]

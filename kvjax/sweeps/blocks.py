@@ -48,10 +48,10 @@ def spans(count: int) -> list[tuple[int, int, int]]:
 
 
 def blocks(measured: MeasuredRun) -> Iterator[Block]:
-    """Reads the sums of a run's checkpoints, block by block.
+    """Reads the sums and comparisons of a run's checkpoints, block by block.
 
     Raises:
-      InputError: sums were lost since they were measured.
+      InputError: sums or comparisons were lost since they were measured.
     """
     logistic = _all_or_none(measured.logistic)
     last: Arrays | None = None

@@ -91,7 +91,7 @@ def movements(
     """Forms the drift of single events' states and linear CKA, to the previous checkpoint and to the reference.
 
     Args:
-      moved: of each checkpoint, as `measure_movement` returns them.
+      moved: of each checkpoint, see `compare_consecutive`.
       counting, members: reads, and the sequences of all and of each split.
 
     Returns:

@@ -122,7 +122,8 @@ class RunSweep:
             first = [name for name in pending if name == self._inputs.reference]  # all others are compared with it
             self._measure(first, arriving, advance)
             if self._settings.event_drift:
-                form_and_compare(introduced, arriving, self._similarities, self._sweep)
+                for pairs in form_and_compare(introduced, arriving, self._sweep):
+                    self._similarities.add(pairs)
             self._measure([name for name in pending if name not in first], arriving, advance)
             self._similarities.store_all([(named, self._before(named)) for named in self._tabled()], self._reference())
             self._logistic(self._tabled())
@@ -346,11 +347,10 @@ class RunSweep:
             self.log.measured.append(checkpoint.step)
             advance(1)
         if compared is not None:
-            self._similarities.add(arriving.pairs(chunk.items, compared))
             # Stored now, so that a sweep that is stopped need not compare again.
             of_steps = [(name, self._results[name]) for name, _ in chunk.items if name != BEST]
-            pairs = [(named, self._before(named)) for named in of_steps]
-            self._similarities.store_found(pairs, self._reference())
+            with_before = [(named, self._before(named)) for named in of_steps]
+            self._similarities.store_chunk(arriving.pairs(chunk.items, compared), with_before, self._reference())
 
     def _add(self, name: str, result: CheckpointResult) -> None:
         self._results[name] = result

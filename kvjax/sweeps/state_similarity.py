@@ -36,6 +36,8 @@ COMPARISONS = ("event_drift", "split_cka")  # the arrays of a comparison, see `s
 
 Named = tuple[str, CheckpointResult]
 Arrays = Mapping[str, np.ndarray]
+Comparison = tuple[Named, str, Named]  # of a checkpoint with another, and how that relates to it, of `OTHERS`
+Pair = tuple[frozenset[str], Arrays]  # hashes of two checkpoints' files, and how their states differ
 
 
 class ArrivingStates:
@@ -83,9 +85,7 @@ class ArrivingStates:
         self._last = states
         return compare(self._spec, states, left, self._reference_states, self._rows)
 
-    def pairs(
-        self, chunk: Sequence[tuple[str, Checkpoint]], compared: Mapping[str, Arrays]
-    ) -> Iterator[tuple[frozenset[str], Arrays]]:
+    def pairs(self, chunk: Sequence[tuple[str, Checkpoint]], compared: Mapping[str, Arrays]) -> Iterator[Pair]:
         """Yields the hashes of two checkpoints' files and how their states differ, for each pair that a chunk compares.
 
         Args:
@@ -175,6 +175,8 @@ def states_of_checkpoints(
 class Similarities:
     """Stores how a run's checkpoints differ, and reads what this sweep or an earlier one stored.
 
+    What was found of two files waits in memory until it is known which comparisons of the run it is.
+
     Args:
       store: the run's results.
       anew: names of the checkpoints whose stored comparisons do not count.
@@ -182,11 +184,11 @@ class Similarities:
 
     def __init__(self, store: ResultStore, *, anew: Collection[str] = ()):
         self._store, self._anew = store, anew
-        self._found: dict[frozenset[str], Arrays] = {}  # until it is stored
+        self._found: dict[frozenset[str], Arrays] = {}  # by the hashes of both files
         self._made: dict[str, str] = {}  # what this sweep stored: result name -> key
 
-    def add(self, pairs: Iterator[tuple[frozenset[str], Arrays]]) -> None:
-        """Adds pairs that were compared."""
+    def add(self, pairs: Iterable[Pair]) -> None:
+        """Adds pairs that were compared, to be stored by `store_all`."""
         self._found.update(pairs)
 
     def of(self, named: Named, kind: str, other: Named) -> Arrays | None:
@@ -216,41 +218,83 @@ class Similarities:
         stored_as, key = _place(named, kind, other)
         if self._made.get(stored_as) == key:
             return True
-        (_, own), (other_name, others) = named, other
-        found = self._found.pop(frozenset({own.info["sha256"], others.info["sha256"]}), None)
+        found = self._found.get(_files(named, other))
         if found is None:
             if self.of(named, kind, other) is not None:
                 return True
-            pairs = ((one, of, two) for one, two in ((named, other), (other, named)) for of in OTHERS)
-            found = next((arrays for pair in pairs if (arrays := self.of(*pair)) is not None), None)
+            found = self._stored_elsewhere(named, other)
         if found is None:
             return False
-        self._store.save(stored_as, key, own.step, found, {"other": other_name})
+        self._store.save(stored_as, key, named[1].step, found, {"other": other[0]})
         self._made[stored_as] = key
         return True
 
-    def store_found(self, pairs: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
-        """Stores what was found by now of some checkpoints, each given with the one before it."""
-        for named, before in pairs:
+    def _stored_elsewhere(self, named: Named, other: Named) -> Arrays | None:
+        """Reads how two checkpoints differ from where it is stored as another kind, or as the other's.
+
+        For a checkpoint whose stored comparisons do not count, this sweep must have stored it.
+        """
+        for one, two in ((named, other), (other, named)):
+            for kind in OTHERS:
+                stored_as, key = _place(one, kind, two)
+                if named[0] not in self._anew or self._made.get(stored_as) == key:
+                    found = self.of(one, kind, two)
+                    if found is not None:
+                        return found
+        return None
+
+    def store_chunk(
+        self,
+        pairs: Iterable[Pair],
+        checkpoints: Iterable[tuple[Named, Named | None]],
+        reference: Named | None,
+    ) -> None:
+        """Stores what comparing a chunk found, as far as it is known by now what it is needed for.
+
+        Args:
+          pairs: the pairs that the chunk compared; they are not kept in memory.
+          checkpoints: those of the chunk, each with the one before it.
+          reference: None for none.
+        """
+        found = dict(pairs)
+        self._found |= found
+        for named, before in checkpoints:
             # The reference is measured first: the checkpoint before it may still come, with its comparison.
             if before and named != reference:
                 self.store(named, "previous", before)
             if reference:
                 self.store(named, "reference", reference)
+        self._forget(found)
 
-    def store_all(self, pairs: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
+    def store_needed(self, pairs: Iterable[Pair], needed: Mapping[frozenset[str], Iterable[Comparison]]) -> None:
+        """Stores the comparisons that need one of these pairs, and keeps none of the pairs in memory."""
+        found = dict(pairs)
+        self._found |= found
+        for pair in found:
+            for comparison in needed.get(pair, ()):
+                self.store(*comparison)
+        self._forget(found)
+
+    def store_all(self, checkpoints: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
         """Stores what was found of checkpoints once no other comes, each given with the one before it."""
-        for named, before in pairs:
+        for named, before in checkpoints:
             for kind, other in zip(OTHERS, (before, reference), strict=True):
                 if other:
                     self.store(named, kind, other)
 
+    def _forget(self, pairs: Iterable[frozenset[str]]) -> None:
+        for pair in pairs:
+            del self._found[pair]
+
 
 def _place(named: Named, kind: str, other: Named) -> tuple[str, str]:
     """Forms the name and the key that a comparison is stored by."""
-    (name, result), (_, other_result) = named, other
-    hashes = result.info["sha256"], other_result.info["sha256"]
-    return f"movement_{name}_{kind}", hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    hashes = " ".join(result.info["sha256"] for _, result in (named, other))
+    return f"movement_{named[0]}_{kind}", hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def _files(named: Named, other: Named) -> frozenset[str]:
+    return frozenset(result.info["sha256"] for _, result in (named, other))
 
 
 def compare_consecutive(
@@ -299,7 +343,11 @@ def compare_consecutive(
         if reference and any(kind == "reference" for _, kind, _ in missing):
             names = list(dict.fromkeys([reference[0], *names]))
         loaded = load_ahead(names, files, source.load, ahead=sweep.chunk + 1)
-        form_and_compare(loaded, ArrivingStates(sweep, reference and reference[0]), known, sweep)
+        needed: dict[frozenset[str], list[Comparison]] = {}
+        for named, kind, other in missing:
+            needed.setdefault(_files(named, other), []).append((named, kind, other))
+        for pairs in form_and_compare(loaded, ArrivingStates(sweep, reference and reference[0]), sweep):
+            known.store_needed(pairs, needed)
     for named, kind, other in missing:
         if not known.store(named, kind, other):
             file, other_file = files[named[0]][1], files[other[0]][1]
@@ -319,14 +367,13 @@ def compare_consecutive(
 
 
 def form_and_compare(
-    checkpoints: Iterable[tuple[str, Checkpoint]], arriving: ArrivingStates, known: Similarities, sweep: CompiledSweep
-) -> None:
-    """Forms the states of checkpoints, in the given order, and adds what comparing them finds.
+    checkpoints: Iterable[tuple[str, Checkpoint]], arriving: ArrivingStates, sweep: CompiledSweep
+) -> Iterator[Iterator[Pair]]:
+    """Forms the states of checkpoints, in the given order, and yields what comparing each chunk finds.
 
     Args:
       checkpoints: names and checkpoints.
       arriving: gets the states; those that arrive later are compared with the last of these.
-      known: gets the comparisons.
       sweep: the probe set, on the devices.
     """
 
@@ -337,4 +384,4 @@ def form_and_compare(
         )
 
     for chunk in over_chunks(dispatch, checkpoints, size=sweep.chunk):
-        known.add(arriving.pairs(chunk.items, chunk.outputs))
+        yield arriving.pairs(chunk.items, chunk.outputs)

@@ -2,6 +2,7 @@
 
 import itertools
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -10,13 +11,15 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvjax.artifacts.checkpoint_sums import CheckpointResult, ResultStore
+from kvjax.artifacts.layout import step_name
 from kvjax.execution.states_at_reads import ReadStates, rows_of_splits
 from kvjax.model.decoder_config import DecoderConfig
 from kvjax.model.sites import stage_names
 from kvjax.sweeps import compiled_sweep, state_similarity
 from kvjax.sweeps.compiled_sweep import CompiledSweep
 from kvjax.sweeps.settings import SweepSettings
-from kvjax.sweeps.state_similarity import ArrivingStates
+from kvjax.sweeps.state_similarity import ArrivingStates, Similarities
 from kvjax.task.benchmark import Benchmark
 from kvjax.task.encoding import encode_records
 from tests.helpers.building import SMALL_MODEL, STEPS
@@ -169,6 +172,47 @@ def test_overwrite(small_run):
     assert written == {path: path.stat().st_mtime_ns for path in stored}
     sweep(small_run, **(asked | {"probe": "ridge"}), overwrite=True)
     assert all(path.stat().st_mtime_ns > before for path, before in written.items())
+
+
+def test_overwrite_of_a_step_alone(small_run):
+    """The reference is measured anew too, and compared anew with the checkpoint before it, which is not."""
+    sweep(small_run, ablations=("zero",), probe="none")
+    folder = small_run / "analysis" / "measured"
+    before, last = (step_name(step) for step in STEPS[-2:])
+    kept, written = [folder / f"{before}.npz", folder / f"movement_{before}_reference.npz"], []
+    for overwrite in (False, True):
+        sweep(small_run, ablations=("zero",), probe="none", steps=str(STEPS[0]), overwrite=overwrite)
+        paths = [*kept, folder / f"movement_{last}_previous.npz"]
+        written.append([path.stat().st_mtime_ns for path in paths])
+    assert written[0][:2] == written[1][:2] and written[0][2] < written[1][2]
+
+
+def _differ(value):
+    return {"event_drift": np.full((1, 4), value), "split_cka": np.full((2, 4), value)}
+
+
+def test_pairs_of_equal_files(tmp_path):
+    """All comparisons of checkpoints with equal bytes are stored, and what was compared is not kept in memory."""
+    one, two, reference = (
+        (name, CheckpointResult(step, {}, {"sha256": sha256}))
+        for step, name, sha256 in ((1, "one", "a"), (2, "two", "a"), (3, "reference", "r"))
+    )
+    found = {frozenset(pair): _differ(value) for pair, value in (("ar", 0.5), ("a", 0.0), ("r", 0.25))}
+    alive = [weakref.ref(x) for arrays in found.values() for x in arrays.values()]
+    in_order = [(one, None), (two, one), (reference, two)]
+    known = Similarities(ResultStore(tmp_path, {}))
+    known.store_chunk(found.items(), in_order, reference)
+    del found
+    assert [x() for x in alive] == [None] * 6
+    known.store_all(in_order, reference)
+    for named, kind, other, value in (
+        (one, "reference", reference, 0.5),
+        (two, "reference", reference, 0.5),
+        (reference, "reference", reference, 0.25),
+        (two, "previous", one, 0.0),
+        (reference, "previous", two, 0.5),
+    ):
+        assert known.of(named, kind, other)["split_cka"][0, 0] == value
 
 
 def test_sweep_without_event_drift(small_run, means):
