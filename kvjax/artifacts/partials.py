@@ -22,6 +22,7 @@ from pathlib import Path
 _SUFFIX = ".kvjax-partial"
 _NEW, _OLD = ".new", ".old"  # the folder that is filled, and the one it replaces
 _NAME = re.compile(r"\.(?P<target>.+)\.[a-z0-9_]{8}\.kvjax-partial")
+_TRIES, _STILL_WRITING = 8, 0.05  # seconds: threads of a library may go on for a moment after one of them failed
 _DAY = 86400.0  # of a partial file that no lock can tell about: no writer takes that long over one file
 
 # What the system answers if a file system has no locks.
@@ -85,11 +86,16 @@ def put_folder_in_place(folder: Path, target: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Removes what killed commands left half-written in a folder, and puts a folder back that they had moved aside."""
     try:
-        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX)]
+        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith((_SUFFIX, _SUFFIX + _NEW))]
     except OSError:
         return
     for name in names:
-        if match := _NAME.fullmatch(name):
+        owner = name.removesuffix(_NEW)
+        if owner != name:
+            # A folder that is being filled has its owner beside it until it is gone.
+            if _NAME.fullmatch(owner) and not (folder / owner).exists():
+                shutil.rmtree(folder / name, ignore_errors=True)
+        elif match := _NAME.fullmatch(name):
             # What cannot be opened or removed is someone else's, or another process is removing it.
             with contextlib.suppress(OSError):
                 _remove_if_abandoned(folder / name, folder / match["target"])
@@ -142,5 +148,9 @@ def _remove_folders(owner: Path, target: Path) -> None:
     new, retired = (owner.with_name(owner.name + suffix) for suffix in (_NEW, _OLD))
     if retired.is_dir() and not target.exists():  # killed between the two renames
         retired.rename(target)
-    for folder in (new, retired):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+    for _ in range(_TRIES):
+        if not new.exists():  # as after a success, which renames it
+            break
+        shutil.rmtree(new, ignore_errors=True)
+        time.sleep(_STILL_WRITING)  # who still writes makes the folder anew

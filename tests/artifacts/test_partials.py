@@ -82,6 +82,36 @@ def test_files_of_others(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
+def test_folder_that_is_still_written(tmp_path):
+    """Threads that write on for a moment after one of them failed leave no folder behind."""
+    stop = threading.Event()
+
+    def write(folder):
+        for number in range(1_000_000):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{number}").touch()
+            if stop.wait(0.001):
+                return
+
+    with pytest.raises(ValueError), partial_folder(tmp_path / "result") as folder:
+        writing = threading.Thread(target=write, args=[folder])
+        writing.start()
+        threading.Timer(0.1, stop.set).start()
+        raise ValueError
+    writing.join()
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_without_owner(tmp_path, forget):
+    """What threads wrote of a folder after its owner was removed goes with the next write; that of an owner stays."""
+    with partial_folder(tmp_path / "result") as folder:
+        (tmp_path / ".result.abcdefgh.kvjax-partial.new").mkdir()
+        (tmp_path / ".other.new").mkdir()
+        remove_abandoned(tmp_path)
+        kept = {folder.name, folder.name.removesuffix(".new"), ".other.new"}
+        assert set(os.listdir(tmp_path)) == kept
+
+
 def test_file_system_without_locks(tmp_path, monkeypatch, forget):
     """Without locks files are written all the same, and what is not a day old counts as somebody's."""
 
