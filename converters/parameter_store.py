@@ -38,6 +38,8 @@ _PARTS_AT_HAND = 2  # whoever reads a run in the order of its steps is done with
 _ROOM_BESIDE = 1_000_000  # bytes of manifest and Orbax's own files, at most
 _CHUNK_BYTES = 4 << 20  # arrays are cut so that several threads read one; measured in docs/performance.md
 
+_saving = threading.Lock()  # Orbax names the operation at work in one place for all threads, and mixes two saves up
+
 
 class _Schema(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -240,13 +242,16 @@ def read_stored_run(folder: Path) -> Iterator[Checkpoint]:
 
 
 def save_tree(path: Path, tree: Params) -> None:
-    """Writes a tree of arrays with Orbax, uncompressed: float32 weights do not compress, and reading stays fast."""
+    """Writes a tree of arrays with Orbax, uncompressed: float32 weights do not compress, and reading stays fast.
+
+    Several threads may call it; it writes one tree after the other.
+    """
     from orbax.checkpoint import v1 as orbax  # a second to import, for nothing else in the project
 
     context = orbax.Context()
     context.array.saving.use_compression = False
     context.array.saving.storage_options = context.array.saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES)
-    with context, _nothing_logged():
+    with _saving, context, _nothing_logged():
         orbax.save(path.resolve(), tree)
 
 

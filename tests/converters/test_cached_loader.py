@@ -126,6 +126,16 @@ def test_processes_that_share_a_store(loader, small_run, monkeypatch):
     assert stored_steps(small_run / "analysis" / "converted") == [100, 200]
 
 
+def test_trees_saved_by_several_threads(tmp_path):
+    """Threads may write trees at once: Orbax alone mixes up about one save in seven of two threads."""
+    trees = [{"bias": np.full((4, 16), number, np.float32)} for number in range(60)]
+    paths = [tmp_path / f"tree_{number}" for number in range(60)]
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        list(threads.map(parameter_store.save_tree, paths, trees))
+    read = [parameter_store.load_tree(path) for path in paths]
+    assert all(np.array_equal(found["bias"], tree["bias"]) for found, tree in zip(read, trees, strict=True))
+
+
 def test_store_of_another_identity(loader, small_run, tmp_path, monkeypatch):
     """Conversions for another benchmark, or without certificates, are not used."""
     load_all(loader(certify_on=None), small_run)
