@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 _ROOT = Path("/")
@@ -87,11 +88,24 @@ def _quota(group: Path) -> float:
     return math.inf
 
 
-def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folders of the groups that limit this process, each from its own to the root of the tree."""
-    with contextlib.suppress(OSError, ValueError, IndexError):  # a system without control groups
-        own = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+def _groups(controller: str, root: Path) -> Sequence[Path]:
+    """Lists the folders of the groups that limit this process, each from its own to the root of the tree."""
+    try:
+        return _mounted_groups(
+            controller,
+            root,
+            cgroup=(root / "proc/self/cgroup").read_text(),
+            mountinfo=(root / "proc/self/mountinfo").read_text(),
+        )
+    except (OSError, ValueError):  # a system without control groups
+        return ()
+
+
+@functools.lru_cache(maxsize=8)  # each config that is read asks for the memory, and there are several in a run
+def _mounted_groups(controller: str, root: Path, *, cgroup: str, mountinfo: str) -> Sequence[Path]:
+    own, folders = [line.split(":", 2) for line in cgroup.splitlines()], []
+    for line in mountinfo.splitlines():
+        with contextlib.suppress(ValueError, IndexError):  # a line of another form
             where, what = line.split(" - ", 1)
             mounted, point = (_unescaped(field) for field in where.split()[3:5])
             kind, _, options = what.split()[:3]
@@ -101,7 +115,8 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
                 if first or second:
                     top = root / point.lstrip("/")
                     inside = Path(path).relative_to(mounted) if Path(path).is_relative_to(mounted) else Path()
-                    yield from (top / part for part in (inside, *inside.parents))
+                    folders += [top / part for part in (inside, *inside.parents)]
+    return folders
 
 
 def _unescaped(field: str) -> str:
