@@ -4,7 +4,7 @@
 # Guessed: `save` returns or raises when all its writers are done, so that what it left half-written can be removed.
 # Found: the first array that cannot be written raises, while TensorStore's threads go on with the others: files come
 # and go after one such save in six to eleven. They make missing folders anew, so that a removal meets new files, or a
-# folder that was gone is there again (1 of 100 times, where only the removal was tried). A quota, a full disk, or a
+# folder that was gone is there again (2 of 300 times, where only that was tried). A quota, a full disk, or a
 # limit on the size of files, as here, is enough. Whoever cleans up must look again later.
 #
 # Seen with orbax-checkpoint 0.12.8, jax 0.10.1, 400 arrays of which the first is larger than a file may be, 2 cores:

@@ -22,7 +22,7 @@ from pathlib import Path
 _SUFFIX = ".kvjax-partial"
 _NEW, _OLD = ".new", ".old"  # the folder that is filled, and the one it replaces
 _NAME = re.compile(r"\.(?P<target>.+)\.[a-z0-9_]{8}\.kvjax-partial")
-_TRIES, _STILL_WRITING = 8, 0.05  # seconds: threads of a library may go on for a moment after one of them failed
+_LOOKS, _BETWEEN = 10, 0.05  # seconds: threads of a library may write on after one failed, for 0.16 s as was seen
 _DAY = 86400.0  # of a partial file that no lock can tell about: no writer takes that long over one file
 
 # What the system answers if a file system has no locks.
@@ -62,7 +62,11 @@ def partial_folder(target: Path) -> Iterator[Path]:
         try:
             yield folder
         finally:
+            failed = folder.exists()  # a success renames it
             _remove_folders(owner, target)
+            for _ in range(_LOOKS if failed else 0):
+                time.sleep(_BETWEEN)
+                shutil.rmtree(folder, ignore_errors=True)  # whoever still writes makes it anew
 
 
 def put_folder_in_place(folder: Path, target: Path) -> None:
@@ -148,9 +152,5 @@ def _remove_folders(owner: Path, target: Path) -> None:
     new, retired = (owner.with_name(owner.name + suffix) for suffix in (_NEW, _OLD))
     if retired.is_dir() and not target.exists():  # killed between the two renames
         retired.rename(target)
-    shutil.rmtree(retired, ignore_errors=True)
-    for _ in range(_TRIES):
-        if not new.exists():  # as after a success, which renames it
-            break
-        shutil.rmtree(new, ignore_errors=True)
-        time.sleep(_STILL_WRITING)  # who still writes makes the folder anew
+    for folder in (new, retired):
+        shutil.rmtree(folder, ignore_errors=True)
