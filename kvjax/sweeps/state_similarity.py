@@ -8,6 +8,7 @@ come from measuring them or are formed again. What is found of a pair is stored 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -256,24 +257,20 @@ class Similarities:
           checkpoints: those of the chunk, each with the one before it.
           reference: None for none.
         """
-        found = dict(pairs)
-        self._found |= found
-        for named, before in checkpoints:
-            # The reference is measured first: the checkpoint before it may still come, with its comparison.
-            if before and named != reference:
-                self.store(named, "previous", before)
-            if reference:
-                self.store(named, "reference", reference)
-        self._forget(found)
+        with self._held(pairs):
+            for named, before in checkpoints:
+                # The reference is measured first: the checkpoint before it may still come, with its comparison.
+                if before and named != reference:
+                    self.store(named, "previous", before)
+                if reference:
+                    self.store(named, "reference", reference)
 
     def store_needed(self, pairs: Iterable[Pair], needed: Mapping[frozenset[str], Iterable[Comparison]]) -> None:
         """Stores the comparisons that need one of these pairs, and keeps none of the pairs in memory."""
-        found = dict(pairs)
-        self._found |= found
-        for pair in found:
-            for comparison in needed.get(pair, ()):
-                self.store(*comparison)
-        self._forget(found)
+        with self._held(pairs) as found:
+            for pair in found:
+                for comparison in needed.get(pair, ()):
+                    self.store(*comparison)
 
     def store_all(self, checkpoints: Iterable[tuple[Named, Named | None]], reference: Named | None) -> None:
         """Stores what was found of checkpoints once no other comes, each given with the one before it."""
@@ -282,9 +279,14 @@ class Similarities:
                 if other:
                     self.store(named, kind, other)
 
-    def _forget(self, pairs: Iterable[frozenset[str]]) -> None:
-        for pair in pairs:
-            del self._found[pair]
+    @contextlib.contextmanager
+    def _held(self, pairs: Iterable[Pair]) -> Iterator[Collection[frozenset[str]]]:
+        """Keeps pairs in memory for as long as `store` is to find them; yields the hashes of their files."""
+        found = dict(pairs)
+        self._found |= found
+        yield found.keys()
+        for files in found:
+            del self._found[files]
 
 
 def _place(named: Named, kind: str, other: Named) -> tuple[str, str]:
