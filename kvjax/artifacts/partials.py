@@ -59,10 +59,11 @@ def partial_folder(target: Path) -> Iterator[Path]:
     with partial_file(target) as owner:  # its lock stands for both folders
         folder = owner.with_name(owner.name + _NEW)
         folder.mkdir()
+        failed = True
         try:
             yield folder
+            failed = False
         finally:
-            failed = folder.exists()  # a success renames it
             _remove_folders(owner, target)
             for _ in range(_LOOKS if failed else 0):
                 time.sleep(_BETWEEN)

@@ -97,6 +97,14 @@ def test_folder_that_is_still_written(tmp_path, monkeypatch):
     assert not list(late) and os.listdir(tmp_path) == []
 
 
+def test_folder_that_was_read(tmp_path, monkeypatch):
+    """A folder that nothing went wrong with is removed at once: some are for scratch files of each run."""
+    monkeypatch.setattr(partials.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with partial_folder(tmp_path / "result") as folder:
+        (folder / "scratch").touch()
+    assert os.listdir(tmp_path) == []
+
+
 def test_folder_without_owner(tmp_path, forget):
     """What threads wrote of a folder after its owner was removed goes with the next write; that of an owner stays."""
     with partial_folder(tmp_path / "result") as folder:
